@@ -1,0 +1,207 @@
+"""The correlated noise `C^-1 Z`, one row a step, each replica its share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from keras_bandmf.noise import normals
+from keras_bandmf.noise.shards import ShardLayout
+
+
+class NoiseRows(Protocol):
+    """What the noise needs to know of a strategy `C` for `n` steps with `b` bands.
+
+    `C^-1 Z` is computed a row at a time: `x_i = (z_i - sum_k r_{i,k} x_{i-k}) / r_{i,0}`, and
+    `scale_i * x_i` is released.
+    """
+
+    num_steps: int
+    num_bands: int
+
+    def noise_rows(self) -> np.ndarray:
+        """Returns `r`: shape (1, b) where all rows are equal, else (n, b), float64."""
+
+    def tail_scale(self) -> np.ndarray:
+        """Returns the scale of the last rows, shape (t,), float64; earlier rows have scale 1."""
+
+
+class CorrelatedNoise:
+    """A stream of rows of `C^-1 Z`, `Z` independent normals of standard deviation `stddev`.
+
+    The state is a ring of the last `b - 1` rows in `tf.Variable`s, so that a compiled training
+    loop advances it. Under a `tf.distribute` strategy each replica keeps, and draws, only its own
+    run of the flat gradient vector; the sum of all shares is the row.
+
+    Formal guarantees:
+        The rows `0 .. n-1` taken in order are, up to float32 rounding, `C^-1 Z` with
+        `Z[i, j] ~ N(0, stddev^2)` independent over steps, elements and replicas, provided that
+        each row is advanced exactly once and in order. The key is secret: who knows it, or the
+        ring, can subtract the noise.
+
+    Args:
+        strategy: the strategy whose `noise_rows` and `tail_scale` define `C`.
+        stddev: standard deviation of `Z`: noise multiplier times sensitivity times clip norm.
+        shapes: the shapes of the gradients.
+        seed: an integer for tests only. By default the key comes from the operating system.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        strategy: NoiseRows,
+        stddev: float,
+        shapes: Sequence[Sequence[int]],
+        seed: int | None = None,
+    ):
+        if not (np.isscalar(stddev) and np.isfinite(stddev) and stddev >= 0):
+            raise ValueError(
+                "Argument `stddev` must be a finite number that is not negative. "
+                f"Received: stddev={stddev}"
+            )
+        self.strategy = strategy
+        self.stddev = float(stddev)
+        self.num_steps = strategy.num_steps
+        self.num_slots = strategy.num_bands - 1
+        distribution = tf.distribute.get_strategy()
+        self.layout = ShardLayout(shapes, distribution.num_replicas_in_sync)
+        self._distribution = distribution
+        rows = np.asarray(strategy.noise_rows(), np.float32)
+        with tf.init_scope(), distribution.scope():
+            self._key = tf.Variable(np.zeros(2, np.int64), trainable=False, name="noise_key")
+            # A table of n rows must not become a constant of the graph.
+            self._rows = tf.Variable(rows, trainable=False, name="noise_rows")
+            self._ring = self._make_ring()
+            self._next_step = tf.Variable(0, dtype=tf.int64, trainable=False, name="noise_step")
+        self._tail = np.asarray(strategy.tail_scale(), np.float32)
+        self._advance_ring = tf.function(self._ring_pass, jit_compile=True, autograph=False)
+        self.set_key(normals.fresh_key() if seed is None else normals.key_from_seed(seed))
+
+    def _make_ring(self) -> tf.Variable | None:
+        if not self.num_slots:
+            return None
+        shape = (self.num_slots, self.layout.shard_size)
+        if self.layout.num_shards == 1:
+            return tf.Variable(tf.zeros(shape), trainable=False, name="noise_ring")
+        return tf.Variable(
+            tf.zeros(shape),
+            trainable=False,
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.NONE,
+            name="noise_ring",
+        )
+
+    def _local_rings(self) -> list[tf.Variable]:
+        if self.layout.num_shards == 1:
+            return [self._ring]
+        return list(self._distribution.experimental_local_results(self._ring))
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the ring on each replica."""
+        return 4 * self.num_slots * self.layout.shard_size
+
+    def set_key(self, key: np.ndarray) -> None:
+        """Replaces the key of all rows to come: shape (2,), uint64."""
+        self._key.assign(np.asarray(key, np.uint64).view(np.int64))
+
+    def get_key(self) -> np.ndarray:
+        """Returns the secret key, shape (2,), uint64, to be saved beside the ring."""
+        return self._key.numpy().view(np.uint64)
+
+    def get_ring(self) -> np.ndarray:
+        """Returns the secret ring of all replicas, shape (b - 1, d), float32."""
+        if not self.num_slots:
+            return np.zeros((0, self.layout.size), np.float32)
+        return self.layout.gather([ring.numpy() for ring in self._local_rings()])
+
+    def set_ring(self, ring: np.ndarray) -> None:
+        """Restores what `get_ring` returned, on any number of replicas.
+
+        Raises:
+            ValueError: if the shape or dtype differs, or a value is not finite.
+        """
+        ring = np.asarray(ring)
+        expected = (self.num_slots, self.layout.size)
+        if ring.shape != expected or ring.dtype != np.float32 or not np.isfinite(ring).all():
+            raise ValueError(
+                f"The saved noise ring must be finite float32 of shape {expected}. Received: an "
+                f"array of dtype {ring.dtype} and shape {ring.shape}. It belongs to another model, "
+                "plan or number of bands, or the file is damaged; the run cannot go on from it."
+            )
+        if self.num_slots:
+            for local, part in zip(self._local_rings(), self.layout.scatter(ring), strict=True):
+                local.assign(part)
+
+    def next(self) -> list[tf.Tensor]:
+        """Advances by one row and returns it, float32, in the shapes given.
+
+        For use outside a `tf.distribute` strategy; an optimizer calls `share`, whose step is its
+        own counter.
+
+        Raises:
+            ValueError: under a strategy with several replicas, or (eagerly) after `n` rows.
+        """
+        if self.layout.num_shards > 1:
+            raise ValueError(
+                "`next()` returns whole rows and needs a noise made outside a strategy scope. "
+                f"Received: a noise over {self.layout.num_shards} replicas. Call `share(step)`."
+            )
+        step = self._next_step.read_value()
+        if tf.executing_eagerly() and int(step) >= self.num_steps:
+            raise ValueError(f"All {self.num_steps} rows of the noise have been drawn.")
+        self._next_step.assign_add(1)
+        return [
+            tf.zeros(shape) if share is None else share
+            for shape, share in zip(self.layout.shapes, self.share(step), strict=True)
+        ]
+
+    def share(self, step: tf.Tensor, replica: int = 0) -> list[tf.Tensor | None]:
+        """Advances one replica's ring to row `step` and returns its share of that row.
+
+        Args:
+            step: scalar integer; rows must be taken in order, each once.
+            replica: the replica in whose context this is called, a Python integer.
+
+        Returns:
+            For each shape a float32 tensor, zero where another replica owns the elements, or
+            None where this replica owns none of them. All NaN for a step of `n` or more.
+        """
+        step = tf.cast(step, tf.int64)
+        z = normals.standard_normals(
+            self._key.read_value(),
+            step,
+            self.layout.first_chunk(replica),
+            self.layout.chunks_per_shard,
+        )
+        row = self._advance_ring(z, step, replica)
+        return self.layout.split(row * self._release_scale(step), replica)
+
+    def _release_scale(self, step: tf.Tensor) -> tf.Tensor:
+        scale = tf.constant(self.stddev, tf.float32)
+        if self._tail.size:
+            position = step - (self.num_steps - self._tail.size)
+            tail = tf.gather(self._tail, tf.clip_by_value(position, 0, self._tail.size - 1))
+            scale *= tf.where(position >= 0, tail, 1.0)
+        return tf.where(step < self.num_steps, scale, np.nan)
+
+    def _ring_pass(self, z: tf.Tensor, step: tf.Tensor, replica: int) -> tf.Tensor:
+        """Computes `x_i` from `z_i` and the ring, and puts it into the ring (XLA, one pass)."""
+        last = tf.shape(self._rows, out_type=tf.int64)[0] - 1
+        coefficients = tf.gather(self._rows, tf.minimum(step, last))
+        if not self.num_slots:
+            return z / coefficients[0]
+        ring = self._local_rings()[replica]
+        slot = step % self.num_slots
+        # Slot s holds x_{i-k} for the k in 1 .. b-1 with s = i - k modulo b - 1.
+        lags = (slot - 1 - tf.range(self.num_slots, dtype=tf.int64)) % self.num_slots
+        weights = tf.gather(coefficients[1:], lags)
+        past = tf.linalg.matvec(ring, weights, transpose_a=True)
+        row = (z - past) / coefficients[0]
+        ring.scatter_nd_update([[slot]], row[tf.newaxis])
+        return row

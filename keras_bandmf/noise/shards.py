@@ -1,0 +1,75 @@
+"""Which replica owns which part of the flat gradient vector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from keras_bandmf.noise.normals import CHUNK
+
+
+class ShardLayout:
+    """The flat vector of all gradients, cut into one run of whole chunks for each replica.
+
+    Variables lie in the flat vector one after the other; the vector is padded with zeros to
+    `num_shards * shard_size`. The part of a replica is `[r * shard_size, (r + 1) * shard_size)`.
+
+    Args:
+        shapes: the shapes of the gradients, fully defined.
+        num_shards: the number of replicas.
+    """
+
+    def __init__(self, shapes: Sequence[Sequence[int]], num_shards: int = 1):
+        self.shapes = [tuple(int(side) for side in shape) for shape in shapes]
+        sizes = [math.prod(shape) for shape in self.shapes]
+        self.offsets = [0, *np.cumsum(sizes).tolist()]
+        self.size = self.offsets[-1]
+        self.num_shards = num_shards
+        self.chunks_per_shard = max(1, -(-self.size // (CHUNK * num_shards)))
+        self.shard_size = self.chunks_per_shard * CHUNK
+
+    def first_chunk(self, shard: int) -> int:
+        """Returns the chunk of the flat vector at which a shard starts."""
+        return shard * self.chunks_per_shard
+
+    def split(self, flat: tf.Tensor, shard: int) -> list[tf.Tensor | None]:
+        """Cuts a shard of the flat vector into the shapes of the gradients.
+
+        Args:
+            flat: shape (shard_size,), the part of replica `shard`.
+            shard: the replica.
+
+        Returns:
+            A tensor for each shape, zero outside the shard; None where the shard has no part.
+        """
+        start = shard * self.shard_size
+        parts: list[tf.Tensor | None] = []
+        for shape, begin, end in zip(
+            self.shapes, self.offsets[:-1], self.offsets[1:], strict=True
+        ):
+            low, high = max(begin, start), min(end, start + self.shard_size)
+            if low >= high:
+                parts.append(None)
+                continue
+            part = flat[low - start : high - start]
+            if high - low < end - begin:
+                part = tf.pad(part, [[low - begin, end - high]])
+            parts.append(tf.reshape(part, shape))
+        return parts
+
+    def gather(self, shards: Sequence[np.ndarray]) -> np.ndarray:
+        """Joins the shards of an array of flat vectors, shape (k, shard_size) each.
+
+        Returns:
+            Shape (k, size): a layout that does not depend on the number of replicas.
+        """
+        return np.concatenate(list(shards), axis=1)[:, : self.size]
+
+    def scatter(self, whole: np.ndarray) -> list[np.ndarray]:
+        """Cuts what `gather` joined into shards, for this number of replicas."""
+        padding = self.num_shards * self.shard_size - self.size
+        padded = np.pad(whole, [(0, 0), (0, padding)])
+        return np.split(padded, self.num_shards, axis=1)

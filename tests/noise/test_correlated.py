@@ -1,0 +1,200 @@
+"""The noise is `C^-1 Z`: against dense NumPy, in every execution mode and on two replicas."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import tensorflow as tf
+
+from keras_bandmf.noise import CorrelatedNoise, normals
+from keras_bandmf.strategies import ToeplitzStrategy
+
+
+class DenseBanded:
+    """A banded strategy given by its matrix, as a general table of n rows."""
+
+    def __init__(self, num_steps, num_bands, seed=0):
+        rng = np.random.default_rng(seed)
+        self.num_steps, self.num_bands = num_steps, num_bands
+        self.matrix = np.zeros((num_steps, num_steps))
+        for lag in range(num_bands):
+            values = rng.uniform(0.1, 0.4, num_steps - lag) + (lag == 0)
+            self.matrix += np.diag(values, -lag)
+
+    def materialize(self):
+        return self.matrix
+
+    def noise_rows(self):
+        rows = np.zeros((self.num_steps, self.num_bands))
+        for i in range(self.num_steps):
+            for lag in range(min(i, self.num_bands - 1) + 1):
+                rows[i, lag] = self.matrix[i, i - lag]
+        return rows
+
+    def tail_scale(self):
+        return np.zeros(0)
+
+
+STRATEGIES = {
+    "identity": lambda: ToeplitzStrategy([1.0], 24),
+    "two_bands": lambda: ToeplitzStrategy([1.0, 0.5], 24),
+    "toeplitz": lambda: ToeplitzStrategy([1.0, 0.6, 0.4, 0.3, 0.2], 24),
+    "raw_toeplitz": lambda: ToeplitzStrategy([1.0, 0.6, 0.4], 24, column_normalize=False),
+    "as_many_bands_as_steps": lambda: ToeplitzStrategy(0.7 ** np.arange(24), 24),
+    "banded": lambda: DenseBanded(24, 4),
+}
+SHAPES = [(40, 30), (7,), ()]
+
+
+def whole_stream(noise, step_of=None):
+    """Returns rows as an (n, d) float64 array."""
+    rows = []
+    for _ in range(noise.num_steps):
+        parts = noise.next() if step_of is None else step_of()
+        rows.append(np.concatenate([np.ravel(part) for part in parts]))
+    return np.array(rows, np.float64)
+
+
+def dense_reference(strategy, stddev, seed):
+    """`C^-1 Z` by a dense solve in float64 over the same `Z`."""
+    key = tf.constant(normals.key_from_seed(seed).view(np.int64))
+    size = sum(int(np.prod(shape)) for shape in SHAPES)
+    z = [normals.standard_normals(key, i, 0, 2)[:size] for i in range(strategy.num_steps)]
+    return np.linalg.solve(strategy.materialize(), stddev * np.array(z, np.float64))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_rows_equal_a_dense_solve(name):
+    strategy = STRATEGIES[name]()
+    rows = whole_stream(CorrelatedNoise(strategy, 1.5, SHAPES, seed=7))
+    np.testing.assert_allclose(rows, dense_reference(strategy, 1.5, 7), atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"jit_compile": True}])
+@pytest.mark.parametrize("name", ["identity", "toeplitz", "banded"])
+def test_compiled_streams_equal_the_dense_solve(name, options):
+    strategy = STRATEGIES[name]()
+    noise = CorrelatedNoise(strategy, 1.5, SHAPES, seed=7)
+    rows = whole_stream(noise, tf.function(noise.next, autograph=False, **options))
+    np.testing.assert_allclose(rows, dense_reference(strategy, 1.5, 7), atol=2e-5)
+
+
+def test_covariance_is_that_of_the_mechanism():
+    """Whitened rows are independent standard normals; chi-square, false-alarm rate 1e-4."""
+    strategy = STRATEGIES["toeplitz"]()
+    rows = whole_stream(CorrelatedNoise(strategy, 2.0, SHAPES, seed=11))
+    white = strategy.materialize() @ rows / 2.0
+    count = rows.shape[1]
+    correlation = white @ white.T / count
+    scores = np.sqrt(count) * (correlation - np.eye(24))[np.tril_indices(24)]
+    variances = np.where(np.equal(*np.tril_indices(24)), 2.0, 1.0)
+    statistic = (scores**2 / variances).sum()
+    assert statistic < scipy.stats.chi2.isf(1e-4, scores.size)
+    # The same statistic sees that unwhitened rows are correlated.
+    raw = rows @ rows.T / count / 4.0
+    raw_scores = np.sqrt(count) * (raw - np.eye(24))[np.tril_indices(24)]
+    assert (raw_scores**2 / variances).sum() > scipy.stats.chi2.isf(1e-4, scores.size)
+
+
+def replica_rows(devices, strategy, seed=7):
+    distribution = tf.distribute.MirroredStrategy(devices)
+    with distribution.scope():
+        noise = CorrelatedNoise(strategy, 1.5, SHAPES, seed=seed)
+
+    def replica_share(step):
+        context = tf.distribute.get_replica_context()
+        replica = int(tf.get_static_value(context.replica_id_in_sync_group))
+        shares = noise.share(step, replica)
+        zeros = [tf.zeros(shape) for shape in SHAPES]
+        mine = [z if s is None else s for s, z in zip(shares, zeros, strict=True)]
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
+
+    @tf.function(autograph=False)
+    def step_of(step):
+        per_replica = distribution.run(replica_share, (step,))
+        return [distribution.experimental_local_results(part)[0] for part in per_replica]
+
+    rows = []
+    for step in range(strategy.num_steps):
+        parts = step_of(tf.constant(step, tf.int64))
+        rows.append(np.concatenate([np.ravel(part) for part in parts]))
+    return np.array(rows), noise
+
+
+@pytest.mark.parametrize("name", ["identity", "toeplitz", "banded"])
+def test_two_replicas_make_the_same_stream_from_half_the_ring_each(name):
+    strategy = STRATEGIES[name]()
+    shared, noise = replica_rows(["CPU:0", "CPU:1"], strategy)
+    single = CorrelatedNoise(strategy, 1.5, SHAPES, seed=7)
+    np.testing.assert_array_equal(shared, whole_stream(single).astype(np.float32))
+    if single.state_bytes:
+        assert noise.state_bytes == single.state_bytes / 2
+        np.testing.assert_array_equal(noise.get_ring(), single.get_ring())
+
+
+def test_a_ring_saved_on_one_device_continues_on_two_replicas():
+    strategy = STRATEGIES["toeplitz"]()
+    _, shared = replica_rows(["CPU:0", "CPU:1"], strategy)
+    single = CorrelatedNoise(strategy, 1.5, SHAPES, seed=7)
+    whole_stream(single)
+    ring = single.get_ring()
+    single.set_ring(np.zeros_like(ring))
+    single.set_ring(shared.get_ring())
+    np.testing.assert_array_equal(single.get_ring(), ring)
+
+
+def test_key_and_ring_continue_a_stream_bit_for_bit():
+    strategy = STRATEGIES["toeplitz"]()
+    original = CorrelatedNoise(strategy, 1.0, SHAPES)
+    expected = whole_stream(original)
+    first = CorrelatedNoise(strategy, 1.0, SHAPES)
+    first.set_key(original.get_key())
+    head = [np.concatenate([np.ravel(p) for p in first.share(tf.constant(i))]) for i in range(10)]
+    second = CorrelatedNoise(strategy, 1.0, SHAPES)
+    second.set_key(first.get_key())
+    second.set_ring(first.get_ring())
+    tail = [
+        np.concatenate([np.ravel(p) for p in second.share(tf.constant(i))]) for i in range(10, 24)
+    ]
+    np.testing.assert_array_equal(np.array(head + tail), expected.astype(np.float32))
+
+
+def test_streams_without_a_seed_differ():
+    strategy = STRATEGIES["toeplitz"]()
+    first, second = (CorrelatedNoise(strategy, 1.0, [(50,)]).next()[0] for _ in range(2))
+    assert np.abs(first.numpy() - second.numpy()).max() > 0.1
+
+
+def test_no_noise_is_left_after_the_last_step():
+    noise = CorrelatedNoise(STRATEGIES["toeplitz"](), 1.0, [(3,)], seed=1)
+    whole_stream(noise)
+    with pytest.raises(ValueError, match="24 rows"):
+        noise.next()
+    assert np.isnan(noise.share(tf.constant(24))[0].numpy()).all()
+    compiled = tf.function(noise.share, jit_compile=True)
+    assert np.isnan(compiled(tf.constant(30))[0].numpy()).all()
+
+
+@pytest.mark.parametrize("stddev", [-1.0, np.nan, np.inf, "1", None, [1.0]])
+def test_bad_stddev_is_refused(stddev):
+    with pytest.raises((ValueError, TypeError), match="stddev"):
+        CorrelatedNoise(STRATEGIES["identity"](), stddev, [(3,)])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda ring: ring[:-1],
+        lambda ring: ring[:, :-1],
+        lambda ring: ring.astype(np.float16),
+        lambda ring: np.full_like(ring, np.nan),
+    ],
+)
+def test_a_foreign_or_damaged_ring_is_refused(damage):
+    noise = CorrelatedNoise(STRATEGIES["toeplitz"](), 1.0, SHAPES, seed=1)
+    with pytest.raises(ValueError, match="noise ring"):
+        noise.set_ring(damage(noise.get_ring()))
+
+
+def test_zero_stddev_is_no_noise():
+    rows = whole_stream(CorrelatedNoise(STRATEGIES["toeplitz"](), 0.0, SHAPES, seed=1))
+    assert not rows.any()

@@ -1,0 +1,78 @@
+"""The counter-based stream: normal, independent over steps, the same in parts as in one piece."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import tensorflow as tf
+
+from keras_bandmf.noise import normals
+
+KEY = normals.key_from_seed(3)
+
+
+def draw(step=0, first_chunk=0, num_chunks=64, key=KEY, **options):
+    function = tf.function(normals.standard_normals, **options) if options else None
+    return (function or normals.standard_normals)(
+        tf.constant(key.view(np.int64)), tf.constant(step, tf.int64), first_chunk, num_chunks
+    ).numpy()
+
+
+def test_values_are_standard_normal():
+    """Kolmogorov-Smirnov and moments; each part has a false-alarm rate of 1e-4."""
+    values = draw(num_chunks=512).astype(np.float64)
+    assert scipy.stats.kstest(values, "norm").pvalue > 1e-4
+    limit = scipy.stats.norm.isf(0.5e-4)
+    count = values.size
+    assert abs(values.mean()) * np.sqrt(count) < limit
+    assert abs((values**2).mean() - 1) * np.sqrt(count / 2) < limit
+    assert abs((values**4).mean() - 3) * np.sqrt(count / 96) < limit
+    assert np.abs(values).max() < 6.7
+
+
+def test_both_halves_of_a_box_muller_pair_are_independent():
+    """Correlation of cosine and sine halves and of their squares, false-alarm rate 1e-4 each."""
+    pairs = draw(num_chunks=512).astype(np.float64).reshape(-1, 2, normals.CHUNK // 2)
+    a, b = pairs[:, 0].ravel(), pairs[:, 1].ravel()
+    limit = scipy.stats.norm.isf(0.5e-4) / np.sqrt(a.size)
+    assert abs(np.corrcoef(a, b)[0, 1]) < limit
+    assert abs(np.corrcoef(a**2, b**2)[0, 1]) < limit
+
+
+def test_steps_and_keys_give_unrelated_rows():
+    """Correlations of 2**16 values, false-alarm rate 1e-4 each."""
+    base = draw(step=5)
+    limit = scipy.stats.norm.isf(0.5e-4) / np.sqrt(base.size)
+    other_key = KEY.copy()
+    other_key[0] += 1
+    offset_key = KEY.copy()
+    offset_key[1] += 10**6
+    for other in (draw(step=6), draw(step=5, key=other_key), draw(step=5, key=offset_key)):
+        assert abs(np.corrcoef(base, other)[0, 1]) < limit
+
+
+def test_a_part_equals_the_same_part_of_the_whole():
+    whole = draw(step=9)
+    part = draw(step=9, first_chunk=17, num_chunks=5)
+    np.testing.assert_array_equal(part, whole[17 * normals.CHUNK : 22 * normals.CHUNK])
+
+
+def test_graph_and_xla_agree_with_eager():
+    """The bits are equal; the transcendental functions of XLA may differ in the last places."""
+    eager = draw(step=2)
+    np.testing.assert_array_equal(draw(step=2, autograph=False), eager)
+    np.testing.assert_allclose(draw(step=2, jit_compile=True), eager, atol=3e-6)
+
+
+def test_fold_key_separates_purposes_and_runs():
+    keys = [normals.fold_key(k, p) for k in (KEY, normals.fresh_key()) for p in ("a", "b")]
+    assert len({key.tobytes() for key in keys}) == 4
+    np.testing.assert_array_equal(normals.fold_key(KEY, "a"), keys[0])
+
+
+def test_fresh_keys_differ():
+    assert len({normals.fresh_key().tobytes() for _ in range(100)}) == 100
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**40])
+def test_seeds_give_distinct_keys(seed):
+    assert normals.key_from_seed(seed).tobytes() != normals.key_from_seed(seed + 1).tobytes()
