@@ -1,0 +1,103 @@
+"""Argument checks shared by the planning files: what was expected, what came, the way out."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+
+def checked_int(name: str, value: Any, minimum: int = 1, hint: str = "") -> int:
+    """Returns `value` as a Python int of at least `minimum`.
+
+    Args:
+        name: the argument's name, for the message.
+        value: an integer of any library; a bool or a float is not one.
+        minimum: the smallest value allowed.
+        hint: the way out, appended to the message.
+
+    Returns:
+        The value as an `int`.
+
+    Raises:
+        TypeError: if it is not an integer.
+        ValueError: if it is below `minimum`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(_message(name, f"an integer of at least {minimum}", value, hint))
+    if value < minimum:
+        raise ValueError(_message(name, f"an integer of at least {minimum}", value, hint))
+    return int(value)
+
+
+def checked_float(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    minimum: float | None = None,
+    below: float | None = None,
+    hint: str = "",
+) -> float:
+    """Returns `value` as a finite Python float within the given bounds.
+
+    Args:
+        name: the argument's name, for the message.
+        value: a real number of any library; a bool, NaN or infinity is refused.
+        above: an exclusive lower bound.
+        minimum: an inclusive lower bound.
+        below: an exclusive upper bound.
+        hint: the way out, appended to the message.
+
+    Returns:
+        The value as a `float`.
+
+    Raises:
+        TypeError: if it is not a real number.
+        ValueError: if it is not finite or out of bounds.
+    """
+    bounds = [
+        f"{words} {bound:g}"
+        for words, bound in (("above", above), ("of at least", minimum), ("below", below))
+        if bound is not None
+    ]
+    expected = " ".join(["a finite number", " and ".join(bounds)]).strip()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(_message(name, expected, value, hint))
+    number = float(value)
+    if (
+        not math.isfinite(number)
+        or (above is not None and number <= above)
+        or (minimum is not None and number < minimum)
+        or (below is not None and number >= below)
+    ):
+        raise ValueError(_message(name, expected, value, hint))
+    return number
+
+
+def checked_choice(name: str, value: Any, choices: tuple[str, ...], hint: str = "") -> str:
+    """Returns `value` if it is one of `choices`.
+
+    Args:
+        name: the argument's name, for the message.
+        value: the string to check.
+        choices: what is known.
+        hint: the way out, appended to the message.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: if it is not a string.
+        ValueError: if it is not one of `choices`.
+    """
+    expected = "one of " + ", ".join(repr(choice) for choice in choices)
+    if not isinstance(value, str):
+        raise TypeError(_message(name, expected, value, hint))
+    if value not in choices:
+        raise ValueError(_message(name, expected, value, hint))
+    return value
+
+
+def _message(name: str, expected: str, value: Any, hint: str) -> str:
+    return f"Expected `{name}` to be {expected}. Received: {name}={value!r}. {hint}".strip()

@@ -1,0 +1,315 @@
+"""From what a user passes as data to arrays of exactly `num_examples` rows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+_CHUNK_ROWS = 1024
+
+
+def map_leaves(function: Callable[[Any, str], Any], structure: Any, name: str) -> Any:
+    """Applies `function(leaf, name of the leaf)` in dicts, tuples and lists; lists become tuples.
+
+    `tf.data` takes a list for a tensor, hence the tuples.
+    """
+    if isinstance(structure, dict):
+        return {
+            key: map_leaves(function, value, f"{name}[{key!r}]") for key, value in structure.items()
+        }
+    if isinstance(structure, (tuple, list)):
+        items = [map_leaves(function, value, f"{name}[{i}]") for i, value in enumerate(structure)]
+        return type(structure)(*items) if hasattr(structure, "_fields") else tuple(items)
+    return function(structure, name)
+
+
+def leaves(structure: Any, name: str = "") -> list[Any]:
+    """The leaves of nested dicts, tuples and lists, in order."""
+    found: list[Any] = []
+    map_leaves(lambda leaf, _: found.append(leaf), structure, name)
+    return found
+
+
+def checked_columns(columns: dict[str, Any], num_examples: int) -> dict[str, Any]:
+    """Columns as arrays of exactly `num_examples` rows.
+
+    Args:
+        columns: Dict of `x`, `y`, `sample_weight`: structures of arrays, tensors, or None.
+        num_examples: Number of rows that each must have.
+
+    Returns:
+        The columns that are not None, as structures of contiguous arrays.
+
+    Raises:
+        TypeError: A leaf is not dense numbers or strings.
+        ValueError: A leaf has another number of rows.
+    """
+
+    def checked(leaf: Any, name: str) -> np.ndarray:
+        array = _as_array(leaf, name)
+        if array.ndim == 0 or len(array) != num_examples:
+            raise ValueError(
+                f"`{name}` must have num_examples={num_examples} rows, one an example. Received: "
+                f"{name}.shape={array.shape}. `num_examples` is a public constant of the plan "
+                "and is not taken from the data: make the plan for the number of rows you have."
+            )
+        return array
+
+    present = {name: column for name, column in columns.items() if column is not None}
+    for name, column in present.items():
+        if not leaves(column):
+            raise ValueError(f"`{name}` must hold an array. Received: {name}={column!r}")
+    if "x" not in present:
+        raise TypeError("`x` must hold the examples. Received: x=None")
+    return {name: map_leaves(checked, column, name) for name, column in present.items()}
+
+
+def _as_array(leaf: Any, name: str) -> np.ndarray:
+    """A contiguous NumPy array; float64 becomes Keras's float, as in Keras, and strings bytes."""
+    if isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor, tf.IndexedSlices)) or (
+        type(leaf).__module__.startswith("scipy.sparse")
+    ):
+        raise TypeError(
+            f"`{name}` must be dense. Received: {name} of type {type(leaf).__name__}. Use "
+            "`.to_tensor()` of a ragged, `tf.sparse.to_dense` or `.toarray()` of a sparse one."
+        )
+    if isinstance(leaf, np.ma.MaskedArray) or not hasattr(leaf, "__array__"):
+        raise TypeError(
+            f"`{name}` must be a NumPy array, a tensor, a nested dict, tuple or list of them, or "
+            f"(for x) a tf.data.Dataset. Received: {name} of type {type(leaf).__name__}. Use "
+            "`np.asarray(...)` of plain numbers; a generator, PyDataset or DataLoader has no row "
+            "numbers to sample from."
+        )
+    try:
+        array = np.asarray(leaf)
+    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"`{name}` must have values. Received: {name} of type {type(leaf).__name__}, which "
+            f"does not turn into a NumPy array: {error}"
+        ) from error
+    if array.dtype == np.float64:
+        array = array.astype(keras.config.floatx())
+    if array.dtype.kind in "OSU":
+        array = _as_bytes(array, name)
+    try:
+        tf.as_dtype(array.dtype)
+    except TypeError as error:
+        raise TypeError(
+            f"`{name}` must be of a type TensorFlow knows. Received: {name}.dtype={array.dtype}"
+        ) from error
+    return np.ascontiguousarray(array) if array.ndim else array
+
+
+def _as_bytes(array: np.ndarray, name: str) -> np.ndarray:
+    """Strings as objects of type bytes, as TensorFlow has them."""
+    encoded = np.empty(array.shape, object)
+    for position, value in enumerate(array.flat):
+        if isinstance(value, str):
+            value = value.encode("utf-8")
+        if not isinstance(value, bytes):
+            raise TypeError(
+                f"`{name}` must hold numbers or strings. Received: {name} with dtype=object and "
+                f"an entry of type {type(value).__name__}. Rows of different lengths have to be "
+                "padded to one length."
+            )
+        encoded.flat[position] = value
+    return encoded
+
+
+def refuse_strings(array: np.ndarray, name: str) -> None:
+    """Raises `TypeError` for an array of strings."""
+    if array.dtype == object:
+        raise TypeError(
+            f"`{name}` must hold numbers when it is sampled. Received: {name} of strings. Turn "
+            "them into numbers with `preprocess=`: a keras_hub preprocessor, or for example "
+            "`lambda x, y: (text_vectorization(x), y)`."
+        )
+
+
+def read_dataset(dataset: tf.data.Dataset, num_examples: int) -> dict[str, Any]:
+    """Reads a dataset of single examples once.
+
+    A dataset of unknown length (records, generators) is read up to one example too many.
+
+    Args:
+        dataset: Yields `x`, `(x, y)` or `(x, y, sample_weight)`.
+        num_examples: Number of examples it must have.
+
+    Returns:
+        Dict of the columns there are.
+
+    Raises:
+        TypeError: Elements that are ragged or sparse.
+        ValueError: Another number of examples, or examples of several shapes.
+    """
+
+    def refuse_composite(spec: Any, name: str) -> None:
+        if not isinstance(spec, tf.TensorSpec):
+            raise TypeError(
+                f"`{name}` of the dataset must be a dense tensor. Received: {type(spec).__name__}. "
+                "Map the dataset to dense tensors first (`.to_tensor()`, `tf.sparse.to_dense`)."
+            )
+
+    for name, column in _unpacked(dataset.element_spec, "the dataset").items():
+        map_leaves(refuse_composite, column, name)
+    advice = (
+        " The dataset must yield single examples, and exactly the plan's number of them: use "
+        "`dataset.unbatch()` if it yields batches, and no `.repeat()`."
+    )
+    cardinality = int(dataset.cardinality())
+    if cardinality == tf.data.INFINITE_CARDINALITY:
+        raise ValueError(f"`x` must be a finite dataset. Received: infinite cardinality.{advice}")
+    if cardinality >= 0 and cardinality != num_examples:
+        raise ValueError(
+            f"`x` must yield num_examples={num_examples} examples. Received: a dataset of "
+            f"{cardinality}.{advice}"
+        )
+    options = tf.data.Options()
+    options.deterministic = True
+    chunks = dataset.with_options(options).take(num_examples + 1).batch(_CHUNK_ROWS)
+    elements = (_unpacked(chunk, "the dataset") for chunk in chunks)
+    try:
+        return _stacked(elements, num_examples, "the dataset", advice)
+    except tf.errors.InvalidArgumentError as error:
+        raise ValueError(
+            "`x` must yield examples of one shape, padded to one length. Received: a dataset "
+            f"that could not be read: {error.message}"
+        ) from error
+
+
+def preprocessed(columns: dict[str, Any], preprocess: Callable[..., Any]) -> dict[str, Any]:
+    """Applies `preprocess` in chunks of rows; the user's sample weights stay.
+
+    Args:
+        columns: Checked columns.
+        preprocess: Of `(x)` or `(x, y)`, as in `PrivateBatches`.
+
+    Returns:
+        The columns it returned, not yet checked.
+
+    Raises:
+        TypeError: `preprocess` is not callable.
+        ValueError: It mixes or drops rows, or loses `y`.
+    """
+    if not callable(preprocess):
+        raise TypeError(f"`preprocess` must be callable. Received: preprocess={preprocess!r}")
+    given = [columns[name] for name in ("x", "y") if name in columns]
+
+    def outputs(start: int, stop: int) -> dict[str, Any]:
+        arguments = [
+            map_leaves(lambda array, _: tf.convert_to_tensor(array[start:stop]), column, "")
+            for column in given
+        ]
+        result = _unpacked(preprocess(*arguments), "`preprocess`")
+        if "y" in columns and "y" not in result:
+            raise ValueError(
+                "`preprocess` must return (x, y) when there is a `y`. Received: only x from "
+                "preprocess(x, y)"
+            )
+        rows = stop - start
+
+        def checked(leaf: Any, name: str) -> np.ndarray:
+            array = _as_array(leaf, name)
+            if array.ndim == 0 or len(array) != rows:
+                raise ValueError(
+                    f"`preprocess` must keep the number of rows. Received: {name}.shape="
+                    f"{array.shape} for {rows} rows"
+                )
+            return array
+
+        return {
+            name: map_leaves(checked, column, f"{name} of preprocess")
+            for name, column in result.items()
+        }
+
+    num_examples = len(leaves(columns["x"])[0])
+    starts = range(0, num_examples, _CHUNK_ROWS)
+    first = outputs(0, min(_CHUNK_ROWS, num_examples))
+    _check_first_row(first, outputs(0, 1))
+    rest = (outputs(start, min(start + _CHUNK_ROWS, num_examples)) for start in starts[1:])
+    result = _stacked(itertools.chain([first], rest), num_examples, "`preprocess`", "")
+    if "sample_weight" in columns:
+        if "sample_weight" in result:
+            raise ValueError(
+                "`sample_weight` must come from one place. Received: sample_weight and a "
+                "`preprocess` that returns (x, y, sample_weight)"
+            )
+        result["sample_weight"] = columns["sample_weight"]
+    return result
+
+
+def _check_first_row(chunk: dict[str, Any], alone: dict[str, Any]) -> None:
+    """A row that depends on its neighbours would not be one person's row: refused."""
+    same = chunk.keys() == alone.keys()
+    for ours, theirs in zip(leaves(chunk), leaves(alone), strict=True):
+        same = same and ours.shape[1:] == theirs.shape[1:] and ours.dtype == theirs.dtype
+        if same and not np.array_equal(ours[:1], theirs):
+            # Sums of another shape round differently; integers and strings do not.
+            one, other = (np.asarray(rows, np.float64) for rows in (ours[:1], theirs))
+            inexact = ours.dtype.kind not in "biuO"
+            same = inexact and np.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True)
+    if not same:
+        raise ValueError(
+            "`preprocess` must treat each row by itself, always in the same way, and give all "
+            "rows one shape. Received: a preprocess whose first row differs when the other rows "
+            "are left out. Pad to a fixed length; use no statistics of a batch, no mixing of "
+            "rows, and no random augmentation (put that into the model)."
+        )
+
+
+def _unpacked(element: Any, source: str) -> dict[str, Any]:
+    """Columns of `x`, `(x,)`, `(x, y)` or `(x, y, sample_weight)`, as Keras unpacks them."""
+    if not isinstance(element, tuple) or hasattr(element, "_fields"):
+        element = (element,)
+    if not 1 <= len(element) <= 3:
+        raise ValueError(
+            f"Elements of {source} must be x, (x, y) or (x, y, sample_weight). Received: a tuple "
+            f"of {len(element)}. Put several inputs or targets into a dict."
+        )
+    columns = dict(zip(("x", "y", "sample_weight"), element, strict=False))
+    return {name: column for name, column in columns.items() if column is not None}
+
+
+def _stacked(
+    chunks: Iterable[dict[str, Any]], num_examples: int, source: str, advice: str
+) -> dict[str, Any]:
+    """Concatenates chunks of rows in place, each row copied once."""
+    whole: dict[str, Any] = {}
+    filled = 0
+    for chunk in chunks:
+        arrays = {
+            name: map_leaves(lambda leaf, _: np.asarray(leaf), column, name)
+            for name, column in chunk.items()
+        }
+        if not whole:
+            whole = {
+                name: map_leaves(
+                    lambda array, _: np.empty((num_examples, *array.shape[1:]), array.dtype),
+                    column,
+                    name,
+                )
+                for name, column in arrays.items()
+            }
+        rows = len(leaves(arrays)[0])
+        if filled + rows > num_examples:
+            raise ValueError(
+                f"{source} must yield num_examples={num_examples} examples. Received: more.{advice}"
+            )
+        for target, array in zip(leaves(whole), leaves(arrays), strict=True):
+            if target.shape[1:] != array.shape[1:]:
+                raise ValueError(
+                    f"{source} must give all rows one shape. Received: shapes "
+                    f"{target.shape[1:]} and {array.shape[1:]}. Pad to a fixed length."
+                )
+            target[filled : filled + rows] = array
+        filled += rows
+    if filled != num_examples:
+        raise ValueError(
+            f"{source} must yield num_examples={num_examples} examples. Received: {filled}.{advice}"
+        )
+    return whole

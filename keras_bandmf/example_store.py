@@ -1,0 +1,114 @@
+"""The examples of a run, held in memory and gathered by row number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_bandmf.example_sources import (
+    checked_columns,
+    map_leaves,
+    preprocessed,
+    read_dataset,
+    refuse_strings,
+)
+from keras_bandmf.example_weights import product_of_weights, weights_of_classes
+
+
+class ExampleStore:
+    """Columns `x`, `y` and `sample_weight`: an example is its row number.
+
+    NumPy arrays are kept, not copied, unless their type or layout has to change.
+
+    Args:
+        columns: Dict of structures of arrays with `num_examples` rows each.
+        num_examples: Number of rows.
+    """
+
+    def __init__(self, columns: dict[str, Any], num_examples: int):
+        self._columns = columns
+        self._num_examples = num_examples
+
+    @classmethod
+    def read(
+        cls,
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        num_examples: int,
+        class_weight: dict[int, float] | None = None,
+        preprocess: Callable[..., Any] | None = None,
+    ) -> ExampleStore:
+        """Reads, preprocesses and checks the examples; see `PrivateBatches` for the arguments.
+
+        Raises:
+            TypeError: Data or argument of the wrong kind.
+            ValueError: Rows that do not number `num_examples`, or values out of range.
+        """
+        if isinstance(x, tf.data.Dataset):
+            if y is not None or sample_weight is not None:
+                name = "y" if y is not None else "sample_weight"
+                raise ValueError(
+                    f"`{name}` must be None when `x` is a tf.data.Dataset. Received: {name} of "
+                    f"type {type(y if y is not None else sample_weight).__name__}. Let the "
+                    "dataset yield (x, y) or (x, y, sample_weight)."
+                )
+            columns = read_dataset(x, num_examples)
+        else:
+            columns = {"x": x, "y": y, "sample_weight": sample_weight}
+        columns = checked_columns(columns, num_examples)
+        if preprocess is not None:
+            columns = checked_columns(preprocessed(columns, preprocess), num_examples)
+        for name, column in columns.items():
+            map_leaves(refuse_strings, column, name)
+        weights = [columns["sample_weight"]] if "sample_weight" in columns else []
+        if class_weight is not None:
+            weights.append(weights_of_classes(columns.get("y"), class_weight))
+        if weights:
+            columns["sample_weight"] = product_of_weights(*weights)
+        return cls(columns, num_examples)
+
+    def rows(self, indices: np.ndarray, size: int | None = None) -> dict[str, Any]:
+        """Gathers rows.
+
+        Args:
+            indices: (k,) integers.
+            size: Rows to return, at least k: those behind the first k are zero. None: k.
+
+        Returns:
+            Dict of the columns there are, as structures of new arrays of `size` rows.
+        """
+        indices = np.asarray(indices)
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
+            raise TypeError(
+                "`indices` must be a vector of integers. Received: "
+                f"indices.shape={indices.shape}, indices.dtype={indices.dtype}"
+            )
+        indices = indices.astype(np.int64, copy=False)
+        if indices.size and not 0 <= indices.min() <= indices.max() < self._num_examples:
+            raise ValueError(
+                f"`indices` must lie in [0, {self._num_examples}). Received: indices from "
+                f"{indices.min()} to {indices.max()}"
+            )
+        count = len(indices)
+        size = count if size is None else size
+
+        def gather(array: np.ndarray, name: str) -> np.ndarray:
+            padded = np.empty((size, *array.shape[1:]), array.dtype)
+            # The range was checked: "clip" only spares NumPy a buffer of the whole result.
+            np.take(array, indices, axis=0, out=padded[:count], mode="clip")
+            padded[count:] = 0
+            return padded
+
+        return {name: map_leaves(gather, column, name) for name, column in self._columns.items()}
+
+    def spec(self) -> dict[str, Any]:
+        """Structure of `tf.TensorSpec` of the columns, with None for the number of rows."""
+
+        def leaf_spec(array: np.ndarray, name: str) -> tf.TensorSpec:
+            return tf.TensorSpec((None, *array.shape[1:]), tf.as_dtype(array.dtype))
+
+        return {name: map_leaves(leaf_spec, column, name) for name, column in self._columns.items()}

@@ -1,0 +1,101 @@
+"""Weights of examples: checked, and multiplied by the weights of their classes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from keras_bandmf.example_sources import map_leaves
+
+
+def weights_of_classes(y: Any, class_weight: dict[int, float]) -> np.ndarray:
+    """The weight of each row's class; a class that is not named weighs 1, as in Keras.
+
+    Args:
+        y: (num_examples,) or (num_examples, 1) class numbers, or one-hot rows.
+        class_weight: Dict of class number to weight.
+
+    Returns:
+        (num_examples,) float32.
+
+    Raises:
+        TypeError: `class_weight` is not a dict of numbers, or `y` is not a single array.
+        ValueError: A weight is negative or not finite, or `y` holds no class numbers.
+    """
+    if not isinstance(class_weight, dict):
+        raise TypeError(
+            "`class_weight` must be a dict of class number to weight. Received: "
+            f"class_weight={class_weight!r}"
+        )
+    for label, weight in class_weight.items():
+        if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+            raise TypeError(f"`class_weight` must have integer keys. Received: key {label!r}")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float, np.number)):
+            raise TypeError(f"`class_weight[{label}]` must be a number. Received: {weight!r}")
+        if label < 0 or not math.isfinite(weight) or weight < 0:
+            raise ValueError(
+                "`class_weight` must have keys and finite weights that are not negative. "
+                f"Received: class_weight[{label}]={weight}"
+            )
+    if not isinstance(y, np.ndarray):
+        raise TypeError(
+            "`class_weight` needs a `y` of a single output. Received: y of type "
+            f"{type(y).__name__}. Use `sample_weight` for several outputs."
+        )
+    labels = _class_numbers(y)
+    classes, row_class = np.unique(labels, return_inverse=True)
+    weights = [class_weight.get(int(label), 1.0) for label in classes]
+    return np.asarray(weights, np.float32)[row_class.reshape(-1)]
+
+
+def _class_numbers(y: np.ndarray) -> np.ndarray:
+    """(num_examples,) class numbers of integer or one-hot rows."""
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.dtype.kind in "biuf":
+        if y.ndim == 1 and np.array_equal(y, np.round(y)):
+            return y
+        if y.ndim == 2 and np.all((y == 0) | (y == 1)) and np.all(y.sum(axis=1) == 1):
+            return np.argmax(y, axis=1)
+    raise ValueError(
+        "`class_weight` needs class numbers in `y`, one a row, or one-hot rows. Received: "
+        f"y.shape={y.shape}, y.dtype={y.dtype}. Use `sample_weight` instead."
+    )
+
+
+def product_of_weights(sample_weight: Any, class_factors: np.ndarray | None = None) -> Any:
+    """Checked weights, times the weights of the classes if there are any.
+
+    Args:
+        sample_weight: Structure of arrays of `num_examples` rows.
+        class_factors: (num_examples,) float32; only with a single array of sample weights.
+
+    Returns:
+        As `sample_weight`, float32.
+
+    Raises:
+        TypeError: Weights that are not numbers, or several with `class_factors`.
+        ValueError: A weight is negative or not finite.
+    """
+
+    def checked(weight: np.ndarray, name: str) -> np.ndarray:
+        if weight.dtype.kind not in "biuf":
+            raise TypeError(f"`{name}` must hold numbers. Received: {name}.dtype={weight.dtype}")
+        weight = weight.astype(np.float32, copy=False)
+        if not (np.isfinite(weight).all() and (weight >= 0).all()):
+            raise ValueError(
+                f"`{name}` must be finite and not negative. Received: values from {weight.min()} "
+                f"to {weight.max()}"
+            )
+        if class_factors is None:
+            return weight
+        return weight * class_factors.reshape((-1,) + (1,) * (weight.ndim - 1))
+
+    if class_factors is not None and not isinstance(sample_weight, np.ndarray):
+        raise TypeError(
+            "`class_weight` needs a `sample_weight` of a single output. Received: sample_weight "
+            f"of type {type(sample_weight).__name__}"
+        )
+    return map_leaves(checked, sample_weight, "sample_weight")

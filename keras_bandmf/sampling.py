@@ -1,0 +1,335 @@
+"""The batches of a plan: padded, masked, and a function of the plan, the key and the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_bandmf.draws import SamplingRule, positive_int, round_up
+from keras_bandmf.example_store import ExampleStore
+
+_DATASET_METHODS = frozenset(
+    name for name in dir(tf.data.Dataset) if not name.startswith("_") and name != "element_spec"
+)
+
+
+class PrivateBatches:
+    """What `plan.batches(x, y)` returns: the data of a private run, sampled as the plan says.
+
+    It is not a `tf.data.Dataset`: a transformation of its batches would change who takes part
+    when, and the privacy statement with it. `model.fit` of a privatized model takes it as it is.
+
+    Formal guarantees:
+        * `batch(t)` depends on the plan, the key and t alone: not on what was drawn before, on
+          the number of iterators, or on prefetching.
+        * Every example that step t draws is in `batch(t)` exactly once: nothing is cut. Padding
+          is marked by `mask`.
+        * The key is bound once. A second key would regroup the examples, and an example could
+          then take part in adjacent steps, where the sensitivity does not cover it.
+        * What it assumes: the rows of `x` stand in the same order in every process that
+          continues the run (an example is its row number), and `preprocess` treats each row by
+          itself.
+
+    Args:
+        x: NumPy array, tensor, or nested dict, tuple or list of them, one row an example; or a
+            `tf.data.Dataset` of single examples `x`, `(x, y)` or `(x, y, sample_weight)` in a
+            repeatable order, which is read once into memory.
+        y: Targets, as `x`; None when there are none (or when the dataset brings them).
+        sample_weight: Non-negative weights, one a row; a structure for several outputs.
+        num_examples: The plan's public number of examples; `x` must hold exactly as many rows.
+        batch_size: The plan's batch size (expected, under cyclic Poisson).
+        num_steps: The plan's number of steps.
+        num_bands: The plan's number of bands.
+        sampling: `"cyclic_poisson"` or `"fixed_order"`.
+        plan_fingerprint: Fingerprint of the plan, by which `fit` knows its own batches.
+        class_weight: Dict of class number to weight, multiplied into `sample_weight`.
+        preprocess: Called on tensors of up to 1024 rows, as `preprocess(x)` or
+            `preprocess(x, y)`, once and before sampling. Returns what Keras takes: `x`,
+            `(x, y)` or `(x, y, sample_weight)`, with the same number of rows.
+        seed: Fixes the sampler's key. For tests only: the statement then says "not private".
+
+    Raises:
+        TypeError: Wrong kind of data or argument.
+        ValueError: Rows that do not number `num_examples`, or values out of range.
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        num_examples: int,
+        batch_size: int,
+        num_steps: int,
+        num_bands: int,
+        sampling: str,
+        plan_fingerprint: str,
+        class_weight: dict[int, float] | None = None,
+        preprocess: Any = None,
+        seed: int | None = None,
+    ):
+        self._rule = SamplingRule(num_examples, batch_size, num_steps, num_bands, sampling)
+        self._plan_fingerprint = plan_fingerprint
+        self._seed = seed
+        self._key: np.ndarray | None = None
+        self._draws: Any = None
+        self._cursor = 0
+        seed_key = None if seed is None else _key_from_seed(seed)
+        self._store = ExampleStore.read(
+            x, y, sample_weight, self._rule.num_examples, class_weight, preprocess
+        )
+        if seed_key is not None:
+            self._set_key(seed_key)
+
+    @property
+    def plan_fingerprint(self) -> str:
+        """Fingerprint of the plan that made these batches."""
+        return self._plan_fingerprint
+
+    @property
+    def num_examples(self) -> int:
+        """The plan's public number of examples."""
+        return self._rule.num_examples
+
+    @property
+    def batch_size(self) -> int:
+        """The plan's batch size: expected under cyclic Poisson, exact in fixed order."""
+        return self._rule.batch_size
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps of the run."""
+        return self._rule.num_steps
+
+    @property
+    def num_bands(self) -> int:
+        """Number of bands, and of groups under cyclic Poisson."""
+        return self._rule.num_bands
+
+    @property
+    def sampling(self) -> str:
+        """`"cyclic_poisson"` or `"fixed_order"`."""
+        return self._rule.sampling
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """`num_examples // batch_size`."""
+        return self._rule.steps_per_epoch
+
+    @property
+    def seed(self) -> int | None:
+        """The fixed seed of a test, or None."""
+        return self._seed
+
+    @property
+    def bound(self) -> bool:
+        """Whether the sampler has its key."""
+        return self._key is not None
+
+    @property
+    def cursor(self) -> int:
+        """The step at which the next new iterator starts."""
+        return self._cursor
+
+    @cursor.setter
+    def cursor(self, step: int) -> None:
+        if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
+            raise TypeError(f"`cursor` must be an integer. Received: cursor={step!r}")
+        if not 0 <= step <= self.num_steps:
+            raise ValueError(
+                f"`cursor` must lie between 0 and num_steps={self.num_steps}. "
+                f"Received: cursor={step}"
+            )
+        self._cursor = int(step)
+
+    def bind(self, key: np.ndarray) -> None:
+        """Gives the sampler its key, once and for all.
+
+        The same key again does nothing. With `seed=` the seed's key stays, whatever `key` is.
+
+        Args:
+            key: (2,) uint64, secret and used for sampling alone.
+
+        Raises:
+            TypeError: `key` is not an array of uint64.
+            ValueError: Its shape is not (2,), it is all zeros, or another key is bound.
+        """
+        key = _checked_key(key)
+        if self._seed is not None:
+            return
+        if self._key is None:
+            self._set_key(key)
+        elif not np.array_equal(self._key, key):
+            raise ValueError(
+                "These batches are bound to the sampler key of another run. A new key would "
+                "regroup the examples, and one could take part in adjacent steps, which the "
+                "privacy statement does not cover. Received: another key. To train another "
+                "model, or the same one afresh, make new batches with `plan.batches(...)`; to "
+                "continue a run, restore its optimizer state before `fit`."
+            )
+
+    def _set_key(self, key: np.ndarray) -> None:
+        # Draws first: a failure in between must not leave a key without its draws.
+        self._draws = self._rule.draws(key)
+        self._key = key
+
+    def padded_size(self, num_replicas: int = 1) -> int:
+        """Rows P of a padded batch over all replicas; see `SamplingRule.padded_size`."""
+        return self._rule.padded_size(num_replicas)
+
+    def indices(self, t: int) -> np.ndarray:
+        """Examples of step t.
+
+        Args:
+            t: The step, 0 <= t < num_steps.
+
+        Returns:
+            (k,) int64 row numbers without repetition; k may be 0 under cyclic Poisson.
+
+        Raises:
+            RuntimeError: No key is bound.
+            ValueError: t is not a step of the plan.
+        """
+        draws = self._bound_draws()
+        if isinstance(t, bool) or not isinstance(t, (int, np.integer)):
+            raise TypeError(f"`t` must be an integer. Received: t={t!r}")
+        if not 0 <= t < self.num_steps:
+            raise ValueError(
+                f"`t` must be a step of the plan, 0 <= t < {self.num_steps}. Received: t={t}. "
+                "Make a plan with more steps: the privacy statement covers no further one."
+            )
+        return draws.indices(int(t))
+
+    def rows(self, indices: np.ndarray) -> dict[str, Any]:
+        """Rows by number, without padding.
+
+        Args:
+            indices: (k,) integers.
+
+        Returns:
+            Dict of `"x"`, and `"y"`, `"sample_weight"` when there are any: structures of arrays.
+        """
+        return self._store.rows(indices)
+
+    def batch(self, t: int, num_replicas: int = 1) -> dict[str, Any]:
+        """The padded batch of step t.
+
+        Args:
+            t: The step, 0 <= t < num_steps.
+            num_replicas: Number of replicas that share it.
+
+        Returns:
+            Dict of `"x"`, `"y"`, `"sample_weight"` (the last two when there are any) and
+            `"mask"`, (P,) bool: true for the real rows, which come first. Padding rows are zero.
+            A draw of more than P rows has the next multiple of P.
+        """
+        return self._padded(self.indices(t), self.padded_size(num_replicas))
+
+    def _padded(self, indices: np.ndarray, padded_size: int) -> dict[str, Any]:
+        # Never cut: an example that is dropped leaves the law the accounting assumes.
+        size = max(padded_size, round_up(len(indices), padded_size))
+        return self._store.rows(indices, size) | {"mask": np.arange(size) < len(indices)}
+
+    def element_spec(self, num_replicas: int = 1) -> dict[str, Any]:
+        """Specs of the elements of `dataset(num_replicas)`; the leading dimension is None.
+
+        Args:
+            num_replicas: Number of replicas that share a batch.
+
+        Returns:
+            Structure of `tf.TensorSpec`, as `batch` returns it.
+        """
+        positive_int(num_replicas, "num_replicas")
+        return self._store.spec() | {"mask": tf.TensorSpec((None,), tf.bool)}
+
+    def dataset(self, num_replicas: int = 1) -> tf.data.Dataset:
+        """The batches from `cursor` on, as a `tf.data.Dataset` that ends after the last step.
+
+        A new iterator reads `cursor` when it is asked for its first batch, and nothing after
+        that: it counts on by itself, however far prefetching runs ahead and whatever other
+        iterators do. The key may be bound after this call, but before the first batch.
+
+        Args:
+            num_replicas: Number of replicas that share a batch.
+
+        Returns:
+            Dataset of dicts as of `batch`, prefetched.
+        """
+        padded_size = self.padded_size(num_replicas)
+
+        def from_cursor() -> Iterator[dict[str, Any]]:
+            for t in range(self._cursor, self.num_steps):
+                yield self._padded(self.indices(t), padded_size)
+
+        dataset = tf.data.Dataset.from_generator(
+            from_cursor, output_signature=self.element_spec(num_replicas)
+        )
+        options = tf.data.Options()
+        options.deterministic = True
+        options.experimental_distribute.auto_shard_policy = (
+            tf.data.experimental.AutoShardPolicy.DATA
+        )
+        return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+    def __iter__(self) -> Iterator[dict[str, tf.Tensor]]:
+        self._bound_draws()
+        return iter(self.dataset())
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _DATASET_METHODS:
+            raise AttributeError(
+                f"Private batches have no `.{name}`: any change of the batches of a plan would "
+                "change which examples a step sees, and its privacy statement would no longer "
+                f"hold. Received: .{name}. Change the data before `plan.batches` (or with its "
+                "`preprocess=`), and batch size or number of steps in the plan; `fit` may use a "
+                "smaller `steps_per_epoch`."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        # Never the key.
+        return (
+            f"<PrivateBatches sampling={self.sampling!r} num_examples={self.num_examples} "
+            f"batch_size={self.batch_size} num_steps={self.num_steps} "
+            f"num_bands={self.num_bands} cursor={self.cursor} bound={self.bound}>"
+        )
+
+    def _bound_draws(self) -> Any:
+        if self._draws is None:
+            raise RuntimeError(
+                "These batches have no sampler key yet, so they cannot be drawn. Give them to "
+                "`fit` of a privatized model, which binds the key of its run; in a custom loop "
+                "call `batches.bind(key)` with two secret uint64; in a test pass "
+                "`plan.batches(..., seed=0)`."
+            )
+        return self._draws
+
+
+def _checked_key(key: np.ndarray) -> np.ndarray:
+    """A private copy of a valid key; errors never show its value."""
+    if not isinstance(key, np.ndarray) or key.dtype != np.uint64:
+        received = f"an array of {key.dtype}" if isinstance(key, np.ndarray) else type(key).__name__
+        raise TypeError(f"`key` must be a NumPy array of two uint64. Received: key is {received}")
+    if key.shape != (2,):
+        raise ValueError(f"`key` must have the shape (2,). Received: key.shape={key.shape}")
+    if not key.any():
+        raise ValueError(
+            "`key` must be drawn at random. Received: key of zeros, as of a variable that was "
+            "never initialised"
+        )
+    return key.copy()
+
+
+def _key_from_seed(seed: int) -> np.ndarray:
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise TypeError(f"`seed` must be an integer or None. Received: seed={seed!r}")
+    if seed < 0:
+        raise ValueError(f"`seed` must not be negative. Received: seed={seed}")
+    return np.random.SeedSequence(int(seed)).generate_state(2, np.uint64)
