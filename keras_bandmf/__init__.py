@@ -1,1 +1,26 @@
 """Differentially private training of Keras models with correlated noise."""
+
+from keras_bandmf import callbacks, clipping, noise, strategies
+from keras_bandmf.clipping import ClippedGradients, clipped_gradients
+from keras_bandmf.optimizers import BandMFOptimizer
+from keras_bandmf.plan import TrainingPlan
+from keras_bandmf.release import export
+from keras_bandmf.statement import Statement
+from keras_bandmf.training import privatize, statement
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BandMFOptimizer",
+    "ClippedGradients",
+    "Statement",
+    "TrainingPlan",
+    "callbacks",
+    "clipped_gradients",
+    "clipping",
+    "export",
+    "noise",
+    "privatize",
+    "statement",
+    "strategies",
+]

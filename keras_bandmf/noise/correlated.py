@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -59,10 +60,10 @@ class CorrelatedNoise:
         shapes: Sequence[Sequence[int]],
         seed: int | None = None,
     ):
-        if not (np.isscalar(stddev) and np.isfinite(stddev) and stddev >= 0):
+        if not isinstance(stddev, numbers.Real) or not 0 <= stddev < np.inf:
             raise ValueError(
                 "Argument `stddev` must be a finite number that is not negative. "
-                f"Received: stddev={stddev}"
+                f"Received: stddev={stddev!r}"
             )
         self.strategy = strategy
         self.stddev = float(stddev)

@@ -47,9 +47,7 @@ class ShardLayout:
         """
         start = shard * self.shard_size
         parts: list[tf.Tensor | None] = []
-        for shape, begin, end in zip(
-            self.shapes, self.offsets[:-1], self.offsets[1:], strict=True
-        ):
+        for shape, begin, end in zip(self.shapes, self.offsets[:-1], self.offsets[1:], strict=True):
             low, high = max(begin, start), min(end, start + self.shard_size)
             if low >= high:
                 parts.append(None)

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_bandmf.noise import CorrelatedNoise, normals
 from keras_bandmf.strategies import ToeplitzStrategy
+from tests import runs
 
 
 class DenseBanded:
@@ -95,8 +96,8 @@ def test_covariance_is_that_of_the_mechanism():
     assert (raw_scores**2 / variances).sum() > scipy.stats.chi2.isf(1e-4, scores.size)
 
 
-def replica_rows(devices, strategy, seed=7):
-    distribution = tf.distribute.MirroredStrategy(devices)
+def replica_rows(strategy, seed=7):
+    distribution = runs.mirrored()
     with distribution.scope():
         noise = CorrelatedNoise(strategy, 1.5, SHAPES, seed=seed)
 
@@ -123,7 +124,7 @@ def replica_rows(devices, strategy, seed=7):
 @pytest.mark.parametrize("name", ["identity", "toeplitz", "banded"])
 def test_two_replicas_make_the_same_stream_from_half_the_ring_each(name):
     strategy = STRATEGIES[name]()
-    shared, noise = replica_rows(["CPU:0", "CPU:1"], strategy)
+    shared, noise = replica_rows(strategy)
     single = CorrelatedNoise(strategy, 1.5, SHAPES, seed=7)
     np.testing.assert_array_equal(shared, whole_stream(single).astype(np.float32))
     if single.state_bytes:
@@ -133,7 +134,7 @@ def test_two_replicas_make_the_same_stream_from_half_the_ring_each(name):
 
 def test_a_ring_saved_on_one_device_continues_on_two_replicas():
     strategy = STRATEGIES["toeplitz"]()
-    _, shared = replica_rows(["CPU:0", "CPU:1"], strategy)
+    _, shared = replica_rows(strategy)
     single = CorrelatedNoise(strategy, 1.5, SHAPES, seed=7)
     whole_stream(single)
     ring = single.get_ring()
@@ -176,7 +177,7 @@ def test_no_noise_is_left_after_the_last_step():
 
 @pytest.mark.parametrize("stddev", [-1.0, np.nan, np.inf, "1", None, [1.0]])
 def test_bad_stddev_is_refused(stddev):
-    with pytest.raises((ValueError, TypeError), match="stddev"):
+    with pytest.raises(ValueError, match="stddev"):
         CorrelatedNoise(STRATEGIES["identity"](), stddev, [(3,)])
 
 

@@ -1,0 +1,106 @@
+"""What a private `fit` accepts: data, arguments and devices the plan accounts for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf.plan import TrainingPlan
+from keras_bandmf.sampling import PrivateBatches
+
+
+def check_distribution(model: keras.Model) -> None:
+    """Refuses distribution strategies under which noise or batches are not known to be right.
+
+    Raises:
+        ValueError: naming the strategy.
+    """
+    strategy = model.distribute_strategy
+    if strategy.extended._in_multi_worker_mode() or not (
+        strategy.num_replicas_in_sync == 1 or isinstance(strategy, tf.distribute.MirroredStrategy)
+    ):
+        raise ValueError(
+            "Private training runs on one device or under MirroredStrategy. "
+            f"Received: {type(strategy).__name__}"
+        )
+    if strategy.num_replicas_in_sync > 1 and model.steps_per_execution > 1:
+        raise ValueError(
+            "Keras fails under a strategy with several replicas when `steps_per_execution` is not "
+            f"1. Received: steps_per_execution={model.steps_per_execution}"
+        )
+
+
+def refuse_changed_data(class_weight: dict | None, validation_split: float) -> None:
+    """Refuses arguments by which Keras would change the training data.
+
+    Raises:
+        ValueError: with the place where the argument belongs.
+    """
+    if class_weight is not None:
+        raise ValueError(
+            "`class_weight` goes to the batches: `plan.batches(x, y, class_weight=...)`. "
+            f"Received: class_weight={class_weight}"
+        )
+    if validation_split:
+        raise ValueError(
+            "`validation_split` changes the number of training examples, which is part of the "
+            "plan. Split the data first and pass `validation_data`. "
+            f"Received: validation_split={validation_split}"
+        )
+
+
+def check_batches(
+    batches: PrivateBatches,
+    plan: TrainingPlan,
+    y: Any,
+    batch_size: int | None,
+    shuffle: bool | None,
+    sample_weight: Any,
+    steps_per_epoch: int | None,
+) -> None:
+    """Accepts batches of the optimizer's plan, and no argument that would change them.
+
+    Raises:
+        ValueError: for batches of another plan, or an argument that belongs to `plan.batches`.
+    """
+    if batches.plan_fingerprint != plan.fingerprint:
+        raise ValueError(
+            "The batches must come from the optimizer's plan. Received: batches of plan "
+            f"{batches.plan_fingerprint[:12]} with an optimizer of plan "
+            f"{plan.fingerprint[:12]}. Use `plan.batches` of the plan the optimizer was given."
+        )
+    refused = {
+        "y": y,
+        "batch_size": batch_size,
+        "shuffle": shuffle or None,
+        "sample_weight": sample_weight,
+    }
+    for name, value in refused.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` belongs to the batches: pass it to `plan.batches`, or to the plan. "
+                f"Received: {name} of type {type(value).__name__} in `fit`"
+            )
+    if steps_per_epoch is not None and not 1 <= steps_per_epoch <= batches.steps_per_epoch:
+        raise ValueError(
+            f"`steps_per_epoch` must be from 1 to the plan's {batches.steps_per_epoch}. "
+            f"Received: steps_per_epoch={steps_per_epoch}"
+        )
+
+
+def check_foreign_data(x: Any, plan: TrainingPlan) -> None:
+    """Accepts data that is not of `plan.batches` only where the user vouches for its order.
+
+    Raises:
+        ValueError: if the plan declares no participations.
+    """
+    if not plan.declares_participations:
+        raise ValueError(
+            "A private `fit` takes what `plan.batches(x, y)` of the optimizer's plan returns: "
+            "sampler, noise and accounting come from one plan. "
+            f"Received: x of type {type(x).__name__}. For data in a fixed order of your own, "
+            "make the plan with sampling='fixed_order' and declare `max_participations` and "
+            "`min_separation`."
+        )

@@ -1,0 +1,364 @@
+"""BandMFOptimizer: correlated noise on clipped sums, then any Keras optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import numbers
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_bandmf.clipping import ClippedGradients
+from keras_bandmf.optimizer_state import RunState
+from keras_bandmf.plan import TrainingPlan
+
+# Settings of the base optimizer that would act on one replica's share of the noisy sum, or skip
+# and merge steps: with any of them the released value is not what the plan accounts for.
+_REFUSED_SETTINGS = {
+    "clipnorm": "Gradients are clipped per example: set `l2_norm_clip`.",
+    "clipvalue": "Gradients are clipped per example: set `l2_norm_clip`.",
+    "global_clipnorm": "Gradients are clipped per example: set `l2_norm_clip`.",
+    "gradient_accumulation_steps": "Use `privatize(model, microbatch_size=...)` to save memory.",
+    "loss_scale_factor": "Use the dtype policy 'mixed_bfloat16', which needs no loss scaling.",
+}
+
+
+@keras.saving.register_keras_serializable(package="keras_bandmf")
+class BandMFOptimizer(keras.optimizers.Optimizer):
+    """Differentially private training with correlated noise, around any Keras optimizer.
+
+    Each step takes the sum of the clipped gradients of a batch, adds the next row of `C^-1 Z`,
+    divides by the expected batch size, and hands the result to the inner optimizer (McKenna,
+    arXiv 2405.15913). It is used with a model made private by `keras_bandmf.privatize`.
+
+    Formal guarantees:
+        With batches drawn by `plan.batches` and gradients clipped by `clipped_gradients` at the
+        norm `l2_norm_clip`, the weights after each step are a post-processing of the matrix
+        mechanism whose privacy is `plan.epsilon(steps)` at `plan.delta`. Gradients are accepted
+        only as `ClippedGradients` of that very norm, and only while batches of the plan are
+        being consumed (or if the plan declares participations). No step after the plan's last
+        one changes a weight to anything but NaN.
+
+    Args:
+        optimizer: the inner optimizer: a name, a config, or a `keras.optimizers.Optimizer`.
+        plan: the `TrainingPlan` of the run.
+        l2_norm_clip: the bound on the norm of the gradient of an example. Constant for the run.
+        seed: an integer, for tests only: the noise can then be recomputed by anyone, and the
+            statement says "not private". By default keys come from the operating system.
+        replay: keep the noise key when a checkpoint is restored, for a bit-for-bit continuation
+            of steps that were never released. By default the key is drawn anew.
+        name: name of the optimizer.
+
+    Example:
+
+    ```python
+    model = keras_bandmf.privatize(model)
+    model.compile(keras_bandmf.BandMFOptimizer("adam", plan, l2_norm_clip=1.0), loss="mse")
+    model.fit(plan.batches(x, y), epochs=20)
+    ```
+    """
+
+    def __init__(
+        self,
+        optimizer: str | dict | keras.optimizers.Optimizer,
+        plan: TrainingPlan,
+        l2_norm_clip: float = 1.0,
+        *,
+        seed: int | None = None,
+        replay: bool = False,
+        name: str | None = None,
+    ):
+        if not isinstance(plan, TrainingPlan):
+            raise TypeError(
+                "Argument `plan` must be a keras_bandmf.TrainingPlan, for example from "
+                f"`TrainingPlan.calibrate(...)`. Received: plan={plan!r}"
+            )
+        if (
+            isinstance(l2_norm_clip, bool)
+            or not isinstance(l2_norm_clip, numbers.Real)
+            or not 0 < l2_norm_clip < math.inf
+        ):
+            raise ValueError(
+                "Argument `l2_norm_clip` must be a positive finite number. "
+                f"Received: l2_norm_clip={l2_norm_clip!r}"
+            )
+        if seed is not None and (
+            isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0
+        ):
+            raise ValueError(
+                "Argument `seed` must be None (a private run) or a non-negative integer (a test). "
+                f"Received: seed={seed!r}"
+            )
+        super().__init__(learning_rate=0.0, name=name or "bandmf")
+        self.inner_optimizer = _checked_inner(keras.optimizers.get(optimizer))
+        self.plan = plan
+        self.l2_norm_clip = float(l2_norm_clip)
+        self.seed = seed
+        self.replay = bool(replay)
+        self._run_state: RunState | None = None
+        self._data_source: str | None = None
+        self._noised_variables: tuple[int, ...] = ()
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Creates the keys, the noise ring and the inner optimizer's slots."""
+        if self.built:
+            return
+        variables = list(variables)
+        if not variables:
+            raise ValueError("The model has no trainable variable. Received: variables=[]")
+        with tf.init_scope():
+            self.inner_optimizer.build(variables)
+            super().build(variables)
+            self._noised_variables = tuple(id(variable) for variable in variables)
+            self._run_state = RunState(
+                self.plan.strategy,
+                self.plan.noise_stddev(self.l2_norm_clip),
+                [variable.shape for variable in variables],
+                self._fingerprint(variables),
+                self.seed,
+            )
+
+    def _fingerprint(self, variables: Sequence[Any]) -> str:
+        content = {
+            "plan": self.plan.fingerprint,
+            "l2_norm_clip": self.l2_norm_clip,
+            "inner_optimizer": type(self.inner_optimizer).__name__,
+            "variables": [[list(v.shape), str(v.dtype)] for v in variables],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def run_state(self) -> RunState:
+        """Keys and noise of the run.
+
+        Raises:
+            ValueError: if the optimizer is not built.
+        """
+        if self._run_state is None:
+            raise ValueError(
+                "BandMFOptimizer has no state before it is built. Call `model.fit`, or "
+                "`optimizer.build(model.trainable_variables)`."
+            )
+        return self._run_state
+
+    @contextlib.contextmanager
+    def accepting(self, source: str) -> Iterator[None]:
+        """Accepts gradients for the time of a private `fit`, from batches named by `source`."""
+        previous, self._data_source = self._data_source, source
+        try:
+            yield
+        finally:
+            self._data_source = previous
+
+    def apply_clipped(
+        self,
+        clipped: ClippedGradients,
+        trainable_variables: Sequence[Any] | None = None,
+        penalties: Sequence[tf.Tensor | None] | None = None,
+    ) -> None:
+        """Adds the noise of this step to a clipped sum and updates the variables.
+
+        Call it in a replica context, once for each batch; it counts as one step of the plan.
+
+        Formal guarantees:
+            What reaches the inner optimizer is `(sum + (C^-1 Z)_i) / batch_size` plus
+            `penalties`, with the public batch size of the plan, whatever the batch held.
+
+        Args:
+            clipped: what `keras_bandmf.clipped_gradients` returned, at this `l2_norm_clip`.
+            trainable_variables: the variables the optimizer was built with, in their order.
+            penalties: gradients that depend on no example, such as those of weight
+                regularisers, added after the noise.
+
+        Raises:
+            TypeError: if `clipped` is anything else.
+            ValueError: if it was clipped at another norm or data is not accounted for, and
+                (eagerly) if the plan has no step left.
+        """
+        self._check_clipped(clipped)
+        if trainable_variables is None:
+            trainable_variables = self._trainable_variables
+        trainable_variables = list(trainable_variables)
+        self.build(trainable_variables)
+        if tuple(id(variable) for variable in trainable_variables) != self._noised_variables:
+            raise ValueError(
+                "`trainable_variables` must be the variables the optimizer was built with, in the "
+                "same order. Did a layer's `trainable` change during the run? Received: "
+                f"{[variable.path for variable in trainable_variables]}"
+            )
+        step = tf.convert_to_tensor(self.iterations)
+        if tf.executing_eagerly() and int(step) >= self.plan.num_steps:
+            raise ValueError(self.budget_message())
+        shares = self.run_state.noise.share(step, _replica_id())
+        # Asserts vanish under XLA; a NaN update does not.
+        in_budget = tf.where(step < self.plan.num_steps, 1.0, np.nan)
+        scale = in_budget / self.plan.batch_size
+        gradients = []
+        for total, share in zip(clipped.sums, shares, strict=True):
+            noisy = total if share is None else total + tf.cast(share, total.dtype)
+            gradients.append(noisy * tf.cast(scale, noisy.dtype))
+        if penalties is not None:
+            gradients = [
+                gradient if penalty is None else gradient + tf.cast(penalty, gradient.dtype)
+                for gradient, penalty in zip(gradients, penalties, strict=True)
+            ]
+        self.inner_optimizer.apply(gradients, trainable_variables)
+
+    def budget_message(self) -> str:
+        """Returns the error text for a step beyond the plan."""
+        return (
+            f"The plan has {self.plan.num_steps} steps and all of them are spent. A further step "
+            "would exceed the stated epsilon. Make a plan with more steps and train a new model."
+        )
+
+    def _check_clipped(self, clipped: Any) -> None:
+        if not isinstance(clipped, ClippedGradients):
+            raise TypeError(
+                "BandMFOptimizer takes gradients only as ClippedGradients, from "
+                "`keras_bandmf.clipped_gradients(model, x, y, l2_norm_clip=...)`. "
+                f"Received: {type(clipped).__name__}"
+            )
+        if clipped.l2_norm_clip != self.l2_norm_clip:
+            raise ValueError(
+                "The gradients must be clipped at the optimizer's norm: the noise is scaled to "
+                f"l2_norm_clip={self.l2_norm_clip}. Received: gradients clipped at "
+                f"{clipped.l2_norm_clip}"
+            )
+        if self._data_source is None and not self.plan.declares_participations:
+            raise ValueError(
+                "The sampling of these gradients is not accounted for. Train with "
+                "`model.fit(plan.batches(x, y))`; for other data or a loop of your own, make the "
+                "plan with sampling='fixed_order' and declare `max_participations` and "
+                "`min_separation`."
+            )
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """Refuses gradients that were not clipped per example.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "BandMFOptimizer received plain gradients, which carry no privacy. The model is not "
+            "private (or lost it on load or clone): call `keras_bandmf.privatize(model)` before "
+            "`fit`. A loop of your own calls `keras_bandmf.clipped_gradients` and "
+            "`optimizer.apply_clipped`."
+        )
+
+    def stateless_apply(self, optimizer_variables: Any, grads: Any, trainable_variables: Any):
+        """Refuses, as `apply` does."""
+        self.apply(grads, trainable_variables)
+
+    @property
+    def variables(self) -> list:
+        """Public variables: those of the inner optimizer. Keys and ring are not among them."""
+        return self._variables + self.inner_optimizer.variables
+
+    @property
+    def learning_rate(self):
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self):
+        return self.inner_optimizer.iterations
+
+    def finalize_variable_values(self, var_list: Any) -> None:
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Writes keys and ring: the file is secret. Use `keras_bandmf.export` to release."""
+        if self._run_state is not None:
+            for name, value in self._run_state.to_arrays().items():
+                store[name] = value
+
+    def load_own_variables(self, store: Any) -> None:
+        """Restores keys and ring, by rule: the noise key anew, ring and sampler key kept.
+
+        Raises:
+            ValueError: if the optimizer is not built, or the state does not belong to it.
+        """
+        arrays = {name: np.asarray(store[name]) for name in store.keys()}
+        self.run_state.from_arrays(arrays, self.replay)
+
+    def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
+        # The hook of tf.train.Checkpoint. A SavedModel calls it inside a graph.
+        if not tf.executing_eagerly():
+            raise ValueError(
+                "A SavedModel of a model compiled with BandMFOptimizer would hold the key and "
+                "the state of its noise. Use `keras_bandmf.export(model, path)`."
+            )
+        return {name: tf.constant(value) for name, value in self.run_state.to_arrays().items()}
+
+    def _restore_from_tensors(self, restored_tensors: dict[str, tf.Tensor]) -> None:
+        arrays = {name: value.numpy() for name, value in restored_tensors.items()}
+        self.run_state.from_arrays(arrays, self.replay)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the config. Neither keys nor the test seed are part of it."""
+        return {
+            "name": self.name,
+            "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "plan": self.plan.to_json(),
+            "l2_norm_clip": self.l2_norm_clip,
+            "replay": self.replay,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> BandMFOptimizer:
+        """Makes an optimizer from what `get_config` returned."""
+        # Keras deserialises a learning rate schedule in place.
+        config = copy.deepcopy(config)
+        inner = keras.saving.deserialize_keras_object(
+            config.pop("optimizer"), custom_objects=custom_objects
+        )
+        plan = TrainingPlan.from_json(config.pop("plan"))
+        return cls(inner, plan, **config)
+
+
+def _checked_inner(inner: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    if isinstance(inner, (BandMFOptimizer, keras.optimizers.LossScaleOptimizer)):
+        raise ValueError(
+            "The inner optimizer must be an ordinary Keras optimizer such as 'adam'. "
+            f"Received: optimizer={type(inner).__name__}"
+        )
+    for name, advice in _REFUSED_SETTINGS.items():
+        value = getattr(inner, name, None)
+        if value is not None:
+            raise ValueError(
+                f"The inner optimizer must not set `{name}`. {advice} Received: {name}={value}"
+            )
+    if inner.use_ema and inner.ema_overwrite_frequency:
+        raise ValueError(
+            "The inner optimizer must not set `ema_overwrite_frequency`: Keras fails on it under "
+            "a distribution strategy. The average is written at the end of `fit` without it. "
+            f"Received: ema_overwrite_frequency={inner.ema_overwrite_frequency}"
+        )
+    return inner
+
+
+def _replica_id() -> int:
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        raise ValueError(
+            "`apply_clipped` must be called in a replica context, inside `strategy.run`."
+        )
+    replica = tf.get_static_value(context.replica_id_in_sync_group)
+    if replica is None:
+        raise ValueError(
+            "The replica id must be known when the step is traced. Received: "
+            f"{type(context.strategy).__name__}, which does not provide it. Use MirroredStrategy."
+        )
+    return int(replica)

@@ -1,0 +1,354 @@
+"""privatize(model): the private train_step and fit of one model instance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf import callbacks as private_callbacks
+from keras_bandmf import clipping, fit_arguments
+from keras_bandmf.optimizers import BandMFOptimizer
+from keras_bandmf.run_record import RunRecord
+from keras_bandmf.sampling import PrivateBatches
+from keras_bandmf.statement import Statement
+
+_ATTRIBUTE = "_keras_bandmf_training"
+
+
+def privatize(model: keras.Model, microbatch_size: int | None = None) -> keras.Model:
+    """Makes the training of a model private, in place.
+
+    Replaces `train_step` and `fit` on this instance; the class is untouched. It may be called
+    before or after `compile`. Loading or cloning loses it, and `BandMFOptimizer` then refuses to
+    train.
+
+    Formal guarantees:
+        `fit` trains on batches of the optimizer's own plan only, clips the gradient of each
+        example over all trainable variables jointly, and lets nothing but noisy sums and public
+        values reach the weights. Before the first step the clipping is compared with
+        one-example-at-a-time gradients on three rows, and models that mix examples are refused.
+
+    Args:
+        model: any `keras.Model` of Keras 3 that does not override `train_step`.
+        microbatch_size: examples whose gradients are computed at a time, to bound memory. It
+            changes neither the result nor the privacy.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: if `model` is not a Keras 3 model.
+        ValueError: if the model overrides `train_step`, or an argument is out of range.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "Argument `model` must be a keras.Model of Keras 3 (`import keras`). Under "
+            "TF_USE_LEGACY_KERAS=1, which `import tensorflow_transform` sets, `tf.keras` is "
+            f"Keras 2. Received: {type(model).__module__}.{type(model).__name__}"
+        )
+    if microbatch_size is not None and (
+        isinstance(microbatch_size, bool)
+        or not isinstance(microbatch_size, int)
+        or microbatch_size < 1
+    ):
+        raise ValueError(
+            "Argument `microbatch_size` must be None or a positive integer. "
+            f"Received: microbatch_size={microbatch_size!r}"
+        )
+    existing = getattr(model, _ATTRIBUTE, None)
+    if existing is not None:
+        existing.microbatch_size = microbatch_size
+        model.train_function = None
+        return model
+    for name in ("train_step", "make_train_function"):
+        if getattr(type(model), name) is not getattr(keras.Model, name):
+            raise ValueError(
+                f"The model must not override `{name}`: the private one would replace it. "
+                f"Received: {type(model).__name__}.{name}. Express the loss with `compile(loss=)`, "
+                "or write a loop with `clipped_gradients` and `apply_clipped`."
+            )
+    training = _PrivateTraining(model, microbatch_size)
+    setattr(model, _ATTRIBUTE, training)
+    model.train_step = training.train_step
+    model.make_train_function = training.make_train_function
+    model.train_on_batch = training.train_on_batch
+    model.fit = training.fit
+    model.train_function = None
+    return model
+
+
+def private_training(model: keras.Model) -> _PrivateTraining:
+    """Returns the private training of a model.
+
+    Raises:
+        ValueError: if the model is not private.
+    """
+    training = getattr(model, _ATTRIBUTE, None)
+    if training is None:
+        raise ValueError(
+            "The model is not private. Call `keras_bandmf.privatize(model)` first; loading and "
+            "cloning lose it. Received: " + repr(getattr(model, "name", model))
+        )
+    return training
+
+
+def statement(model: keras.Model) -> Statement:
+    """Returns the privacy statement of a private model: what ran, and what it guarantees.
+
+    Formal guarantees:
+        See `RunRecord.statement`: all steps of the plan are charged unless fewer were fixed in
+        advance, and a fixed seed withdraws the claim.
+
+    Args:
+        model: a model made private and compiled with a `BandMFOptimizer`.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    training = private_training(model)
+    return training.record.statement(training.optimizer)
+
+
+class _PrivateTraining:
+    """The methods that `privatize` puts on a model, and what they remember of the run."""
+
+    def __init__(self, model: keras.Model, microbatch_size: int | None):
+        self.model = model
+        self.microbatch_size = microbatch_size
+        self.record = RunRecord()
+        self._checked: Any = None
+        self._clip: Callable = self._clipped_gradients
+
+    @property
+    def optimizer(self) -> BandMFOptimizer:
+        """The compiled optimizer.
+
+        Raises:
+            ValueError: if the model is not compiled with a `BandMFOptimizer`.
+        """
+        optimizer = self.model.optimizer
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            raise ValueError(
+                "Under 'mixed_float16' Keras skips steps by looking at the gradients, which is "
+                "not private. Use the dtype policy 'mixed_bfloat16' or 'float32'."
+            )
+        if not isinstance(optimizer, BandMFOptimizer):
+            raise ValueError(
+                "A private model must be compiled with "
+                "`optimizer=keras_bandmf.BandMFOptimizer(...)`. "
+                f"Received: optimizer={type(optimizer).__name__}"
+            )
+        return optimizer
+
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses: the sampling of a single batch is not accounted for."""
+        raise ValueError(
+            "A private model does not train on single batches: their sampling is not accounted "
+            "for. Use `model.fit(plan.batches(x, y))`."
+        )
+
+    def make_train_function(self, force: bool = False) -> Callable:
+        """Makes Keras's train function with XLA inside `clipped_gradients` only.
+
+        Noise is drawn several times faster outside XLA, and metrics need dynamic shapes.
+        """
+        model = self.model
+        wanted = model.jit_compile
+        if force or model.train_function is None:
+            compiled = wanted and not model.run_eagerly
+            self._clip = (
+                tf.function(self._clipped_gradients, jit_compile=True, autograph=False)
+                if compiled
+                else self._clipped_gradients
+            )
+        model.jit_compile = False
+        try:
+            return type(model).make_train_function(model, force=force)
+        finally:
+            model.jit_compile = wanted
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """Clips, sums, adds noise, updates: one step of the plan."""
+        model, optimizer = self.model, self.optimizer
+        if isinstance(data, dict) and "mask" in data:
+            x, y = data["x"], data.get("y")
+            sample_weight, mask = data.get("sample_weight"), data["mask"]
+        else:
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            mask = None
+        clipped = self._clip(x, y, sample_weight, mask)
+        variables = model.trainable_variables
+        penalty, penalties = _regularisation(variables)
+        optimizer.apply_clipped(clipped, variables, penalties)
+        return self._metrics(x, y, sample_weight, clipped, penalty)
+
+    def _clipped_gradients(
+        self, x: Any, y: Any, sample_weight: Any, mask: Any
+    ) -> clipping.ClippedGradients:
+        return clipping.clipped_gradients(
+            self.model,
+            x,
+            y,
+            sample_weight,
+            l2_norm_clip=self.optimizer.l2_norm_clip,
+            mask=mask,
+            microbatch_size=self.microbatch_size,
+        )
+
+    def _metrics(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        clipped: clipping.ClippedGradients,
+        penalty: tf.Tensor,
+    ) -> dict[str, Any]:
+        """Updates the metrics with the rows that are not padding."""
+
+        def unpadded(structure: Any) -> Any:
+            return keras.tree.map_structure(
+                lambda part: None if part is None else tf.boolean_mask(part, clipped.mask),
+                structure,
+            )
+
+        losses = unpadded(clipped.losses)
+        count = tf.shape(losses)[0]
+        mean = tf.reduce_sum(losses) / tf.cast(tf.maximum(count, 1), losses.dtype)
+        for metric in self.model.metrics:
+            if metric.name == "loss":
+                metric.update_state(mean + tf.cast(penalty, mean.dtype), sample_weight=count)
+                break
+        return self.model.compute_metrics(
+            unpadded(x), unpadded(y), unpadded(clipped.outputs), unpadded(sample_weight)
+        )
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: Any = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool | None = None,
+        class_weight: dict | None = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: Any = 1,
+    ) -> keras.callbacks.History:
+        """Trains on the batches of the optimizer's plan; otherwise as `keras.Model.fit`.
+
+        Args:
+            x: what `plan.batches` of the same plan returned. If the plan declares participations,
+                any data in an order that keeps them.
+            y, batch_size, validation_split, shuffle, class_weight, sample_weight: belong to
+                `plan.batches`, and are refused here.
+            epochs, verbose, callbacks, validation_data, initial_epoch, validation_steps,
+                validation_batch_size, validation_freq: as in Keras. Callbacks that act on a
+                training metric are refused.
+            steps_per_epoch: at most that of the plan, and by default equal to it.
+
+        Returns:
+            Keras's `History`. Its training metrics are not private.
+
+        Raises:
+            ValueError: if data or arguments are not accounted for, or no step is left.
+        """
+        model, optimizer = self.model, self.optimizer
+        fit_arguments.check_distribution(model)
+        fit_arguments.refuse_changed_data(class_weight, validation_split)
+        listed = getattr(callbacks, "callbacks", callbacks) or []
+        listed = list(listed) if isinstance(listed, (list, tuple)) else [listed]
+        monitored = private_callbacks.check_callbacks(listed)
+        batches = x if isinstance(x, PrivateBatches) else None
+        if batches is not None:
+            fit_arguments.check_batches(
+                batches, optimizer.plan, y, batch_size, shuffle, sample_weight, steps_per_epoch
+            )
+            source = f"plan.batches of plan {batches.plan_fingerprint[:12]}"
+            steps_per_epoch = steps_per_epoch or batches.steps_per_epoch
+            self._prepare(batches.rows(list(range(min(3, batches.num_examples)))))
+        else:
+            fit_arguments.check_foreign_data(x, optimizer.plan)
+            source = "data supplied by the user, in an order declared by the user"
+            if batch_size is None and not hasattr(x, "element_spec"):
+                batch_size = optimizer.plan.batch_size
+        if optimizer.built and private_callbacks.steps_done(optimizer) >= optimizer.plan.num_steps:
+            raise ValueError(optimizer.budget_message())
+        guard = private_callbacks.StepGuard(optimizer, batches)
+        data = (
+            x
+            if batches is None
+            else batches.dataset(model.distribute_strategy.num_replicas_in_sync)
+        )
+        with (
+            optimizer.accepting(source),
+            self.record.fit(
+                optimizer, batches, source, monitored, epochs - initial_epoch, steps_per_epoch
+            ),
+        ):
+            if batches is not None:
+                # The batches are dicts with a mask, which Keras's symbolic build cannot read.
+                model._maybe_symbolic_build = lambda *args, **kwargs: None
+            try:
+                return keras.Model.fit(
+                    model,
+                    data,
+                    y,
+                    batch_size=batch_size,
+                    epochs=epochs,
+                    verbose=verbose,
+                    callbacks=[*listed, guard],
+                    validation_data=validation_data,
+                    shuffle=False,
+                    sample_weight=sample_weight,
+                    initial_epoch=initial_epoch,
+                    steps_per_epoch=steps_per_epoch,
+                    validation_steps=validation_steps,
+                    validation_batch_size=validation_batch_size,
+                    validation_freq=validation_freq,
+                )
+            finally:
+                model.__dict__.pop("_maybe_symbolic_build", None)
+
+    def _prepare(self, sample: dict[str, Any]) -> None:
+        """Builds model and optimizer, and checks once that clipping is exact for this model."""
+        model, optimizer = self.model, self.optimizer
+        parts = (sample["x"], sample.get("y"), sample.get("sample_weight"))
+        with model.distribute_strategy.scope():
+            # Metrics too: made inside a replica, their variables would break the graph.
+            model._symbolic_build(data_batch=keras.tree.map_structure(_symbolic_batch, parts))
+            optimizer.build(model.trainable_variables)
+        state = (optimizer, tuple(id(variable) for variable in model.trainable_variables))
+        if self._checked != state:
+            clipping.check_model(model, sample["x"], sample.get("y"), sample.get("sample_weight"))
+            self._checked = state
+
+
+def _symbolic_batch(array: Any) -> keras.KerasTensor | None:
+    if array is None:
+        return None
+    dtype = keras.backend.standardize_dtype(array.dtype)
+    return keras.KerasTensor((None, *array.shape[1:]), dtype=dtype)
+
+
+def _regularisation(variables: list) -> tuple[tf.Tensor, list[tf.Tensor | None] | None]:
+    """Returns the penalty of the weight regularisers and this replica's part of its gradients."""
+    regularised = [variable for variable in variables if variable.regularizer is not None]
+    if not regularised:
+        return tf.zeros([]), None
+    with tf.GradientTape() as tape:
+        penalty = tf.add_n(
+            [tf.cast(variable.regularizer(variable), tf.float32) for variable in regularised]
+        )
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    gradients = tape.gradient(penalty, [variable.value for variable in variables])
+    return penalty, [None if g is None else g / replicas for g in gradients]

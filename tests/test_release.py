@@ -1,0 +1,67 @@
+"""An exported model holds no key and no noise ring."""
+
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_bandmf as bandmf
+from tests import runs
+
+
+def trained(num_bands=4):
+    """A private model after an epoch."""
+    plan = runs.make_plan(num_bands=num_bands)
+    model = runs.compiled(runs.noise_model(units=40), plan)
+    model.fit(plan.batches(*runs.noise_data()), epochs=1, verbose=0)
+    return model
+
+
+def secrets(model):
+    """The bytes that must not leave: keys, and rows of the ring."""
+    state = model.optimizer.run_state
+    rows = [row[:8].tobytes() for row in state.noise.get_ring()]
+    words = np.concatenate([state.to_arrays()["run_key"], state.noise.get_key().view(np.int64)])
+    return [*rows, *[word.tobytes() for word in words], state.sampler_key.tobytes()]
+
+
+def all_bytes(folder):
+    """Every byte below a folder."""
+    return b"".join(p.read_bytes() for p in pathlib.Path(folder).rglob("*") if p.is_file())
+
+
+def test_export_holds_neither_key_nor_ring(tmp_path):
+    """Rule 10; the same scan finds them in a file of `model.save_weights`."""
+    model = trained()
+    bandmf.export(model, tmp_path / "served")
+    content = all_bytes(tmp_path / "served")
+    assert content
+    assert not [secret for secret in secrets(model) if secret in content]
+    for name in (b"bandmf", b"BandMF", b"noise_ring", b"run_key"):
+        assert name not in content
+    model.save_weights(tmp_path / "secret.weights.h5")
+    kept = (tmp_path / "secret.weights.h5").read_bytes()
+    assert any(secret in kept for secret in secrets(model))
+
+
+def test_the_exported_model_answers_as_the_trained_one(tmp_path):
+    model = trained()
+    bandmf.export(model, tmp_path / "served")
+    x = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
+    served = tf.saved_model.load(str(tmp_path / "served"))
+    np.testing.assert_allclose(served.serve(x), model.predict(x, verbose=0), rtol=1e-5)
+
+
+def test_a_saved_model_with_the_optimizer_is_refused(tmp_path):
+    model = trained()
+    with pytest.raises(ValueError, match="export"):
+        tf.saved_model.save(model, str(tmp_path / "leak"))
+
+
+def test_only_built_keras_models_are_exported(tmp_path):
+    with pytest.raises(TypeError, match="keras.Model"):
+        bandmf.export("model", tmp_path / "served")
+    with pytest.raises(ValueError, match="unbuilt"):
+        bandmf.export(keras.Sequential([keras.layers.Dense(1)]), tmp_path / "served")
