@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_bandmf.example_sources import (
+from keras_bandmf.sampling.sources import (
     checked_columns,
     map_leaves,
     preprocessed,
     read_dataset,
     refuse_strings,
 )
-from keras_bandmf.example_weights import product_of_weights, weights_of_classes
+from keras_bandmf.sampling.weights import product_of_weights, weights_of_classes
 
 
 class ExampleStore:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_bandmf.example_sources import map_leaves
+from keras_bandmf.sampling.sources import map_leaves
 
 
 def weights_of_classes(y: Any, class_weight: dict[int, float]) -> np.ndarray:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_bandmf import example_sources
-from keras_bandmf.example_store import ExampleStore
+from keras_bandmf.sampling import sources
+from keras_bandmf.sampling.store import ExampleStore
 
 N = 50
 
@@ -97,7 +97,7 @@ def arrays():
 @pytest.mark.parametrize("columns", [1, 2, 3])
 @pytest.mark.parametrize("chunk", [7, 1024])
 def test_datasets_of_single_examples(columns, chunk, monkeypatch):
-    monkeypatch.setattr(example_sources, "_CHUNK_ROWS", chunk)
+    monkeypatch.setattr(sources, "_CHUNK_ROWS", chunk)
     given = arrays()[:columns]
     rows = everything(read(tf.data.Dataset.from_tensor_slices(given)))
     assert list(rows) == ["x", "y", "sample_weight"][:columns]
@@ -155,7 +155,7 @@ def test_bad_datasets(dataset, match):
 
 
 def test_shapes_that_change_between_chunks(monkeypatch):
-    monkeypatch.setattr(example_sources, "_CHUNK_ROWS", 10)
+    monkeypatch.setattr(sources, "_CHUNK_ROWS", 10)
     dataset = tf.data.Dataset.range(N).map(lambda i: tf.zeros([1 + i // 20]))
     with pytest.raises(ValueError, match="one shape"):
         read(dataset)
@@ -244,7 +244,7 @@ def test_no_x_and_scipy_sparse():
 
 @pytest.mark.parametrize("chunk", [16, 1024])
 def test_preprocess_once_in_chunks(chunk, monkeypatch):
-    monkeypatch.setattr(example_sources, "_CHUNK_ROWS", chunk)
+    monkeypatch.setattr(sources, "_CHUNK_ROWS", chunk)
     sizes = []
 
     def preprocess(x, y):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from keras_bandmf import draws
-from keras_bandmf.draws import SamplingRule, bernoulli_positions, bit_stream, round_up
+from keras_bandmf.sampling import draws
+from keras_bandmf.sampling.draws import SamplingRule, bernoulli_positions, bit_stream, round_up
 
 ALARM = 1e-6
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_bandmf import draws
-from keras_bandmf.sampling import PrivateBatches
+from keras_bandmf.sampling import PrivateBatches, draws
+from tests import runs
 
 N = 60
 KEY = np.array([11, 12], np.uint64)
@@ -210,7 +210,7 @@ def test_two_replicas_share_every_batch_evenly(sampling, forced_size, monkeypatc
     if forced_size and sampling == "cyclic_poisson":
         monkeypatch.setattr(PrivateBatches, "padded_size", lambda self, replicas=1: forced_size)
     made = batches_of(sampling=sampling, batch_size=9)
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = runs.mirrored()
     dataset = made.dataset(strategy.num_replicas_in_sync)
     policy = dataset.options().experimental_distribute.auto_shard_policy
     assert policy == tf.data.experimental.AutoShardPolicy.DATA
@@ -252,7 +252,9 @@ def test_keras_fit_sees_every_step_once_in_order(devices):
         def on_epoch_begin(self, epoch, logs=None):
             made.cursor = int(self.model.step.numpy())
 
-    strategy = tf.distribute.MirroredStrategy(devices) if devices else tf.distribute.get_strategy()
+    strategy = tf.distribute.get_strategy()
+    if devices:
+        strategy = runs.mirrored(len(devices))
     with strategy.scope():
         model = Recorder()
         model.compile()

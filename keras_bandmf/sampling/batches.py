@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_bandmf.draws import SamplingRule, positive_int, round_up
-from keras_bandmf.example_store import ExampleStore
+from keras_bandmf.sampling.draws import SamplingRule, positive_int, round_up
+from keras_bandmf.sampling.store import ExampleStore
 
 _DATASET_METHODS = frozenset(
     name for name in dir(tf.data.Dataset) if not name.startswith("_") and name != "element_spec"

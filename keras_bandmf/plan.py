@@ -1,0 +1,399 @@
+"""TrainingPlan: the one frozen record that strategy, sampler, noise and accounting come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from typing import Any
+
+import dp_accounting
+
+from keras_bandmf import band_choice, strategies
+from keras_bandmf.accounting import Schedule, calibrate_noise, epsilon_of
+from keras_bandmf.checks import checked_float
+from keras_bandmf.documents import read_document, write_document
+from keras_bandmf.plan_arguments import (
+    check_strategy,
+    resolve_bands,
+    resolve_steps,
+    resolve_strategy,
+)
+from keras_bandmf.planned_statement import planned_statement, sampling_in_words
+from keras_bandmf.sampling import PrivateBatches
+from keras_bandmf.statement import Statement, rounded_up
+
+_FORMAT = "keras_bandmf.TrainingPlan"
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, init=False, eq=False)
+class TrainingPlan:
+    """A private training run, fixed before it starts: immutable, in JSON exact, printed as a table.
+
+    Formal guarantees: training that draws its batches by `batches`, clips every example's
+    gradient to norm zeta, adds noise correlated by `strategy` of standard deviation
+    `noise_stddev(zeta)` to their sum, and stops after at most `num_steps` updates releases
+    weights that are (`epsilon()`, `delta`)-differentially private under `adjacency`, for one row
+    of the training data. `num_examples` and everything else in the plan is public.
+
+    Attributes: as the arguments; `strategy` is the object, `num_steps` is there either way.
+    """
+
+    num_examples: int
+    batch_size: int
+    num_steps: int
+    noise_multiplier: float
+    delta: float
+    sampling: str
+    strategy: Any
+    max_participations: int | None
+    min_separation: int | None
+
+    def __init__(
+        self,
+        *,
+        num_examples: int,
+        batch_size: int,
+        noise_multiplier: float,
+        delta: float,
+        num_steps: int | None = None,
+        epochs: int | None = None,
+        num_bands: int | None = None,
+        strategy: Any = "toeplitz",
+        sampling: str = "cyclic_poisson",
+        max_participations: int | None = None,
+        min_separation: int | None = None,
+    ):
+        """A plan with a given noise multiplier; `calibrate` finds one for a given epsilon.
+
+        Args:
+            num_examples: N >= 1.
+            batch_size: in [1, num_examples].
+            noise_multiplier: sigma >= 0; 0 is not private, and the statement says so.
+            delta: in (0, 1).
+            num_steps: n; give this or `epochs`.
+            epochs: passes over the data, an integer.
+            num_bands: b, needed with a strategy's name; 1 is DP-SGD.
+            strategy: "toeplitz", or a strategy object.
+            sampling: "cyclic_poisson" or "fixed_order".
+            max_participations: fixed order only, declared for foreign data.
+            min_separation: fixed order only, declared for foreign data.
+
+        Raises:
+            TypeError: for a wrong type.
+            ValueError: for a value or a combination that cannot be accounted for.
+        """
+        num_steps = resolve_steps(num_examples, batch_size, num_steps, epochs)
+        if num_bands == "auto":
+            raise ValueError(
+                "`num_bands='auto'` depends on a target epsilon. Received: num_bands='auto', "
+                f"noise_multiplier={noise_multiplier!r}. Use `TrainingPlan.calibrate(epsilon=...)` "
+                "or give a number."
+            )
+        bands = resolve_bands(num_bands, strategy)
+        schedule = Schedule(
+            sampling, num_examples, batch_size, num_steps, bands, max_participations, min_separation
+        )
+        object.__setattr__(self, "_schedule", schedule)
+        for field in dataclasses.fields(schedule):
+            if field.name != "num_bands":
+                object.__setattr__(self, field.name, getattr(schedule, field.name))
+        sigma = checked_float(
+            "noise_multiplier",
+            noise_multiplier,
+            minimum=0.0,
+            hint="Use `TrainingPlan.calibrate(epsilon=...)` to find one.",
+        )
+        object.__setattr__(self, "noise_multiplier", sigma)
+        object.__setattr__(self, "delta", checked_float("delta", delta, above=0.0, below=1.0))
+        strategy = resolve_strategy(strategy, schedule.num_steps, bands)
+        check_strategy(strategy, schedule)
+        object.__setattr__(self, "strategy", strategy)
+
+    @classmethod
+    def calibrate(
+        cls,
+        *,
+        num_examples: int,
+        batch_size: int,
+        epsilon: float,
+        delta: float,
+        epochs: int | None = None,
+        num_steps: int | None = None,
+        num_bands: int | str | None = "auto",
+        strategy: Any = "toeplitz",
+        sampling: str = "cyclic_poisson",
+        max_bands: int = band_choice.DEFAULT_MAX_BANDS,
+        max_participations: int | None = None,
+        min_separation: int | None = None,
+    ) -> TrainingPlan:
+        """The plan of least expected error for an (epsilon, delta).
+
+        Formal guarantees: the plan's `epsilon()` is at most `epsilon`, evaluated at the very
+        noise multiplier chosen, by the accounting that later reports it. Only public values are
+        looked at.
+
+        Args:
+            num_examples: N.
+            batch_size: expected examples a step.
+            epsilon: the target, above 0.
+            delta: in (0, 1); below 1 / num_examples.
+            epochs: passes over the data; give this or `num_steps`.
+            num_steps: n.
+            num_bands: "auto" takes the number with the lowest expected RMSE, up to `max_bands`.
+            strategy: "toeplitz", or a strategy object (which has its number of bands).
+            sampling: "cyclic_poisson" or "fixed_order".
+            max_bands: cap of "auto"; the noise keeps num_bands - 1 copies of the model.
+            max_participations: fixed order only, declared for foreign data.
+            min_separation: fixed order only, declared for foreign data.
+
+        Returns:
+            The plan.
+
+        Raises:
+            TypeError: for a wrong type.
+            ValueError: for a value or combination that cannot be accounted for.
+        """
+        num_steps = resolve_steps(num_examples, batch_size, num_steps, epochs)
+        epsilon = checked_float("epsilon", epsilon, above=0.0)
+        delta = checked_float("delta", delta, above=0.0, below=1.0)
+        is_auto = isinstance(num_bands, str) and num_bands == "auto"
+        is_chosen_here = is_auto and isinstance(strategy, str)
+        given = (1 if is_chosen_here else None) if is_auto else num_bands
+        bands = resolve_bands(given, strategy)
+        schedule = Schedule(
+            sampling, num_examples, batch_size, num_steps, bands, max_participations, min_separation
+        )
+        guess = None
+        if is_chosen_here:
+            best = band_choice.choose_bands(
+                schedule,
+                epsilon,
+                delta,
+                functools.partial(resolve_strategy, strategy, num_steps),
+                max_bands=max_bands,
+            ).best
+            strategy, guess = best.strategy, best.noise_multiplier
+            schedule = dataclasses.replace(schedule, num_bands=best.num_bands)
+        return cls(
+            num_examples=num_examples,
+            batch_size=batch_size,
+            noise_multiplier=calibrate_noise(schedule, epsilon, delta, guess=guess),
+            delta=delta,
+            num_steps=num_steps,
+            num_bands=schedule.num_bands,
+            strategy=strategy,
+            sampling=sampling,
+            max_participations=max_participations,
+            min_separation=min_separation,
+        )
+
+    @property
+    def num_bands(self) -> int:
+        """b: how many steps a gradient's noise is spread over; 1 is DP-SGD."""
+        return self.strategy.num_bands
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """E = num_examples // batch_size."""
+        return self._schedule.steps_per_epoch
+
+    @property
+    def sampling_probability(self) -> float | None:
+        """q = num_bands * batch_size / num_examples; None in a fixed order."""
+        return self._schedule.sampling_probability
+
+    @property
+    def participations(self) -> int | None:
+        """Fixed order: k, the most often an example takes part; None under cyclic Poisson."""
+        return self._schedule.participations() if self.sampling == "fixed_order" else None
+
+    @property
+    def separation(self) -> int | None:
+        """Fixed order: steps between two participations of an example; else None."""
+        return self._schedule.separation if self.sampling == "fixed_order" else None
+
+    @property
+    def declares_participations(self) -> bool:
+        """Whether the user vouches for the order of foreign data (fixed order only)."""
+        return self.max_participations is not None
+
+    @property
+    def adjacency(self) -> str:
+        """ "add-or-remove-one" (cyclic Poisson) or "zero-out" (fixed order)."""
+        return self._schedule.adjacency
+
+    @functools.cached_property
+    def sensitivity(self) -> float:
+        """S: largest column norm, times sqrt(participations) in a fixed order."""
+        return self._schedule.sensitivity * self.strategy.sensitivity()
+
+    @functools.cached_property
+    def expected_rmse(self) -> float:
+        """sigma * S * sqrt(mean error) / expected participations, in units of the clip norm."""
+        mean_error = self.strategy.loss("mean")
+        return band_choice.expected_rmse(self._schedule, self.noise_multiplier, mean_error)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of the canonical JSON."""
+        canonical = write_document(_FORMAT, _VERSION, self._fields(), indent=None)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def noise_stddev(self, l2_norm_clip: float) -> float:
+        """The standard deviation of z, the independent noise before correlation.
+
+        Args:
+            l2_norm_clip: zeta, the norm each example's gradient is clipped to.
+
+        Returns:
+            sigma * S * zeta.
+        """
+        clip = checked_float("l2_norm_clip", l2_norm_clip, above=0.0)
+        return self.noise_multiplier * self.sensitivity * clip
+
+    def dp_event(self, steps: int | None = None) -> dp_accounting.DpEvent:
+        """The `dp_accounting` event of the first `steps` steps; None charges the whole run.
+
+        Formal guarantees: as `Schedule.dp_event`: `steps` must have been fixed in advance, or
+        the stop must not have looked at anything private.
+        """
+        return self._schedule.dp_event(self.noise_multiplier, steps)
+
+    def epsilon(self, steps: int | None = None) -> float:
+        """Epsilon at `delta` of the first `steps` steps; None charges the whole run.
+
+        Formal guarantees: an upper bound, valid for a number of steps that was fixed in advance
+        or chosen without looking at anything private; otherwise the whole run is to be charged.
+
+        Args:
+            steps: t in [0, num_steps].
+
+        Returns:
+            Epsilon; `math.inf` without noise.
+        """
+        if steps is None or steps == self.num_steps:
+            return self._whole_epsilon
+        return epsilon_of(self.dp_event(steps), self.delta)
+
+    @functools.cached_property
+    def _whole_epsilon(self) -> float:
+        return epsilon_of(self.dp_event(), self.delta)
+
+    def statement(self, steps: int | None = None) -> Statement:
+        """What the plan would guarantee: headed "planned, not executed".
+
+        Formal guarantees: as `epsilon`: charging fewer than all steps is valid only if their
+        number was fixed in advance.
+
+        Args:
+            steps: t in [0, num_steps]; None is all.
+
+        Returns:
+            A `Statement`; `dataclasses.replace` makes that of a run from it.
+        """
+        return planned_statement(
+            self._schedule,
+            strategy_name=type(self.strategy).__name__,
+            noise_multiplier=self.noise_multiplier,
+            epsilon=self.epsilon(steps),
+            delta=self.delta,
+            steps=steps,
+            fingerprint=self.fingerprint,
+        )
+
+    def batches(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        class_weight: Any = None,
+        preprocess: Any = None,
+        seed: int | None = None,
+    ) -> PrivateBatches:
+        """The batches of this plan: the only data the private `fit` takes.
+
+        Formal guarantees: batch t is a function of (plan, run key, t), drawn as the accounting
+        assumes; see `PrivateBatches`.
+
+        Args:
+            x: arrays, a structure of arrays, or a `tf.data.Dataset` of single examples.
+            y: targets.
+            sample_weight: a weight per example.
+            class_weight: class to weight.
+            preprocess: applied to examples before sampling.
+            seed: for tests only: the run is then not private.
+
+        Raises:
+            ValueError: if the declared participations are stricter than this sampler's.
+        """
+        self._schedule.check_own_batches()
+        return PrivateBatches(
+            x,
+            y,
+            sample_weight,
+            num_examples=self.num_examples,
+            batch_size=self.batch_size,
+            num_steps=self.num_steps,
+            num_bands=self.num_bands,
+            sampling=self.sampling,
+            plan_fingerprint=self.fingerprint,
+            class_weight=class_weight,
+            preprocess=preprocess,
+            seed=seed,
+        )
+
+    def _fields(self) -> dict[str, Any]:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**fields, "strategy": self.strategy.get_config()}
+
+    def to_json(self) -> str:
+        """The plan as JSON: strategy included, exact to the last bit, no key or seed in it."""
+        return write_document(_FORMAT, _VERSION, self._fields(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainingPlan:
+        """Reads what `to_json` wrote; the result equals the original.
+
+        Args:
+            text: JSON.
+
+        Returns:
+            The plan, with the fingerprint of the original.
+
+        Raises:
+            ValueError: for another format or version, an unknown strategy class, missing or
+                unknown fields, or values that make no plan.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        fields = read_document(text, _FORMAT, _VERSION, names)
+        fields["strategy"] = strategies.from_config(fields["strategy"])
+        return cls(**fields)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TrainingPlan):
+            return NotImplemented
+        return self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __str__(self) -> str:
+        """The plan as a table."""
+        epochs = self.num_steps / self.steps_per_epoch
+        rows = [
+            ("examples", f"{self.num_examples}"),
+            ("batch size", f"{self.batch_size}"),
+            ("steps", f"{self.num_steps} ({epochs:.4g} epochs of {self.steps_per_epoch})"),
+            ("sampling", sampling_in_words(self._schedule)),
+            ("strategy", f"{type(self.strategy).__name__}, bands: {self.num_bands}"),
+            ("noise multiplier", f"{self.noise_multiplier:.6g}"),
+            ("sensitivity", f"{self.sensitivity:.6g}"),
+            ("epsilon", rounded_up(self.epsilon(), 6)),
+            ("delta", f"{self.delta:g}"),
+            ("adjacency", f"{self.adjacency}, one row"),
+            ("expected RMSE", f"{self.expected_rmse:.6g} clip norms"),
+            ("fingerprint", self.fingerprint[:16]),
+        ]
+        return "\n".join(["TrainingPlan", *(f"  {name:<18}{text}" for name, text in rows)])

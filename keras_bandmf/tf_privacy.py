@@ -1,0 +1,83 @@
+"""TF Privacy's accountants as a second opinion on DP-SGD; the extra `tf-privacy` is optional."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from typing import Any
+
+_LIBRARY = "tensorflow_privacy.privacy.analysis.compute_dp_sgd_privacy_lib"
+# Below this noise TF Privacy's loss distributions, on a fixed grid, take minutes and gigabytes.
+_LEAST_NOISE_FOR_PLD = 0.3
+
+
+def tf_privacy_epsilons(
+    *,
+    num_examples: int,
+    batch_size: int,
+    num_steps: int,
+    noise_multiplier: float,
+    delta: float,
+) -> dict[str, float]:
+    """Epsilon of Poisson-sampled DP-SGD by `compute_dp_sgd_privacy_statement`.
+
+    Args:
+        num_examples: N.
+        batch_size: expected examples a step.
+        num_steps: t, the steps charged.
+        noise_multiplier: sigma.
+        delta: in (0, 1).
+
+    Returns:
+        Epsilon by accountant, to the three decimals TF Privacy prints; empty where the extra is
+        not installed or there is no noise.
+    """
+    library = _load()
+    if library is None or noise_multiplier == 0:
+        return {}
+    # It charges ceil(epochs * N / batch): half a step less keeps rounding from adding one.
+    epochs = (num_steps - 0.5) * batch_size / num_examples
+    names = ["RDP"] if noise_multiplier < _LEAST_NOISE_FOR_PLD else ["PLD", "RDP"]
+    return {
+        f"TF Privacy, {name}": _epsilon_in(
+            library.compute_dp_sgd_privacy_statement(
+                num_examples,
+                batch_size,
+                epochs,
+                noise_multiplier,
+                delta,
+                used_microbatching=False,
+                accountant_type=library.AccountantType[name],
+            )
+        )
+        for name in names
+    }
+
+
+def _load() -> Any:
+    """The library, or None. TF Privacy's own switch keeps it from importing TF 1 code."""
+    if importlib.util.find_spec("tensorflow_privacy") is None:
+        return None
+    switch = "skip_tf_privacy_import"
+    missing = object()
+    before = getattr(sys, switch, missing)
+    setattr(sys, switch, True)
+    try:
+        return importlib.import_module(_LIBRARY)
+    finally:
+        if before is missing:
+            delattr(sys, switch)
+        else:
+            setattr(sys, switch, before)
+
+
+def _epsilon_in(report: str) -> float:
+    found = re.search(r"Epsilon assuming Poisson sampling \(\*\):\s+(\S+)", report)
+    if found is None:
+        raise ValueError(
+            "Expected TF Privacy 0.9's report. Received: "
+            f"{report!r}. Install `tensorflow-privacy==0.9.0`."
+        )
+    return float(found.group(1))
