@@ -1,0 +1,124 @@
+"""Time and memory of strategy optimisation, alone and against jax-privacy, as ratios in one run.
+
+    python benchmarks/strategies.py [--peer_python PATH]
+
+PATH is the interpreter of an environment with `jax` and `jax-privacy`; without it the rows of the
+peer say so. Every cold figure is measured in a process of its own, after imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Both programs print one JSON line: seconds of the first and of the second call, coefficients.
+OURS = """
+import json, resource, sys, time
+import tensorflow as tf
+from keras_bandmf import strategies
+n, b = int(sys.argv[1]), int(sys.argv[2])
+repeats = int(sys.argv[3])
+memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+tf.zeros([3]).numpy()
+before, seconds = memory(), []
+for _ in range(repeats):
+    start = time.perf_counter()
+    s = strategies.ToeplitzStrategy.optimize(n, b, column_normalize=False)
+    seconds.append(time.perf_counter() - start)
+print(json.dumps({"seconds": seconds, "mebibytes": memory() - before,
+                  "coefficients": s.coefficients.tolist()}))
+"""
+PEER = """
+import json, sys, time
+import jax
+jax.config.update("jax_enable_x64", True)
+import jax.numpy as jnp
+from jax_privacy.matrix_factorization import toeplitz
+n, b = int(sys.argv[1]), int(sys.argv[2])
+repeats, seconds = int(sys.argv[3]), []
+jnp.zeros(3).block_until_ready()
+for _ in range(repeats):
+    start = time.perf_counter()
+    c = toeplitz.optimize_banded_toeplitz(n, b).block_until_ready()
+    seconds.append(time.perf_counter() - start)
+print(json.dumps({"seconds": seconds, "coefficients": [float(x) for x in c]}))
+"""
+
+
+def run(python: str, program: str, num_steps: int, num_bands: int, repeats: int) -> dict:
+    """Runs one of the programs above in a fresh process and returns what it printed."""
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "-1"}
+    if python == sys.executable:
+        environment["PYTHONPATH"] = path
+    command = [python, "-c", program, str(num_steps), str(num_bands), str(repeats)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{python} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def row(what: str, value: str, target: str = "") -> None:
+    print(f"{what:<62} {value:>24}  {target}", flush=True)
+
+
+def alone() -> None:
+    """Fresh-process times at sizes from a million steps up."""
+    for num_steps, num_bands, target in [(10**6, 32, 3.0), (10**9, 64, None), (10**6, 1024, None)]:
+        result = run(sys.executable, OURS, num_steps, num_bands, 1 if num_bands > 64 else 2)
+        name = f"optimize n={num_steps:.0e} b={num_bands}"
+        cold = result["seconds"][0]
+        limit = f"target {target} s: {cold / target:.2f} of it" if target else ""
+        row(f"{name}, fresh process after imports", f"{cold:.2f} s", limit)
+        if len(result["seconds"]) > 1:
+            row(f"{name}, again", f"{result['seconds'][1]:.2f} s")
+        row(f"{name}, memory above imports", f"{result['mebibytes']:.0f} MiB")
+
+
+def against_peer(peer_python: str | None, num_steps: int = 10**4, num_bands: int = 32) -> None:
+    """Both libraries on the same problem, both losses computed by the same code."""
+    ours = run(sys.executable, OURS, num_steps, num_bands, 7)
+    name = f"n={num_steps:.0e} b={num_bands}"
+    warm = min(ours["seconds"][1:])
+    row(f"keras_bandmf {name}, first call (tracing counted)", f"{ours['seconds'][0]:.3f} s")
+    row(f"keras_bandmf {name}, warm (best of 6)", f"{warm:.3f} s")
+    if peer_python is None:
+        row(f"jax-privacy {name}", "peer not given", "(--peer_python PATH)")
+        return
+    peer = run(peer_python, PEER, num_steps, num_bands, 3)
+    peer_warm = min(peer["seconds"][1:])
+    row(f"jax-privacy {name}, first call", f"{peer['seconds'][0]:.3f} s")
+    row(f"jax-privacy {name}, warm (best of 2)", f"{peer_warm:.3f} s")
+    sys.path.insert(0, str(ROOT))
+    from keras_bandmf.strategies import ToeplitzStrategy
+
+    losses = [
+        ToeplitzStrategy(found["coefficients"], num_steps, column_normalize=False).loss("mean")
+        for found in (ours, peer)
+    ]
+    row("loss, keras_bandmf / jax-privacy", f"{losses[0]:.10f} / {losses[1]:.10f}")
+    row("loss over jax-privacy's, minus 1", f"{losses[0] / losses[1] - 1:.1e}", "target <= 1e-12")
+    row("times faster, both warm", f"{peer_warm / warm:.0f}", "target 100")
+    row(
+        "times faster, tracing counted",
+        f"{peer['seconds'][0] / ours['seconds'][0]:.1f}",
+        "target 10",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peer_python", help="interpreter with jax and jax-privacy installed")
+    arguments = parser.parse_args()
+    alone()
+    against_peer(arguments.peer_python)
+
+
+if __name__ == "__main__":
+    main()

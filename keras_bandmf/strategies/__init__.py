@@ -1,0 +1,31 @@
+"""Strategies: which correlation the noise has."""
+
+from __future__ import annotations
+
+from keras_bandmf.strategies.arguments import choice
+from keras_bandmf.strategies.toeplitz import ToeplitzStrategy
+
+__all__ = ["ToeplitzStrategy", "from_config"]
+
+_CLASSES = {"ToeplitzStrategy": ToeplitzStrategy}
+
+
+def from_config(config: dict) -> ToeplitzStrategy:
+    """Restores a strategy of any class from its `get_config()`.
+
+    Args:
+      config: the dict, perhaps through JSON; its "class_name" says which class.
+
+    Returns:
+      A strategy equal to the one that wrote `config`.
+
+    Raises:
+      ValueError: `config` is not a dict, names an unknown class, or does not fit that class.
+    """
+    if not isinstance(config, dict) or "class_name" not in config:
+        raise ValueError(
+            "The config of a strategy must be a dict with a 'class_name'. "
+            f"Received: config={config!r}. Pass what `get_config()` returned."
+        )
+    name = choice("class_name", config["class_name"], tuple(_CLASSES))
+    return _CLASSES[name].from_config(config)

@@ -1,0 +1,377 @@
+"""Banded Toeplitz strategies: one column of coefficients says it all, for any number of steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from keras_bandmf.strategies import normalized, solvers
+from keras_bandmf.strategies.arguments import boolean, choice, positive_integer
+from keras_bandmf.strategies.minimize import Progress, minimize
+from keras_bandmf.strategies.sensitivity import banded_toeplitz, toeplitz_sensitivity
+
+ERRORS = ("mean", "max")
+# Step counts are kept exactly in float64, and the search is tried, up to here.
+MAX_STEPS = 10**12
+MAX_MATERIALIZED_STEPS = 10_000
+# Longer problems of the routes that form vectors over the steps start from a shorter one's optimum.
+_WARM_START_STEPS = 10**5
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ToeplitzStrategy:
+    """A lower-triangular, banded Toeplitz strategy C for prefix sums over `num_steps` steps.
+
+    T has `T[i, j] = coefficients[i - j]` for `0 <= i - j < b`. C is T, or with
+    `column_normalize=True` T with each column divided by its norm, which changes the last b - 1
+    columns only and lowers the error. Instances are immutable and compare by value.
+    (McKenna, arXiv 2405.15913, section 3.)
+
+    Attributes:
+      coefficients: `(b,)` float64, read-only, scaled to norm 1; the first is positive.
+      num_steps: n.
+      column_normalize: whether every column of C has norm 1.
+
+    Formal guarantees:
+      `C[i, j] = 0` for `i < j` and for `i - j >= num_bands`, and the largest column norm of C is 1
+      (to rounding): a contribution of norm zeta at one step moves C X by at most zeta.
+    """
+
+    coefficients: np.ndarray
+    num_steps: int
+    column_normalize: bool = True
+
+    def __post_init__(self):
+        num_steps = _checked_steps(self.num_steps)
+        coefficients = _checked_coefficients(self.coefficients)
+        _check_bands(len(coefficients), num_steps)
+        object.__setattr__(self, "num_steps", num_steps)
+        object.__setattr__(self, "coefficients", coefficients)
+        boolean("column_normalize", self.column_normalize)
+
+    @classmethod
+    def optimize(
+        cls,
+        num_steps: int,
+        num_bands: int,
+        error: str = "mean",
+        column_normalize: bool = True,
+        callback: Callable[[Progress], object] | None = None,
+    ) -> ToeplitzStrategy:
+        """Finds the coefficients with the lowest error at norm 1.
+
+        The raw Toeplitz loss is minimised (its logarithm, by L-BFGS-B, from the square-root
+        coefficients); normalising the columns afterwards never makes it worse.
+
+        Args:
+          num_steps: n, from 1 to 10^12.
+          num_bands: b, from 1 to n. 1 gives the identity.
+          error: "mean" or "max" of the squared row norms of `A C^-1`.
+          column_normalize: whether C gets columns of norm 1.
+          callback: called after every iteration with a `Progress` whose `value` is the logarithm
+            of the raw loss.
+
+        Returns:
+          The strategy.
+
+        Raises:
+          ValueError: an argument is out of its range.
+          RuntimeError: the search did not end in a minimum.
+        """
+        num_steps = _checked_steps(num_steps)
+        num_bands = positive_integer("num_bands", num_bands)
+        _check_bands(num_bands, num_steps)
+        choice("error", error, ERRORS)
+        boolean("column_normalize", column_normalize)
+        if callback is not None and not callable(callback):
+            raise ValueError(
+                "`callback` must be a function of one argument, or None. "
+                f"Received: callback={callback!r}. Pass a function that takes a `Progress`."
+            )
+        coefficients = _optimal_coefficients(num_steps, num_bands, error, callback)
+        return cls(coefficients, num_steps, column_normalize)
+
+    @property
+    def num_bands(self) -> int:
+        """b, the number of bands of C, its diagonal included."""
+        return len(self.coefficients)
+
+    def per_step_error(self) -> np.ndarray:
+        """Returns the squared row norms of `A C^-1`.
+
+        Returns:
+          `(n,)` float64: the variance of the i-th prefix sum at unit noise. Coefficients whose
+          inverse overflows give `inf`.
+
+        Raises:
+          ValueError: n is above 10^8.
+        """
+        n, b = self.num_steps, self.num_bands
+        if n > solvers.MAX_VECTOR_STEPS:
+            raise ValueError(
+                f"The error of each step is computed for at most {solvers.MAX_VECTOR_STEPS} steps. "
+                f"Received: num_steps={n}. Use `loss()`, which works for any number of steps."
+            )
+        if b == 1:
+            return np.arange(1.0, n + 1.0)
+        route = "scan" if b <= 256 else "fft"
+        response = solvers.impulse_response(self.coefficients, n, route).numpy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums = np.cumsum(response)
+            # Summed in extended precision where there is one: a million equal terms in a row
+            # round the same way.
+            errors = np.cumsum(np.square(sums), dtype=np.longdouble).astype(np.float64)
+            if self.column_normalize:
+                m = n - b + 1
+                window = np.concatenate([np.zeros(max(0, b - 1 - m)), sums[max(0, m - b + 1) :]])
+                lagged = normalized.lagged_products(sums[:m], b)
+                errors[m:] = normalized.tail_errors(self.tail_scale(), window, lagged)
+        return np.where(np.isnan(errors), np.inf, errors)
+
+    def loss(self, error: str = "mean") -> float:
+        """Returns the mean or the largest squared row norm of `A C^-1`.
+
+        Args:
+          error: "mean" or "max".
+
+        Returns:
+          The loss at largest column norm 1; `inf` where the inverse of C overflows. The expected
+          RMSE at noise multiplier sigma and unit sensitivity is `sigma * sqrt(loss)`.
+
+        Raises:
+          ValueError: unknown `error`.
+        """
+        choice("error", error, ERRORS)
+        n, b = self.num_steps, self.num_bands
+        if b == 1:
+            return (n + 1) / 2.0 if error == "mean" else float(n)
+        if solvers.cheapest_route(n, b) != "doubling":
+            errors = self.per_step_error()
+            return float(np.mean(errors) if error == "mean" else np.max(errors))
+        raw_rows = n - b + 1 if self.column_normalize else n
+        doubled = solvers.doubling(self.coefficients, solvers.step_bits(raw_rows), 0.0, 1.0)
+        total, largest = float(doubled.summed), float(doubled.last)
+        if self.column_normalize:
+            tail = self._doubled_tail(doubled.state.numpy(), doubled.covariance.numpy())
+            total, largest = total + float(np.sum(tail)), max(largest, float(np.max(tail)))
+        loss = total / n if error == "mean" else largest
+        return loss if math.isfinite(loss) else math.inf
+
+    def _doubled_tail(self, state: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+        """Errors of the last b - 1 rows from what the doubling route knows at step n - b + 1."""
+        # sum x_t x_{t-k} = sum x_t (x_t - h_t - ... - h_{t-k+1}).
+        lagged = covariance[0] - np.concatenate([[0.0], np.cumsum(covariance[1:])])
+        with np.errstate(over="ignore", invalid="ignore"):
+            window = normalized.extend_window(self.coefficients, state)
+            return normalized.tail_errors(self.tail_scale(), window, lagged)
+
+    def sensitivity(
+        self, max_participations: int = 1, min_separation: int | None = None
+    ) -> float:
+        """Returns the sensitivity of C under a participation schema, or an upper bound on it.
+
+        Args:
+          max_participations: most steps an example takes part in.
+          min_separation: least distance, in steps, between two of them; needed when
+            `max_participations` is above 1.
+
+        Returns:
+          The sensitivity: 1 for one participation, `sqrt(k)` times the column norm when the bands
+          do not exceed the separation (k participations fit). With more bands it is exact for raw,
+          non-negative, non-increasing coefficients and an upper bound for everything else.
+
+        Raises:
+          ValueError: an argument is out of its range, or a bound would need too many bands.
+
+        Formal guarantees:
+          Never below the largest norm of `sum_{i in pattern} C[:, i] u_i'` with every u_i of norm
+          at most 1, over all patterns the schema allows.
+        """
+        max_participations = positive_integer("max_participations", max_participations)
+        if min_separation is None:
+            if max_participations > 1:
+                raise ValueError(
+                    "`min_separation` must be given when an example takes part more than once. "
+                    f"Received: max_participations={max_participations}, min_separation=None. "
+                    "Pass the least number of steps between two participations."
+                )
+            return 1.0
+        return toeplitz_sensitivity(
+            self.coefficients,
+            self.num_steps,
+            self.column_normalize,
+            max_participations,
+            positive_integer("min_separation", min_separation),
+        )
+
+    def materialize(self) -> np.ndarray:
+        """Returns C as a dense matrix, for tests and pictures.
+
+        Returns:
+          `(n, n)` float64.
+
+        Raises:
+          ValueError: n is above 10,000.
+        """
+        if self.num_steps > MAX_MATERIALIZED_STEPS:
+            raise ValueError(
+                f"C is materialised for at most {MAX_MATERIALIZED_STEPS} steps. Received: "
+                f"num_steps={self.num_steps}. Use `noise_rows()` and `tail_scale()`, which define "
+                "C^-1, or a strategy with fewer steps."
+            )
+        return banded_toeplitz(self.coefficients, self.num_steps, self.column_normalize)
+
+    def noise_rows(self) -> np.ndarray:
+        """Returns the recurrence of the correlated noise.
+
+        Returns:
+          `(1, b)` float64, one row r for every step: `x_i = (z_i - sum_k r[k] x_{i-k}) / r[0]`
+          over `1 <= k <= min(i, b - 1)`, i.e. `x = T^-1 z`.
+        """
+        return self.coefficients[None].copy()
+
+    def tail_scale(self) -> np.ndarray:
+        """Returns what multiplies the released noise rows of the last steps.
+
+        Returns:
+          `(t,)` float64 for the last t steps, in order; earlier rows are released as they are.
+          t = b - 1 with column normalisation, else 0. `C^-1 = diag(scale) T^-1`.
+        """
+        if not self.column_normalize:
+            return np.zeros(0)
+        return normalized.tail_scale(self.coefficients)
+
+    def get_config(self) -> dict:
+        """Returns a dict for JSON from which `from_config` restores the strategy exactly."""
+        return {
+            "class_name": type(self).__name__,
+            "num_steps": self.num_steps,
+            "coefficients": self.coefficients.tolist(),
+            "column_normalize": self.column_normalize,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict) -> ToeplitzStrategy:
+        """Restores a strategy from `get_config()`.
+
+        Args:
+          config: the dict, perhaps through JSON.
+
+        Returns:
+          An equal strategy, its coefficients the same to the last bit.
+
+        Raises:
+          ValueError: a field is missing, unknown, or out of its range.
+        """
+        expected = {"class_name", "num_steps", "coefficients", "column_normalize"}
+        if not isinstance(config, dict) or set(config) != expected:
+            raise ValueError(
+                f"The config of a ToeplitzStrategy must be a dict with the keys {sorted(expected)}."
+                f" Received: config={config!r}. Pass what `get_config()` returned."
+            )
+        choice("class_name", config["class_name"], (cls.__name__,))
+        return cls(config["coefficients"], config["num_steps"], config["column_normalize"])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ToeplitzStrategy) and self.get_config() == other.get_config()
+
+    def __hash__(self) -> int:
+        return hash((self.num_steps, self.column_normalize, self.coefficients.tobytes()))
+
+    def __repr__(self) -> str:
+        return (
+            f"ToeplitzStrategy(num_steps={self.num_steps}, num_bands={self.num_bands}, "
+            f"column_normalize={self.column_normalize})"
+        )
+
+
+def square_root_coefficients(num_bands: int) -> np.ndarray:
+    """Returns the first coefficients of `(1 - z)^(-1/2)`, the square root of the prefix sum.
+
+    Args:
+      num_bands: b >= 1.
+
+    Returns:
+      `(b,)` float64: 1, 1/2, 3/8, ... (Fichtenberger, Henzinger, Upadhyay, arXiv 2202.11205).
+    """
+    k = np.arange(1.0, num_bands)
+    return np.concatenate([[1.0], np.cumprod((2.0 * k - 1.0) / (2.0 * k))])
+
+
+def _optimal_coefficients(
+    num_steps: int, num_bands: int, error: str, callback: Callable[[Progress], object] | None
+) -> np.ndarray:
+    """Minimises log(loss) over coefficients with leading 1, which removes their scale."""
+    if num_bands == 1:
+        return np.ones(1)
+    route = solvers.cheapest_route(num_steps, num_bands)
+    mean_weight, last_weight = (1.0 / num_steps, 0.0) if error == "mean" else (0.0, 1.0)
+
+    def log_loss(free: np.ndarray) -> tuple[float, np.ndarray]:
+        coefficients = np.concatenate([[1.0], free])
+        found = solvers.weighted_error(coefficients, num_steps, mean_weight, last_weight, route)
+        value, gradient = float(found[0]), found[1].numpy()
+        square = float(coefficients @ coefficients)
+        if not (0.0 < value < math.inf):
+            return math.inf, gradient[1:]
+        gradient = gradient / value + 2.0 * coefficients / square
+        return math.log(value) + math.log(square), gradient[1:]
+
+    shorter = num_steps // 10
+    if route != "doubling" and shorter >= max(_WARM_START_STEPS, num_bands):
+        start = _optimal_coefficients(shorter, num_bands, error, callback)
+    else:
+        start = square_root_coefficients(num_bands)
+    found = minimize(log_loss, start[1:] / start[0], callback=callback)
+    return np.concatenate([[1.0], found.point])
+
+
+def _checked_steps(num_steps: object) -> int:
+    """`num_steps` as an int in its range."""
+    num_steps = positive_integer("num_steps", num_steps)
+    if num_steps > MAX_STEPS:
+        raise ValueError(
+            f"`num_steps` must be at most {MAX_STEPS}. Received: num_steps={num_steps}. "
+            "Plan for fewer steps."
+        )
+    return num_steps
+
+
+def _check_bands(num_bands: int, num_steps: int) -> None:
+    """Refuses more bands than steps."""
+    if num_bands > num_steps:
+        raise ValueError(
+            "A strategy cannot have more bands than steps. Received: "
+            f"num_bands={num_bands}, num_steps={num_steps}. Use at most {num_steps} bands."
+        )
+
+
+def _checked_coefficients(coefficients: object) -> np.ndarray:
+    """The coefficients as a read-only float64 vector of norm 1."""
+    try:
+        vector = np.array(coefficients)
+    except (TypeError, ValueError):  # ragged: judged below like any other non-vector
+        vector = np.array(None)
+    if vector.dtype.kind not in "fiu" or vector.ndim != 1 or vector.size == 0:
+        raise ValueError(
+            "`coefficients` must be a vector of at least one real number. Received: coefficients="
+            f"{coefficients!r}. Pass the first column of C, from its diagonal down."
+        )
+    vector = vector.astype(np.float64)
+    if not np.all(np.isfinite(vector)) or vector[0] <= 0.0:
+        raise ValueError(
+            "`coefficients` must be finite and the first, the diagonal of C, must be positive. "
+            f"Received: coefficients={coefficients!r}. Change the sign of all, or drop leading "
+            "zeros."
+        )
+    if not 0.5 < np.max(np.abs(vector)) <= 1.0:  # squares of very large entries would overflow
+        vector = vector / np.max(np.abs(vector))
+    norm = math.sqrt(math.fsum(np.square(vector).tolist()))
+    # What is of norm 1 to rounding is left alone: scaling it again would move its last bits.
+    if abs(norm - 1.0) > 4.0 * np.finfo(np.float64).eps:
+        vector = vector / norm
+    vector.flags.writeable = False
+    return vector

@@ -1,0 +1,58 @@
+"""Independent, slow answers for the tests: dense NumPy, explicit loops, closed forms."""
+
+import itertools
+
+import numpy as np
+import scipy.signal
+
+
+def dense_strategy(coefficients, num_steps, column_normalize):
+    """C by its definition, entry by entry."""
+    matrix = np.zeros((num_steps, num_steps))
+    for j in range(num_steps):
+        for k, value in enumerate(coefficients):
+            if j + k < num_steps:
+                matrix[j + k, j] = value
+        if column_normalize:
+            matrix[:, j] /= np.sqrt(np.sum(matrix[:, j] ** 2))
+    return matrix
+
+
+def dense_errors(matrix):
+    """Squared row norms of A C^-1."""
+    return np.sum((np.tril(np.ones_like(matrix)) @ np.linalg.inv(matrix)) ** 2, axis=1)
+
+
+def filtered_sums(coefficients, num_steps):
+    """x = running sum of the first column of C^-1, step by step."""
+    impulse = np.zeros(num_steps)
+    impulse[0] = 1.0
+    return np.cumsum(scipy.signal.lfilter([1.0], coefficients, impulse))
+
+
+def weighted_error(coefficients, num_steps, mean_weight, last_weight):
+    """The weighted error and its gradient by the recurrence and its transpose, step by step."""
+    x = filtered_sums(coefficients, num_steps)
+    weighted = (mean_weight * (num_steps - np.arange(num_steps)) + last_weight) * x
+    adjoint = scipy.signal.lfilter([1.0], coefficients, weighted[::-1])[::-1]
+    lags = range(len(coefficients))
+    gradient = [-2.0 * adjoint[j:] @ x[: num_steps - j] for j in lags]
+    return weighted @ x, np.array(gradient)
+
+
+def patterns(num_steps, max_participations, min_separation):
+    """Every non-empty allowed participation pattern."""
+    for size in range(1, max_participations + 1):
+        for pattern in itertools.combinations(range(num_steps), size):
+            if all(b - a >= min_separation for a, b in itertools.pairwise(pattern)):
+                yield pattern
+
+
+def brute_force_sensitivity(matrix, max_participations, min_separation):
+    """Largest norm of a signed sum of columns over every pattern and every sign."""
+    best = 0.0
+    for pattern in patterns(len(matrix), max_participations, min_separation):
+        columns = matrix[:, pattern]
+        for signs in itertools.product([1.0, -1.0], repeat=len(pattern)):
+            best = max(best, float(np.linalg.norm(columns @ np.array(signs))))
+    return best
