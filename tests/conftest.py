@@ -16,8 +16,6 @@ tf.config.set_logical_device_configuration(
 
 
 @pytest.fixture(autouse=True)
-def _fresh_keras():
-    """Every test starts from the same seeds and leaves no Keras state behind."""
+def _same_seeds():
+    """Every test starts from the same seeds, whatever ran before it."""
     keras.utils.set_random_seed(1)
-    yield
-    keras.backend.clear_session()

@@ -1,0 +1,92 @@
+"""The structure of the package: BUILD names every file, imports run one way, files stay small."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "keras_bandmf"
+
+
+def build_targets():
+    """Evaluates BUILD, whose language is a subset of Python: target -> (files, dependencies)."""
+    targets = {}
+
+    def glob(patterns, exclude=()):
+        found = {str(path.relative_to(ROOT)) for p in patterns for path in ROOT.glob(p)}
+        left_out = {str(path.relative_to(ROOT)) for p in exclude for path in ROOT.glob(p)}
+        return sorted(found - left_out)
+
+    def library(name, srcs, deps=(), **_):
+        targets[name] = (srcs, [dependency.removeprefix(":") for dependency in deps])
+
+    def ignore(*args, **kwargs):
+        return None
+
+    rules = dict.fromkeys(("load", "package", "licenses", "exports_files"), ignore)
+    rules |= {"glob": glob, "py_library": library, "py_binary": library, "py_test": library}
+    exec(compile((ROOT / "BUILD").read_text(), "BUILD", "exec"), rules)
+    return targets
+
+
+def test_build_names_every_file_once():
+    files = [file for srcs, _ in build_targets().values() for file in srcs]
+    assert len(files) == len(set(files))
+    expected = {
+        str(p.relative_to(ROOT)) for d in (PACKAGE, ROOT / "tests") for p in d.rglob("*.py")
+    }
+    assert set(files) == expected
+
+
+def imported_modules(path):
+    """The modules of the package that a file imports, as dotted names below the package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "keras_bandmf":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keras_bandmf."):
+            found.add(node.module.removeprefix("keras_bandmf."))
+        elif isinstance(node, ast.Import):
+            found |= {
+                alias.name.removeprefix("keras_bandmf.")
+                for alias in node.names
+                if alias.name.startswith("keras_bandmf.")
+            }
+    return found
+
+
+def test_imports_follow_the_dependencies_in_build():
+    targets = build_targets()
+    owner = {}
+    for name, (srcs, _) in targets.items():
+        for file in srcs:
+            if file.startswith("keras_bandmf/"):
+                parts = pathlib.Path(file).with_suffix("").parts[1:]
+                owner[parts[0]] = name
+
+    def reachable(name):
+        return {name}.union(*(reachable(dependency) for dependency in targets[name][1]))
+
+    for path in PACKAGE.rglob("*.py"):
+        name = owner[path.relative_to(PACKAGE).with_suffix("").parts[0]]
+        for module in imported_modules(path):
+            assert owner[module.split(".")[0]] in reachable(name), f"{path.name} imports {module}"
+
+
+def test_targets_come_after_what_they_depend_on():
+    seen = set()
+    for name, (_, dependencies) in build_targets().items():
+        assert set(dependencies) <= seen, name
+        seen.add(name)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
+def test_library_files_are_small_and_never_assert_or_print(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    tree = ast.parse(text)
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert not [f.lineno for f in calls if isinstance(f, ast.Name) and f.id == "print"]
+    assert ast.get_docstring(tree)
