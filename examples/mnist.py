@@ -1,0 +1,90 @@
+"""The comparison of quickstart.py on MNIST with a small convolutional network.
+
+    python examples/mnist.py
+
+Reads MNIST through `keras.datasets.mnist`, which fetches it once or takes it from Keras's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+
+import keras_bandmf as bandmf
+import comparison
+
+
+def make_model() -> keras.Model:
+    """Two convolutions, 26 thousand parameters."""
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            keras.layers.Conv2D(16, 8, strides=2, padding="same", activation="tanh"),
+            keras.layers.MaxPooling2D(2, strides=1),
+            keras.layers.Conv2D(32, 4, strides=2, activation="tanh"),
+            keras.layers.MaxPooling2D(2, strides=1),
+            keras.layers.Flatten(),
+            keras.layers.Dense(32, activation="tanh"),
+            keras.layers.Dense(10),
+        ]
+    )
+
+
+def main() -> None:
+    """Plans, trains, prints, draws."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epsilon", type=float, default=2.0)
+    parser.add_argument("--delta", type=float, default=1e-6)
+    parser.add_argument("--batch_size", type=int, default=500)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each mechanism")
+    parser.add_argument("--learning_rate", type=float, default=0.25)
+    parser.add_argument("--num_train", type=int, default=60_000, help="fewer for a quick look")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("."))
+    options = parser.parse_args()
+    started = time.time()
+
+    (x_train, y_train), (x_test, y_test) = keras.datasets.mnist.load_data()
+    x_train = (x_train[: options.num_train, ..., None] / 255.0 - 0.5).astype("float32")
+    x_test = (x_test[..., None] / 255.0 - 0.5).astype("float32")
+    task = comparison.Task(
+        "MNIST",
+        (x_train, y_train[: options.num_train]),
+        (x_test, y_test),
+        make_model,
+        options.epochs,
+        l2_norm_clip=1.0,
+    )
+    budget = {
+        "num_examples": len(x_train),
+        "batch_size": options.batch_size,
+        "epochs": options.epochs,
+        "epsilon": options.epsilon,
+        "delta": options.delta,
+    }
+    plans = {
+        "DP-SGD": bandmf.TrainingPlan.calibrate(**budget, num_bands=1),
+        "BandMF": bandmf.TrainingPlan.calibrate(**budget),
+    }
+    print(plans["BandMF"])
+    results = [
+        comparison.train(task, label, plan, options.learning_rate, options.seeds)
+        for label, plan in plans.items()
+    ]
+    print()
+    print(results[-1].statement)
+    print()
+    print(comparison.report(results))
+    picture = options.output / "mnist.png"
+    comparison.draw(task, results, picture)
+    print(f"\nPicture: {picture}   ({time.time() - started:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()

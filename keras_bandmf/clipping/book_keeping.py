@@ -1,0 +1,215 @@
+"""The book-keeping path: norms and clipped sums from one forward and one backward pass.
+
+For y = x W the gradient of example i is x_i' g_i with g_i = dL_i/dy. One backward pass to the
+pre-activations yields every g; norms and clipped sums follow from x and g without a gradient per
+example in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf.clipping.factors import Factor, Unsupported, merged
+from keras_bandmf.clipping.layer_rules import LayerRule
+from keras_bandmf.clipping.losses import BatchLoss, per_example_losses
+from keras_bandmf.clipping.registry import rule_of
+
+
+class Clipped(NamedTuple):
+    """What either path returns: tensors, nothing else."""
+
+    sums: list[tf.Tensor]
+    norms: tf.Tensor
+    losses: tf.Tensor
+    outputs: Any
+
+
+class _Record(NamedTuple):
+    """One tapped call."""
+
+    layer: keras.layers.Layer
+    rule: LayerRule
+    saved: Any
+    outputs: tf.Tensor
+
+
+def forward(model: keras.Model, x: Any) -> Any:
+    """The training forward pass, called as Keras' own `train_step` calls it.
+
+    Raises:
+        ValueError: a layer called `add_loss`: its loss belongs to no single example.
+    """
+    y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
+    for layer in model._flatten_layers():
+        if layer._losses:
+            raise ValueError(
+                "A loss added by `add_loss` in the forward pass belongs to the whole batch and "
+                "cannot be clipped by example. Make it part of `compile(loss=...)`, or a weight "
+                "regularizer (`kernel_regularizer=`) if it does not depend on the data. "
+                f"Received: `add_loss` in layer '{layer.path}' of type {type(layer).__name__}"
+            )
+    return y_pred
+
+
+def accumulation_dtype(variables: list[keras.Variable]) -> tf.DType:
+    """float64 if any variable is, else float32: never the compute dtype of a mixed policy."""
+    wide = any(tf.as_dtype(v.dtype) == tf.float64 for v in variables)
+    return tf.float64 if wide else tf.float32
+
+
+def clip_factors(
+    squared_norms: tf.Tensor, mask: tf.Tensor, l2_norm_clip: float
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """min(1, clip / norm) per example; exactly zero for masked and non-finite ones.
+
+    Args:
+        squared_norms: (batch,).
+        mask: (batch,) bool, False for padding.
+        l2_norm_clip: the clip norm.
+
+    Returns:
+        (factors, norms), both (batch,).
+    """
+    norms = tf.sqrt(squared_norms)
+    factors = tf.minimum(tf.ones_like(norms), l2_norm_clip / norms)
+    kept = tf.logical_and(mask, tf.math.is_finite(norms))
+    return tf.where(kept, factors, tf.zeros_like(factors)), norms
+
+
+def clip_by_book_keeping(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    mask: tf.Tensor,
+    l2_norm_clip: float,
+    loss: BatchLoss,
+) -> Clipped:
+    """Clipped sums of a batch by one forward and one backward pass.
+
+    Args:
+        model: built; every layer with trainable weights has a rule.
+        x: inputs, a structure of tensors with the example on axis 0; so are `y`, `sample_weight`.
+        y: targets or None.
+        sample_weight: weights or None.
+        mask: (batch,) bool, False for padding.
+        l2_norm_clip: the clip norm.
+        loss: from `losses.batch_loss`.
+
+    Returns:
+        `Clipped`, sums aligned with `model.trainable_variables`.
+
+    Raises:
+        Unsupported: the model cannot take this path; the general one is exact for it.
+
+    Formal guarantees: if no example influences another example's outputs (`check_model`), each
+    masked-in example adds to `sums` a vector of joint norm at most `l2_norm_clip` up to rounding;
+    masked-out examples and those with a non-finite gradient add exactly zero.
+    """
+    variables = model.trainable_variables
+    values = [v.value for v in variables]
+    records: list[_Record] = []
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(values)
+        with _tapped(model, tape, records):
+            y_pred = forward(model, x)
+        losses = per_example_losses(loss, y, y_pred, sample_weight)
+        total = tf.reduce_sum(losses)
+    _check_records(records, tf.convert_to_tensor(mask))
+    taps, direct = tape.gradient(total, ([r.outputs for r in records], values))
+    leaks = [v.path for v, g in zip(variables, direct, strict=True) if g is not None]
+    if leaks:
+        raise Unsupported(f"used outside a layer that has a rule: {', '.join(leaks)}")
+
+    dtype = accumulation_dtype(variables)
+    factors = _by_variable(records, taps, variables, dtype)
+    squared = tf.zeros(tf.shape(mask), dtype)
+    for factor in factors.values():
+        squared += factor.squared_norms()
+    weights, norms = clip_factors(squared, mask, l2_norm_clip)
+    sums = [
+        factors[i].weighted_sum(weights) if i in factors else tf.zeros(v.shape, dtype)
+        for i, v in enumerate(variables)
+    ]
+    return Clipped(sums, norms, losses, y_pred)
+
+
+def _by_variable(
+    records: list[_Record],
+    taps: list[tf.Tensor | None],
+    variables: list[keras.Variable],
+    dtype: tf.DType,
+) -> dict[int, Factor]:
+    """One factor per trainable variable, all its calls in it."""
+    index = {id(v): i for i, v in enumerate(variables)}
+    found: dict[int, list[Factor]] = {}
+    for record, g in zip(records, taps, strict=True):
+        if g is None:  # an output nobody used: its gradient is zero
+            continue
+        g = tf.cast(tf.convert_to_tensor(g), dtype)
+        for variable, factor in record.rule.gradients(record.layer, record.saved, g):
+            if id(variable) in index:
+                found.setdefault(index[id(variable)], []).append(factor)
+    return {i: merged(parts) for i, parts in found.items()}
+
+
+@contextlib.contextmanager
+def _tapped(model: keras.Model, tape: tf.GradientTape, records: list[_Record]) -> Iterator[None]:
+    """Replace `call` on every layer instance that has a rule and a trainable weight of its own."""
+    tapped = []
+    try:
+        for layer in trained_layers(model):
+            rule, why = rule_of(layer)
+            if rule is None:
+                raise Unsupported(f"{layer.path}: {why}")
+            # Past Keras' attribute tracking, and on this instance only.
+            vars(layer)["call"] = _recording(layer, rule, tape, records)
+            tapped.append(layer)
+        yield
+    finally:
+        for layer in tapped:
+            del vars(layer)["call"]
+
+
+def _recording(
+    layer: keras.layers.Layer, rule: LayerRule, tape: tf.GradientTape, records: list[_Record]
+) -> Any:
+    def call(inputs: Any, training: Any = None) -> Any:
+        if not isinstance(inputs, tf.Tensor):
+            raise Unsupported(f"{layer.path}: inputs are {type(inputs).__name__}, not a tensor")
+        outputs, saved = rule.forward(layer, inputs)
+        tape.watch(outputs)
+        records.append(_Record(layer, rule, saved, outputs))
+        return rule.finish(layer, outputs)
+
+    return call
+
+
+def trained_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """Layers that own a trainable variable of `model`: the only ones that cost anything."""
+    trainable = {id(v) for v in model.trainable_variables}
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if any(id(v) in trainable for v in layer._trainable_variables)
+    ]
+
+
+def _check_records(records: list[_Record], mask: tf.Tensor) -> None:
+    """Every tapped call ran once, in this graph, on one row per example."""
+    batch = mask.shape[0]
+    for record in records:
+        tensor = record.outputs
+        if not tf.executing_eagerly() and tensor.graph is not tf.compat.v1.get_default_graph():
+            raise Unsupported(f"{record.layer.path}: called inside a loop, a branch or a function")
+        rows = tensor.shape[0] if tensor.shape.rank else None
+        if not tensor.shape.rank or (batch is not None and rows is not None and rows != batch):
+            raise Unsupported(
+                f"{record.layer.path}: its leading axis is not the example axis "
+                f"(shape {tuple(tensor.shape)} for {batch} examples)"
+            )

@@ -1,0 +1,132 @@
+"""A batch in chunks: sums added up, rows put back together, memory of one chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf.clipping.book_keeping import Clipped
+from keras_bandmf.clipping.shapes import dims, on_tensors
+
+ChunkFunction = Callable[[Any, Any, Any, tf.Tensor], Clipped]
+
+
+def clip_in_chunks(
+    clip_chunk: ChunkFunction,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    mask: tf.Tensor,
+    size: int,
+) -> Clipped:
+    """Run `clip_chunk` over chunks of `size` examples, the last one padded and masked.
+
+    Args:
+        clip_chunk: (x, y, sample_weight, mask) of one chunk -> `Clipped`.
+        x: inputs; `y` and `sample_weight` likewise: structures of tensors, the example on axis 0.
+        y: targets or None.
+        sample_weight: weights or None.
+        mask: (batch,) bool.
+        size: examples in a chunk.
+
+    Returns:
+        `Clipped` of the whole batch: the same as that of one chunk of everything.
+    """
+    data = (x, y, sample_weight, mask)
+    batch = dims(mask)[0]
+    # An empty batch is one chunk of padding.
+    count = -(-batch // size)
+    count = max(count, 1) if isinstance(count, int) else tf.maximum(count, 1)
+    data = on_tensors(lambda t: _padded(t, count * size - batch), data)
+
+    def chunk(i: Any) -> Clipped:
+        return clip_chunk(*on_tensors(lambda t: _part(t, i, size), data))
+
+    # The first chunk, run by itself, shows what the others will return.
+    first = chunk(0)
+    sums, columns = _stacked(first.sums, _rows(first), lambda i: _sums_and_rows(chunk(i)), count)
+    rows = [tf.reshape(c, [count * size, *dims(c)[2:]])[:batch] for c in columns]
+    return _with_rows(first._replace(sums=sums), rows)
+
+
+def clip_at_once(
+    clip_batch: ChunkFunction, x: Any, y: Any, sample_weight: Any, mask: tf.Tensor
+) -> Clipped:
+    """Run `clip_batch` on the whole batch; an empty one gets a masked row for the time.
+
+    Some operations, convolutions among them, do not take zero rows.
+
+    Args: as `clip_in_chunks`.
+
+    Returns:
+        `Clipped` of the batch.
+    """
+    data = (x, y, sample_weight, mask)
+    batch = dims(mask)[0]
+    if isinstance(batch, int) and batch > 0:
+        return clip_batch(*data)
+    extra = tf.maximum(1 - batch, 0)
+    clipped = clip_batch(*on_tensors(lambda t: _padded(t, extra), data))
+    return _with_rows(clipped, [t[:batch] for t in _rows(clipped)])
+
+
+def _with_rows(clipped: Clipped, rows: list[tf.Tensor]) -> Clipped:
+    """`clipped` with everything that has a row per example replaced; the inverse of `_rows`."""
+    norms, losses, *rest = rows
+    restored = iter(rest)
+    leaves = keras.tree.flatten(clipped.outputs)
+    outputs = [next(restored) for _ in leaves]
+    for leaf, output in zip(leaves, outputs, strict=True):
+        if getattr(leaf, "_keras_mask", None) is not None:
+            output._keras_mask = next(restored)
+    packed = keras.tree.pack_sequence_as(clipped.outputs, outputs)
+    return Clipped(clipped.sums, norms, losses, packed)
+
+
+def _rows(clipped: Clipped) -> list[tf.Tensor]:
+    """Everything that has a row per example."""
+    leaves = keras.tree.flatten(clipped.outputs)
+    masks = [getattr(t, "_keras_mask", None) for t in leaves]
+    return [clipped.norms, clipped.losses, *leaves, *(m for m in masks if m is not None)]
+
+
+def _sums_and_rows(clipped: Clipped) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    return clipped.sums, _rows(clipped)
+
+
+def _stacked(
+    sums: list[tf.Tensor],
+    rows: list[tf.Tensor],
+    step: Callable[[Any], tuple[list[tf.Tensor], list[tf.Tensor]]],
+    count: Any,
+) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """Add up the sums of steps 1 .. count - 1 and stack their rows, given those of step 0."""
+    arrays = [tf.TensorArray(r.dtype, size=count, element_shape=r.shape).write(0, r) for r in rows]
+
+    def body(i: Any, sums: list[tf.Tensor], arrays: list[tf.TensorArray]) -> tuple:
+        added, rows = step(i)
+        sums = [s + a for s, a in zip(sums, added, strict=True)]
+        return i + 1, sums, [a.write(i, r) for a, r in zip(arrays, rows, strict=True)]
+
+    # One iteration at a time: running several would cost the memory that chunks save.
+    _, sums, arrays = tf.while_loop(
+        lambda i, *_: i < count, body, (tf.constant(1), sums, arrays), parallel_iterations=1
+    )
+    return sums, [a.stack() for a in arrays]
+
+
+def _padded(tensor: tf.Tensor, amount: Any) -> tf.Tensor:
+    if isinstance(amount, int) and amount == 0:
+        return tensor
+    return tf.pad(tensor, [[0, amount]] + [[0, 0]] * (tensor.shape.rank - 1))
+
+
+def _part(tensor: tf.Tensor, i: Any, size: int) -> tf.Tensor:
+    # Not by indexing: XLA needs the size of a slice to be constant.
+    rest = dims(tensor)[1:]
+    part = tf.slice(tensor, [i * size] + [0] * len(rest), [size, *rest])
+    part.set_shape([size, *tensor.shape[1:]])
+    return part

@@ -1,0 +1,168 @@
+"""Per-example gradients, clipped and summed: what the private step starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf.clipping.book_keeping import clip_by_book_keeping
+from keras_bandmf.clipping.chunks import clip_at_once, clip_in_chunks
+from keras_bandmf.clipping.factors import Unsupported
+from keras_bandmf.clipping.losses import batch_loss
+from keras_bandmf.clipping.per_example import clip_one_example
+from keras_bandmf.clipping.refusals import refuse_arguments, refuse_model
+from keras_bandmf.clipping.routes import route_of
+from keras_bandmf.clipping.shapes import on_tensors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClippedGradients:
+    """Clipped gradients of one batch, summed over its examples.
+
+    Only `clipped_gradients` makes them; an optimizer that takes nothing else knows that every
+    example was clipped. They pass through `tf.function`.
+
+    Attributes:
+        sums: one tensor per entry of `model.trainable_variables`, in its shape: the SUM over
+            examples, never a mean; float32, or float64 if the model has float64 variables.
+        norms: (batch,) gradient norms before clipping. Not private: for tests and diagnosis.
+        losses: (batch,) the loss of each example, masked ones included. Not private.
+        outputs: what the model returned in the training forward pass. Not private.
+        mask: (batch,) bool; False marks padding, which contributed zero.
+        l2_norm_clip: the largest norm of one example's contribution.
+        mode: "flat": one norm over all trainable variables jointly.
+    """
+
+    sums: list[tf.Tensor]
+    norms: tf.Tensor
+    losses: tf.Tensor
+    outputs: Any
+    mask: tf.Tensor
+    l2_norm_clip: float
+    mode: str = "flat"
+
+    def __tf_flatten__(self) -> tuple:
+        """TensorFlow's protocol for structures: (constants, tensors)."""
+        constants = (self.l2_norm_clip, self.mode)
+        return constants, (list(self.sums), self.norms, self.losses, self.outputs, self.mask)
+
+    @classmethod
+    def __tf_unflatten__(cls, constants: tuple, tensors: tuple) -> ClippedGradients:
+        """The inverse of `__tf_flatten__`."""
+        sums, norms, losses, outputs, mask = tensors
+        return cls(
+            sums=list(sums),
+            norms=norms,
+            losses=losses,
+            outputs=outputs,
+            mask=mask,
+            l2_norm_clip=constants[0],
+            mode=constants[1],
+        )
+
+
+@tf.autograph.experimental.do_not_convert
+def clipped_gradients(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    l2_norm_clip: float = 1.0,
+    mask: Any = None,
+    microbatch_size: int | None = None,
+    loss: Any = None,
+) -> ClippedGradients:
+    """Clip the gradient of every example to norm `l2_norm_clip` and sum.
+
+    The gradient of example i is that of the loss Keras would compute on a batch holding example i
+    alone: sample weights, temporal weights, Keras masks, several outputs and loss weights included;
+    weight regularizers (data-independent) and the factor 1 / replicas of a strategy excluded. Its
+    norm is taken over all trainable variables jointly, and it is multiplied by
+    min(1, l2_norm_clip / norm) (Abadi et al., 2016).
+
+    Models whose layers all have a clipping rule take the book-keeping path, one forward and one
+    backward pass (Bu et al., 2023); any other goes one example at a time. `explain(model)` tells
+    which, and why. Works in eager mode, `tf.function`, XLA and a replica context.
+
+    Args:
+        model: a built Keras model; compiled, unless `loss` is given.
+        x: inputs: array, tensor or a structure of them; the example is axis 0.
+        y: targets in the same way, or None.
+        sample_weight: None, weights of shape (batch,) or (batch, time), or a structure per output.
+        l2_norm_clip: largest norm of one example's contribution; a constant of the run.
+        mask: (batch,) bool, False for padding; None if every row is an example.
+        microbatch_size: examples worked on at a time; None for all. Changes memory, never the
+            result (dropout masks apart). Need not divide the batch.
+        loss: None for the compiled loss; else a name, a `keras.losses.Loss` or a function
+            (y_true, y_pred), for a model with one output.
+
+    Returns:
+        `ClippedGradients`.
+
+    Raises:
+        ValueError: no loss; bad clip norm, microbatch size or mask; ragged or sparse data; a layer
+            that is known to mix examples; float16; `mean_with_sample_weight` with weights.
+
+    Formal guarantees: if no example influences another example's outputs (`check_model` tests it),
+    adding or removing one row, or setting its mask, changes `sums` by a vector of joint norm at
+    most `l2_norm_clip`, up to rounding. Rows that are masked out, or whose gradient is not finite,
+    contribute exactly zero and leave the others as they were. `norms`, `losses` and `outputs` carry
+    no guarantee.
+    """
+    refuse_arguments(x, y, sample_weight, l2_norm_clip, microbatch_size)
+    refuse_model(model, sample_weight, loss)
+    x, y, sample_weight = on_tensors(_tensor, (x, y, sample_weight))
+    rows = next(t for t in keras.tree.flatten(x) if t is not None)
+    mask = _mask(mask, rows)
+    if not model.built or not _all_built(model):
+        raise ValueError(
+            "Expected a built model: its variables are needed. Call it once on data, or start it "
+            f"with `keras.Input`. Received: model '{model.name}' that is not built"
+        )
+    row_loss = batch_loss(model, loss)
+    data = (x, y, sample_weight, mask)
+    general = route_of(model, x, y, sample_weight, loss).general
+    clip = float(l2_norm_clip)
+    common = {"l2_norm_clip": clip, "loss": row_loss}
+    result = None
+    if general is None:
+        by_batch = functools.partial(clip_by_book_keeping, model, **common)
+        try:
+            if microbatch_size is None:
+                result = clip_at_once(by_batch, *data)
+            else:
+                result = clip_in_chunks(by_batch, *data, microbatch_size)
+        except Unsupported:
+            # What the trial trace could not see (other shapes, another kind of graph).
+            result = None
+    if result is None:
+        result = clip_in_chunks(functools.partial(clip_one_example, model, **common), *data, 1)
+    return ClippedGradients(**result._asdict(), mask=mask, l2_norm_clip=clip)
+
+
+def _tensor(leaf: Any) -> tf.Tensor:
+    # A tensor stays the same object: a Keras mask may hang on it.
+    return leaf if isinstance(leaf, tf.Tensor) else tf.convert_to_tensor(leaf)
+
+
+def _mask(mask: Any, rows: tf.Tensor) -> tf.Tensor:
+    if mask is None:
+        return tf.ones([rows.shape[0] if rows.shape[0] is not None else tf.shape(rows)[0]], tf.bool)
+    mask = tf.convert_to_tensor(mask)
+    fits = mask.shape.rank == 1 and mask.shape.is_compatible_with(rows.shape[:1])
+    if mask.dtype != tf.bool or not fits:
+        raise ValueError(
+            "`mask` must be boolean of shape (batch,): True for an example, False for padding. "
+            f"Received: mask of dtype {mask.dtype.name} and shape {tuple(mask.shape)}, with "
+            f"{rows.shape[0]} rows of data"
+        )
+    return mask
+
+
+def _all_built(model: keras.Model) -> bool:
+    return all(layer.built for layer in model._flatten_layers())

@@ -1,0 +1,88 @@
+"""What is refused by looking at model and arguments alone, before anything runs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf.clipping.losses import overrides_compute_loss, with_mean_by_weight
+
+_USE_INSTEAD = "keras.layers.GroupNormalization or keras.layers.LayerNormalization"
+
+
+def refuse_arguments(
+    x: Any, y: Any, sample_weight: Any, l2_norm_clip: float, microbatch_size: int | None
+) -> None:
+    """Raise ValueError on a clip norm, a microbatch size or data of the wrong kind."""
+    number = isinstance(l2_norm_clip, (int, float)) and not isinstance(l2_norm_clip, bool)
+    if not number or not math.isfinite(l2_norm_clip) or l2_norm_clip <= 0:
+        raise ValueError(
+            "`l2_norm_clip` must be a finite positive Python number, fixed before training. "
+            f"Received: l2_norm_clip={l2_norm_clip!r}"
+        )
+    whole = isinstance(microbatch_size, int) and not isinstance(microbatch_size, bool)
+    if microbatch_size is not None and (not whole or microbatch_size < 1):
+        raise ValueError(
+            "`microbatch_size` must be None or a positive integer: examples worked on at a time. "
+            f"It changes memory, never the result. Received: microbatch_size={microbatch_size!r}"
+        )
+    for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
+        for leaf in keras.tree.flatten(part):
+            if isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)):
+                raise ValueError(
+                    f"`{name}` must be dense: an example is a row of axis 0. Use `.to_tensor()` or "
+                    f"`tf.sparse.to_dense` and a mask. Received: {name}={type(leaf).__name__}"
+                )
+
+
+def refuse_model(model: keras.Model, sample_weight: Any = None, loss: Any = None) -> None:
+    """Raise ValueError on a model whose per-example gradients do not exist or are not private.
+
+    Formal guarantees: necessary conditions only, those one can read off the layers; `check_model`
+    tests the model's behaviour.
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            "`model` must be a Keras 3 `keras.Model` (`import keras`, not `tf.keras`). "
+            f"Received: model of type {type(model).__module__}.{type(model).__name__}"
+        )
+    for layer in model._flatten_layers():
+        _refuse_layer(layer)
+    if sample_weight is not None and with_mean_by_weight(model, loss):
+        raise ValueError(
+            'A loss with reduction="mean_with_sample_weight" divides by the sum of the weights: on '
+            'one example its weight cancels. Use reduction="sum_over_batch_size", or drop '
+            f"`sample_weight`. Received: loss={model.loss if loss is None else loss!r}"
+        )
+    if loss is None and overrides_compute_loss(model):
+        regularised = [v.path for v in model.trainable_variables if v.regularizer is not None]
+        if regularised:
+            raise ValueError(
+                f"{type(model).__name__} overrides `compute_loss` and has weight regularizers: "
+                "they would be clipped with every example and added again after the noise. Remove "
+                "the override (use `compile(loss=...)`) or the regularizers. "
+                f"Received: regularizers on {', '.join(regularised)}"
+            )
+
+
+def _refuse_layer(layer: keras.layers.Layer) -> None:
+    where = f"Received: layer '{layer.path}' of type {type(layer).__name__}"
+    if layer.compute_dtype == "float16":
+        raise ValueError(
+            "float16 is refused: Keras skips whole steps by looking at the data (dynamic loss "
+            'scaling), which no privacy statement covers. Use "mixed_bfloat16" or "float32", for '
+            f'example keras.config.set_dtype_policy("mixed_bfloat16"). {where}'
+        )
+    if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
+        raise ValueError(
+            "BatchNormalization mixes the examples of a batch, so no example has a gradient of its "
+            f"own. Replace it by {_USE_INSTEAD}, or freeze it (`layer.trainable = False`). {where}"
+        )
+    if getattr(layer, "activity_regularizer", None) is not None:
+        raise ValueError(
+            "`activity_regularizer` adds a loss that depends on the data of the whole batch. "
+            f"Remove it; weight regularizers (`kernel_regularizer=`) are fine. {where}"
+        )

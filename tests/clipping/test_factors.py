@@ -1,0 +1,112 @@
+"""Factors against dense NumPy."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_bandmf.clipping.factors import (
+    Lookup,
+    Outer,
+    Rows,
+    Unsupported,
+    merged,
+    prefers_product,
+)
+
+WEIGHTS = np.array([0.5, 0.0, 1.0], "float32")
+
+
+def outer(rng, positions, groups=1, width_in=4, width_out=3):
+    a = rng.normal(size=(3, groups, positions, width_in)).astype("float32")
+    g = rng.normal(size=(3, groups, positions, width_out)).astype("float32")
+    return a, g, np.einsum("bgti,bgto->bgio", a, g)
+
+
+def check(factor, dense, tolerance=1e-5):
+    norms = np.sum(np.square(dense.reshape(3, -1)), axis=1)
+    np.testing.assert_allclose(factor.squared_norms(), norms, rtol=tolerance)
+    expected = np.tensordot(WEIGHTS, dense, 1)
+    np.testing.assert_allclose(
+        tf.reshape(factor.weighted_sum(tf.constant(WEIGHTS)), expected.shape),
+        expected,
+        atol=1e-5 * np.abs(dense).max(),
+    )
+
+
+@pytest.mark.parametrize("positions", [1, 2, 9])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gram_and_product_agree(positions, groups):
+    a, g, dense = outer(np.random.default_rng(0), positions, groups)
+    factor = Outer(tf.constant(a), tf.constant(g), lambda total: total)
+    check(factor, dense)
+    check(factor.as_rows(), dense)
+
+
+def test_calls_are_joined_before_the_norm():
+    rng = np.random.default_rng(1)
+    parts = [outer(rng, t) for t in (1, 5)]
+    factors = [Outer(tf.constant(a), tf.constant(g), lambda total: total) for a, g, _ in parts]
+    check(merged(factors), sum(p[2] for p in parts))
+    check(merged([factors[0], factors[1].as_rows()]), sum(p[2] for p in parts))
+
+
+def test_lookup_adds_repeated_rows_first():
+    rng = np.random.default_rng(2)
+    ids = np.array([[3, 1, 3, 3], [0, 0, 0, 0], [2, 1, 0, 4]], "int32")
+    g = rng.normal(size=(3, 4, 2)).astype("float32")
+    dense = np.zeros((3, 5, 2), "float32")
+    for i in range(3):
+        np.add.at(dense[i], ids[i], g[i])
+    check(Lookup(tf.constant(ids), tf.constant(g), 5), dense)
+    halves = [Lookup(tf.constant(ids[:, s]), tf.constant(g[:, s]), 5) for s in np.s_[:1, 1:]]
+    check(merged(halves), dense)
+
+
+def test_tied_table_is_unsupported():
+    lookup = Lookup(tf.zeros((3, 1), tf.int32), tf.ones((3, 1, 2)), 5)
+    with pytest.raises(Unsupported, match="tied"):
+        merged([lookup, Rows(tf.ones((3, 5, 2)))])
+    with pytest.raises(Unsupported, match="tied"):
+        merged([Rows(tf.ones((3, 2, 5))), Rows(tf.ones((3, 5, 2)))])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["a", "g"])
+@pytest.mark.parametrize("positions", [1, 6])
+@pytest.mark.parametrize("product", [False, True])
+def test_dropped_rows_leave_no_trace(bad, where, positions, product):
+    """Rule 4: 0 * NaN is NaN, so rows of weight zero are replaced before any product."""
+    a, g, dense = outer(np.random.default_rng(3), positions)
+    {"a": a, "g": g}[where][1, 0, 0, 0] = bad
+    factor = Outer(tf.constant(a), tf.constant(g), lambda total: total)
+    factor = factor.as_rows() if product else factor
+    assert not np.isfinite(factor.squared_norms()[1])
+    dense[1] = 0
+    total = factor.weighted_sum(tf.constant(WEIGHTS))
+    np.testing.assert_allclose(
+        tf.reshape(total, dense.shape[1:]), np.tensordot(WEIGHTS, dense, 1), atol=1e-5
+    )
+
+
+def test_gram_never_understates_a_cancelling_norm():
+    """Where the Gram sum cancels to rounding error the norm must not be understated."""
+    rng = np.random.default_rng(4)
+    below = 0
+    for _ in range(50):
+        a = np.float32(1e3) + rng.normal(size=(1, 1, 8, 600)).astype("float32")
+        g = rng.normal(size=(1, 1, 8, 500)).astype("float32")
+        g -= g.mean(axis=2, keepdims=True)
+        # Smaller still: the varying part of a is almost constant over positions, too.
+        a = a.mean(axis=2, keepdims=True) + np.float32(1e-3) * (a - a.mean(axis=2, keepdims=True))
+        exact = np.einsum("bgti,bgto->bgio", a.astype("float64"), g.astype("float64"))
+        norm = np.sum(exact**2)
+        factor = Outer(tf.constant(a), tf.constant(g), lambda total: total)
+        below += float(factor.squared_norms()[0]) < 0.9 * norm
+    assert below == 0
+
+
+def test_product_only_where_it_is_small():
+    assert not prefers_product(1, 2, 2)
+    assert prefers_product(576, 288, 64)
+    assert not prefers_product(16, 4096, 4096)
+    assert prefers_product(tf.constant(5), 8, 8)
