@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import keras
 
 from keras_bandmf.optimizers import BandMFOptimizer
 from keras_bandmf.sampling import PrivateBatches
+
+# They write, save or stop by rules that `check_callbacks` knows.
+_KNOWN = (
+    keras.callbacks.BackupAndRestore,
+    keras.callbacks.CSVLogger,
+    keras.callbacks.EarlyStopping,
+    keras.callbacks.History,
+    keras.callbacks.LearningRateScheduler,
+    keras.callbacks.ModelCheckpoint,
+    keras.callbacks.ProgbarLogger,
+    keras.callbacks.ReduceLROnPlateau,
+    keras.callbacks.TensorBoard,
+)
 
 
 class EpsilonSoFar(keras.callbacks.Callback):
@@ -38,43 +52,78 @@ class StepGuard(keras.callbacks.Callback):
         super().__init__()
         self._optimizer = optimizer
         self._batches = batches
+        self._epoch_start = 0
         self._position: int | None = None
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Moves the batches to the optimizer's step.
 
         Raises:
-            ValueError: if no step is left, or the counter moved while Keras holds an iterator.
+            ValueError: if no step is left, the data is not that of the run, or the counter moved
+                while Keras holds an iterator.
         """
-        step = steps_done(self._optimizer)
-        if step >= self._optimizer.plan.num_steps:
-            raise ValueError(self._optimizer.budget_message())
-        if self._batches is None:
-            return
-        if self._position is None:
+        optimizer = self._optimizer
+        if optimizer.built:
+            optimizer.check_ready(self.model.distribute_strategy.num_replicas_in_sync)
+        step = steps_done(optimizer) if optimizer.built else 0
+        if self._position is not None:
+            self._check_position(step)
+        elif self._batches is not None:
             # After any restore: a checkpoint brings its own sampler key.
-            self._batches.bind(self._optimizer.run_state.sampler_key)
-        elif self._position != step:
-            raise ValueError(
-                "The optimizer's step changed between two epochs of one `fit`, which would repeat "
-                f"or lose batches. Expected step {self._position}. Received: {step}. Restore "
-                "checkpoints before `fit`, or at its beginning as BackupAndRestore does."
-            )
-        self._batches.cursor = step
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Remembers where the iterator stands."""
-        self._position = steps_done(self._optimizer)
+            state = optimizer.run_state
+            self._batches.bind(state.sampler_key)
+            state.accept_data(self._batches.digest(), self._batches.seed is not None)
+        if self._batches is not None:
+            self._batches.cursor = step
+        self._epoch_start = self._position = step
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Ends `fit` after the last step of the plan."""
-        if steps_done(self._optimizer) >= self._optimizer.plan.num_steps:
+        """Ends `fit` after the last step of the plan.
+
+        Raises:
+            ValueError: if the counter is not where the batches are.
+        """
+        num_steps = self._optimizer.plan.num_steps
+        self._position = min(self._epoch_start + batch + 1, num_steps)
+        step = steps_done(self._optimizer)
+        self._check_position(step)
+        if step >= num_steps:
             self.model.stop_training = True
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Sees a restore by a callback before this one.
+
+        Raises:
+            ValueError: if the counter is not where the batches are.
+        """
+        self._check_position(steps_done(self._optimizer))
+
+    def _check_position(self, step: int) -> None:
+        if step != self._position:
+            raise ValueError(
+                "The optimizer's step changed during `fit` other than by training, which would "
+                f"repeat or lose batches. Expected step {self._position}. Received: {step}. "
+                "Restore checkpoints before `fit`, or at its beginning as BackupAndRestore does."
+            )
 
 
 def steps_done(optimizer: BandMFOptimizer) -> int:
     """Returns the number of updates made, also under a distribution strategy."""
     return int(keras.ops.convert_to_numpy(optimizer.iterations))
+
+
+def flat_callbacks(callbacks: Any) -> list[keras.callbacks.Callback]:
+    """Returns the callbacks given to `fit`, out of any nested lists."""
+    inner = getattr(callbacks, "callbacks", callbacks)
+    if isinstance(inner, (list, tuple)):
+        return [callback for part in inner for callback in flat_callbacks(part)]
+    return [] if inner is None else [inner]
+
+
+def unknown_callbacks(callbacks: Iterable[keras.callbacks.Callback]) -> list[str]:
+    """Returns the classes of callbacks that are not known to leave the run alone."""
+    known = (EpsilonSoFar, StepGuard, *_KNOWN)
+    return sorted({type(c).__name__ for c in callbacks if type(c) not in known})
 
 
 def check_callbacks(callbacks: Iterable[keras.callbacks.Callback]) -> list[str]:

@@ -90,11 +90,20 @@ def check_batches(
         )
 
 
-def check_foreign_data(x: Any, plan: TrainingPlan) -> None:
+def check_foreign_data(
+    x: Any, plan: TrainingPlan, batch_size: int | None, steps_per_epoch: int | None
+) -> int | None:
     """Accepts data that is not of `plan.batches` only where the user vouches for its order.
 
+    Formal guarantees:
+        Of arrays, which Keras reads from the first row in each epoch, the declaration is checked;
+        of a dataset or generator it is taken on trust, and the statement says so.
+
+    Returns:
+        The batch size for Keras: the plan's for arrays, None for data that brings its batches.
+
     Raises:
-        ValueError: if the plan declares no participations.
+        ValueError: if the plan declares no participations, or arrays break its declaration.
     """
     if not plan.declares_participations:
         raise ValueError(
@@ -104,3 +113,24 @@ def check_foreign_data(x: Any, plan: TrainingPlan) -> None:
             "make the plan with sampling='fixed_order' and declare `max_participations` and "
             "`min_separation`."
         )
+    leaves = keras.tree.flatten(x)
+    if not all(hasattr(leaf, "shape") for leaf in leaves):
+        return batch_size
+    if batch_size not in (None, plan.batch_size):
+        raise ValueError(
+            f"`batch_size` must be the plan's {plan.batch_size}. Received: batch_size={batch_size}"
+        )
+    if steps_per_epoch is not None:
+        raise ValueError(
+            "Arrays are read from the first row in each epoch, so that shorter epochs would repeat "
+            f"rows too early. Received: steps_per_epoch={steps_per_epoch}. Leave it out."
+        )
+    epoch_steps = -(-int(leaves[0].shape[0]) // plan.batch_size)
+    passes = -(-plan.num_steps // epoch_steps)
+    if epoch_steps < plan.min_separation or passes > plan.max_participations:
+        raise ValueError(
+            f"The plan declares at most {plan.max_participations} participations of a row, at "
+            f"least {plan.min_separation} steps apart. Received: arrays that give {passes} "
+            f"participations {epoch_steps} steps apart in {plan.num_steps} steps."
+        )
+    return plan.batch_size

@@ -9,21 +9,33 @@ import numpy as np
 from keras_bandmf.noise import CorrelatedNoise, NoiseRows, normals
 
 _FORMAT = 1
-_FIELDS = ("format", "fingerprint", "run_key", "noise_key", "noise_ring", "seeded", "restores")
+# Shapes of the saved values; None where the length varies and is checked elsewhere.
+_FIELDS: dict[str, tuple[type, tuple[int, ...] | None]] = {
+    "format": (np.int32, ()),
+    "fingerprint": (np.uint8, None),
+    "sampler_key": (np.int64, (2,)),
+    "noise_key": (np.int64, None),
+    "noise_ring": (np.float32, None),
+    "position": (np.int64, ()),
+    "data_digest": (np.uint8, None),
+    "seeded": (np.int32, ()),
+    "restores": (np.int32, ()),
+}
 
 
 class RunState:
-    """Keys, noise ring and provenance of one run.
+    """Keys, noise and provenance of one run.
 
     A plain object on purpose: Keras and TensorFlow do not find its variables, so that it leaves
     the process only through `to_arrays`.
 
     Formal guarantees:
-        The run key comes from the operating system unless `seed` is given. Noise and sampler use
-        one-way folds of it. `from_arrays` refuses whatever does not belong to `fingerprint`; by
-        default it draws a new noise key, so the noise after a restore is independent of every
-        row drawn before, given the ring, and `C^-1 Z` keeps its law. The sampler's key is always
-        kept: new groups would let an example take part in adjacent steps.
+        The run key comes from the operating system unless `seed` is given; noise and sampler use
+        one-way folds of it, and it is not kept. `from_arrays` refuses whatever does not belong to
+        `fingerprint`; by default it draws a new noise key, so the noise after a restore is
+        independent of every row drawn before, given the ring, and `C^-1 Z` keeps its law. The
+        sampler's key is always kept, and `accept_data` refuses other rows or another order: new
+        groups would let an example take part in adjacent steps.
 
     Args:
         strategy: defines `C` of the noise.
@@ -45,23 +57,49 @@ class RunState:
         self.seeded = seed is not None
         self.restores = 0
         self.replayed = False
-        self._run_key = normals.key_from_seed(seed) if self.seeded else normals.fresh_key()
+        run_key = normals.key_from_seed(seed) if self.seeded else normals.fresh_key()
+        self.sampler_key = normals.fold_key(run_key, "sampler")
         self.noise = CorrelatedNoise(strategy, stddev, shapes)
-        self.noise.set_key(normals.fold_key(self._run_key, "noise"))
+        self.noise.set_key(normals.fold_key(run_key, "noise"))
+        self._data_digest: bytes | None = None
 
-    @property
-    def sampler_key(self) -> np.ndarray:
-        """The key of the batches of this run, shape (2,), uint64. Secret."""
-        return normals.fold_key(self._run_key, "sampler")
+    def accept_data(self, digest: bytes, seeded: bool) -> None:
+        """Ties the run to the rows, their order and the sampler's key.
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Returns all of the state. Whoever reads it can subtract the noise."""
+        Args:
+            digest: of `PrivateBatches.digest`.
+            seeded: whether the batches were drawn from a fixed seed.
+
+        Raises:
+            ValueError: if an earlier step of the run saw other ones.
+        """
+        if self._data_digest is not None and self._data_digest != digest:
+            raise ValueError(
+                "The batches differ from those the run began with: other rows, another order of "
+                "the rows, or another sampler key. An example is its row number; it could now "
+                "take part in adjacent steps, which the statement does not cover. Pass the same "
+                "data in the same order (no `shuffle` in a tf.data.Dataset, no changes in place)."
+            )
+        self._data_digest = digest
+        self.seeded = self.seeded or seeded
+
+    def to_arrays(self, replay: bool = False) -> dict[str, np.ndarray]:
+        """Returns the state, to be kept secret: the ring is part of the noise of released weights.
+
+        Args:
+            replay: include the noise key, from which all noise of the run can be computed. Left
+                out once the last step is made.
+        """
+        keeps_key = replay and self.noise.position < self.noise.num_steps
+        key = self.noise.get_key().view(np.int64) if keeps_key else np.zeros(0, np.int64)
         return {
             "format": np.array(_FORMAT, np.int32),
             "fingerprint": np.frombuffer(self.fingerprint.encode(), np.uint8),
-            "run_key": self._run_key.view(np.int64),
-            "noise_key": self.noise.get_key().view(np.int64),
+            "sampler_key": self.sampler_key.view(np.int64),
+            "noise_key": key,
             "noise_ring": self.noise.get_ring(),
+            "position": np.array(self.noise.position, np.int64),
+            "data_digest": np.frombuffer(self._data_digest or b"", np.uint8),
             "seeded": np.array(self.seeded, np.int32),
             "restores": np.array(self.restores, np.int32),
         }
@@ -76,39 +114,59 @@ class RunState:
         Raises:
             ValueError: if the state is incomplete, damaged, or of another run.
         """
-        missing = [name for name in _FIELDS if name not in arrays]
-        if missing:
-            raise ValueError(
-                "The checkpoint holds no state of BandMFOptimizer, or only a part of it. "
-                f"Missing: {', '.join(missing)}. Received: {sorted(arrays)}. Load weights alone "
-                "from a file saved without an optimizer, or start a new run."
-            )
-        values = {name: np.asarray(arrays[name]) for name in _FIELDS}
-        if int(values["format"]) != _FORMAT:
-            raise ValueError(
-                f"The optimizer state must be of format {_FORMAT}. "
-                f"Received: format={int(values['format'])}. Use the version of keras_bandmf that "
-                "wrote it."
-            )
-        saved = values["fingerprint"].astype(np.uint8).tobytes().decode(errors="replace")
+        values = _checked_fields(arrays)
+        saved = values["fingerprint"].tobytes().decode(errors="replace")
         if saved != self.fingerprint:
             raise ValueError(
                 "The checkpoint belongs to another run: plan, clip norm, inner optimizer or the "
                 "shapes of the trainable variables differ. Continuing it here would void the "
                 f"privacy guarantee. Expected fingerprint: {self.fingerprint}. Received: {saved}"
             )
-        for name in ("run_key", "noise_key"):
-            if values[name].shape != (2,) or values[name].dtype != np.int64:
-                raise ValueError(
-                    f"`{name}` in the checkpoint must have shape (2,) and dtype int64. Received: "
-                    f"{values[name].shape}, {values[name].dtype}. The file is damaged."
-                )
+        position = int(values["position"])
+        if not 0 <= position <= self.noise.num_steps:
+            raise ValueError(
+                f"`position` in the checkpoint must be from 0 to {self.noise.num_steps}. "
+                f"Received: {position}. The file is damaged."
+            )
+        finished = position == self.noise.num_steps
+        if replay and values["noise_key"].shape != (2,) and not finished:
+            raise ValueError(
+                "The checkpoint was saved without the noise key, so replay=True cannot repeat its "
+                "noise. Restore it with replay=False; the optimizer that saves must be made with "
+                "replay=True."
+            )
         self.noise.set_ring(values["noise_ring"])
-        self._run_key = values["run_key"].view(np.uint64).copy()
-        if replay:
-            self.noise.set_key(values["noise_key"].view(np.uint64))
-        else:
-            self.noise.set_key(normals.fresh_key())
+        self.noise.position = position
+        self.sampler_key = values["sampler_key"].view(np.uint64).copy()
+        replayed = replay and not finished
+        key = values["noise_key"].view(np.uint64) if replayed else normals.fresh_key()
+        self.noise.set_key(key)
+        self._data_digest = values["data_digest"].tobytes() or None
         self.seeded = bool(values["seeded"])
         self.restores = int(values["restores"]) + 1
-        self.replayed = replay
+        self.replayed = replayed
+
+
+def _checked_fields(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    missing = [name for name in _FIELDS if name not in arrays]
+    if missing:
+        raise ValueError(
+            "The checkpoint holds no state of BandMFOptimizer, or only a part of it. "
+            f"Missing: {', '.join(missing)}. Received: {sorted(arrays)}. Load weights alone "
+            "from a file saved without an optimizer, or start a new run."
+        )
+    values = {name: np.asarray(arrays[name]) for name in _FIELDS}
+    if values["format"] != _FORMAT:
+        raise ValueError(
+            f"The optimizer state must be of format {_FORMAT}. Received: "
+            f"format={values['format']}. Use the version of keras_bandmf that wrote it."
+        )
+    for name, (dtype, shape) in _FIELDS.items():
+        value = values[name]
+        if value.dtype != dtype or (shape is not None and value.shape != shape):
+            raise ValueError(
+                f"`{name}` in the checkpoint must be of dtype {np.dtype(dtype).name}"
+                f"{'' if shape is None else f' and shape {shape}'}. Received: {value.dtype}, "
+                f"{value.shape}. The file is damaged."
+            )
+    return values

@@ -6,8 +6,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import math
-import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,18 +14,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf.clipping import ClippedGradients
+from keras_bandmf.optimizer_arguments import check_arguments, checked_inner
 from keras_bandmf.optimizer_state import RunState
 from keras_bandmf.plan import TrainingPlan
-
-# Settings of the base optimizer that would act on one replica's share of the noisy sum, or skip
-# and merge steps: with any of them the released value is not what the plan accounts for.
-_REFUSED_SETTINGS = {
-    "clipnorm": "Gradients are clipped per example: set `l2_norm_clip`.",
-    "clipvalue": "Gradients are clipped per example: set `l2_norm_clip`.",
-    "global_clipnorm": "Gradients are clipped per example: set `l2_norm_clip`.",
-    "gradient_accumulation_steps": "Use `privatize(model, microbatch_size=...)` to save memory.",
-    "loss_scale_factor": "Use the dtype policy 'mixed_bfloat16', which needs no loss scaling.",
-}
 
 
 @keras.saving.register_keras_serializable(package="keras_bandmf")
@@ -75,36 +64,43 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         replay: bool = False,
         name: str | None = None,
     ):
-        if not isinstance(plan, TrainingPlan):
-            raise TypeError(
-                "Argument `plan` must be a keras_bandmf.TrainingPlan, for example from "
-                f"`TrainingPlan.calibrate(...)`. Received: plan={plan!r}"
-            )
-        if (
-            isinstance(l2_norm_clip, bool)
-            or not isinstance(l2_norm_clip, numbers.Real)
-            or not 0 < l2_norm_clip < math.inf
-        ):
-            raise ValueError(
-                "Argument `l2_norm_clip` must be a positive finite number. "
-                f"Received: l2_norm_clip={l2_norm_clip!r}"
-            )
-        if seed is not None and (
-            isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0
-        ):
-            raise ValueError(
-                "Argument `seed` must be None (a private run) or a non-negative integer (a test). "
-                f"Received: seed={seed!r}"
-            )
+        check_arguments(plan, l2_norm_clip, seed)
         super().__init__(learning_rate=0.0, name=name or "bandmf")
-        self.inner_optimizer = _checked_inner(keras.optimizers.get(optimizer))
-        self.plan = plan
-        self.l2_norm_clip = float(l2_norm_clip)
-        self.seed = seed
-        self.replay = bool(replay)
+        self._inner_optimizer = checked_inner(keras.optimizers.get(optimizer))
+        self._plan = plan
+        self._l2_norm_clip = float(l2_norm_clip)
+        self._seed = seed
+        self._replay = bool(replay)
+        self._failed_restore = False
         self._run_state: RunState | None = None
         self._data_source: str | None = None
         self._noised_variables: tuple[int, ...] = ()
+
+    # Read-only: the noise is scaled to plan and clip norm once, when the optimizer is built.
+    @property
+    def inner_optimizer(self) -> keras.optimizers.Optimizer:
+        """The optimizer that takes the noisy gradients."""
+        return self._inner_optimizer
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """The plan of the run."""
+        return self._plan
+
+    @property
+    def l2_norm_clip(self) -> float:
+        """The bound on the norm of the gradient of an example."""
+        return self._l2_norm_clip
+
+    @property
+    def seed(self) -> int | None:
+        """The fixed seed of a test, or None."""
+        return self._seed
+
+    @property
+    def replay(self) -> bool:
+        """Whether the noise key is saved, and kept on restore."""
+        return self._replay
 
     def build(self, variables: Sequence[Any]) -> None:
         """Creates the keys, the noise ring and the inner optimizer's slots."""
@@ -157,6 +153,40 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         finally:
             self._data_source = previous
 
+    def check_ready(self, num_replicas: int) -> None:
+        """Refuses to go on where noise, step counter and devices do not belong together.
+
+        Args:
+            num_replicas: the replicas about to train.
+
+        Raises:
+            ValueError: if a restore failed, the step counter was moved, no step is left, or the
+                noise was made for another number of replicas.
+        """
+        if self._failed_restore:
+            raise ValueError(
+                "A checkpoint could not be restored into this optimizer, but Keras may have loaded "
+                "its weights. Load a checkpoint of this run, or start anew with a fresh model."
+            )
+        if not self.built:
+            return
+        noise = self.run_state.noise
+        if noise.layout.num_shards != num_replicas:
+            raise ValueError(
+                "The optimizer must be built in the scope of the strategy that trains: its noise "
+                f"is divided over {noise.layout.num_shards} replicas. Received: {num_replicas} "
+                "replicas. Create, build and compile model and optimizer in `strategy.scope()`."
+            )
+        step = int(keras.ops.convert_to_numpy(self.iterations))
+        if step != noise.position:
+            raise ValueError(
+                f"The noise stands at step {noise.position}, but the inner optimizer counts "
+                f"{step}: the counter was moved, or a step was interrupted. The same noise on two "
+                "gradients would cancel. Restore a checkpoint of the whole optimizer."
+            )
+        if step >= self.plan.num_steps:
+            raise ValueError(self.budget_message())
+
     def apply_clipped(
         self,
         clipped: ClippedGradients,
@@ -193,22 +223,28 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
                 "same order. Did a layer's `trainable` change during the run? Received: "
                 f"{[variable.path for variable in trainable_variables]}"
             )
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        if tf.executing_eagerly() or replicas != self.run_state.noise.layout.num_shards:
+            self.check_ready(replicas)
         step = tf.convert_to_tensor(self.iterations)
-        if tf.executing_eagerly() and int(step) >= self.plan.num_steps:
-            raise ValueError(self.budget_message())
         shares = self.run_state.noise.share(step, _replica_id())
         # Asserts vanish under XLA; a NaN update does not.
         in_budget = tf.where(step < self.plan.num_steps, 1.0, np.nan)
         scale = in_budget / self.plan.batch_size
         gradients = []
         for total, share in zip(clipped.sums, shares, strict=True):
-            noisy = total if share is None else total + tf.cast(share, total.dtype)
-            gradients.append(noisy * tf.cast(scale, noisy.dtype))
+            # float32 before the sum: finer digits than those of the noise would leave it bare.
+            total = tf.cast(total, tf.float32)
+            gradients.append((total if share is None else total + share) * scale)
         if penalties is not None:
             gradients = [
                 gradient if penalty is None else gradient + tf.cast(penalty, gradient.dtype)
                 for gradient, penalty in zip(gradients, penalties, strict=True)
             ]
+        gradients = [
+            tf.cast(gradient, variable.dtype)
+            for gradient, variable in zip(gradients, trainable_variables, strict=True)
+        ]
         self.inner_optimizer.apply(gradients, trainable_variables)
 
     def budget_message(self) -> str:
@@ -279,7 +315,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     def save_own_variables(self, store: Any) -> None:
         """Writes keys and ring: the file is secret. Use `keras_bandmf.export` to release."""
         if self._run_state is not None:
-            for name, value in self._run_state.to_arrays().items():
+            for name, value in self._run_state.to_arrays(self.replay).items():
                 store[name] = value
 
     def load_own_variables(self, store: Any) -> None:
@@ -288,8 +324,13 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the optimizer is not built, or the state does not belong to it.
         """
-        arrays = {name: np.asarray(store[name]) for name in store.keys()}
+        self._restore({name: np.asarray(store[name]) for name in store.keys()})
+
+    def _restore(self, arrays: dict[str, np.ndarray]) -> None:
+        # Keras may go on after the error, with weights that are no longer those of this run.
+        self._failed_restore = True
         self.run_state.from_arrays(arrays, self.replay)
+        self._failed_restore = False
 
     def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
         # The hook of tf.train.Checkpoint. A SavedModel calls it inside a graph.
@@ -298,11 +339,11 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
                 "A SavedModel of a model compiled with BandMFOptimizer would hold the key and "
                 "the state of its noise. Use `keras_bandmf.export(model, path)`."
             )
-        return {name: tf.constant(value) for name, value in self.run_state.to_arrays().items()}
+        arrays = self.run_state.to_arrays(self.replay)
+        return {name: tf.constant(value) for name, value in arrays.items()}
 
     def _restore_from_tensors(self, restored_tensors: dict[str, tf.Tensor]) -> None:
-        arrays = {name: value.numpy() for name, value in restored_tensors.items()}
-        self.run_state.from_arrays(arrays, self.replay)
+        self._restore({name: value.numpy() for name, value in restored_tensors.items()})
 
     def get_config(self) -> dict[str, Any]:
         """Returns the config. Neither keys nor the test seed are part of it."""
@@ -326,27 +367,6 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         )
         plan = TrainingPlan.from_json(config.pop("plan"))
         return cls(inner, plan, **config)
-
-
-def _checked_inner(inner: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    if isinstance(inner, (BandMFOptimizer, keras.optimizers.LossScaleOptimizer)):
-        raise ValueError(
-            "The inner optimizer must be an ordinary Keras optimizer such as 'adam'. "
-            f"Received: optimizer={type(inner).__name__}"
-        )
-    for name, advice in _REFUSED_SETTINGS.items():
-        value = getattr(inner, name, None)
-        if value is not None:
-            raise ValueError(
-                f"The inner optimizer must not set `{name}`. {advice} Received: {name}={value}"
-            )
-    if inner.use_ema and inner.ema_overwrite_frequency:
-        raise ValueError(
-            "The inner optimizer must not set `ema_overwrite_frequency`: Keras fails on it under "
-            "a distribution strategy. The average is written at the end of `fit` without it. "
-            f"Received: ema_overwrite_frequency={inner.ema_overwrite_frequency}"
-        )
-    return inner
 
 
 def _replica_id() -> int:

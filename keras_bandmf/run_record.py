@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from keras_bandmf.callbacks import steps_done
+import keras
+
+from keras_bandmf.callbacks import steps_done, unknown_callbacks
 from keras_bandmf.optimizers import BandMFOptimizer
-from keras_bandmf.sampling import PrivateBatches
 from keras_bandmf.statement import Statement
 
 
@@ -20,8 +21,9 @@ class _Fit:
     first_step: int
     last_step: int
     requested_step: int
+    completed: bool
     monitored: tuple[str, ...]
-    seeded_batches: bool
+    unknown_callbacks: tuple[str, ...]
 
 
 class RunRecord:
@@ -29,13 +31,27 @@ class RunRecord:
 
     def __init__(self) -> None:
         self._fits: list[_Fit] = []
+        self._optimizer: BandMFOptimizer | None = None
+
+    def check_optimizer(self, optimizer: BandMFOptimizer) -> None:
+        """Refuses a second run on the same weights: its statement would leave out the first.
+
+        Raises:
+            ValueError: if steps were made with another optimizer.
+        """
+        if self._optimizer is not None and self._optimizer is not optimizer:
+            raise ValueError(
+                "The weights of this model hold an earlier private run, and a second optimizer "
+                "would state its own epsilon only. Compile with the optimizer of that run to go "
+                "on, or build a fresh model to start anew."
+            )
 
     @contextlib.contextmanager
     def fit(
         self,
         optimizer: BandMFOptimizer,
-        batches: PrivateBatches | None,
         source: str,
+        callbacks: Sequence[keras.callbacks.Callback],
         monitored: Sequence[str],
         epochs: int,
         steps_per_epoch: int | None,
@@ -44,9 +60,9 @@ class RunRecord:
 
         Args:
             optimizer: the optimizer of the run.
-            batches: the batches, or None for data the plan's declaration covers.
             source: what was trained on, in words.
-            monitored: callbacks that act on validation metrics.
+            callbacks: the callbacks given to `fit`.
+            monitored: those of them that act on validation metrics, in words.
             epochs: how many epochs were asked for.
             steps_per_epoch: of how many steps, None if unknown.
         """
@@ -54,21 +70,32 @@ class RunRecord:
         requested = optimizer.plan.num_steps
         if steps_per_epoch is not None:
             requested = min(requested, first + epochs * steps_per_epoch)
+        completed = False
         try:
             yield
+            completed = True
         finally:
             last = steps_done(optimizer) if optimizer.built else 0
-            seeded = batches is not None and batches.seed is not None
-            self._fits.append(_Fit(source, first, last, requested, tuple(monitored), seeded))
+            stopped = any(
+                isinstance(callback, keras.callbacks.EarlyStopping) and callback.stopped_epoch
+                for callback in callbacks
+            )
+            completed = completed and (stopped or last == requested)
+            unknown = unknown_callbacks(callbacks)
+            self._fits.append(
+                _Fit(source, first, last, requested, completed, tuple(monitored), tuple(unknown))
+            )
+            if last > first:
+                self._optimizer = optimizer
 
     def statement(self, optimizer: BandMFOptimizer) -> Statement:
         """Returns the statement of what ran.
 
         Formal guarantees:
             Fewer than all steps of the plan are charged only if one uninterrupted `fit` in this
-            process made them all and ended where it was asked to, or was ended by validation
-            data; stopping or going on may else have depended on what was seen. A fixed seed of
-            noise, sampler or both withdraws the claim.
+            process made them all and ended where it was asked to, or by an EarlyStopping on
+            validation data; stopping or going on may else have depended on what was seen. A fixed
+            seed of noise or sampler withdraws the claim.
 
         Args:
             optimizer: the optimizer of the run.
@@ -86,9 +113,8 @@ class RunRecord:
             )
         reason, origin = None, "the operating system"
         if state is not None and state.seeded:
-            reason, origin = "the noise was drawn from a fixed seed", "a fixed seed (tests only)"
-        elif any(fit.seeded_batches for fit in self._fits):
-            reason = "the batches were drawn from a fixed seed"
+            reason = "noise or batches were drawn from a fixed seed"
+            origin = "a fixed seed (tests only)"
         if not planned.private:
             reason = planned.not_private_reason
         sources = list(dict.fromkeys(fit.source for fit in self._fits))
@@ -112,8 +138,7 @@ class RunRecord:
             return plan_steps
         (fit,) = self._fits
         whole = fit.first_step == 0 and fit.last_step == steps_run
-        ended_as_asked = steps_run == fit.requested_step or fit.monitored
-        return steps_run if whole and ended_as_asked else plan_steps
+        return steps_run if whole and fit.completed else plan_steps
 
     def _caveats(self, optimizer: BandMFOptimizer, steps_run: int, charged: int) -> list[str]:
         caveats = []
@@ -126,6 +151,12 @@ class RunRecord:
             caveats.append(
                 f"{monitored} acted on validation data, which must be public or disjoint from the "
                 "training data"
+            )
+        unknown = sorted({name for fit in self._fits for name in fit.unknown_callbacks})
+        if unknown:
+            caveats.append(
+                f"callbacks of the user ran: {', '.join(unknown)}; they must not have acted on "
+                "training metrics or data, which are not private"
             )
         state = optimizer.run_state if optimizer.built else None
         if state is not None and state.restores:

@@ -18,6 +18,7 @@ NOT_COVERED = (
     "metrics and losses of training and validation: computed on the raw data; private only where "
     "that data is public",
     "preprocessing fitted to the data, and num_examples: both are taken as public",
+    "the weights training started from: taken as public",
     "tuning: other runs on the same data, and the choice among them, add to epsilon",
     "several rows of one person: their loss grows with the number of rows",
     "whoever reads the memory, the checkpoints (run key, noise state) or the timing of training",

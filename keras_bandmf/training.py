@@ -63,12 +63,12 @@ def privatize(model: keras.Model, microbatch_size: int | None = None) -> keras.M
         existing.microbatch_size = microbatch_size
         model.train_function = None
         return model
-    for name in ("train_step", "make_train_function"):
+    for name in ("train_step", "make_train_function", "compute_metrics"):
         if getattr(type(model), name) is not getattr(keras.Model, name):
             raise ValueError(
-                f"The model must not override `{name}`: the private one would replace it. "
-                f"Received: {type(model).__name__}.{name}. Express the loss with `compile(loss=)`, "
-                "or write a loop with `clipped_gradients` and `apply_clipped`."
+                f"The model must not override `{name}`: it would see gradients or data that are "
+                f"not private. Received: {type(model).__name__}.{name}. Use `compile(loss=..., "
+                "metrics=...)`, or write a loop with `clipped_gradients` and `apply_clipped`."
             )
     training = _PrivateTraining(model, microbatch_size)
     setattr(model, _ATTRIBUTE, training)
@@ -120,6 +120,7 @@ class _PrivateTraining:
         self.microbatch_size = microbatch_size
         self.record = RunRecord()
         self._checked: Any = None
+        self._needs_mask = False
         self._clip: Callable = self._clipped_gradients
 
     @property
@@ -177,6 +178,11 @@ class _PrivateTraining:
             x, y = data["x"], data.get("y")
             sample_weight, mask = data.get("sample_weight"), data["mask"]
         else:
+            if self._needs_mask:
+                raise ValueError(
+                    "This run trains on batches of its plan. Received: a batch of another kind. "
+                    "Do not call `train_step`; `model.fit(plan.batches(x, y))` does."
+                )
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
             mask = None
         clipped = self._clip(x, y, sample_weight, mask)
@@ -265,8 +271,8 @@ class _PrivateTraining:
         model, optimizer = self.model, self.optimizer
         fit_arguments.check_distribution(model)
         fit_arguments.refuse_changed_data(class_weight, validation_split)
-        listed = getattr(callbacks, "callbacks", callbacks) or []
-        listed = list(listed) if isinstance(listed, (list, tuple)) else [listed]
+        self.record.check_optimizer(optimizer)
+        listed = private_callbacks.flat_callbacks(callbacks)
         monitored = private_callbacks.check_callbacks(listed)
         batches = x if isinstance(x, PrivateBatches) else None
         if batches is not None:
@@ -277,12 +283,11 @@ class _PrivateTraining:
             steps_per_epoch = steps_per_epoch or batches.steps_per_epoch
             self._prepare(batches.rows(list(range(min(3, batches.num_examples)))))
         else:
-            fit_arguments.check_foreign_data(x, optimizer.plan)
+            batch_size = fit_arguments.check_foreign_data(
+                x, optimizer.plan, batch_size, steps_per_epoch
+            )
             source = "data supplied by the user, in an order declared by the user"
-            if batch_size is None and not hasattr(x, "element_spec"):
-                batch_size = optimizer.plan.batch_size
-        if optimizer.built and private_callbacks.steps_done(optimizer) >= optimizer.plan.num_steps:
-            raise ValueError(optimizer.budget_message())
+        optimizer.check_ready(model.distribute_strategy.num_replicas_in_sync)
         guard = private_callbacks.StepGuard(optimizer, batches)
         data = (
             x
@@ -292,9 +297,10 @@ class _PrivateTraining:
         with (
             optimizer.accepting(source),
             self.record.fit(
-                optimizer, batches, source, monitored, epochs - initial_epoch, steps_per_epoch
+                optimizer, source, listed, monitored, epochs - initial_epoch, steps_per_epoch
             ),
         ):
+            self._needs_mask = batches is not None
             if batches is not None:
                 # The batches are dicts with a mask, which Keras's symbolic build cannot read.
                 model._maybe_symbolic_build = lambda *args, **kwargs: None
@@ -328,7 +334,8 @@ class _PrivateTraining:
             model._symbolic_build(data_batch=keras.tree.map_structure(_symbolic_batch, parts))
             optimizer.build(model.trainable_variables)
         state = (optimizer, tuple(id(variable) for variable in model.trainable_variables))
-        if self._checked != state:
+        # `compile` drops the train function: loss and layers may be others now.
+        if model.train_function is None or self._checked != state:
             clipping.check_model(model, sample["x"], sample.get("y"), sample.get("sample_weight"))
             self._checked = state
 

@@ -34,10 +34,12 @@ def prediction_loss(y_true, y_pred):
     return y_pred[:, 0] + 0.0 * y_true
 
 
-def compiled(model, plan, seed=3, clip=1.0, inner=None, loss=prediction_loss, **options):
+def compiled(
+    model, plan, seed=3, clip=1.0, inner=None, loss=prediction_loss, replay=False, **options
+):
     """Compiles with SGD at learning rate one, so that weights are minus the sum of updates."""
     inner = inner or keras.optimizers.SGD(1.0)
-    optimizer = bandmf.BandMFOptimizer(inner, plan, l2_norm_clip=clip, seed=seed)
+    optimizer = bandmf.BandMFOptimizer(inner, plan, l2_norm_clip=clip, seed=seed, replay=replay)
     model.compile(optimizer=optimizer, loss=loss, **options)
     return model
 

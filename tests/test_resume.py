@@ -15,8 +15,7 @@ def new_run(make_model, plan, replicas=1, replay=False, seed=3):
     """A compiled private model whose optimizer is built, as before a restore."""
 
     def make():
-        model = runs.compiled(make_model(), plan, seed=seed)
-        model.optimizer.replay = replay
+        model = runs.compiled(make_model(), plan, seed=seed, replay=replay)
         model.optimizer.build(model.trainable_variables)
         return model
 
@@ -95,7 +94,7 @@ def test_a_restore_onto_two_replicas_goes_on_with_the_same_run(tmp_path):
     data = runs.counting_data()
     whole = new_run(runs.counting_model, plan)
     expected = runs.fit(whole, plan.batches(*data))
-    model = new_run(runs.counting_model, plan)
+    model = new_run(runs.counting_model, plan, replay=True)
     runs.fit(model, plan.batches(*data), epochs=1, steps_per_epoch=9)
     other = new_run(runs.counting_model, plan, replicas=2, replay=True, seed=8)
     restored = through_weights(model, other, tmp_path)
@@ -121,7 +120,7 @@ def test_backup_and_restore_finishes_an_interrupted_run(tmp_path):
     expected = runs.fit(new_run(runs.counting_model, plan), plan.batches(*data))
     with pytest.raises(KeyboardInterrupt):
         runs.fit(
-            new_run(runs.counting_model, plan),
+            new_run(runs.counting_model, plan, replay=True),
             plan.batches(*data),
             callbacks=[backup(), Interrupt()],
         )
@@ -192,7 +191,7 @@ def test_a_restore_into_an_unbuilt_optimizer_is_refused(tmp_path):
     [
         lambda arrays: arrays.pop("noise_ring"),
         lambda arrays: arrays.update(noise_ring=arrays["noise_ring"][:, :-1]),
-        lambda arrays: arrays.update(run_key=arrays["run_key"][:1]),
+        lambda arrays: arrays.update(sampler_key=arrays["sampler_key"][:1]),
         lambda arrays: arrays.update(format=np.array(99, np.int32)),
         lambda arrays: arrays.update(fingerprint=np.zeros(64, np.uint8)),
         lambda arrays: arrays.clear(),

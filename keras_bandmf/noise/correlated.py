@@ -38,10 +38,11 @@ class CorrelatedNoise:
     run of the flat gradient vector; the sum of all shares is the row.
 
     Formal guarantees:
-        The rows `0 .. n-1` taken in order are, up to float32 rounding, `C^-1 Z` with
-        `Z[i, j] ~ N(0, stddev^2)` independent over steps, elements and replicas, provided that
-        each row is advanced exactly once and in order. The key is secret: who knows it, or the
-        ring, can subtract the noise.
+        The rows `0 .. n-1` are, up to float32 rounding, `C^-1 Z` with `Z[i, j] ~ N(0, stddev^2)`
+        independent over steps, elements and replicas. Each row is given out once and in order:
+        the noise owns its position, and any other row is all NaN, for the same noise on two
+        gradients would cancel. The key is secret: who knows it, or the ring, can subtract the
+        noise.
 
     Args:
         strategy: the strategy whose `noise_rows` and `tail_scale` define `C`.
@@ -77,30 +78,42 @@ class CorrelatedNoise:
             self._key = tf.Variable(np.zeros(2, np.int64), trainable=False, name="noise_key")
             # A table of n rows must not become a constant of the graph.
             self._rows = tf.Variable(rows, trainable=False, name="noise_rows")
-            self._ring = self._make_ring()
-            self._next_step = tf.Variable(0, dtype=tf.int64, trainable=False, name="noise_step")
+            self._ring = None
+            if self.num_slots:
+                self._ring = self._per_replica(
+                    tf.zeros((self.num_slots, self.layout.shard_size)), "noise_ring"
+                )
+            self._position = self._per_replica(tf.zeros([], tf.int64), "noise_position")
         self._tail = np.asarray(strategy.tail_scale(), np.float32)
         self._advance_ring = tf.function(self._ring_pass, jit_compile=True, autograph=False)
         self.set_key(normals.fresh_key() if seed is None else normals.key_from_seed(seed))
 
-    def _make_ring(self) -> tf.Variable | None:
-        if not self.num_slots:
-            return None
-        shape = (self.num_slots, self.layout.shard_size)
+    def _per_replica(self, value: tf.Tensor, name: str) -> tf.Variable:
+        """Makes a variable of which each replica has, and updates, its own."""
         if self.layout.num_shards == 1:
-            return tf.Variable(tf.zeros(shape), trainable=False, name="noise_ring")
+            return tf.Variable(value, trainable=False, name=name)
         return tf.Variable(
-            tf.zeros(shape),
+            value,
             trainable=False,
             synchronization=tf.VariableSynchronization.ON_READ,
             aggregation=tf.VariableAggregation.NONE,
-            name="noise_ring",
+            name=name,
         )
 
-    def _local_rings(self) -> list[tf.Variable]:
+    def _local(self, variable: tf.Variable) -> list[tf.Variable]:
         if self.layout.num_shards == 1:
-            return [self._ring]
-        return list(self._distribution.experimental_local_results(self._ring))
+            return [variable]
+        return list(self._distribution.experimental_local_results(variable))
+
+    @property
+    def position(self) -> int:
+        """The next row to give out."""
+        return max(int(local.numpy()) for local in self._local(self._position))
+
+    @position.setter
+    def position(self, step: int) -> None:
+        for local in self._local(self._position):
+            local.assign(step)
 
     @property
     def state_bytes(self) -> int:
@@ -119,7 +132,7 @@ class CorrelatedNoise:
         """Returns the secret ring of all replicas, shape (b - 1, d), float32."""
         if not self.num_slots:
             return np.zeros((0, self.layout.size), np.float32)
-        return self.layout.gather([ring.numpy() for ring in self._local_rings()])
+        return self.layout.gather([ring.numpy() for ring in self._local(self._ring)])
 
     def set_ring(self, ring: np.ndarray) -> None:
         """Restores what `get_ring` returned, on any number of replicas.
@@ -136,7 +149,8 @@ class CorrelatedNoise:
                 "plan or number of bands, or the file is damaged; the run cannot go on from it."
             )
         if self.num_slots:
-            for local, part in zip(self._local_rings(), self.layout.scatter(ring), strict=True):
+            parts = self.layout.scatter(ring)
+            for local, part in zip(self._local(self._ring), parts, strict=True):
                 local.assign(part)
 
     def next(self) -> list[tf.Tensor]:
@@ -153,10 +167,9 @@ class CorrelatedNoise:
                 "`next()` returns whole rows and needs a noise made outside a strategy scope. "
                 f"Received: a noise over {self.layout.num_shards} replicas. Call `share(step)`."
             )
-        step = self._next_step.read_value()
+        step = self._position.read_value()
         if tf.executing_eagerly() and int(step) >= self.num_steps:
             raise ValueError(f"All {self.num_steps} rows of the noise have been drawn.")
-        self._next_step.assign_add(1)
         return [
             tf.zeros(shape) if share is None else share
             for shape, share in zip(self.layout.shapes, self.share(step), strict=True)
@@ -166,14 +179,19 @@ class CorrelatedNoise:
         """Advances one replica's ring to row `step` and returns its share of that row.
 
         Args:
-            step: scalar integer; rows must be taken in order, each once.
+            step: scalar integer, equal to `position`.
             replica: the replica in whose context this is called, a Python integer.
 
         Returns:
             For each shape a float32 tensor, zero where another replica owns the elements, or
-            None where this replica owns none of them. All NaN for a step of `n` or more.
+            None where this replica owns none of them. All NaN for a step of `n` or more, or
+            another than `position`; the position does not move then.
         """
         step = tf.cast(step, tf.int64)
+        position = self._local(self._position)[replica]
+        expected = position.read_value()
+        in_order = tf.equal(step, expected)
+        position.assign(tf.where(in_order, step + 1, expected))
         z = normals.standard_normals(
             self._key.read_value(),
             step,
@@ -181,15 +199,15 @@ class CorrelatedNoise:
             self.layout.chunks_per_shard,
         )
         row = self._advance_ring(z, step, replica)
-        return self.layout.split(row * self._release_scale(step), replica)
+        return self.layout.split(row * self._release_scale(step, in_order), replica)
 
-    def _release_scale(self, step: tf.Tensor) -> tf.Tensor:
+    def _release_scale(self, step: tf.Tensor, in_order: tf.Tensor) -> tf.Tensor:
         scale = tf.constant(self.stddev, tf.float32)
         if self._tail.size:
             position = step - (self.num_steps - self._tail.size)
             tail = tf.gather(self._tail, tf.clip_by_value(position, 0, self._tail.size - 1))
             scale *= tf.where(position >= 0, tail, 1.0)
-        return tf.where(step < self.num_steps, scale, np.nan)
+        return tf.where(in_order & (step < self.num_steps), scale, np.nan)
 
     def _ring_pass(self, z: tf.Tensor, step: tf.Tensor, replica: int) -> tf.Tensor:
         """Computes `x_i` from `z_i` and the ring, and puts it into the ring (XLA, one pass)."""
@@ -197,7 +215,7 @@ class CorrelatedNoise:
         coefficients = tf.gather(self._rows, tf.minimum(step, last))
         if not self.num_slots:
             return z / coefficients[0]
-        ring = self._local_rings()[replica]
+        ring = self._local(self._ring)[replica]
         slot = step % self.num_slots
         # Slot s holds x_{i-k} for the k in 1 .. b-1 with s = i - k modulo b - 1.
         lags = (slot - 1 - tf.range(self.num_slots, dtype=tf.int64)) % self.num_slots

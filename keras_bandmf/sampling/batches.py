@@ -177,6 +177,18 @@ class PrivateBatches:
         self._draws = self._rule.draws(key)
         self._key = key
 
+    def digest(self) -> bytes:
+        """Returns 32 bytes that depend on the sampler's key, the rows and their order.
+
+        A run that goes on must see the same: an example is its row number, and another order or
+        key would let it take part in adjacent steps. It is keyed, and belongs to the secrets.
+
+        Raises:
+            RuntimeError: No key is bound.
+        """
+        self._bound_draws()
+        return self._store.digest(self._key.tobytes())
+
     def padded_size(self, num_replicas: int = 1) -> int:
         """Rows P of a padded batch over all replicas; see `SamplingRule.padded_size`."""
         return self._rule.padded_size(num_replicas)

@@ -153,6 +153,7 @@ def test_key_and_ring_continue_a_stream_bit_for_bit():
     second = CorrelatedNoise(strategy, 1.0, SHAPES)
     second.set_key(first.get_key())
     second.set_ring(first.get_ring())
+    second.position = first.position
     tail = [
         np.concatenate([np.ravel(p) for p in second.share(tf.constant(i))]) for i in range(10, 24)
     ]
@@ -171,8 +172,20 @@ def test_no_noise_is_left_after_the_last_step():
     with pytest.raises(ValueError, match="24 rows"):
         noise.next()
     assert np.isnan(noise.share(tf.constant(24))[0].numpy()).all()
+    noise.position = 30
     compiled = tf.function(noise.share, jit_compile=True)
     assert np.isnan(compiled(tf.constant(30))[0].numpy()).all()
+
+
+@pytest.mark.parametrize("options", [None, {}, {"jit_compile": True}])
+def test_a_row_is_given_out_once_and_in_order(options):
+    """The same noise on two gradients would cancel: any other row than the next one is NaN."""
+    noise = CorrelatedNoise(STRATEGIES["toeplitz"](), 1.0, [(3,)], seed=1)
+    share = noise.share if options is None else tf.function(noise.share, **options)
+    for step, fine in [(0, True), (1, True), (1, False), (0, False), (3, False), (2, True)]:
+        row = share(tf.constant(step))[0].numpy()
+        assert np.isfinite(row).all() == fine and np.isnan(row).all() != fine
+    assert noise.position == 3
 
 
 @pytest.mark.parametrize("stddev", [-1.0, np.nan, np.inf, "1", None, [1.0]])

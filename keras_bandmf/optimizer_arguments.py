@@ -1,0 +1,78 @@
+"""What BandMFOptimizer accepts: plan, clip norm, seed and inner optimizer."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import keras
+
+from keras_bandmf.plan import TrainingPlan
+
+# Settings of the base optimizer that would act on one replica's share of the noisy sum, or skip
+# and merge steps: with any of them the released value is not what the plan accounts for.
+_REFUSED_SETTINGS = {
+    "clipnorm": "Gradients are clipped per example: set `l2_norm_clip`.",
+    "clipvalue": "Gradients are clipped per example: set `l2_norm_clip`.",
+    "global_clipnorm": "Gradients are clipped per example: set `l2_norm_clip`.",
+    "gradient_accumulation_steps": "Use `privatize(model, microbatch_size=...)` to save memory.",
+    "loss_scale_factor": "Use the dtype policy 'mixed_bfloat16', which needs no loss scaling.",
+}
+
+
+def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any) -> None:
+    """Refuses arguments of the wrong type or range.
+
+    Raises:
+        TypeError: if `plan` is not a plan.
+        ValueError: naming the argument.
+    """
+    if not isinstance(plan, TrainingPlan):
+        raise TypeError(
+            "Argument `plan` must be a keras_bandmf.TrainingPlan, for example from "
+            f"`TrainingPlan.calibrate(...)`. Received: plan={plan!r}"
+        )
+    if (
+        isinstance(l2_norm_clip, bool)
+        or not isinstance(l2_norm_clip, numbers.Real)
+        or not 0 < l2_norm_clip < math.inf
+    ):
+        raise ValueError(
+            "Argument `l2_norm_clip` must be a positive finite number. "
+            f"Received: l2_norm_clip={l2_norm_clip!r}"
+        )
+    if seed is not None and (
+        isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0
+    ):
+        raise ValueError(
+            "Argument `seed` must be None (a private run) or a non-negative integer (a test). "
+            f"Received: seed={seed!r}"
+        )
+
+
+def checked_inner(inner: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """Returns an inner optimizer that acts on the noisy sum alone.
+
+    Raises:
+        ValueError: naming the setting that does not.
+    """
+    wraps = hasattr(inner, "inner_optimizer")  # LossScaleOptimizer, and a second BandMFOptimizer
+    if wraps:
+        raise ValueError(
+            "The inner optimizer must be an ordinary Keras optimizer such as 'adam'. "
+            f"Received: optimizer={type(inner).__name__}"
+        )
+    for name, advice in _REFUSED_SETTINGS.items():
+        value = getattr(inner, name, None)
+        if value is not None:
+            raise ValueError(
+                f"The inner optimizer must not set `{name}`. {advice} Received: {name}={value}"
+            )
+    if inner.use_ema and inner.ema_overwrite_frequency:
+        raise ValueError(
+            "The inner optimizer must not set `ema_overwrite_frequency`: Keras fails on it under "
+            "a distribution strategy. The average is written at the end of `fit` without it. "
+            f"Received: ema_overwrite_frequency={inner.ema_overwrite_frequency}"
+        )
+    return inner
