@@ -224,7 +224,9 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
                 f"{[variable.path for variable in trainable_variables]}"
             )
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        if tf.executing_eagerly() or replicas != self.run_state.noise.layout.num_shards:
+        # Replicas take eager steps one after the other: between them the positions differ.
+        eager_step = tf.executing_eagerly() and replicas == 1
+        if eager_step or replicas != self.run_state.noise.layout.num_shards:
             self.check_ready(replicas)
         step = tf.convert_to_tensor(self.iterations)
         shares = self.run_state.noise.share(step, _replica_id())

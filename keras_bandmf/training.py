@@ -323,6 +323,7 @@ class _PrivateTraining:
                     validation_freq=validation_freq,
                 )
             finally:
+                self._needs_mask = False
                 model.__dict__.pop("_maybe_symbolic_build", None)
 
     def _prepare(self, sample: dict[str, Any]) -> None:

@@ -119,7 +119,7 @@ def clipped_gradients(
     x, y, sample_weight = on_tensors(_tensor, (x, y, sample_weight))
     rows = next(t for t in keras.tree.flatten(x) if t is not None)
     mask = _mask(mask, rows)
-    if not model.built or not _all_built(model):
+    if not model.built:
         raise ValueError(
             "Expected a built model: its variables are needed. Call it once on data, or start it "
             f"with `keras.Input`. Received: model '{model.name}' that is not built"
@@ -162,7 +162,3 @@ def _mask(mask: Any, rows: tf.Tensor) -> tf.Tensor:
             f"{rows.shape[0]} rows of data"
         )
     return mask
-
-
-def _all_built(model: keras.Model) -> bool:
-    return all(layer.built for layer in model._flatten_layers())

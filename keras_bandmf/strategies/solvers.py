@@ -331,9 +331,7 @@ def _compiled(response: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) -> tuple[Ca
     def error(coefficients, num_steps, mean_weight, last_weight, length):
         with tf.device("CPU:0"):
             h = response(coefficients, num_steps)
-            return _error_of_response(
-                h, tf.size(coefficients), mean_weight, last_weight, length
-            )
+            return _error_of_response(h, tf.size(coefficients), mean_weight, last_weight, length)
 
     return respond, error
 

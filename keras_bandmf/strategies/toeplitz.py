@@ -168,9 +168,7 @@ class ToeplitzStrategy:
             window = normalized.extend_window(self.coefficients, state)
             return normalized.tail_errors(self.tail_scale(), window, lagged)
 
-    def sensitivity(
-        self, max_participations: int = 1, min_separation: int | None = None
-    ) -> float:
+    def sensitivity(self, max_participations: int = 1, min_separation: int | None = None) -> float:
         """Returns the sensitivity of C under a participation schema, or an upper bound on it.
 
         Args:

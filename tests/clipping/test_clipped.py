@@ -126,10 +126,27 @@ def test_overridden_compute_loss_with_regularizers_is_refused():
         clipped_gradients(model, zoo.floats(3))
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_losses_that_keras_has_not_built_yet(replicas):
+    """Several outputs have a metric each, made on first use: also inside a graph."""
+    devices = ["CPU:0", "CPU:1"][:replicas]
+    strategy = tf.distribute.MirroredStrategy(devices)
+    with strategy.scope():
+        model, x, y, weight = zoo.two_outputs_shared()
+    data = keras.tree.map_structure(tf.constant, (x, y, weight))
+
+    @tf.function
+    def step():
+        return strategy.run(lambda: clipped_gradients(model, *data).sums)
+
+    sums = [strategy.experimental_local_results(s)[0] for s in step()]
+    expected = reference.clipped(reference.gradients(model, x, y, weight)[0], 1.0)[1]
+    assert reference.error(sums, expected) < 1e-5
+
+
 def test_metrics_and_compiled_loss_are_left_alone(small):
     model, x, y = small
     model.compile(loss="mse", metrics=["mae"])
-    model.train_on_batch(x, y) if model.optimizer else None
     before = [v.numpy().copy() for v in model.metrics_variables]
     clipped_gradients(model, x, y)
     for v, b in zip(model.metrics_variables, before, strict=True):

@@ -50,9 +50,7 @@ SUBOPTIMALITY = [
 
 
 def raw_optimum(num_steps, num_bands, error="mean", **kwargs):
-    return ToeplitzStrategy.optimize(
-        num_steps, num_bands, error, column_normalize=False, **kwargs
-    )
+    return ToeplitzStrategy.optimize(num_steps, num_bands, error, column_normalize=False, **kwargs)
 
 
 def log_loss_gradient(coefficients, num_steps, error="mean"):
