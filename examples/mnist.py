@@ -2,7 +2,7 @@
 
     python examples/mnist.py
 
-Reads MNIST through `keras.datasets.mnist`, which fetches it once or takes it from Keras's cache.
+Fetches MNIST through `keras.datasets.mnist`; `--data mnist.npz` reads a file of the same layout.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
+import numpy as np
 
 import keras_bandmf as bandmf
 import comparison
@@ -46,11 +47,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="runs of each mechanism")
     parser.add_argument("--learning_rate", type=float, default=0.25)
     parser.add_argument("--num_train", type=int, default=60_000, help="fewer for a quick look")
+    parser.add_argument("--data", type=pathlib.Path, help="x_train, y_train, x_test, y_test")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("."))
     options = parser.parse_args()
     started = time.time()
 
-    (x_train, y_train), (x_test, y_test) = keras.datasets.mnist.load_data()
+    if options.data is None:
+        (x_train, y_train), (x_test, y_test) = keras.datasets.mnist.load_data()
+    else:
+        with np.load(options.data) as data:
+            x_train, y_train, x_test, y_test = (
+                data[name] for name in ("x_train", "y_train", "x_test", "y_test")
+            )
     x_train = (x_train[: options.num_train, ..., None] / 255.0 - 0.5).astype("float32")
     x_test = (x_test[..., None] / 255.0 - 0.5).astype("float32")
     task = comparison.Task(
