@@ -1,0 +1,47 @@
+"""The callbacks of a private fit."""
+
+import keras
+import pytest
+
+import keras_bandmf as bandmf
+from keras_bandmf import callbacks
+from tests import runs
+
+
+def test_epsilon_so_far_is_in_the_history_and_grows_to_the_plans():
+    plan = runs.make_plan(num_steps=24)
+    model = runs.compiled(runs.counting_model(), plan)
+    history = model.fit(
+        plan.batches(*runs.counting_data()),
+        epochs=2,
+        callbacks=[bandmf.callbacks.EpsilonSoFar()],
+        verbose=0,
+    )
+    first, last = history.history["epsilon"]
+    assert first == plan.epsilon(12) < last == plan.epsilon()
+
+
+def test_callbacks_on_validation_metrics_are_allowed_and_named():
+    allowed = [
+        keras.callbacks.EarlyStopping("val_loss"),
+        keras.callbacks.ModelCheckpoint("x.keras"),
+        keras.callbacks.LearningRateScheduler(lambda epoch: 0.1),
+    ]
+    assert callbacks.check_callbacks(allowed) == ["EarlyStopping(val_loss)"]
+    assert callbacks.unknown_callbacks(allowed) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "count"), [(None, 0), ([], 0), (keras.callbacks.History(), 1), ([[[None]]], 0)]
+)
+def test_callbacks_are_found_in_nested_lists(given, count):
+    assert len(callbacks.flat_callbacks(given)) == count
+
+
+def test_a_callback_of_a_known_class_by_inheritance_is_checked_and_named():
+    class Mine(keras.callbacks.EarlyStopping):
+        """Acts like its parent."""
+
+    with pytest.raises(ValueError, match="Mine"):
+        callbacks.check_callbacks([Mine("loss")])
+    assert callbacks.unknown_callbacks([Mine("val_loss")]) == ["Mine"]
