@@ -1,4 +1,4 @@
-"""Time of a whole private training step over a plain Keras step: `python benchmarks/private_step.py`.
+"""A whole private training step over a plain Keras step: `python benchmarks/private_step.py`.
 
 Both are Keras's compiled `train_step` with SGD and an accuracy metric on the same batch. The
 private one clips, draws noise, adds it and updates. Runs are interleaved; the table shows medians,
