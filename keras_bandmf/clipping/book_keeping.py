@@ -16,8 +16,9 @@ import tensorflow as tf
 
 from keras_bandmf.clipping.factors import Factor, Unsupported, merged
 from keras_bandmf.clipping.layer_rules import LayerRule
-from keras_bandmf.clipping.losses import BatchLoss, per_example_losses
+from keras_bandmf.clipping.losses import BatchLoss
 from keras_bandmf.clipping.registry import rule_of
+from keras_bandmf.clipping.row_losses import per_example_losses
 
 
 class Clipped(NamedTuple):
@@ -118,10 +119,11 @@ def clip_by_book_keeping(
         tape.watch(values)
         with _tapped(model, tape, records):
             y_pred = forward(model, x)
-        losses = per_example_losses(loss, y, y_pred, sample_weight)
-        total = tf.reduce_sum(losses)
     _check_records(records, tf.convert_to_tensor(mask))
-    taps, direct = tape.gradient(total, ([r.outputs for r in records], values))
+    losses, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight, values)
+    taps, direct = tape.gradient(
+        outputs, ([r.outputs for r in records], values), output_gradients=slopes
+    )
     leaks = [v.path for v, g in zip(variables, direct, strict=True) if g is not None]
     if leaks:
         raise Unsupported(f"used outside a layer that has a rule: {', '.join(leaks)}")

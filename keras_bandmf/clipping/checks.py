@@ -11,10 +11,12 @@ import tensorflow as tf
 from keras_bandmf.clipping.book_keeping import clip_by_book_keeping, clip_factors, forward
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.locate import first_mixing_layer
-from keras_bandmf.clipping.losses import BatchLoss, batch_loss, per_example_losses
+from keras_bandmf.clipping.losses import BatchLoss, batch_loss, build_loss
 from keras_bandmf.clipping.refusals import refuse_arguments, refuse_model
 from keras_bandmf.clipping.routes import store_checked, structural_reason, trial_reason
+from keras_bandmf.clipping.row_losses import per_example_losses
 from keras_bandmf.clipping.rows import each_row_repeated, three_rows
+from keras_bandmf.clipping.shapes import over_rows
 from keras_bandmf.clipping.snapshot import Snapshot
 
 
@@ -52,6 +54,7 @@ def check_model(
         y_pred = forward(model, x)
         _check_written(snapshot)
         _check_rows(model, x, y_pred, snapshot)
+        build_loss(model, x, y)
         row_loss = batch_loss(model, loss)
         snapshot.restore()
         _check_loss(row_loss, x, y, forward(model, x), sample_weight)
@@ -182,10 +185,19 @@ def _one_by_one(
     values = [v.value for v in model.trainable_variables]
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
         tape.watch(values)
-        losses = per_example_losses(loss, y, forward(model, x), sample_weight)
-        chosen = [losses[i] for i in range(3)]
-    zero = tf.UnconnectedGradients.ZERO
-    found = [tape.gradient(value, values, unconnected_gradients=zero) for value in chosen]
+        y_pred = forward(model, x)
+    _, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight)
+    found = []
+    for i in range(3):
+        own = [tf.where(over_rows(tf.range(3) == i, s), s, tf.zeros_like(s)) for s in slopes]
+        found.append(
+            tape.gradient(
+                outputs,
+                values,
+                output_gradients=own,
+                unconnected_gradients=tf.UnconnectedGradients.ZERO,
+            )
+        )
     return [
         np.stack([np.asarray(tf.cast(tf.convert_to_tensor(g), tf.float64)) for g in column])
         for column in zip(*found, strict=True)

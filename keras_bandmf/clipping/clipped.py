@@ -12,10 +12,10 @@ import tensorflow as tf
 from keras_bandmf.clipping.book_keeping import clip_by_book_keeping
 from keras_bandmf.clipping.chunks import clip_at_once, clip_in_chunks
 from keras_bandmf.clipping.factors import Unsupported
-from keras_bandmf.clipping.losses import batch_loss
+from keras_bandmf.clipping.losses import batch_loss, build_loss
 from keras_bandmf.clipping.per_example import clip_one_example
 from keras_bandmf.clipping.refusals import refuse_arguments, refuse_model
-from keras_bandmf.clipping.routes import route_of
+from keras_bandmf.clipping.routes import give_up, route_of
 from keras_bandmf.clipping.shapes import on_tensors
 
 
@@ -124,6 +124,7 @@ def clipped_gradients(
             "Expected a built model: its variables are needed. Call it once on data, or start it "
             f"with `keras.Input`. Received: model '{model.name}' that is not built"
         )
+    build_loss(model, x, y)
     row_loss = batch_loss(model, loss)
     data = (x, y, sample_weight, mask)
     general = route_of(model, x, y, sample_weight, loss).general
@@ -137,9 +138,9 @@ def clipped_gradients(
                 result = clip_at_once(by_batch, *data)
             else:
                 result = clip_in_chunks(by_batch, *data, microbatch_size)
-        except Unsupported:
+        except Unsupported as reason:
             # What the trial trace could not see (other shapes, another kind of graph).
-            result = None
+            give_up(model, str(reason))
     if result is None:
         result = clip_in_chunks(functools.partial(clip_one_example, model, **common), *data, 1)
     return ClippedGradients(**result._asdict(), mask=mask, l2_norm_clip=clip)

@@ -52,79 +52,40 @@ def batch_loss(model: keras.Model, loss: Any = None) -> BatchLoss:
         )
     alone = _alone(lambda x, y, y_pred, sample_weight: compiled(y, y_pred, sample_weight))
 
-    def built(x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
-        if loss is not None and len(keras.tree.flatten(y_pred)) > 1:
+    def single(x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
+        if len(keras.tree.flatten(y_pred)) > 1:
             raise ValueError(
                 "`loss=` is for models with one output; use `compile(loss=...)` for several. "
                 f"Received: {len(keras.tree.flatten(y_pred))} outputs"
             )
-        if not compiled.built:
-            _build(alone, y, y_pred)
         return alone(x, y, y_pred, sample_weight)
 
-    return built
+    return alone if loss is None else single
 
 
-def per_example_losses(loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
-    """Loss of every example, shape (batch,).
-
-    Each is `loss` on a batch of one row: sample weights, temporal weights, masks, several outputs
-    and loss weights act as they do there.
+def build_loss(model: keras.Model, x: Any, y: Any) -> None:
+    """Let Keras make the metrics of single outputs, which it does on the first use of the loss.
 
     Args:
-        loss: from `batch_loss`; it must not look at x.
-        y: targets, a structure of tensors with the example on axis 0, or None.
-        y_pred: outputs of the model on the whole batch.
-        sample_weight: None, a tensor, or a structure of tensors.
+        model: built.
+        x: inputs, tensors; only shapes and dtypes matter, and so for `y`.
+        y: targets or None.
+
+    Raises:
+        ValueError: several outputs, not built yet, inside a graph, where no variable can be made.
     """
-    parts = (y, y_pred, sample_weight)
-    leaves = [_Leaf(leaf) for part in parts for leaf in keras.tree.flatten(part)]
-
-    def one(rows: list[list[tf.Tensor]]) -> tf.Tensor:
-        single = [leaf.of_row(row) for leaf, row in zip(leaves, rows, strict=True)]
-        packed, start = [], 0
-        for part in parts:
-            count = len(keras.tree.flatten(part))
-            packed.append(keras.tree.pack_sequence_as(part, single[start : start + count]))
-            start += count
-        return tf.cast(loss(None, *packed), keras.config.floatx())
-
-    tensors = [leaf.tensors for leaf in leaves]
-    try:
-        return tf.vectorized_map(one, tensors)
-    except Exception:  # an operation that cannot be vectorised, or a mistake: this shows which
-        return tf.map_fn(one, tensors, fn_output_signature=keras.config.floatx())
-
-
-class _Leaf:
-    """A tensor and what Keras hangs on it and reads in losses: its mask and its logits."""
-
-    def __init__(self, leaf: tf.Tensor | None):
-        self.mask = getattr(leaf, "_keras_mask", None)
-        self.logits = getattr(leaf, "_keras_logits", None)
-        self.activation = None
-        if leaf is not None and self.logits is None and not tf.executing_eagerly():
-            # In a graph Keras looks for the operation that made the output and takes its input.
-            self.activation = {"Softmax": tf.nn.softmax, "Sigmoid": tf.sigmoid}.get(
-                getattr(getattr(leaf, "op", None), "type", None)
-            )
-            leaf = leaf if self.activation is None else leaf.op.inputs[0]
-        parts = (leaf, self.mask, self.logits)
-        self.tensors = [t for t in parts if t is not None]
-
-    def of_row(self, rows: list[tf.Tensor]) -> tf.Tensor | None:
-        """The same for a batch of one, from one row of each of `tensors`."""
-        if not rows:
-            return None
-        rest = iter([tf.expand_dims(row, 0) for row in rows])
-        leaf = next(rest)
-        if self.activation is not None:
-            leaf = self.activation(leaf)
-        if self.mask is not None:
-            leaf._keras_mask = next(rest)
-        if self.logits is not None:
-            leaf._keras_logits = next(rest)
-        return leaf
+    compiled = getattr(model, "_compile_loss", None)
+    if compiled is None or compiled.built or overrides_compute_loss(model):
+        return
+    if tf.executing_eagerly():
+        one = on_tensors(lambda t: tf.zeros([1, *t.shape[1:]], t.dtype), (x, y))
+        batch_loss(model)(None, one[1], model(one[0]), None)
+    elif len(keras.tree.flatten(y)) > 1:
+        raise ValueError(
+            "The losses of several outputs are built on first use, and not inside a `tf.function`. "
+            "Call `clipping.check_model(model, x, y)` before training, as every model needs. "
+            f"Received: model '{model.name}' with {len(keras.tree.flatten(y))} targets"
+        )
 
 
 def with_mean_by_weight(model: keras.Model, loss: Any = None) -> bool:
@@ -169,13 +130,3 @@ def _compiled(loss: Any) -> CompileLoss:
             f"Received: loss={loss!r}"
         )
     return CompileLoss(loss)
-
-
-def _build(loss: BatchLoss, y: Any, y_pred: Any) -> None:
-    """Let Keras make the metrics of single outputs, outside any graph."""
-
-    def zeros(t: tf.Tensor) -> tf.Tensor:
-        return tf.zeros([d or 1 for d in t.shape], t.dtype)
-
-    with tf.init_scope():
-        loss(None, on_tensors(zeros, y), on_tensors(zeros, y_pred), None)

@@ -67,6 +67,11 @@ def store_checked(model: keras.Model, general: str | None) -> Route:
     return route
 
 
+def give_up(model: keras.Model, reason: str) -> None:
+    """Send `model` the general path from here on: book-keeping failed on a real trace."""
+    _store(model, stored(model)._replace(general=reason))
+
+
 def structural_reason(model: keras.Model, loss: Any) -> str | None:
     """Why the layers alone send the model the general path; None if they do not."""
     if loss is None and overrides_compute_loss(model):

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_bandmf.clipping.losses import batch_loss, per_example_losses
+from keras_bandmf.clipping.factors import Unsupported
+from keras_bandmf.clipping.losses import batch_loss
+from keras_bandmf.clipping.row_losses import per_example_losses
 
 ROWS = 5
 SHAPES = ("classes", "probabilities", "targets")
@@ -81,11 +83,8 @@ def same_as_alone(loss, y, y_pred, weight=None, mask=None):
     if mask is not None:
         y_pred._keras_mask = mask
     y, weight = (None if t is None else tf.constant(t) for t in (y, weight))
-    with tf.GradientTape() as tape:
-        tape.watch(y_pred)
-        losses = per_example_losses(compute, y, y_pred, weight)
-        total = tf.reduce_sum(losses)
-    slopes = tape.gradient(total, y_pred)
+    losses, outputs, (slopes,) = per_example_losses(compute, y, y_pred, weight)
+    assert len(outputs) == 1 and outputs[0] is y_pred
     assert losses.shape == (ROWS,)
 
     model = keras.Model()
@@ -138,10 +137,10 @@ def test_saturated_softmax_uses_its_logits(activation, graph):
             tape.watch(logits)
             if one_by_one:
                 rows = [compute(None, y[i : i + 1], layer(logits[i : i + 1]), None) for i in (0, 1)]
-                losses = tf.stack(rows)
-            else:
-                losses = per_example_losses(compute, y, layer(logits), None)
-        return tape.gradient(losses, logits)
+                return tape.gradient(rows, logits)
+            y_pred = layer(logits)
+        found = per_example_losses(compute, y, y_pred, None)
+        return tape.gradient(found.outputs, logits, output_gradients=found.slopes)
 
     run = tf.function(slopes) if graph else slopes
     np.testing.assert_allclose(run(False), run(True), atol=1e-6)
@@ -158,12 +157,22 @@ def test_structures():
     y = {k: tf.constant(rng.normal(size=(ROWS, 2)), tf.float32) for k in ("a", "b", "c")}
     weight = {k: tf.constant(rng.uniform(size=ROWS), tf.float32) for k in ("a", "b", "c")}
     y_pred = model(x)
-    losses = per_example_losses(batch_loss(model), y, y_pred, weight)
+    losses, outputs, _ = per_example_losses(batch_loss(model), y, y_pred, weight)
+    assert len(outputs) == 2  # not the one without a loss
     expected = 2 * np.mean((y["a"] - y_pred["a"]) ** 2, 1) * weight["a"]
     expected += 0.5 * np.mean(np.abs(y["b"] - y_pred["b"]), 1) * weight["b"]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     # The trackers of single outputs, had they been touched, would have counted a step per example.
     assert all(float(m.total) == 0 and float(m.count) == 0 for m in model._compile_loss.metrics)
+
+
+def test_a_loss_that_reads_weights_is_unsupported():
+    weight = tf.Variable([2.0])
+    compute = batch_loss(keras.Model(), lambda y, p: weight * (y - p) ** 2)
+    data = tf.zeros((3, 1)), tf.ones((3, 1))
+    with pytest.raises(Unsupported, match="by itself"):
+        per_example_losses(compute, *data, None, [weight])
+    np.testing.assert_allclose(per_example_losses(compute, *data, None).losses, [2, 2, 2])
 
 
 def test_no_loss_is_an_error():

@@ -1,0 +1,111 @@
+"""The loss of every example in one go, with its slopes by the model's outputs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf.clipping.factors import Unsupported
+from keras_bandmf.clipping.losses import BatchLoss
+
+
+class RowLosses(NamedTuple):
+    """Losses of all examples and where backpropagation starts.
+
+    Attributes:
+        losses: (batch,).
+        outputs: the tensors of the forward pass that the losses depend on.
+        slopes: gradient of the summed losses by each of `outputs`.
+    """
+
+    losses: tf.Tensor
+    outputs: list[tf.Tensor]
+    slopes: list[tf.Tensor]
+
+
+def per_example_losses(
+    loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any, weights: Any = ()
+) -> RowLosses:
+    """Loss of every example: `loss` on a batch of that one row.
+
+    Sample weights, temporal weights, masks, several outputs and loss weights act as they do there.
+    Losses are vectorised, layers never are. The slopes are taken row by row, too, not from the
+    vectorised loss: under XLA its gradient made every step as slow as a compilation (measured).
+
+    Args:
+        loss: from `batch_loss`; it must not look at x.
+        y: targets, a structure of tensors with the example on axis 0, or None.
+        y_pred: outputs of the model on the whole batch.
+        sample_weight: None, a tensor, or a structure of tensors.
+        weights: variables the loss must not read by itself.
+
+    Raises:
+        Unsupported: the loss reads one of `weights`.
+    """
+    parts = (y, y_pred, sample_weight)
+    leaves = [[_Leaf(leaf) for leaf in keras.tree.flatten(part)] for part in parts]
+    outputs = [t for leaf in leaves[1] for t in leaf.tensors if t.dtype.is_floating]
+    used = [True] * len(outputs)
+
+    def one(rows: list[list[list[tf.Tensor]]]) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        rows = tf.nest.map_structure(lambda row: tf.expand_dims(row, 0), rows)
+        sources = [t for leaf in rows[1] for t in leaf if t.dtype.is_floating]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([sources, weights])
+            single = [
+                keras.tree.pack_sequence_as(
+                    part, [leaf.of_row(row) for leaf, row in zip(column, values, strict=True)]
+                )
+                for part, column, values in zip(parts, leaves, rows, strict=True)
+            ]
+            value = tf.cast(loss(None, *single), keras.config.floatx())
+        slopes, direct = tape.gradient(value, (sources, list(weights)))
+        if any(g is not None for g in direct):
+            raise Unsupported("the loss reads a weight of the model by itself")
+        used[:] = [slope is not None for slope in slopes]
+        return value, [tf.convert_to_tensor(slope)[0] for slope in slopes if slope is not None]
+
+    # The tape of the forward pass has no business in here.
+    tensors = [[[tf.stop_gradient(t) for t in leaf.tensors] for leaf in part] for part in leaves]
+    try:
+        losses, slopes = tf.vectorized_map(one, tensors)
+    except Unsupported:
+        raise
+    except Exception:  # an operation that cannot be vectorised, or a mistake: this shows which
+        kept = [t.dtype for t, u in zip(outputs, used, strict=True) if u]
+        signature = (tf.as_dtype(keras.config.floatx()), kept)
+        losses, slopes = tf.map_fn(one, tensors, fn_output_signature=signature)
+    outputs = [t for t, u in zip(outputs, used, strict=True) if u]
+    return RowLosses(losses, outputs, slopes)
+
+
+class _Leaf:
+    """A tensor and what Keras hangs on it and reads in losses: its mask and its logits."""
+
+    def __init__(self, leaf: tf.Tensor | None):
+        self.mask = getattr(leaf, "_keras_mask", None)
+        self.logits = getattr(leaf, "_keras_logits", None)
+        self.activation = None
+        if leaf is not None and self.logits is None and not tf.executing_eagerly():
+            # In a graph Keras looks for the operation that made the output and takes its input.
+            operation = getattr(leaf, "op", None)
+            known = {"Softmax": tf.nn.softmax, "Sigmoid": tf.sigmoid}
+            self.activation = known.get(getattr(operation, "type", None))
+            leaf = leaf if self.activation is None else operation.inputs[0]
+        self.tensors = [t for t in (leaf, self.mask, self.logits) if t is not None]
+
+    def of_row(self, rows: list[tf.Tensor]) -> tf.Tensor | None:
+        """The same for a batch of one, given `tensors` of that batch."""
+        if not rows:
+            return None
+        rest = iter(rows)
+        leaf = next(rest)
+        if self.activation is not None:
+            leaf = self.activation(leaf)
+        if self.mask is not None:
+            leaf._keras_mask = next(rest)
+        if self.logits is not None:
+            leaf._keras_logits = next(rest)
+        return leaf
