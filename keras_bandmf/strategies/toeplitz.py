@@ -28,7 +28,7 @@ class ToeplitzStrategy:
     T has `T[i, j] = coefficients[i - j]` for `0 <= i - j < b`. C is T, or with
     `column_normalize=True` T with each column divided by its norm, which changes the last b - 1
     columns only and lowers the error. Instances are immutable and compare by value.
-    (McKenna, arXiv 2405.15913, section 3.)
+    (McKenna, arXiv 2405.15913.)
 
     Attributes:
       coefficients: `(b,)` float64, read-only, scaled to norm 1; the first is positive.
