@@ -1,8 +1,8 @@
 """L-BFGS for smooth objectives with millions of unknowns, ended by its gain per iteration.
 
-SciPy's L-BFGS-B cannot be told to end at a gain, and its long BLAS calls are split over threads that
-wait for each other wherever a core is busy. Here vectors are made once and then changed in place,
-in pieces too short for that.
+SciPy's L-BFGS-B cannot be told to end at a gain, and its long BLAS calls are split over threads
+that wait for each other wherever a core is busy. Here vectors are made once and then changed in
+place, in pieces too short for that.
 """
 
 from __future__ import annotations
