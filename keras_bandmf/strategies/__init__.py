@@ -5,8 +5,9 @@ from __future__ import annotations
 from keras_bandmf.strategies.arguments import choice
 from keras_bandmf.strategies.banded import BandedStrategy
 from keras_bandmf.strategies.toeplitz import ToeplitzStrategy
+from keras_bandmf.strategies.workload import Workload
 
-__all__ = ["BandedStrategy", "ToeplitzStrategy", "from_config"]
+__all__ = ["BandedStrategy", "ToeplitzStrategy", "Workload", "from_config"]
 
 _CLASSES = {"BandedStrategy": BandedStrategy, "ToeplitzStrategy": ToeplitzStrategy}
 

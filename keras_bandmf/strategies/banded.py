@@ -10,27 +10,33 @@ from collections.abc import Callable
 
 import numpy as np
 
-from keras_bandmf.strategies.arguments import choice, positive_integer
+from keras_bandmf.strategies.arguments import check_shape, choice, positive_integer
 from keras_bandmf.strategies.banded_search import normalize_columns, search
-from keras_bandmf.strategies.covariance import BandedErrors, block_size, prefix_sum_blocks
+from keras_bandmf.strategies.covariance import BandedErrors, block_size
 from keras_bandmf.strategies.minimize import Progress
 from keras_bandmf.strategies.sensitivity import banded_sensitivity
 from keras_bandmf.strategies.toeplitz import ERRORS, MAX_MATERIALIZED_STEPS, ToeplitzStrategy
+from keras_bandmf.strategies.workload import (
+    Workload,
+    blocks_of,
+    checked_workload,
+    workload_config,
+    workload_of,
+)
 
-# Entries of C that are worked with at all: 16 GiB of float64 in the search.
-MAX_ENTRIES = 10**8
 _FIELDS = {"class_name", "num_steps", "num_bands", "columns", "sha256"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BandedStrategy:
-    """A lower-triangular, banded strategy C with columns of norm 1, for prefix sums.
+    """A lower-triangular, banded strategy C with columns of norm 1, for a workload A.
 
     Instances are immutable and compare by value. (McKenna, arXiv 2405.15913, section 3.1.)
 
     Attributes:
       columns: `(n, b)` float64, read-only: row j is column j of C from its diagonal down, scaled
         to norm 1; the diagonal is positive, and entries below row n - 1 of C are zero.
+      workload: A, of n steps; None for prefix sums.
 
     Formal guarantees:
       `C[i, j] = 0` for `i < j` and for `i - j >= num_bands`, and every column of C has norm 1 (to
@@ -38,9 +44,11 @@ class BandedStrategy:
     """
 
     columns: np.ndarray
+    workload: Workload | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "columns", _checked_columns(self.columns))
+        checked_workload(self.workload, self.num_steps)
 
     @classmethod
     def optimize(
@@ -52,6 +60,7 @@ class BandedStrategy:
         start: BandedStrategy | ToeplitzStrategy | None = None,
         gain: float = 1e-9,
         max_iterations: int = 2000,
+        workload: Workload | None = None,
     ) -> BandedStrategy:
         """Finds the columns with the lowest error, by L-BFGS from the optimal Toeplitz strategy.
 
@@ -71,6 +80,7 @@ class BandedStrategy:
             less than a hundred times that share).
           max_iterations: iterations after which the best strategy so far is returned, with a
             warning.
+          workload: A, of n steps; None for prefix sums.
 
         Returns:
           The strategy: never of a larger error than the start.
@@ -85,7 +95,7 @@ class BandedStrategy:
         num_bands = positive_integer("num_bands", num_bands)
         max_iterations = positive_integer("max_iterations", max_iterations)
         choice("error", error, ERRORS)
-        _check_shape(num_steps, num_bands)
+        check_shape(num_steps, num_bands)
         if isinstance(gain, bool) or not isinstance(gain, float) or not 0.0 < gain < 1.0:
             raise ValueError(
                 "`gain` must be a float above 0 and below 1. "
@@ -96,13 +106,14 @@ class BandedStrategy:
                 "`callback` must be a function of one argument, or None. "
                 f"Received: callback={callback!r}. Pass a function that takes a `Progress`."
             )
+        checked_workload(workload, num_steps)
         if start is None:
-            start = ToeplitzStrategy.optimize(num_steps, num_bands, error)
+            start = ToeplitzStrategy.optimize(num_steps, num_bands, error, workload=workload)
         first = _start_columns(start, num_steps, num_bands)
         if num_bands == 1:
-            return cls(first)
-        workload = prefix_sum_blocks(block_size(num_bands))
-        return cls(search(first, workload, error, gain, max_iterations, callback))
+            return cls(first, workload)
+        blocks = blocks_of(workload, num_steps, block_size(num_bands))
+        return cls(search(first, blocks, error, gain, max_iterations, callback), workload)
 
     @property
     def num_steps(self) -> int:
@@ -118,11 +129,12 @@ class BandedStrategy:
         """Returns the squared row norms of `A C^-1`.
 
         Returns:
-          `(n,)` float64: the variance of the i-th prefix sum at unit noise. Columns whose inverse
-          overflows give `inf`.
+          `(n,)` float64: the variance of the i-th output of the workload at unit noise. Columns
+          whose inverse overflows give `inf`.
         """
         n, b = self.columns.shape
-        errors = BandedErrors(n, b, prefix_sum_blocks(block_size(b))).evaluate(self.columns)
+        blocks = blocks_of(self.workload, n, block_size(b))
+        errors = BandedErrors(n, b, blocks).evaluate(self.columns)
         return np.where(np.isnan(errors), np.inf, errors)
 
     def loss(self, error: str = "mean") -> float:
@@ -223,6 +235,7 @@ class BandedStrategy:
             "num_bands": self.num_bands,
             "columns": base64.b64encode(content).decode("ascii"),
             "sha256": hashlib.sha256(content).hexdigest(),
+            **workload_config(self.workload),
         }
 
     @classmethod
@@ -238,7 +251,7 @@ class BandedStrategy:
         Raises:
           ValueError: a field is missing, unknown, or out of its range; the columns are damaged.
         """
-        if not isinstance(config, dict) or set(config) != _FIELDS:
+        if not isinstance(config, dict) or set(config) - {"workload"} != _FIELDS:
             received = sorted(map(str, config)) if isinstance(config, dict) else config
             raise ValueError(
                 f"The config of a BandedStrategy must be a dict with the keys {sorted(_FIELDS)}."
@@ -247,7 +260,7 @@ class BandedStrategy:
         choice("class_name", config["class_name"], (cls.__name__,))
         num_steps = positive_integer("num_steps", config["num_steps"])
         num_bands = positive_integer("num_bands", config["num_bands"])
-        _check_shape(num_steps, num_bands)
+        check_shape(num_steps, num_bands)
         try:
             content = base64.b64decode(config["columns"], validate=True)
         except (TypeError, ValueError, binascii.Error):
@@ -259,30 +272,19 @@ class BandedStrategy:
                 f"SHA-256 is in 'sha256'. Received: {len(content)} bytes with sha256={digest}. The "
                 "config is damaged or was edited; optimise the strategy again."
             )
-        return cls(np.frombuffer(content, "<f8").reshape(num_steps, num_bands))
+        columns = np.frombuffer(content, "<f8").reshape(num_steps, num_bands)
+        return cls(columns, workload_of(config))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BandedStrategy) and np.array_equal(self.columns, other.columns)
+        if not isinstance(other, BandedStrategy) or self.workload != other.workload:
+            return False
+        return np.array_equal(self.columns, other.columns)
 
     def __hash__(self) -> int:
         return hash((self.columns.shape, self.columns[-1].tobytes(), self.columns[0].tobytes()))
 
     def __repr__(self) -> str:
         return f"BandedStrategy(num_steps={self.num_steps}, num_bands={self.num_bands})"
-
-
-def _check_shape(num_steps: int, num_bands: int) -> None:
-    """Refuses more bands than steps, and more entries than can be worked with."""
-    if num_bands > num_steps:
-        raise ValueError(
-            "A strategy cannot have more bands than steps. Received: "
-            f"num_bands={num_bands}, num_steps={num_steps}. Use at most {num_steps} bands."
-        )
-    if num_steps * num_bands > MAX_ENTRIES:
-        raise ValueError(
-            f"A banded strategy has at most {MAX_ENTRIES} entries. Received: num_steps={num_steps},"
-            f" num_bands={num_bands}. Use fewer bands, or a `ToeplitzStrategy`."
-        )
 
 
 def _start_columns(start: object, num_steps: int, num_bands: int) -> np.ndarray:
@@ -310,7 +312,7 @@ def _checked_columns(columns: object) -> np.ndarray:
             "`columns` must be an (n, b) array of real numbers. Received: an array of shape "
             f"{array.shape} and dtype {array.dtype}. Row j is column j of C from its diagonal down."
         )
-    _check_shape(*array.shape)
+    check_shape(*array.shape)
     array = array.astype(np.float64)
     bad = ~np.all(np.isfinite(array), axis=1) | ~(array[:, 0] > 0.0)
     if np.any(bad):

@@ -42,6 +42,33 @@ def normalize_columns(columns: np.ndarray) -> np.ndarray:
     return kept
 
 
+def power_mean(errors: np.ndarray, power: float) -> tuple[float, np.ndarray]:
+    """Returns the logarithm of a power mean and its gradient.
+
+    Args:
+      errors: `(n,)` float64, not negative, not all zero, finite.
+      power: the order: 1 is the mean, infinity would be the largest.
+
+    Returns:
+      The logarithm, and its `(n,)` derivatives with respect to `errors`.
+    """
+    largest = float(np.max(errors))
+    shares = errors / largest
+    powers = shares ** (power - 1.0)
+    total = float(powers @ shares)
+    value = np.log(largest) + np.log(total / len(errors)) / power
+    return float(value), powers / (total * largest)
+
+
+def stages(error: str, gain: float) -> list[tuple[float, float]]:
+    """Returns the orders of the power means to minimise in turn, each with the gain to end at."""
+    if error == "mean":
+        return [(1.0, gain)]
+    *way, last = _MAX_ERROR_POWERS
+    early = [(power, max(gain, _GAIN_ON_THE_WAY)) for power in way]
+    return [*early, (last, _MAX_ERROR_GAIN * gain)]
+
+
 class _LogLoss:
     """log of the power mean of the errors, as a function of the columns' distance from `origin`.
 
@@ -72,20 +99,17 @@ class _LogLoss:
         norm = np.sqrt(np.einsum("ij,ij->i", columns, columns))[:, None]
         columns /= norm
         errors = self._errors.evaluate(columns)
-        largest = float(np.max(errors))
-        if not 0.0 < largest < np.inf:
+        if not 0.0 < np.max(errors) < np.inf:
             return np.inf, point
-        powers = (errors / largest) ** (self._power - 1.0)
-        total = float(powers @ (errors / largest))
-        value = np.log(largest) + np.log(total / len(errors)) / self._power
-        gradient = self._errors.gradient(powers / (total * largest))
+        value, weights = power_mean(errors, self._power)
+        gradient = self._errors.gradient(weights)
         # Along a column nothing changes: its norm is divided out.
         columns *= np.einsum("ij,ij->i", gradient, columns)[:, None]
         gradient -= columns
         gradient *= self._units / norm
         for lag in range(1, columns.shape[1]):
             gradient[len(columns) - lag :, lag] = 0.0
-        return float(value), gradient.reshape(-1)
+        return value, gradient.reshape(-1)
 
 
 def search(
@@ -119,10 +143,7 @@ def search(
     best, best_loss = start, float(reduce(errors.evaluate(start)))
     memory = _MEMORY if start.size <= _LONG_VECTOR else _SHORT_MEMORY
     origin, left = start, max_iterations
-    powers = (1.0,)
-    if error == "max":
-        powers, gain = _MAX_ERROR_POWERS, _MAX_ERROR_GAIN * gain
-    for power in powers:
+    for power, enough in stages(error, gain):
         objective = _LogLoss(origin, errors, power)
         iterations = 0
 
@@ -132,7 +153,6 @@ def search(
             if callback is not None:
                 callback(progress)
 
-        enough = gain if power == powers[-1] else max(gain, _GAIN_ON_THE_WAY)
         found = descend(objective, np.zeros(start.size), _FIRST_STEP, enough, left, memory, count)
         origin = normalize_columns(objective.columns(found.point))
         loss = float(reduce(errors.evaluate(origin)))
@@ -141,9 +161,9 @@ def search(
         left -= iterations
         if not found.converged:
             warnings.warn(
-                f"The search was to end where an iteration gains less than {gain} of the loss, but "
-                f"still gained {found.gain:.1e} after max_iterations={max_iterations}. The best "
-                f"strategy so far is returned; its {error} error is {best_loss}. Pass it as "
+                f"The search was to end where an iteration gains less than {enough} of the loss, "
+                f"but still gained {found.gain:.1e} after max_iterations={max_iterations}. The "
+                f"best strategy so far is returned; its {error} error is {best_loss}. Pass it as "
                 "`start` to go on from there, or raise `max_iterations`.",
                 RuntimeWarning,
                 stacklevel=3,

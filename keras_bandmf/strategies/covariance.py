@@ -49,21 +49,6 @@ def block_size(num_bands: int) -> int:
     return max(_MIN_BLOCK, num_bands - 1)
 
 
-def prefix_sum_blocks(block: int) -> WorkloadBlocks:
-    """Returns the prefix sum in blocks: its state is the sum so far.
-
-    Args:
-      block: m, steps in a block.
-
-    Returns:
-      The workload; all blocks are alike.
-    """
-    one = np.ones((1, 1, 1))
-    row = np.ones((1, 1, block))
-    lower = np.tril(np.ones((1, block, block)))
-    return WorkloadBlocks(one, row, row.transpose(0, 2, 1), lower)
-
-
 class BandedErrors:
     """The squared row norms of `A C^-1` as a function of C, with working memory for one C.
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from keras_bandmf.strategies.covariance import BandedErrors, block_size, prefix_sum_blocks
+from keras_bandmf.strategies.covariance import BandedErrors, block_size
+from keras_bandmf.strategies.workload import Workload
 from tests.strategies import reference
 
 SIZES = [
@@ -28,7 +29,7 @@ def random_columns(n, b, seed=0):
 
 
 def prefix_errors(n, b):
-    return BandedErrors(n, b, prefix_sum_blocks(block_size(b)))
+    return BandedErrors(n, b, Workload(n).blocks(block_size(b)))
 
 
 @pytest.fixture(params=[False, True], ids=["one chunk", "a block a chunk"])
