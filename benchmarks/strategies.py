@@ -1,9 +1,10 @@
 """Time and memory of strategy optimisation, alone and against jax-privacy, as ratios in one run.
 
-    python benchmarks/strategies.py [--peer_python PATH]
+    python benchmarks/strategies.py [--peer_python PATH] [--million]
 
 PATH is the interpreter of an environment with `jax` and `jax-privacy`; without it the rows of the
-peer say so. Every cold figure is measured in a process of its own, after imports.
+peer say so. `--million` adds the banded optimum at 10^6 steps (many minutes). Every cold figure is
+measured in a process of its own, after imports.
 """
 
 from __future__ import annotations
@@ -48,6 +49,39 @@ for _ in range(repeats):
     c = toeplitz.optimize_banded_toeplitz(n, b).block_until_ready()
     seconds.append(time.perf_counter() - start)
 print(json.dumps({"seconds": seconds, "coefficients": [float(x) for x in c]}))
+"""
+
+# Banded: the columns' own search, and the median time between two of its iterations.
+OURS_BANDED = """
+import json, resource, sys, time
+import numpy as np
+import tensorflow as tf
+from keras_bandmf import strategies
+n, b, limit = (int(a) for a in sys.argv[1:4])
+memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+tf.zeros([3]).numpy()
+start = strategies.ToeplitzStrategy.optimize(n, b)
+before, begun, at = memory(), time.perf_counter(), []
+s = strategies.BandedStrategy.optimize(
+    n, b, start=start, max_iterations=limit, callback=lambda _: at.append(time.perf_counter()))
+seconds, each = time.perf_counter() - begun, float(np.median(np.diff(at)))
+print(json.dumps({"seconds": seconds, "iteration": each,
+                  "iterations": len(at), "mebibytes": memory() - before,
+                  "loss": s.loss(), "toeplitz": start.loss()}))
+"""
+PEER_BANDED = """
+import json, sys, time
+import numpy as np
+import jax
+jax.config.update("jax_enable_x64", True)
+from jax_privacy.matrix_factorization import banded
+n, b, limit = (int(a) for a in sys.argv[1:4])
+at = []
+def tick(state):
+    jax.block_until_ready(state.params)
+    at.append(time.perf_counter())
+banded.optimize(n, bands=b, max_optimizer_steps=limit, callback=tick)
+print(json.dumps({"iteration": float(np.median(np.diff(at)))}))
 """
 
 
@@ -112,12 +146,43 @@ def against_peer(peer_python: str | None, num_steps: int = 10**4, num_bands: int
     )
 
 
+def banded(peer_python: str | None, million: bool) -> None:
+    """The exact banded optimum: whole searches, growth with n, an iteration against the peer's."""
+    whole = [(10**4, 32, 20.0, 1024)] + ([(10**6, 16, 1200.0, 8192)] if million else [])
+    for num_steps, num_bands, seconds, mebibytes in whole:
+        found = run(sys.executable, OURS_BANDED, num_steps, num_bands, 5000)
+        name = f"banded n={num_steps:.0e} b={num_bands}"
+        row(
+            f"{name}, to convergence ({found['iterations']} iterations)",
+            f"{found['seconds']:.1f} s",
+            f"target {seconds} s: {found['seconds'] / seconds:.2f} of it",
+        )
+        row(f"{name}, memory", f"{found['mebibytes']:.0f} MiB", f"target {mebibytes} MiB")
+        row(f"{name}, loss", f"{found['loss']:.8f}")
+        gap = 100 * ((found["toeplitz"] / found["loss"]) ** 0.5 - 1)
+        row(f"{name}, RMSE of the Toeplitz optimum above it", f"at least {gap:.4f} %")
+    for num_steps in (10**4, 3 * 10**4, 10**5, 3 * 10**5):
+        found = run(sys.executable, OURS_BANDED, num_steps, 16, 8)
+        each = 1e9 * found["iteration"] / num_steps
+        name = f"banded n={num_steps:.0e} b=16, an iteration"
+        row(name, f"{found['iteration']:.3f} s", f"{each:.0f} ns a step")
+    for num_steps in (500, 1000, 2000) if peer_python else ():
+        ours, peer = (
+            run(python, program, num_steps, 32, 12)["iteration"]
+            for python, program in ((sys.executable, OURS_BANDED), (peer_python, PEER_BANDED))
+        )
+        name = f"banded n={num_steps} b=32, an iteration, ours / jax-privacy"
+        row(name, f"{ours:.4f} / {peer:.3f} s", f"{peer / ours:.0f} times faster")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer_python", help="interpreter with jax and jax-privacy installed")
+    parser.add_argument("--million", action="store_true", help="the banded optimum at n = 10^6")
     arguments = parser.parse_args()
     alone()
     against_peer(arguments.peer_python)
+    banded(arguments.peer_python, arguments.million)
 
 
 if __name__ == "__main__":

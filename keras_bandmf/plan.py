@@ -15,6 +15,7 @@ from keras_bandmf.checks import checked_float
 from keras_bandmf.documents import read_document, write_document
 from keras_bandmf.plan_arguments import (
     check_strategy,
+    refine_strategy,
     resolve_bands,
     resolve_steps,
     resolve_strategy,
@@ -75,7 +76,7 @@ class TrainingPlan:
             num_steps: n; give this or `epochs`.
             epochs: passes over the data, an integer.
             num_bands: b, needed with a strategy's name; 1 is DP-SGD.
-            strategy: "toeplitz", or a strategy object.
+            strategy: "toeplitz", "banded", or a strategy object.
             sampling: "cyclic_poisson" or "fixed_order".
             max_participations: fixed order only, declared for foreign data.
             min_separation: fixed order only, declared for foreign data.
@@ -142,7 +143,7 @@ class TrainingPlan:
             epochs: passes over the data; give this or `num_steps`.
             num_steps: n.
             num_bands: "auto" takes the number with the lowest expected RMSE, up to `max_bands`.
-            strategy: "toeplitz", or a strategy object (which has its number of bands).
+            strategy: "toeplitz", "banded", or a strategy object (with its number of bands).
             sampling: "cyclic_poisson" or "fixed_order".
             max_bands: cap of "auto"; the noise keeps num_bands - 1 copies of the model.
             max_participations: fixed order only, declared for foreign data.
@@ -171,10 +172,10 @@ class TrainingPlan:
                 schedule,
                 epsilon,
                 delta,
-                functools.partial(resolve_strategy, strategy, num_steps),
+                functools.partial(resolve_strategy, "toeplitz", num_steps),
                 max_bands=max_bands,
             ).best
-            strategy, guess = best.strategy, best.noise_multiplier
+            strategy, guess = refine_strategy(strategy, best.strategy), best.noise_multiplier
             schedule = dataclasses.replace(schedule, num_bands=best.num_bands)
         return cls(
             num_examples=num_examples,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from keras_bandmf.strategies.arguments import choice
+from keras_bandmf.strategies.banded import BandedStrategy
 from keras_bandmf.strategies.toeplitz import ToeplitzStrategy
+from keras_bandmf.strategies.workload import Workload
 
-__all__ = ["ToeplitzStrategy", "from_config"]
+__all__ = ["BandedStrategy", "ToeplitzStrategy", "Workload", "from_config"]
 
-_CLASSES = {"ToeplitzStrategy": ToeplitzStrategy}
+_CLASSES = {"BandedStrategy": BandedStrategy, "ToeplitzStrategy": ToeplitzStrategy}
 
 
-def from_config(config: dict) -> ToeplitzStrategy:
+def from_config(config: dict) -> BandedStrategy | ToeplitzStrategy:
     """Restores a strategy of any class from its `get_config()`.
 
     Args:

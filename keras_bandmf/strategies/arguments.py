@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numbers
 
+# Entries of C where each column is worked with: 16 GiB of float64 in the search.
+MAX_ENTRIES = 10**8
+
 
 def positive_integer(name: str, value: object) -> int:
     """Returns `value` as an int if it is an integer (Python's or NumPy's) of at least 1.
@@ -68,3 +71,31 @@ def boolean(name: str, value: object) -> bool:
             f"{type(value).__name__}. Pass a bool."
         )
     return value
+
+
+def check_bands(num_bands: int, num_steps: int) -> None:
+    """Refuses more bands than steps, by a `ValueError`."""
+    if num_bands > num_steps:
+        raise ValueError(
+            "A strategy cannot have more bands than steps. Received: "
+            f"num_bands={num_bands}, num_steps={num_steps}. Use at most {num_steps} bands."
+        )
+
+
+def check_shape(num_steps: int, num_bands: int) -> None:
+    """Refuses more bands than steps, and more entries than can be worked with one by one.
+
+    Args:
+      num_steps: n.
+      num_bands: b.
+
+    Raises:
+      ValueError: b is above n, or n b above `MAX_ENTRIES`.
+    """
+    check_bands(num_bands, num_steps)
+    if num_steps * num_bands > MAX_ENTRIES:
+        raise ValueError(
+            f"A banded strategy, or one for a `workload`, has at most {MAX_ENTRIES} entries. "
+            f"Received: num_steps={num_steps}, num_bands={num_bands}. Use fewer bands, or a "
+            "`ToeplitzStrategy` for prefix sums."
+        )

@@ -126,6 +126,43 @@ def toeplitz_sensitivity(
     return _upper_bound(coefficients, num_steps, column_normalize, fits, min_separation)
 
 
+def banded_sensitivity(columns: np.ndarray, max_participations: int, min_separation: int) -> float:
+    """Returns the sensitivity of a banded strategy of unit columns, or an upper bound on it.
+
+    Args:
+      columns: `(n, b)` float64; row j is column j of C from its diagonal down, of norm 1, zero
+        below row n - 1 of C.
+      max_participations: most participations of an example.
+      min_separation: least distance, in steps, of two of them.
+
+    Returns:
+      With k the number of participations that fit: exact for k = 1 and for b <= `min_separation`
+      (`sqrt(k)`), `gram_bound` of the band of C'C otherwise.
+
+    Formal guarantees:
+      Never below the sensitivity over all patterns of at most `max_participations` steps, any two
+      at least `min_separation` apart. For b <= `min_separation` the columns of a pattern share no
+      row, so squared norms add.
+    """
+    n, bands = columns.shape
+    fits = participations(n, max_participations, min_separation)
+    if fits == 1:
+        return 1.0
+    if bands <= min_separation:
+        return math.sqrt(fits)
+    # Row j of |C'C| around its diagonal: entries further than b - 1 from it are zero.
+    around = np.zeros((n, 2 * bands - 1))
+    for lag in range(bands):
+        products = columns[: n - lag, lag:] * columns[lag:, : bands - lag]
+        inner = np.abs(np.sum(products, axis=1))
+        around[: n - lag, bands - 1 + lag] = inner
+        around[lag:, bands - 1 - lag] = inner
+    rows = max_separated_sum(around, fits, min_separation)
+    if n * fits > _MAX_WORK:
+        return math.sqrt(fits * float(np.max(rows)))
+    return math.sqrt(float(max_separated_sum(rows, fits, min_separation)))
+
+
 def _disjoint(coefficients: np.ndarray, num_steps: int, fits: int, separation: int) -> float:
     """Exact for raw columns that share no row: full columns count 1, those cut at step n less."""
     full = min(fits, (num_steps - len(coefficients)) // separation + 1)

@@ -9,9 +9,16 @@ from collections.abc import Callable
 import numpy as np
 
 from keras_bandmf.strategies import normalized, solvers
-from keras_bandmf.strategies.arguments import boolean, choice, positive_integer
+from keras_bandmf.strategies.arguments import boolean, check_bands, choice, positive_integer
 from keras_bandmf.strategies.minimize import Progress, minimize
 from keras_bandmf.strategies.sensitivity import banded_toeplitz, toeplitz_sensitivity
+from keras_bandmf.strategies.toeplitz_workload import optimal_for_workload, workload_errors
+from keras_bandmf.strategies.workload import (
+    Workload,
+    checked_workload,
+    workload_config,
+    workload_of,
+)
 
 ERRORS = ("mean", "max")
 # Step counts are kept exactly in float64, and the search is tried, up to here.
@@ -23,7 +30,7 @@ _WARM_START_STEPS = 10**5
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ToeplitzStrategy:
-    """A lower-triangular, banded Toeplitz strategy C for prefix sums over `num_steps` steps.
+    """A lower-triangular, banded Toeplitz strategy C over `num_steps` steps.
 
     T has `T[i, j] = coefficients[i - j]` for `0 <= i - j < b`. C is T, or with
     `column_normalize=True` T with each column divided by its norm, which changes the last b - 1
@@ -34,6 +41,7 @@ class ToeplitzStrategy:
       coefficients: `(b,)` float64, read-only, scaled to norm 1; the first is positive.
       num_steps: n.
       column_normalize: whether every column of C has norm 1.
+      workload: A, of n steps; None for prefix sums.
 
     Formal guarantees:
       `C[i, j] = 0` for `i < j` and for `i - j >= num_bands`, and the largest column norm of C is 1
@@ -43,14 +51,16 @@ class ToeplitzStrategy:
     coefficients: np.ndarray
     num_steps: int
     column_normalize: bool = True
+    workload: Workload | None = None
 
     def __post_init__(self):
         num_steps = _checked_steps(self.num_steps)
         coefficients = _checked_coefficients(self.coefficients)
-        _check_bands(len(coefficients), num_steps)
+        check_bands(len(coefficients), num_steps)
         object.__setattr__(self, "num_steps", num_steps)
         object.__setattr__(self, "coefficients", coefficients)
         boolean("column_normalize", self.column_normalize)
+        checked_workload(self.workload, num_steps)
 
     @classmethod
     def optimize(
@@ -60,6 +70,7 @@ class ToeplitzStrategy:
         error: str = "mean",
         column_normalize: bool = True,
         callback: Callable[[Progress], object] | None = None,
+        workload: Workload | None = None,
     ) -> ToeplitzStrategy:
         """Finds the coefficients with the lowest error at norm 1.
 
@@ -73,6 +84,8 @@ class ToeplitzStrategy:
           column_normalize: whether C gets columns of norm 1.
           callback: called after every iteration with a `Progress` whose `value` is the logarithm
             of the raw loss.
+          workload: A, of n steps; None for prefix sums. For any other the loss of C itself is
+            minimised, from the optimum for prefix sums, at a cost of O(n b^2) an iteration.
 
         Returns:
           The strategy.
@@ -83,7 +96,7 @@ class ToeplitzStrategy:
         """
         num_steps = _checked_steps(num_steps)
         num_bands = positive_integer("num_bands", num_bands)
-        _check_bands(num_bands, num_steps)
+        check_bands(num_bands, num_steps)
         choice("error", error, ERRORS)
         boolean("column_normalize", column_normalize)
         if callback is not None and not callable(callback):
@@ -91,8 +104,13 @@ class ToeplitzStrategy:
                 "`callback` must be a function of one argument, or None. "
                 f"Received: callback={callback!r}. Pass a function that takes a `Progress`."
             )
+        checked_workload(workload, num_steps)
         coefficients = _optimal_coefficients(num_steps, num_bands, error, callback)
-        return cls(coefficients, num_steps, column_normalize)
+        if workload is not None and num_bands > 1:
+            coefficients = optimal_for_workload(
+                coefficients, workload, error, column_normalize, callback
+            )
+        return cls(coefficients, num_steps, column_normalize, workload)
 
     @property
     def num_bands(self) -> int:
@@ -110,6 +128,8 @@ class ToeplitzStrategy:
           ValueError: n is above 10^8.
         """
         n, b = self.num_steps, self.num_bands
+        if self.workload is not None:
+            return workload_errors(self.coefficients, self.workload, self.column_normalize)
         if n > solvers.MAX_VECTOR_STEPS:
             raise ValueError(
                 f"The error of each step is computed for at most {solvers.MAX_VECTOR_STEPS} steps. "
@@ -146,9 +166,9 @@ class ToeplitzStrategy:
         """
         choice("error", error, ERRORS)
         n, b = self.num_steps, self.num_bands
-        if b == 1:
+        if b == 1 and self.workload is None:
             return (n + 1) / 2.0 if error == "mean" else float(n)
-        if solvers.cheapest_route(n, b) != "doubling":
+        if self.workload is not None or solvers.cheapest_route(n, b) != "doubling":
             errors = self.per_step_error()
             return float(np.mean(errors) if error == "mean" else np.max(errors))
         raw_rows = n - b + 1 if self.column_normalize else n
@@ -249,6 +269,7 @@ class ToeplitzStrategy:
             "num_steps": self.num_steps,
             "coefficients": self.coefficients.tolist(),
             "column_normalize": self.column_normalize,
+            **workload_config(self.workload),
         }
 
     @classmethod
@@ -265,13 +286,14 @@ class ToeplitzStrategy:
           ValueError: a field is missing, unknown, or out of its range.
         """
         expected = {"class_name", "num_steps", "coefficients", "column_normalize"}
-        if not isinstance(config, dict) or set(config) != expected:
+        if not isinstance(config, dict) or set(config) - {"workload"} != expected:
             raise ValueError(
                 f"The config of a ToeplitzStrategy must be a dict with the keys {sorted(expected)}."
                 f" Received: config={config!r}. Pass what `get_config()` returned."
             )
         choice("class_name", config["class_name"], (cls.__name__,))
-        return cls(config["coefficients"], config["num_steps"], config["column_normalize"])
+        coefficients, num_steps = config["coefficients"], config["num_steps"]
+        return cls(coefficients, num_steps, config["column_normalize"], workload_of(config))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ToeplitzStrategy) and self.get_config() == other.get_config()
@@ -336,15 +358,6 @@ def _checked_steps(num_steps: object) -> int:
             "Plan for fewer steps."
         )
     return num_steps
-
-
-def _check_bands(num_bands: int, num_steps: int) -> None:
-    """Refuses more bands than steps."""
-    if num_bands > num_steps:
-        raise ValueError(
-            "A strategy cannot have more bands than steps. Received: "
-            f"num_bands={num_bands}, num_steps={num_steps}. Use at most {num_steps} bands."
-        )
 
 
 def _checked_coefficients(coefficients: object) -> np.ndarray:

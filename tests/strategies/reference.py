@@ -56,3 +56,29 @@ def brute_force_sensitivity(matrix, max_participations, min_separation):
         for signs in itertools.product([1.0, -1.0], repeat=len(pattern)):
             best = max(best, float(np.linalg.norm(columns @ np.array(signs))))
     return best
+
+
+def dense_columns(columns):
+    """C by its definition from its columns as they are, entry by entry."""
+    num_steps = len(columns)
+    matrix = np.zeros((num_steps, num_steps))
+    for j, column in enumerate(columns):
+        for k, value in enumerate(column[: num_steps - j]):
+            matrix[j + k, j] = value
+    return matrix
+
+
+def dense_error_gradient(matrix, workload, weights):
+    """Gradient of `weights @ (squared row norms of A C^-1)` with respect to every entry of C."""
+    inverse = np.linalg.inv(matrix)
+    product = workload @ inverse
+    return -2.0 * inverse.T @ workload.T @ (weights[:, None] * product) @ inverse.T
+
+
+def band_of(matrix, num_bands):
+    """`(n, b)`: row j is column j of a matrix from its diagonal down, zero past the last row."""
+    rows = np.zeros((len(matrix), num_bands))
+    for j in range(len(matrix)):
+        column = matrix[j : j + num_bands, j]
+        rows[j, : len(column)] = column
+    return rows

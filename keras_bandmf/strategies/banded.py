@@ -1,0 +1,327 @@
+"""Banded strategies whose columns are all their own: the exact optimum for a number of bands."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from keras_bandmf.strategies.arguments import check_shape, choice, positive_integer
+from keras_bandmf.strategies.banded_search import normalize_columns, search
+from keras_bandmf.strategies.covariance import BandedErrors, block_size
+from keras_bandmf.strategies.minimize import Progress
+from keras_bandmf.strategies.sensitivity import banded_sensitivity
+from keras_bandmf.strategies.toeplitz import ERRORS, MAX_MATERIALIZED_STEPS, ToeplitzStrategy
+from keras_bandmf.strategies.workload import (
+    Workload,
+    blocks_of,
+    checked_workload,
+    workload_config,
+    workload_of,
+)
+
+_FIELDS = {"class_name", "num_steps", "num_bands", "columns", "sha256"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BandedStrategy:
+    """A lower-triangular, banded strategy C with columns of norm 1, for a workload A.
+
+    Instances are immutable and compare by value. (McKenna, arXiv 2405.15913, section 3.1.)
+
+    Attributes:
+      columns: `(n, b)` float64, read-only: row j is column j of C from its diagonal down, scaled
+        to norm 1; the diagonal is positive, and entries below row n - 1 of C are zero.
+      workload: A, of n steps; None for prefix sums.
+
+    Formal guarantees:
+      `C[i, j] = 0` for `i < j` and for `i - j >= num_bands`, and every column of C has norm 1 (to
+      rounding): a contribution of norm zeta at one step moves C X by at most zeta.
+    """
+
+    columns: np.ndarray
+    workload: Workload | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "columns", _checked_columns(self.columns))
+        checked_workload(self.workload, self.num_steps)
+
+    @classmethod
+    def optimize(
+        cls,
+        num_steps: int,
+        num_bands: int,
+        error: str = "mean",
+        callback: Callable[[Progress], object] | None = None,
+        start: BandedStrategy | ToeplitzStrategy | None = None,
+        gain: float = 1e-9,
+        max_iterations: int = 2000,
+        workload: Workload | None = None,
+    ) -> BandedStrategy:
+        """Finds the columns with the lowest error, by L-BFGS from the optimal Toeplitz strategy.
+
+        One iteration costs O(n b^2) and about 20 n b numbers are kept. What is found is an upper
+        bound on the optimum of all strategies with these bands.
+
+        Args:
+          num_steps: n.
+          num_bands: b, from 1 to n. 1 gives the identity.
+          error: "mean" or "max" of the squared row norms of `A C^-1`. The largest is approached
+            through power means of rising order.
+          callback: called after every iteration with a `Progress` whose `value` is the logarithm
+            of the loss (of the power mean, for "max").
+          start: where to begin, of the same n and b, for instance what an earlier search found;
+            by default the column-normalised Toeplitz optimum.
+          gain: ends where an iteration lowers the loss by less than this share of it ("max": by
+            less than a hundred times that share).
+          max_iterations: iterations after which the best strategy so far is returned, with a
+            warning.
+          workload: A, of n steps; None for prefix sums.
+
+        Returns:
+          The strategy: never of a larger error than the start.
+
+        Raises:
+          ValueError: an argument is out of its range.
+
+        Warns:
+          RuntimeWarning: `max_iterations` were not enough.
+        """
+        num_steps = positive_integer("num_steps", num_steps)
+        num_bands = positive_integer("num_bands", num_bands)
+        max_iterations = positive_integer("max_iterations", max_iterations)
+        choice("error", error, ERRORS)
+        check_shape(num_steps, num_bands)
+        if isinstance(gain, bool) or not isinstance(gain, float) or not 0.0 < gain < 1.0:
+            raise ValueError(
+                "`gain` must be a float above 0 and below 1. "
+                f"Received: gain={gain!r}. Use 1e-9, the default, or more for a shorter search."
+            )
+        if callback is not None and not callable(callback):
+            raise ValueError(
+                "`callback` must be a function of one argument, or None. "
+                f"Received: callback={callback!r}. Pass a function that takes a `Progress`."
+            )
+        checked_workload(workload, num_steps)
+        if start is None:
+            start = ToeplitzStrategy.optimize(num_steps, num_bands, error, workload=workload)
+        first = _start_columns(start, num_steps, num_bands)
+        if num_bands == 1:
+            return cls(first, workload)
+        blocks = blocks_of(workload, num_steps, block_size(num_bands))
+        return cls(search(first, blocks, error, gain, max_iterations, callback), workload)
+
+    @property
+    def num_steps(self) -> int:
+        """n."""
+        return self.columns.shape[0]
+
+    @property
+    def num_bands(self) -> int:
+        """b, the number of bands of C, its diagonal included."""
+        return self.columns.shape[1]
+
+    def per_step_error(self) -> np.ndarray:
+        """Returns the squared row norms of `A C^-1`.
+
+        Returns:
+          `(n,)` float64: the variance of the i-th output of the workload at unit noise. Columns
+          whose inverse overflows give `inf`.
+        """
+        n, b = self.columns.shape
+        blocks = blocks_of(self.workload, n, block_size(b))
+        errors = BandedErrors(n, b, blocks).evaluate(self.columns)
+        return np.where(np.isnan(errors), np.inf, errors)
+
+    def loss(self, error: str = "mean") -> float:
+        """Returns the mean or the largest squared row norm of `A C^-1`.
+
+        Args:
+          error: "mean" or "max".
+
+        Returns:
+          The loss at column norm 1; `inf` where the inverse of C overflows. The expected RMSE at
+          noise multiplier sigma and unit sensitivity is `sigma * sqrt(loss)`.
+
+        Raises:
+          ValueError: unknown `error`.
+        """
+        choice("error", error, ERRORS)
+        errors = self.per_step_error()
+        return float(np.mean(errors) if error == "mean" else np.max(errors))
+
+    def sensitivity(self, max_participations: int = 1, min_separation: int | None = None) -> float:
+        """Returns the sensitivity of C under a participation schema, or an upper bound on it.
+
+        Args:
+          max_participations: most steps an example takes part in.
+          min_separation: least distance, in steps, between two of them; needed when
+            `max_participations` is above 1.
+
+        Returns:
+          The sensitivity: 1 for one participation, `sqrt(k)` when the bands do not exceed the
+          separation (k participations fit), and an upper bound with more bands.
+
+        Raises:
+          ValueError: an argument is out of its range.
+
+        Formal guarantees:
+          Never below the largest norm of `sum_{i in pattern} C[:, i] u_i'` with every u_i of norm
+          at most 1, over all patterns the schema allows.
+        """
+        max_participations = positive_integer("max_participations", max_participations)
+        if min_separation is None:
+            if max_participations > 1:
+                raise ValueError(
+                    "`min_separation` must be given when an example takes part more than once. "
+                    f"Received: max_participations={max_participations}, min_separation=None. "
+                    "Pass the least number of steps between two participations."
+                )
+            return 1.0
+        separation = positive_integer("min_separation", min_separation)
+        return banded_sensitivity(self.columns, max_participations, separation)
+
+    def materialize(self) -> np.ndarray:
+        """Returns C as a dense matrix, for tests and pictures.
+
+        Returns:
+          `(n, n)` float64.
+
+        Raises:
+          ValueError: n is above 10,000.
+        """
+        n, b = self.columns.shape
+        if n > MAX_MATERIALIZED_STEPS:
+            raise ValueError(
+                f"C is materialised for at most {MAX_MATERIALIZED_STEPS} steps. Received: "
+                f"num_steps={n}. Use `columns`, which define C."
+            )
+        matrix = np.zeros((n, n))
+        steps = np.arange(n)
+        for lag in range(b):
+            matrix[steps[lag:], steps[: n - lag]] = self.columns[: n - lag, lag]
+        return matrix
+
+    def noise_rows(self) -> np.ndarray:
+        """Returns the recurrence of the correlated noise.
+
+        Returns:
+          `(n, b)` float64, row i of which is r with `x_i = (z_i - sum_k r[k] x_{i-k}) / r[0]` over
+          `1 <= k <= min(i, b - 1)`, i.e. `x = C^-1 z`; entries with k > i are zero.
+        """
+        rows = np.zeros_like(self.columns)
+        for lag in range(self.num_bands):
+            rows[lag:, lag] = self.columns[: self.num_steps - lag, lag]
+        return rows
+
+    def tail_scale(self) -> np.ndarray:
+        """Returns an empty `(0,)` float64 array: noise rows are released as they are."""
+        return np.zeros(0)
+
+    def get_config(self) -> dict:
+        """Returns a dict for JSON from which `from_config` restores the strategy exactly.
+
+        The n b numbers are base64 of little-endian float64, with a SHA-256 that `from_config`
+        checks: as decimal numbers they would take twice the space and minutes to read.
+        """
+        content = self.columns.astype("<f8").tobytes()
+        return {
+            "class_name": type(self).__name__,
+            "num_steps": self.num_steps,
+            "num_bands": self.num_bands,
+            "columns": base64.b64encode(content).decode("ascii"),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            **workload_config(self.workload),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict) -> BandedStrategy:
+        """Restores a strategy from `get_config()`.
+
+        Args:
+          config: the dict, perhaps through JSON.
+
+        Returns:
+          An equal strategy, its columns the same to the last bit.
+
+        Raises:
+          ValueError: a field is missing, unknown, or out of its range; the columns are damaged.
+        """
+        if not isinstance(config, dict) or set(config) - {"workload"} != _FIELDS:
+            received = sorted(map(str, config)) if isinstance(config, dict) else config
+            raise ValueError(
+                f"The config of a BandedStrategy must be a dict with the keys {sorted(_FIELDS)}."
+                f" Received: config with {received!r}. Pass what `get_config()` returned."
+            )
+        choice("class_name", config["class_name"], (cls.__name__,))
+        num_steps = positive_integer("num_steps", config["num_steps"])
+        num_bands = positive_integer("num_bands", config["num_bands"])
+        check_shape(num_steps, num_bands)
+        try:
+            content = base64.b64decode(config["columns"], validate=True)
+        except (TypeError, ValueError, binascii.Error):
+            content = b""
+        digest = hashlib.sha256(content).hexdigest()
+        if len(content) != 8 * num_steps * num_bands or digest != config["sha256"]:
+            raise ValueError(
+                f"'columns' must be the base64 of {num_steps} x {num_bands} float64 numbers whose "
+                f"SHA-256 is in 'sha256'. Received: {len(content)} bytes with sha256={digest}. The "
+                "config is damaged or was edited; optimise the strategy again."
+            )
+        columns = np.frombuffer(content, "<f8").reshape(num_steps, num_bands)
+        return cls(columns, workload_of(config))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BandedStrategy) or self.workload != other.workload:
+            return False
+        return np.array_equal(self.columns, other.columns)
+
+    def __hash__(self) -> int:
+        return hash((self.columns.shape, self.columns[-1].tobytes(), self.columns[0].tobytes()))
+
+    def __repr__(self) -> str:
+        return f"BandedStrategy(num_steps={self.num_steps}, num_bands={self.num_bands})"
+
+
+def _start_columns(start: object, num_steps: int, num_bands: int) -> np.ndarray:
+    """The columns of a strategy of this shape, of norm 1."""
+    if not isinstance(start, (BandedStrategy, ToeplitzStrategy)) or (
+        (start.num_steps, start.num_bands) != (num_steps, num_bands)
+    ):
+        raise ValueError(
+            f"`start` must be a strategy of {num_steps} steps and {num_bands} bands, or None. "
+            f"Received: start={start!r}. Leave it out to start from the Toeplitz optimum."
+        )
+    if isinstance(start, BandedStrategy):
+        return start.columns
+    return normalize_columns(np.tile(start.coefficients, (num_steps, 1)))
+
+
+def _checked_columns(columns: object) -> np.ndarray:
+    """The columns as a read-only `(n, b)` float64 array of unit rows."""
+    try:
+        array = np.array(columns)
+    except (TypeError, ValueError):  # ragged: judged below like any other non-matrix
+        array = np.array(None)
+    if array.dtype.kind not in "fiu" or array.ndim != 2 or array.size == 0:
+        raise ValueError(
+            "`columns` must be an (n, b) array of real numbers. Received: an array of shape "
+            f"{array.shape} and dtype {array.dtype}. Row j is column j of C from its diagonal down."
+        )
+    check_shape(*array.shape)
+    array = array.astype(np.float64)
+    bad = ~np.all(np.isfinite(array), axis=1) | ~(array[:, 0] > 0.0)
+    if np.any(bad):
+        where = int(np.argmax(bad))
+        raise ValueError(
+            "`columns` must be finite and its first entries, the diagonal of C, positive. "
+            f"Received: columns[{where}]={array[where]}. Change the sign of a column whose "
+            "diagonal is negative; C must be invertible."
+        )
+    array = normalize_columns(array)
+    array.flags.writeable = False
+    return array

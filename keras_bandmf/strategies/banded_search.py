@@ -1,0 +1,172 @@
+"""The search for the columns of a banded strategy: from the Toeplitz optimum, downhill."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+
+from keras_bandmf.strategies.covariance import BandedErrors, WorkloadBlocks
+from keras_bandmf.strategies.descent import descend
+from keras_bandmf.strategies.minimize import Progress
+
+# The largest error has kinks where two rows tie, so power means of rising order stand in for it.
+# The last is ended at a hundred times the gain of the mean: it differs from the largest by more.
+_MAX_ERROR_POWERS = (16.0, 256.0, 4096.0)
+_GAIN_ON_THE_WAY = 1e-6
+_MAX_ERROR_GAIN = 100.0
+_FIRST_STEP = 0.3
+# Pairs of vectors the search keeps; fewer where a vector is long.
+_MEMORY, _SHORT_MEMORY, _LONG_VECTOR = 10, 5, 4_000_000
+
+
+def normalize_columns(columns: np.ndarray) -> np.ndarray:
+    """Returns the columns without what lies below row n - 1 of C, divided by their norms.
+
+    Args:
+      columns: `(n, b)` float64, row j being column j of C from its diagonal down.
+
+    Returns:
+      `(n, b)` float64, a new array. Columns of norm 1 to rounding are left to the last bit.
+    """
+    n, b = columns.shape
+    kept = np.array(columns, np.float64)
+    for lag in range(1, b):
+        kept[n - lag :, lag] = 0.0
+    # Squares of very large or small entries would overflow or vanish.
+    largest = np.max(np.abs(kept), axis=1, keepdims=True)
+    kept /= np.where((largest > 0.5 / b) & (largest <= 1.0), 1.0, largest)
+    norm = np.sqrt(np.einsum("ij,ij->i", kept, kept))[:, None]
+    kept /= np.where(np.abs(norm - 1.0) > 8.0 * np.finfo(np.float64).eps, norm, 1.0)
+    return kept
+
+
+def power_mean(errors: np.ndarray, power: float) -> tuple[float, np.ndarray]:
+    """Returns the logarithm of a power mean and its gradient.
+
+    Args:
+      errors: `(n,)` float64, not negative, not all zero, finite.
+      power: the order: 1 is the mean, infinity would be the largest.
+
+    Returns:
+      The logarithm, and its `(n,)` derivatives with respect to `errors`.
+    """
+    largest = float(np.max(errors))
+    shares = errors / largest
+    powers = shares ** (power - 1.0)
+    total = float(powers @ shares)
+    value = np.log(largest) + np.log(total / len(errors)) / power
+    return float(value), powers / (total * largest)
+
+
+def stages(error: str, gain: float) -> list[tuple[float, float]]:
+    """Returns the orders of the power means to minimise in turn, each with the gain to end at."""
+    if error == "mean":
+        return [(1.0, gain)]
+    *way, last = _MAX_ERROR_POWERS
+    early = [(power, max(gain, _GAIN_ON_THE_WAY)) for power in way]
+    return [*early, (last, _MAX_ERROR_GAIN * gain)]
+
+
+class _LogLoss:
+    """log of the power mean of the errors, as a function of the columns' distance from `origin`.
+
+    The order 1 gives the mean. Columns are divided by their norms inside. Unknowns of column j are
+    in units of `(n / (n - j))^(1/4)`: a late column moves fewer errors, and with all in equal units
+    the search takes a quarter more iterations.
+    """
+
+    def __init__(self, origin: np.ndarray, errors: BandedErrors, power: float):
+        n = len(origin)
+        self._origin, self._errors, self._power = origin, errors, power
+        self._units = ((n / (n - np.arange(n))) ** 0.25)[:, None]
+        self._columns = np.empty_like(origin)
+
+    def columns(self, point: np.ndarray) -> np.ndarray:
+        """The columns at a point, not yet of norm 1; overwritten by the next call."""
+        np.multiply(point.reshape(self._origin.shape), self._units, out=self._columns)
+        np.add(self._columns, self._origin, out=self._columns)
+        n, b = self._columns.shape
+        for lag in range(1, b):
+            self._columns[n - lag :, lag] = 0.0
+        return self._columns
+
+    def __call__(self, point: np.ndarray) -> tuple[float, np.ndarray]:
+        columns = self.columns(point)
+        if not np.min(columns[:, 0]) > 0.0:
+            return np.inf, point
+        norm = np.sqrt(np.einsum("ij,ij->i", columns, columns))[:, None]
+        columns /= norm
+        errors = self._errors.evaluate(columns)
+        if not 0.0 < np.max(errors) < np.inf:
+            return np.inf, point
+        value, weights = power_mean(errors, self._power)
+        gradient = self._errors.gradient(weights)
+        # Along a column nothing changes: its norm is divided out.
+        columns *= np.einsum("ij,ij->i", gradient, columns)[:, None]
+        gradient -= columns
+        gradient *= self._units / norm
+        for lag in range(1, columns.shape[1]):
+            gradient[len(columns) - lag :, lag] = 0.0
+        return value, gradient.reshape(-1)
+
+
+def search(
+    start: np.ndarray,
+    workload: WorkloadBlocks,
+    error: str,
+    gain: float,
+    max_iterations: int,
+    callback: Callable[[Progress], object] | None = None,
+) -> np.ndarray:
+    """Returns columns of norm 1 with a lower error than those of the start.
+
+    Args:
+      start: `(n, b)` float64, `normalize_columns` of something; b at least 2.
+      workload: A in blocks of `covariance.block_size(b)` steps.
+      error: "mean" or "max".
+      gain: the search ends where an iteration lowers the loss by less than this share, or, for
+        "max", a hundred times it.
+      max_iterations: of the whole search.
+      callback: called with a `Progress` after every iteration; its value is the logarithm of the
+        mean error, or of the power mean that stands in for the largest.
+
+    Returns:
+      `(n, b)` float64: the best columns met, never with a larger error than `start`.
+
+    Warns:
+      RuntimeWarning: `max_iterations` were not enough.
+    """
+    errors = BandedErrors(*start.shape, workload)
+    reduce = np.mean if error == "mean" else np.max
+    best, best_loss = start, float(reduce(errors.evaluate(start)))
+    memory = _MEMORY if start.size <= _LONG_VECTOR else _SHORT_MEMORY
+    origin, left = start, max_iterations
+    for power, enough in stages(error, gain):
+        objective = _LogLoss(origin, errors, power)
+        iterations = 0
+
+        def count(progress: Progress) -> None:
+            nonlocal iterations
+            iterations += 1
+            if callback is not None:
+                callback(progress)
+
+        found = descend(objective, np.zeros(start.size), _FIRST_STEP, enough, left, memory, count)
+        origin = normalize_columns(objective.columns(found.point))
+        loss = float(reduce(errors.evaluate(origin)))
+        if loss < best_loss:
+            best, best_loss = origin, loss
+        left -= iterations
+        if not found.converged:
+            warnings.warn(
+                f"The search was to end where an iteration gains less than {enough} of the loss, "
+                f"but still gained {found.gain:.1e} after max_iterations={max_iterations}. The "
+                f"best strategy so far is returned; its {error} error is {best_loss}. Pass it as "
+                "`start` to go on from there, or raise `max_iterations`.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            break
+    return best

@@ -1,0 +1,218 @@
+"""What training makes of the noise: the workload A, a linear system from gradients to weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+
+import numpy as np
+
+from keras_bandmf.strategies.arguments import boolean, positive_integer
+from keras_bandmf.strategies.covariance import WorkloadBlocks
+
+_FIELDS = {"num_steps", "learning_rates", "momentum", "nesterov", "weight_decay"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Workload:
+    """The effect of the gradients g on the weights w of Keras's SGD, up to sign.
+
+    Row i of A gives the weights after step i as sums of the gradients of steps 0 to i:
+
+        v <- momentum v + rate_i g,     w <- (1 - weight_decay rate_i) w + v,
+
+    with `momentum v + rate_i g` in place of the last v under Nesterov. The defaults give prefix
+    sums. Instances are immutable and compare by value.
+
+    Attributes:
+      num_steps: n.
+      learning_rates: a number, or `(n,)` float64, read-only, one a step; not negative, not all
+        zero (zeros are steps that do not move the weights).
+      momentum: in [0, 1).
+      nesterov: whether the momentum is Nesterov's.
+      weight_decay: the decoupled decay of Keras's optimizers; times any rate at most 1.
+    """
+
+    num_steps: int
+    learning_rates: float | np.ndarray = 1.0
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        n = positive_integer("num_steps", self.num_steps)
+        rates = _checked_rates(self.learning_rates, n)
+        boolean("nesterov", self.nesterov)
+        momentum = _number("momentum", self.momentum)
+        if momentum >= 1.0:
+            raise ValueError(
+                f"`momentum` must be below 1. Received: momentum={momentum}. Use 0.9, say."
+            )
+        decay = _number("weight_decay", self.weight_decay)
+        if decay * np.max(rates) > 1.0:
+            raise ValueError(
+                "`weight_decay` times the largest learning rate must be at most 1, or the weights "
+                f"change sign. Received: weight_decay={decay}, largest rate {np.max(rates)}. Use a "
+                "smaller weight decay."
+            )
+        object.__setattr__(self, "num_steps", n)
+        object.__setattr__(self, "learning_rates", rates)
+        object.__setattr__(self, "momentum", momentum)
+        object.__setattr__(self, "weight_decay", decay)
+
+    def blocks(self, block: int) -> WorkloadBlocks:
+        """Returns the workload as a linear system in blocks of steps.
+
+        Args:
+          block: m, steps in a block.
+
+        Returns:
+          Enough blocks for n steps, or one that stands for all if the rates are constant. The
+          state is (v, w), or w alone without momentum.
+        """
+        constant = isinstance(self.learning_rates, float)
+        count = 1 if constant else -(-self.num_steps // block)
+        rates = np.zeros(count * block)
+        rates[: block if constant else self.num_steps] = self.learning_rates
+        rates = rates.reshape(count, block)
+        states = 2 if self.momentum else 1
+        # Row k of `state`: how state k depends on the states before the block and its inputs.
+        state = np.zeros((count, states, states + block))
+        state[:, :, :states] = np.eye(states)
+        outputs = np.empty((count, block, states + block))
+        for i in range(block):
+            rate = rates[:, i, None]
+            step = 0.0
+            if self.momentum:
+                state[:, 0] *= self.momentum
+                state[:, 0, states + i] += rates[:, i]
+                step = state[:, 0]
+            if self.nesterov:
+                step = self.momentum * step
+            state[:, -1] = (1.0 - self.weight_decay * rate) * state[:, -1] + step
+            if self.nesterov or not self.momentum:
+                state[:, -1, states + i] += rates[:, i]
+            outputs[:, i] = state[:, -1]
+        return WorkloadBlocks(
+            keep=state[:, :, :states].copy(),
+            drive=state[:, :, states:].copy(),
+            read_state=outputs[:, :, :states].copy(),
+            read_input=outputs[:, :, states:].copy(),
+        )
+
+    def get_config(self) -> dict:
+        """Returns a dict for JSON from which `from_config` restores the workload exactly."""
+        rates = self.learning_rates
+        return {
+            "num_steps": self.num_steps,
+            "learning_rates": rates if isinstance(rates, float) else rates.tolist(),
+            "momentum": self.momentum,
+            "nesterov": self.nesterov,
+            "weight_decay": self.weight_decay,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict) -> Workload:
+        """Restores a workload from `get_config()`.
+
+        Args:
+          config: the dict, perhaps through JSON.
+
+        Returns:
+          An equal workload.
+
+        Raises:
+          ValueError: a field is missing, unknown, or out of its range.
+        """
+        if not isinstance(config, dict) or set(config) != _FIELDS:
+            raise ValueError(
+                f"The config of a Workload must be a dict with the keys {sorted(_FIELDS)}. "
+                f"Received: config={config!r}. Pass what `get_config()` returned."
+            )
+        return cls(**config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Workload) and self.get_config() == other.get_config()
+
+    def __repr__(self) -> str:
+        return (
+            f"Workload(num_steps={self.num_steps}, momentum={self.momentum}, "
+            f"nesterov={self.nesterov}, weight_decay={self.weight_decay})"
+        )
+
+    def __hash__(self) -> int:
+        rates = np.asarray(self.learning_rates).tobytes()
+        return hash((self.num_steps, rates, self.momentum, self.nesterov, self.weight_decay))
+
+
+def checked_workload(workload: object, num_steps: int) -> Workload | None:
+    """Returns `workload` if it is one of `num_steps` steps, and None for None.
+
+    Args:
+      workload: what was received; None stands for prefix sums.
+      num_steps: n.
+
+    Returns:
+      The workload, or None.
+
+    Raises:
+      ValueError: anything else, a workload of other steps included.
+    """
+    if workload is None:
+        return None
+    if not isinstance(workload, Workload) or workload.num_steps != num_steps:
+        raise ValueError(
+            f"`workload` must be a `Workload` of {num_steps} steps, or None for prefix sums. "
+            f"Received: workload={workload!r}. Make one by `Workload(num_steps={num_steps}, ...)`."
+        )
+    return workload
+
+
+def blocks_of(workload: Workload | None, num_steps: int, block: int) -> WorkloadBlocks:
+    """Returns a workload, None being prefix sums, in blocks of steps."""
+    return (workload or Workload(num_steps)).blocks(block)
+
+
+def _number(name: str, value: object) -> float:
+    """`value` as a float if it is a finite number that is not negative."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not 0.0 <= value < np.inf:
+        raise ValueError(
+            f"`{name}` must be a finite number that is not negative. Received: {name}={value!r}. "
+            "Pass a float."
+        )
+    return float(value)
+
+
+def _checked_rates(rates: object, num_steps: int) -> float | np.ndarray:
+    """The learning rates as a positive float, or a read-only vector of n floats."""
+    try:
+        array = np.array(rates)
+    except (TypeError, ValueError):  # ragged
+        array = np.array(None)
+    if array.dtype.kind not in "fiu" or array.shape not in ((), (num_steps,)):
+        raise ValueError(
+            f"`learning_rates` must be a number or a vector of {num_steps}, one a step. Received: "
+            f"learning_rates of shape {array.shape} and dtype {array.dtype}. Evaluate the schedule "
+            "at every step."
+        )
+    array = array.astype(np.float64)
+    if not (np.all(np.isfinite(array)) and np.all(array >= 0.0) and np.any(array > 0.0)):
+        raise ValueError(
+            "`learning_rates` must be finite, not negative, and not zero throughout. Received: "
+            f"learning_rates from {np.min(array)} to {np.max(array)}. Check the schedule."
+        )
+    if array.ndim == 0:
+        return float(array)
+    array.flags.writeable = False
+    return array
+
+
+def workload_config(workload: Workload | None) -> dict:
+    """Returns what a strategy's config says of its workload: nothing for prefix sums."""
+    return {} if workload is None else {"workload": workload.get_config()}
+
+
+def workload_of(config: dict) -> Workload | None:
+    """Returns the workload a strategy's config names: None, for prefix sums, if there is none."""
+    return Workload.from_config(config["workload"]) if "workload" in config else None
