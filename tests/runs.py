@@ -9,9 +9,13 @@ import tensorflow as tf
 import keras_bandmf as bandmf
 
 
-@functools.cache
 def mirrored(replicas=2):
     """One MirroredStrategy a process: TensorFlow numbers the collectives of each from 100 anew."""
+    return _mirrored(replicas)
+
+
+@functools.cache
+def _mirrored(replicas):
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
 
 

@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras import layers
 
 from keras_bandmf.clipping import ClippedGradients, check_model, clipped_gradients, explain
+from tests import runs
 from tests.clipping import reference, zoo
 
 
@@ -214,7 +215,7 @@ def test_nothing_to_train_gives_no_sums(small):
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
 def test_two_replicas_give_the_sum_of_one_device(make, size, reduction):
     """Not scaled by the number of replicas (rule 3), whatever the reduction."""
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = runs.mirrored()
     with strategy.scope():
         model, x, y, weight = make()
         if make is zoo.two_outputs_shared:
@@ -246,7 +247,7 @@ def test_two_replicas_give_the_sum_of_one_device(make, size, reduction):
 
 
 def test_dropout_inside_microbatches_on_two_replicas():
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = runs.mirrored()
     with strategy.scope():
         model = keras.Sequential([keras.Input((8,)), layers.Dropout(0.5), layers.Dense(1)])
         model.compile(loss="mse")
