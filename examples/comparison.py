@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import time
 from collections.abc import Callable
 
 import keras
@@ -32,6 +33,48 @@ class Result:
     plan: bandmf.TrainingPlan
     accuracy: np.ndarray  # (seeds, epochs), on the test set
     statement: str
+
+
+def run(
+    task: Task,
+    *,
+    batch_size: int,
+    epsilon: float,
+    delta: float,
+    learning_rates: dict[str, float],
+    num_seeds: int,
+    picture: pathlib.Path,
+) -> None:
+    """Plans and trains DP-SGD and BandMF at one (epsilon, delta); prints a table, draws a picture.
+
+    Args:
+        task: what to train.
+        batch_size: expected examples a step.
+        epsilon: the target.
+        delta: the target.
+        learning_rates: of "DP-SGD" and "BandMF".
+        num_seeds: runs of each.
+        picture: where to draw.
+    """
+    started = time.time()
+    budget = {
+        "num_examples": len(task.train[0]),
+        "batch_size": batch_size,
+        "epochs": task.epochs,
+        "epsilon": epsilon,
+        "delta": delta,
+    }
+    plans = {
+        "DP-SGD": bandmf.TrainingPlan.calibrate(**budget, num_bands=1),
+        "BandMF": bandmf.TrainingPlan.calibrate(**budget),
+    }
+    print(plans["BandMF"])
+    results = [
+        train(task, label, plan, learning_rates[label], num_seeds) for label, plan in plans.items()
+    ]
+    print(f"\n{results[-1].statement}\n\n{report(results)}")
+    draw(task, results, picture)
+    print(f"\nPicture: {picture}   ({time.time() - started:.0f} s)")
 
 
 def train(

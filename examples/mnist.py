@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
-import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
 
-import keras_bandmf as bandmf
 import comparison
 
 
@@ -50,7 +48,6 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, help="x_train, y_train, x_test, y_test")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("."))
     options = parser.parse_args()
-    started = time.time()
 
     if options.data is None:
         (x_train, y_train), (x_test, y_test) = keras.datasets.mnist.load_data()
@@ -69,29 +66,15 @@ def main() -> None:
         options.epochs,
         l2_norm_clip=1.0,
     )
-    budget = {
-        "num_examples": len(x_train),
-        "batch_size": options.batch_size,
-        "epochs": options.epochs,
-        "epsilon": options.epsilon,
-        "delta": options.delta,
-    }
-    plans = {
-        "DP-SGD": bandmf.TrainingPlan.calibrate(**budget, num_bands=1),
-        "BandMF": bandmf.TrainingPlan.calibrate(**budget),
-    }
-    print(plans["BandMF"])
-    results = [
-        comparison.train(task, label, plan, options.learning_rate, options.seeds)
-        for label, plan in plans.items()
-    ]
-    print()
-    print(results[-1].statement)
-    print()
-    print(comparison.report(results))
-    picture = options.output / "mnist.png"
-    comparison.draw(task, results, picture)
-    print(f"\nPicture: {picture}   ({time.time() - started:.0f} s)")
+    comparison.run(
+        task,
+        batch_size=options.batch_size,
+        epsilon=options.epsilon,
+        delta=options.delta,
+        learning_rates={"DP-SGD": options.learning_rate, "BandMF": options.learning_rate},
+        num_seeds=options.seeds,
+        picture=options.output / "mnist.png",
+    )
 
 
 if __name__ == "__main__":

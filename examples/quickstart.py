@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
-import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -18,7 +17,6 @@ import keras
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-import keras_bandmf as bandmf
 import comparison
 
 BATCH_SIZE = 25
@@ -46,7 +44,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6, help="runs of each mechanism")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("."))
     options = parser.parse_args()
-    started = time.time()
 
     digits = load_digits()
     x = (digits.data / 16.0).astype("float32")
@@ -57,29 +54,15 @@ def main() -> None:
         "digits", (x_train, y_train), (x_test, y_test), make_model, EPOCHS, l2_norm_clip=1.0
     )
 
-    budget = {
-        "num_examples": len(x_train),
-        "batch_size": BATCH_SIZE,
-        "epochs": EPOCHS,
-        "epsilon": options.epsilon,
-        "delta": options.delta,
-    }
-    plans = {
-        "DP-SGD": bandmf.TrainingPlan.calibrate(**budget, num_bands=1),
-        "BandMF": bandmf.TrainingPlan.calibrate(**budget),
-    }
-    print(plans["BandMF"])
-    results = [
-        comparison.train(task, label, plan, LEARNING_RATES[label], options.seeds)
-        for label, plan in plans.items()
-    ]
-    print()
-    print(results[-1].statement)
-    print()
-    print(comparison.report(results))
-    picture = options.output / "quickstart.png"
-    comparison.draw(task, results, picture)
-    print(f"\nPicture: {picture}   ({time.time() - started:.0f} s)")
+    comparison.run(
+        task,
+        batch_size=BATCH_SIZE,
+        epsilon=options.epsilon,
+        delta=options.delta,
+        learning_rates=LEARNING_RATES,
+        num_seeds=options.seeds,
+        picture=options.output / "quickstart.png",
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class EpsilonSoFar(keras.callbacks.Callback):
         """Writes `logs["epsilon"]`."""
         if logs is not None:
             optimizer = self.model.optimizer
-            logs["epsilon"] = optimizer.plan.epsilon(steps_done(optimizer))
+            logs["epsilon"] = optimizer.plan.epsilon(optimizer.steps_done)
 
 
 class StepGuard(keras.callbacks.Callback):
@@ -65,7 +65,7 @@ class StepGuard(keras.callbacks.Callback):
         optimizer = self._optimizer
         if optimizer.built:
             optimizer.check_ready(self.model.distribute_strategy.num_replicas_in_sync)
-        step = steps_done(optimizer) if optimizer.built else 0
+        step = optimizer.steps_done
         if self._position is not None:
             self._check_position(step)
         elif self._batches is not None:
@@ -85,7 +85,7 @@ class StepGuard(keras.callbacks.Callback):
         """
         num_steps = self._optimizer.plan.num_steps
         self._position = min(self._epoch_start + batch + 1, num_steps)
-        step = steps_done(self._optimizer)
+        step = self._optimizer.steps_done
         self._check_position(step)
         if step >= num_steps:
             self.model.stop_training = True
@@ -96,7 +96,7 @@ class StepGuard(keras.callbacks.Callback):
         Raises:
             ValueError: if the counter is not where the batches are.
         """
-        self._check_position(steps_done(self._optimizer))
+        self._check_position(self._optimizer.steps_done)
 
     def _check_position(self, step: int) -> None:
         if step != self._position:
@@ -105,11 +105,6 @@ class StepGuard(keras.callbacks.Callback):
                 f"repeat or lose batches. Expected step {self._position}. Received: {step}. "
                 "Restore checkpoints before `fit`, or at its beginning as BackupAndRestore does."
             )
-
-
-def steps_done(optimizer: BandMFOptimizer) -> int:
-    """Returns the number of updates made, also under a distribution strategy."""
-    return int(keras.ops.convert_to_numpy(optimizer.iterations))
 
 
 def flat_callbacks(callbacks: Any) -> list[keras.callbacks.Callback]:

@@ -177,7 +177,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
                 f"is divided over {noise.layout.num_shards} replicas. Received: {num_replicas} "
                 "replicas. Create, build and compile model and optimizer in `strategy.scope()`."
             )
-        step = int(keras.ops.convert_to_numpy(self.iterations))
+        step = self.steps_done
         if step != noise.position:
             raise ValueError(
                 f"The noise stands at step {noise.position}, but the inner optimizer counts "
@@ -310,6 +310,11 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     @property
     def iterations(self):
         return self.inner_optimizer.iterations
+
+    @property
+    def steps_done(self) -> int:
+        """The number of updates made, read eagerly; 0 before the optimizer is built."""
+        return int(keras.ops.convert_to_numpy(self.iterations)) if self.built else 0
 
     def finalize_variable_values(self, var_list: Any) -> None:
         self.inner_optimizer.finalize_variable_values(var_list)

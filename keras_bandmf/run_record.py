@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import keras
 
-from keras_bandmf.callbacks import steps_done, unknown_callbacks
+from keras_bandmf.callbacks import unknown_callbacks
 from keras_bandmf.optimizers import BandMFOptimizer
 from keras_bandmf.statement import Statement
 
@@ -66,7 +66,7 @@ class RunRecord:
             epochs: how many epochs were asked for.
             steps_per_epoch: of how many steps, None if unknown.
         """
-        first = steps_done(optimizer) if optimizer.built else 0
+        first = optimizer.steps_done
         requested = optimizer.plan.num_steps
         if steps_per_epoch is not None:
             requested = min(requested, first + epochs * steps_per_epoch)
@@ -75,7 +75,7 @@ class RunRecord:
             yield
             completed = True
         finally:
-            last = steps_done(optimizer) if optimizer.built else 0
+            last = optimizer.steps_done
             stopped = any(
                 isinstance(callback, keras.callbacks.EarlyStopping) and callback.stopped_epoch
                 for callback in callbacks
@@ -100,7 +100,7 @@ class RunRecord:
         Args:
             optimizer: the optimizer of the run.
         """
-        steps_run = steps_done(optimizer) if optimizer.built else 0
+        steps_run = optimizer.steps_done
         state = optimizer.run_state if optimizer.built else None
         charged = self._steps_charged(optimizer, steps_run)
         planned = optimizer.plan.statement(charged)

@@ -19,6 +19,14 @@ def _mirrored(replicas):
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
 
 
+def in_scope(replicas, make):
+    """Makes something under one device or a MirroredStrategy."""
+    if replicas == 1:
+        return make()
+    with mirrored(replicas).scope():
+        return make()
+
+
 def make_plan(num_bands=4, num_steps=24, noise_multiplier=1.0, **changes):
     """A plan over 96 examples: batches of 8 expected, 12 steps an epoch."""
     arguments = {
@@ -46,6 +54,11 @@ def compiled(
     optimizer = bandmf.BandMFOptimizer(inner, plan, l2_norm_clip=clip, seed=seed, replay=replay)
     model.compile(optimizer=optimizer, loss=loss, **options)
     return model
+
+
+def compiled_in_scope(replicas, make_model, plan, **options):
+    """Makes and compiles a model under one device or a MirroredStrategy."""
+    return in_scope(replicas, lambda: compiled(make_model(), plan, **options))
 
 
 def counting_model(num_examples=96):
@@ -104,3 +117,14 @@ def fit(model, batches, epochs=2, **options):
     callbacks = [recorder, *options.pop("callbacks", [])]
     model.fit(batches, epochs=epochs, verbose=0, callbacks=callbacks, **options)
     return recorder.updates(start)
+
+
+def whitened_statistic(plan, updates, clip=1.0):
+    """Chi-square statistic and its degrees of freedom of `C @ updates` being white noise."""
+    stddev = plan.noise_stddev(clip) / plan.batch_size
+    white = plan.strategy.materialize()[: len(updates), : len(updates)] @ updates / stddev
+    steps, count = white.shape
+    lower = np.tril_indices(steps)
+    scores = np.sqrt(count) * (white @ white.T / count - np.eye(steps))[lower]
+    variances = np.where(lower[0] == lower[1], 2.0, 1.0)
+    return (scores**2 / variances).sum(), scores.size

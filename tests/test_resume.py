@@ -8,7 +8,6 @@ import tensorflow as tf
 
 import keras_bandmf as bandmf
 from tests import runs
-from tests.test_training import in_scope, whitened_statistic
 
 
 def new_run(make_model, plan, replicas=1, replay=False, seed=3):
@@ -19,7 +18,7 @@ def new_run(make_model, plan, replicas=1, replay=False, seed=3):
         model.optimizer.build(model.trainable_variables)
         return model
 
-    return in_scope(replicas, make)
+    return runs.in_scope(replicas, make)
 
 
 def through_weights(model, other, path):
@@ -63,7 +62,7 @@ def test_noise_keeps_its_covariance_across_a_restore(road, tmp_path):
     assert not np.array_equal(model.optimizer.run_state.noise.get_key(), key)
     updates = np.concatenate([*first, second])
     assert updates.shape == (64, 2000)
-    statistic, degrees = whitened_statistic(plan, updates)
+    statistic, degrees = runs.whitened_statistic(plan, updates)
     assert statistic < scipy.stats.chi2.isf(1e-4, degrees)
 
 

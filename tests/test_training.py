@@ -17,25 +17,6 @@ MODES = {
 }
 
 
-def in_scope(replicas, make):
-    """Makes something under one device or a MirroredStrategy."""
-    if replicas == 1:
-        return make()
-    with runs.mirrored(replicas).scope():
-        return make()
-
-
-def whitened_statistic(plan, updates, clip=1.0):
-    """Chi-square statistic and its degrees of freedom of `C @ updates` being white noise."""
-    stddev = plan.noise_stddev(clip) / plan.batch_size
-    white = plan.strategy.materialize()[: len(updates), : len(updates)] @ updates / stddev
-    steps, count = white.shape
-    lower = np.tril_indices(steps)
-    scores = np.sqrt(count) * (white @ white.T / count - np.eye(steps))[lower]
-    variances = np.where(lower[0] == lower[1], 2.0, 1.0)
-    return (scores**2 / variances).sum(), scores.size
-
-
 @pytest.mark.parametrize(
     ("mode", "replicas"),
     [("compiled", 1), ("eager", 1), ("xla", 1), ("compiled", 2), ("xla", 2)],
@@ -43,14 +24,14 @@ def whitened_statistic(plan, updates, clip=1.0):
 def test_noise_of_64_steps_has_the_covariance_of_the_mechanism(mode, replicas):
     """Chi-square over all pairs of steps, false-alarm rate 1e-4 each."""
     plan = runs.make_plan(num_bands=6, num_steps=64, noise_multiplier=2.0)
-    model = in_scope(replicas, lambda: runs.compiled(runs.noise_model(), plan, **MODES[mode]))
+    model = runs.compiled_in_scope(replicas, runs.noise_model, plan, **MODES[mode])
     updates = runs.fit(model, plan.batches(*runs.noise_data()), epochs=6)
     assert updates.shape == (64, 2000)
-    statistic, degrees = whitened_statistic(plan, updates)
+    statistic, degrees = runs.whitened_statistic(plan, updates)
     assert statistic < scipy.stats.chi2.isf(1e-4, degrees)
     # The test sees it if the rows are taken for independent ones.
     identity = runs.make_plan(num_bands=1, num_steps=64, noise_multiplier=2.0)
-    assert whitened_statistic(identity, updates)[0] > scipy.stats.chi2.isf(1e-4, degrees)
+    assert runs.whitened_statistic(identity, updates)[0] > scipy.stats.chi2.isf(1e-4, degrees)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +40,7 @@ def test_noise_of_64_steps_has_the_covariance_of_the_mechanism(mode, replicas):
 def test_every_step_sees_its_batch_once_and_divides_by_the_expected_size(mode, replicas):
     """Rules 2, 5 and 8: the counting model's update is 1/8 for each participant, else nothing."""
     plan = runs.make_plan(noise_multiplier=1e-7)
-    model = in_scope(replicas, lambda: runs.compiled(runs.counting_model(), plan, **MODES[mode]))
+    model = runs.compiled_in_scope(replicas, runs.counting_model, plan, **MODES[mode])
     batches = plan.batches(*runs.counting_data(), seed=5)
     recorded = runs.fit(model, batches)
     expected = np.zeros((24, 96))
@@ -74,7 +55,7 @@ def test_every_step_sees_its_batch_once_and_divides_by_the_expected_size(mode, r
 def test_steps_per_execution_on_two_replicas_is_refused():
     """Keras itself fails there; half a collective would hang."""
     plan = runs.make_plan()
-    model = in_scope(2, lambda: runs.compiled(runs.counting_model(), plan, steps_per_execution=3))
+    model = runs.compiled_in_scope(2, runs.counting_model, plan, steps_per_execution=3)
     with pytest.raises(ValueError, match="steps_per_execution"):
         model.fit(plan.batches(*runs.counting_data()), verbose=0)
 
@@ -99,7 +80,7 @@ def test_two_replicas_train_to_the_same_weights_as_one():
 
     weights, histories = [], []
     for replicas in (1, 2):
-        model = in_scope(replicas, make)
+        model = runs.in_scope(replicas, make)
         history = model.fit(plan.batches(x, y), epochs=2, verbose=0)
         weights.append([w.numpy() for w in model.trainable_variables])
         histories.append(history.history)

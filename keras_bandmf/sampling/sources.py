@@ -51,14 +51,11 @@ def checked_columns(columns: dict[str, Any], num_examples: int) -> dict[str, Any
     """
 
     def checked(leaf: Any, name: str) -> np.ndarray:
-        array = _as_array(leaf, name)
-        if array.ndim == 0 or len(array) != num_examples:
-            raise ValueError(
-                f"`{name}` must have num_examples={num_examples} rows, one an example. Received: "
-                f"{name}.shape={array.shape}. `num_examples` is a public constant of the plan "
-                "and is not taken from the data: make the plan for the number of rows you have."
-            )
-        return array
+        hint = (
+            f"num_examples={num_examples} is a public constant of the plan, not taken from the "
+            "data: make the plan for the number of rows you have."
+        )
+        return _array_of_rows(leaf, name, num_examples, hint)
 
     present = {name: column for name, column in columns.items() if column is not None}
     for name, column in present.items():
@@ -67,6 +64,17 @@ def checked_columns(columns: dict[str, Any], num_examples: int) -> dict[str, Any
     if "x" not in present:
         raise TypeError("`x` must hold the examples. Received: x=None")
     return {name: map_leaves(checked, column, name) for name, column in present.items()}
+
+
+def _array_of_rows(leaf: Any, name: str, rows: int, hint: str) -> np.ndarray:
+    """The array of a leaf, which must have so many rows."""
+    array = _as_array(leaf, name)
+    if array.ndim == 0 or len(array) != rows:
+        raise ValueError(
+            f"`{name}` must have {rows} rows, one an example. Received: {name}.shape={array.shape}."
+            f" {hint}"
+        )
+    return array
 
 
 def _as_array(leaf: Any, name: str) -> np.ndarray:
@@ -211,16 +219,10 @@ def preprocessed(columns: dict[str, Any], preprocess: Callable[..., Any]) -> dic
                 "`preprocess` must return (x, y) when there is a `y`. Received: only x from "
                 "preprocess(x, y)"
             )
-        rows = stop - start
 
         def checked(leaf: Any, name: str) -> np.ndarray:
-            array = _as_array(leaf, name)
-            if array.ndim == 0 or len(array) != rows:
-                raise ValueError(
-                    f"`preprocess` must keep the number of rows. Received: {name}.shape="
-                    f"{array.shape} for {rows} rows"
-                )
-            return array
+            hint = "`preprocess` must keep the number of rows."
+            return _array_of_rows(leaf, name, stop - start, hint)
 
         return {
             name: map_leaves(checked, column, f"{name} of preprocess")

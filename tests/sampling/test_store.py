@@ -184,7 +184,7 @@ def test_columns_beside_a_dataset(name):
 @pytest.mark.parametrize(
     "change, match",
     [
-        (dict(x=np.ones((N + 1, 2))), r"`x`.*num_examples=50.*\(51, 2\)"),
+        (dict(x=np.ones((N + 1, 2))), r"`x`.*\(51, 2\).*num_examples=50"),
         (dict(x={"a": np.ones(N), "b": [np.ones(3)]}), r"x\['b'\]\[0\].*\(3,\)"),
         (dict(y=np.ones(N - 1)), "`y`.*public constant"),
         (dict(y=np.float32(3)), r"`y`.*shape=\(\)"),
