@@ -9,7 +9,14 @@ from collections.abc import Callable
 import numpy as np
 
 from keras_bandmf.strategies import normalized, solvers
-from keras_bandmf.strategies.arguments import boolean, check_bands, choice, positive_integer
+from keras_bandmf.strategies.arguments import (
+    boolean,
+    check_bands,
+    choice,
+    config_of,
+    participation_schema,
+    positive_integer,
+)
 from keras_bandmf.strategies.minimize import Progress, minimize
 from keras_bandmf.strategies.sensitivity import banded_toeplitz, toeplitz_sensitivity
 from keras_bandmf.strategies.toeplitz_workload import optimal_for_workload, workload_errors
@@ -188,18 +195,27 @@ class ToeplitzStrategy:
             window = normalized.extend_window(self.coefficients, state)
             return normalized.tail_errors(self.tail_scale(), window, lagged)
 
-    def sensitivity(self, max_participations: int = 1, min_separation: int | None = None) -> float:
+    def sensitivity(
+        self,
+        max_participations: int = 1,
+        min_separation: int | None = None,
+        fixed_order: bool = False,
+    ) -> float:
         """Returns the sensitivity of C under a participation schema, or an upper bound on it.
 
         Args:
           max_participations: most steps an example takes part in.
           min_separation: least distance, in steps, between two of them; needed when
             `max_participations` is above 1.
+          fixed_order: whether they are exactly that far apart, as when examples keep their place
+            in every epoch.
 
         Returns:
           The sensitivity: 1 for one participation, `sqrt(k)` times the column norm when the bands
           do not exceed the separation (k participations fit). With more bands it is exact for raw,
-          non-negative, non-increasing coefficients and an upper bound for everything else.
+          non-negative, non-increasing coefficients; for other non-negative ones in fixed order, and
+          without it for few bands or far participations (`participation.is_affordable`). It is an
+          upper bound for everything else.
 
         Raises:
           ValueError: an argument is out of its range, or a bound would need too many bands.
@@ -208,21 +224,9 @@ class ToeplitzStrategy:
           Never below the largest norm of `sum_{i in pattern} C[:, i] u_i'` with every u_i of norm
           at most 1, over all patterns the schema allows.
         """
-        max_participations = positive_integer("max_participations", max_participations)
-        if min_separation is None:
-            if max_participations > 1:
-                raise ValueError(
-                    "`min_separation` must be given when an example takes part more than once. "
-                    f"Received: max_participations={max_participations}, min_separation=None. "
-                    "Pass the least number of steps between two participations."
-                )
-            return 1.0
+        schema = participation_schema(max_participations, min_separation, fixed_order)
         return toeplitz_sensitivity(
-            self.coefficients,
-            self.num_steps,
-            self.column_normalize,
-            max_participations,
-            positive_integer("min_separation", min_separation),
+            self.coefficients, self.num_steps, self.column_normalize, *schema
         )
 
     def materialize(self) -> np.ndarray:
@@ -285,13 +289,8 @@ class ToeplitzStrategy:
         Raises:
           ValueError: a field is missing, unknown, or out of its range.
         """
-        expected = {"class_name", "num_steps", "coefficients", "column_normalize"}
-        if not isinstance(config, dict) or set(config) - {"workload"} != expected:
-            raise ValueError(
-                f"The config of a ToeplitzStrategy must be a dict with the keys {sorted(expected)}."
-                f" Received: config={config!r}. Pass what `get_config()` returned."
-            )
-        choice("class_name", config["class_name"], (cls.__name__,))
+        fields = ("num_steps", "coefficients", "column_normalize")
+        config = config_of(config, cls.__name__, fields, optional=("workload",))
         coefficients, num_steps = config["coefficients"], config["num_steps"]
         return cls(coefficients, num_steps, config["column_normalize"], workload_of(config))
 
