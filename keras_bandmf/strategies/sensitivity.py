@@ -27,6 +27,8 @@ from keras_bandmf.strategies.participation import (
 # Most entries of C'C and most (steps x participations) that a bound works through.
 _MAX_ENTRIES = 10**8
 _MAX_WORK = 10**8
+# A rise of unit-norm coefficients that is taken for none: the bound moves by less than it costs.
+_ROUNDING = 1e-14
 
 
 def gram_bound(
@@ -119,7 +121,7 @@ def toeplitz_sensitivity(
     evenly_spaced = math.inf
     if not column_normalize:
         evenly_spaced = _evenly_spaced(falling, num_steps, fits, min_separation)
-        if np.array_equal(falling, coefficients):
+        if np.max(falling - coefficients) <= _ROUNDING:
             return evenly_spaced
     search = _toeplitz_fixed_order if fixed_order else _toeplitz_separated
     bound = search(coefficients, num_steps, column_normalize, fits, min_separation)

@@ -17,6 +17,7 @@ from keras_bandmf.strategies.arguments import (
     participation_schema,
     positive_integer,
 )
+from keras_bandmf.strategies.coefficients import checked_coefficients, square_root_coefficients
 from keras_bandmf.strategies.minimize import Progress, minimize
 from keras_bandmf.strategies.sensitivity import banded_toeplitz, toeplitz_sensitivity
 from keras_bandmf.strategies.toeplitz_workload import optimal_for_workload, workload_errors
@@ -62,7 +63,7 @@ class ToeplitzStrategy:
 
     def __post_init__(self):
         num_steps = _checked_steps(self.num_steps)
-        coefficients = _checked_coefficients(self.coefficients)
+        coefficients = checked_coefficients(self.coefficients)
         check_bands(len(coefficients), num_steps)
         object.__setattr__(self, "num_steps", num_steps)
         object.__setattr__(self, "coefficients", coefficients)
@@ -118,6 +119,37 @@ class ToeplitzStrategy:
                 coefficients, workload, error, column_normalize, callback
             )
         return cls(coefficients, num_steps, column_normalize, workload)
+
+    @classmethod
+    def square_root(
+        cls,
+        num_steps: int,
+        num_bands: int | None = None,
+        column_normalize: bool = True,
+        workload: Workload | None = None,
+    ) -> ToeplitzStrategy:
+        """Makes the square root of prefix sums, the strategy to compare an optimised one with.
+
+        Args:
+          num_steps: n.
+          num_bands: b, after which its coefficients are cut; None for all n of them. 1 gives the
+            identity.
+          column_normalize: whether C gets columns of norm 1.
+          workload: A, of n steps; None for prefix sums. It does not change C.
+
+        Returns:
+          The strategy. (Fichtenberger, Henzinger, Upadhyay, arXiv 2202.11205; cut after b: Kalinin
+          and Lampert, arXiv 2405.13763.)
+
+        Raises:
+          ValueError: an argument is out of its range.
+        """
+        num_steps = _checked_steps(num_steps)
+        if num_bands is None:
+            num_bands = num_steps
+        num_bands = positive_integer("num_bands", num_bands)
+        check_bands(num_bands, num_steps)
+        return cls(square_root_coefficients(num_bands), num_steps, column_normalize, workload)
 
     @property
     def num_bands(self) -> int:
@@ -307,19 +339,6 @@ class ToeplitzStrategy:
         )
 
 
-def square_root_coefficients(num_bands: int) -> np.ndarray:
-    """Returns the first coefficients of `(1 - z)^(-1/2)`, the square root of the prefix sum.
-
-    Args:
-      num_bands: b >= 1.
-
-    Returns:
-      `(b,)` float64: 1, 1/2, 3/8, ... (Fichtenberger, Henzinger, Upadhyay, arXiv 2202.11205).
-    """
-    k = np.arange(1.0, num_bands)
-    return np.concatenate([[1.0], np.cumprod((2.0 * k - 1.0) / (2.0 * k))])
-
-
 def _optimal_coefficients(
     num_steps: int, num_bands: int, error: str, callback: Callable[[Progress], object] | None
 ) -> np.ndarray:
@@ -357,31 +376,3 @@ def _checked_steps(num_steps: object) -> int:
             "Plan for fewer steps."
         )
     return num_steps
-
-
-def _checked_coefficients(coefficients: object) -> np.ndarray:
-    """The coefficients as a read-only float64 vector of norm 1."""
-    try:
-        vector = np.array(coefficients)
-    except (TypeError, ValueError):  # ragged: judged below like any other non-vector
-        vector = np.array(None)
-    if vector.dtype.kind not in "fiu" or vector.ndim != 1 or vector.size == 0:
-        raise ValueError(
-            "`coefficients` must be a vector of at least one real number. Received: coefficients="
-            f"{coefficients!r}. Pass the first column of C, from its diagonal down."
-        )
-    vector = vector.astype(np.float64)
-    if not np.all(np.isfinite(vector)) or vector[0] <= 0.0:
-        raise ValueError(
-            "`coefficients` must be finite and the first, the diagonal of C, must be positive. "
-            f"Received: coefficients={coefficients!r}. Change the sign of all, or drop leading "
-            "zeros."
-        )
-    if not 0.5 < np.max(np.abs(vector)) <= 1.0:  # squares of very large entries would overflow
-        vector = vector / np.max(np.abs(vector))
-    norm = math.sqrt(math.fsum(np.square(vector).tolist()))
-    # What is of norm 1 to rounding is left alone: scaling it again would move its last bits.
-    if abs(norm - 1.0) > 4.0 * np.finfo(np.float64).eps:
-        vector = vector / norm
-    vector.flags.writeable = False
-    return vector
