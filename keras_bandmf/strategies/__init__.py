@@ -4,15 +4,41 @@ from __future__ import annotations
 
 from keras_bandmf.strategies.arguments import choice
 from keras_bandmf.strategies.banded import BandedStrategy
+from keras_bandmf.strategies.banded_inverse import BandedInverseStrategy
+from keras_bandmf.strategies.buffered import BufferedToeplitzStrategy
 from keras_bandmf.strategies.toeplitz import ToeplitzStrategy
+from keras_bandmf.strategies.tree import TreeStrategy
 from keras_bandmf.strategies.workload import Workload
 
-__all__ = ["BandedStrategy", "ToeplitzStrategy", "Workload", "from_config"]
+__all__ = [
+    "BandedInverseStrategy",
+    "BandedStrategy",
+    "BufferedToeplitzStrategy",
+    "ToeplitzStrategy",
+    "TreeStrategy",
+    "Workload",
+    "from_config",
+]
 
-_CLASSES = {"BandedStrategy": BandedStrategy, "ToeplitzStrategy": ToeplitzStrategy}
+_KINDS = (
+    BandedInverseStrategy,
+    BandedStrategy,
+    BufferedToeplitzStrategy,
+    ToeplitzStrategy,
+    TreeStrategy,
+)
+_CLASSES = {kind.__name__: kind for kind in _KINDS}
 
 
-def from_config(config: dict) -> BandedStrategy | ToeplitzStrategy:
+def from_config(
+    config: dict,
+) -> (
+    BandedInverseStrategy
+    | BandedStrategy
+    | BufferedToeplitzStrategy
+    | ToeplitzStrategy
+    | TreeStrategy
+):
     """Restores a strategy of any class from its `get_config()`.
 
     Args:

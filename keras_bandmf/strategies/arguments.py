@@ -99,3 +99,61 @@ def check_shape(num_steps: int, num_bands: int) -> None:
             f"Received: num_steps={num_steps}, num_bands={num_bands}. Use fewer bands, or a "
             "`ToeplitzStrategy` for prefix sums."
         )
+
+
+def participation_schema(
+    max_participations: object, min_separation: object, fixed_order: object = False
+) -> tuple[int, int, bool]:
+    """Returns the participation schema of a sensitivity, checked.
+
+    Args:
+      max_participations: most steps an example takes part in.
+      min_separation: least distance, in steps, between two of them; None only for one
+        participation, where it means nothing.
+      fixed_order: whether it is the distance, not the least one.
+
+    Returns:
+      The three, the separation as an int.
+
+    Raises:
+      ValueError: an argument is out of its range.
+    """
+    count = positive_integer("max_participations", max_participations)
+    boolean("fixed_order", fixed_order)
+    if min_separation is None:
+        if count > 1:
+            raise ValueError(
+                "`min_separation` must be given when an example takes part more than once. "
+                f"Received: max_participations={count}, min_separation=None. "
+                "Pass the least number of steps between two participations."
+            )
+        return count, 1, fixed_order
+    return count, positive_integer("min_separation", min_separation), fixed_order
+
+
+def config_of(
+    config: object, class_name: str, fields: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> dict:
+    """Returns `config` if it is a strategy's: a dict of that class with exactly those keys.
+
+    Args:
+      config: what was received.
+      class_name: the value of its "class_name".
+      fields: the other keys that must be there.
+      optional: keys that may be there.
+
+    Returns:
+      The dict.
+
+    Raises:
+      ValueError: anything else.
+    """
+    expected = {"class_name", *fields}
+    if not isinstance(config, dict) or set(config) - set(optional) != expected:
+        received = sorted(map(str, config)) if isinstance(config, dict) else config
+        raise ValueError(
+            f"The config of a {class_name} must be a dict with the keys {sorted(expected)}. "
+            f"Received: config with {received!r}. Pass what `get_config()` returned."
+        )
+    choice("class_name", config["class_name"], (class_name,))
+    return config

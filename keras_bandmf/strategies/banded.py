@@ -10,7 +10,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from keras_bandmf.strategies.arguments import check_shape, choice, positive_integer
+from keras_bandmf.strategies.arguments import (
+    check_shape,
+    choice,
+    config_of,
+    participation_schema,
+    positive_integer,
+)
 from keras_bandmf.strategies.banded_search import normalize_columns, search
 from keras_bandmf.strategies.covariance import BandedErrors, block_size
 from keras_bandmf.strategies.minimize import Progress
@@ -24,7 +30,7 @@ from keras_bandmf.strategies.workload import (
     workload_of,
 )
 
-_FIELDS = {"class_name", "num_steps", "num_bands", "columns", "sha256"}
+_FIELDS = ("num_steps", "num_bands", "columns", "sha256")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,17 +160,26 @@ class BandedStrategy:
         errors = self.per_step_error()
         return float(np.mean(errors) if error == "mean" else np.max(errors))
 
-    def sensitivity(self, max_participations: int = 1, min_separation: int | None = None) -> float:
+    def sensitivity(
+        self,
+        max_participations: int = 1,
+        min_separation: int | None = None,
+        fixed_order: bool = False,
+    ) -> float:
         """Returns the sensitivity of C under a participation schema, or an upper bound on it.
 
         Args:
           max_participations: most steps an example takes part in.
           min_separation: least distance, in steps, between two of them; needed when
             `max_participations` is above 1.
+          fixed_order: whether they are exactly that far apart, as when examples keep their place
+            in every epoch.
 
         Returns:
           The sensitivity: 1 for one participation, `sqrt(k)` when the bands do not exceed the
-          separation (k participations fit), and an upper bound with more bands.
+          separation (k participations fit). With more bands it is exact if C has no negative entry,
+          in fixed order, and without it for few bands or far participations
+          (`participation.is_affordable`); an upper bound for everything else.
 
         Raises:
           ValueError: an argument is out of its range.
@@ -173,17 +188,8 @@ class BandedStrategy:
           Never below the largest norm of `sum_{i in pattern} C[:, i] u_i'` with every u_i of norm
           at most 1, over all patterns the schema allows.
         """
-        max_participations = positive_integer("max_participations", max_participations)
-        if min_separation is None:
-            if max_participations > 1:
-                raise ValueError(
-                    "`min_separation` must be given when an example takes part more than once. "
-                    f"Received: max_participations={max_participations}, min_separation=None. "
-                    "Pass the least number of steps between two participations."
-                )
-            return 1.0
-        separation = positive_integer("min_separation", min_separation)
-        return banded_sensitivity(self.columns, max_participations, separation)
+        schema = participation_schema(max_participations, min_separation, fixed_order)
+        return banded_sensitivity(self.columns, *schema)
 
     def materialize(self) -> np.ndarray:
         """Returns C as a dense matrix, for tests and pictures.
@@ -251,13 +257,7 @@ class BandedStrategy:
         Raises:
           ValueError: a field is missing, unknown, or out of its range; the columns are damaged.
         """
-        if not isinstance(config, dict) or set(config) - {"workload"} != _FIELDS:
-            received = sorted(map(str, config)) if isinstance(config, dict) else config
-            raise ValueError(
-                f"The config of a BandedStrategy must be a dict with the keys {sorted(_FIELDS)}."
-                f" Received: config with {received!r}. Pass what `get_config()` returned."
-            )
-        choice("class_name", config["class_name"], (cls.__name__,))
+        config = config_of(config, cls.__name__, _FIELDS, optional=("workload",))
         num_steps = positive_integer("num_steps", config["num_steps"])
         num_bands = positive_integer("num_bands", config["num_bands"])
         check_shape(num_steps, num_bands)

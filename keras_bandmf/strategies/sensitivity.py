@@ -2,8 +2,8 @@
 
 The sensitivity is the largest norm of `sum_{i in pattern} C[:, i] u_i'` over allowed patterns and
 vectors u_i of norm at most 1. A pattern is allowed if it has at most `max_participations` steps,
-any two at least `min_separation` apart. (Algorithms: Choquette-Choo et al., arXiv 2306.08153,
-algorithms 3 to 5; evenly spaced worst case: arXiv 2405.13763, theorem 2.)
+any two at least `min_separation` apart; with `fixed_order=True`, exactly that far apart.
+(Algorithms: `participation`; evenly spaced worst case: arXiv 2405.13763, theorem 2.)
 """
 
 from __future__ import annotations
@@ -12,57 +12,50 @@ import math
 
 import numpy as np
 
-# Largest matrix side and largest (steps x participations) the upper bound works through.
-_MAX_SIDE = 4096
+from keras_bandmf.strategies.participation import (
+    Products,
+    fixed_order_maximum,
+    gram_products,
+    is_affordable,
+    max_separated_sum,
+    participations,
+    row_bounds,
+    separated_bound,
+    separated_maximum,
+)
+
+# Most entries of C'C and most (steps x participations) that a bound works through.
+_MAX_ENTRIES = 10**8
 _MAX_WORK = 10**8
+# A rise of unit-norm coefficients that is taken for none: the bound moves by less than it costs.
+_ROUNDING = 1e-14
 
 
-def max_separated_sum(
-    values: np.ndarray, max_participations: int, min_separation: int
-) -> np.ndarray:
-    """Returns the largest sum of `values` over an allowed pattern (VecSens).
-
-    Args:
-      values: `(..., n)` float64, not negative.
-      max_participations: most steps in a pattern.
-      min_separation: least distance of two of them.
-
-    Returns:
-      `(...)` float64.
-    """
-    n = values.shape[-1]
-    best = np.zeros_like(values)
-    for _ in range(participations(n, max_participations, min_separation)):
-        later = np.zeros_like(values)
-        if min_separation < n:
-            later[..., : n - min_separation] = best[..., min_separation:]
-        best = np.maximum.accumulate((values + later)[..., ::-1], axis=-1)[..., ::-1]
-    return best[..., 0]
-
-
-def participations(num_steps: int, max_participations: int, min_separation: int) -> int:
-    """Returns how many participations fit: at most `max_participations`, `min_separation` apart."""
-    return min(max_participations, -(-num_steps // min_separation))
-
-
-def gram_bound(gram: np.ndarray, max_participations: int, min_separation: int) -> float:
+def gram_bound(
+    gram: np.ndarray, max_participations: int, min_separation: int, fixed_order: bool = False
+) -> float:
     """Returns an upper bound on the sensitivity of any C with `C'C = gram`.
 
     Args:
       gram: `(n, n)` float64.
       max_participations: most participations of an example.
       min_separation: least distance of two of them.
+      fixed_order: whether they are exactly that far apart.
 
     Returns:
-      The bound; exact where columns of distinct participations are orthogonal.
+      The bound; exact where no entry is negative and the worst pattern is found (always with
+      `fixed_order`, for small n or far participations without).
 
     Formal guarantees:
       Never below the sensitivity: the squared norm for a pattern is
-      `sum_{s,t} gram[s, t] <u_s, u_t> <= sum_s sum_t |gram[s, t]|`, and both sums are replaced by
-      their largest values over allowed patterns.
+      `sum_{s,t} gram[s, t] <u_s, u_t> <= sum_s sum_t |gram[s, t]|`, and what is returned is at
+      least the root of the largest such sum.
     """
-    rows = max_separated_sum(np.abs(gram), max_participations, min_separation)
-    return math.sqrt(float(max_separated_sum(rows, max_participations, min_separation)))
+    fits = participations(len(gram), max_participations, min_separation)
+    products = gram_products(gram)
+    if fixed_order:
+        return math.sqrt(fixed_order_maximum(products, fits, min_separation))
+    return math.sqrt(_separated(products, fits, min_separation))
 
 
 def banded_toeplitz(coefficients: np.ndarray, num_steps: int, column_normalize: bool) -> np.ndarray:
@@ -88,6 +81,7 @@ def toeplitz_sensitivity(
     column_normalize: bool,
     max_participations: int,
     min_separation: int,
+    fixed_order: bool = False,
 ) -> float:
     """Returns the sensitivity of a banded Toeplitz strategy, or an upper bound on it.
 
@@ -97,20 +91,23 @@ def toeplitz_sensitivity(
       column_normalize: whether the columns of C are divided by their norms.
       max_participations: most participations of an example.
       min_separation: least distance, in steps, of two of them.
+      fixed_order: whether they are exactly that far apart.
 
     Returns:
-      With k the number of participations that fit: exact for k = 1 and for b <= `min_separation`
-      (`sqrt(k)` times the column norm), exact for raw strategies with non-negative, non-increasing
-      coefficients, an upper bound otherwise.
+      With k the number of participations that fit: exact for k = 1, for b <= `min_separation`
+      (`sqrt(k)` times the column norm), and for raw strategies with non-negative, non-increasing
+      coefficients. For other non-negative ones it is exact in fixed order, and without it where
+      `participation.is_affordable`. An upper bound otherwise.
 
     Raises:
       ValueError: the upper bound is needed and b is too large for it.
 
     Formal guarantees:
-      Never below the sensitivity over all patterns of at most `max_participations` steps, any two
-      at least `min_separation` apart. For b <= `min_separation` the columns of a pattern share no
-      row, so squared norms add; column norms do not increase along the steps, so the earliest
-      evenly spaced pattern is the worst.
+      Never below the sensitivity over all patterns of the schema. For b <= `min_separation` the
+      columns of a pattern share no row, so squared norms add; column norms do not increase along
+      the steps, so the earliest evenly spaced pattern is the worst. Coefficients that are not
+      non-increasing are bounded by the least non-increasing sequence that is nowhere below their
+      absolute values: C, entry by entry, and so every sum of its columns, is then below that one's.
     """
     bands = len(coefficients)
     fits = participations(num_steps, max_participations, min_separation)
@@ -120,13 +117,27 @@ def toeplitz_sensitivity(
         if column_normalize:
             return math.sqrt(fits)
         return _disjoint(coefficients, num_steps, fits, min_separation)
-    falling = np.all(coefficients >= 0.0) and np.all(np.diff(coefficients) <= 0.0)
-    if falling and not column_normalize:
-        return _evenly_spaced(coefficients, num_steps, fits, min_separation)
-    return _upper_bound(coefficients, num_steps, column_normalize, fits, min_separation)
+    falling = np.maximum.accumulate(np.abs(coefficients)[::-1])[::-1]
+    evenly_spaced = math.inf
+    if not column_normalize:
+        evenly_spaced = _evenly_spaced(falling, num_steps, fits, min_separation)
+        if np.max(falling - coefficients) <= _ROUNDING:
+            return evenly_spaced
+    search = _toeplitz_fixed_order if fixed_order else _toeplitz_separated
+    bound = search(coefficients, num_steps, column_normalize, fits, min_separation)
+    if not math.isfinite(min(bound, evenly_spaced)):
+        raise ValueError(
+            "With more bands than the separation, the sensitivity of a column-normalised strategy "
+            f"is bounded from at most {_MAX_ENTRIES} entries of C'C. Received: num_bands={bands}, "
+            f"min_separation={min_separation}. Use num_bands <= min_separation, where it is exact, "
+            "or column_normalize=False."
+        )
+    return min(bound, evenly_spaced)
 
 
-def banded_sensitivity(columns: np.ndarray, max_participations: int, min_separation: int) -> float:
+def banded_sensitivity(
+    columns: np.ndarray, max_participations: int, min_separation: int, fixed_order: bool = False
+) -> float:
     """Returns the sensitivity of a banded strategy of unit columns, or an upper bound on it.
 
     Args:
@@ -134,15 +145,17 @@ def banded_sensitivity(columns: np.ndarray, max_participations: int, min_separat
         below row n - 1 of C.
       max_participations: most participations of an example.
       min_separation: least distance, in steps, of two of them.
+      fixed_order: whether they are exactly that far apart.
 
     Returns:
       With k the number of participations that fit: exact for k = 1 and for b <= `min_separation`
-      (`sqrt(k)`), `gram_bound` of the band of C'C otherwise.
+      (`sqrt(k)`). With more bands it is the root of the largest sum of |C'C| over a pattern, exact
+      if no two columns that meet have a negative product; without `fixed_order` that sum is itself
+      bounded where `participation.is_affordable` says no.
 
     Formal guarantees:
-      Never below the sensitivity over all patterns of at most `max_participations` steps, any two
-      at least `min_separation` apart. For b <= `min_separation` the columns of a pattern share no
-      row, so squared norms add.
+      Never below the sensitivity over all patterns of the schema. For b <= `min_separation` the
+      columns of a pattern share no row, so squared norms add.
     """
     n, bands = columns.shape
     fits = participations(n, max_participations, min_separation)
@@ -150,17 +163,24 @@ def banded_sensitivity(columns: np.ndarray, max_participations: int, min_separat
         return 1.0
     if bands <= min_separation:
         return math.sqrt(fits)
-    # Row j of |C'C| around its diagonal: entries further than b - 1 from it are zero.
-    around = np.zeros((n, 2 * bands - 1))
-    for lag in range(bands):
-        products = columns[: n - lag, lag:] * columns[lag:, : bands - lag]
-        inner = np.abs(np.sum(products, axis=1))
-        around[: n - lag, bands - 1 + lag] = inner
-        around[lag:, bands - 1 - lag] = inner
-    rows = max_separated_sum(around, fits, min_separation)
+    step = min_separation if fixed_order else 1
+    products = {0: np.ones(n)}
+    for lag in range(min_separation, bands, step):
+        inner = np.einsum("jk,jk->j", columns[: n - lag, lag:], columns[lag:, : bands - lag])
+        products[lag] = np.append(np.abs(inner), np.zeros(lag))
+    if fixed_order:
+        return math.sqrt(fixed_order_maximum(products, fits, min_separation))
+    return math.sqrt(_separated(products, fits, min_separation))
+
+
+def _separated(products: Products, fits: int, separation: int) -> float:
+    """The largest sum of |C'C| over a min-separation pattern, or a bound where that is too dear."""
+    n = len(products[0])
+    if is_affordable(n, max(products), fits, separation):
+        return separated_maximum(products, fits, separation)
     if n * fits > _MAX_WORK:
-        return math.sqrt(fits * float(np.max(rows)))
-    return math.sqrt(float(max_separated_sum(rows, fits, min_separation)))
+        return fits * float(np.max(row_bounds(products, fits, separation)))
+    return separated_bound(products, fits, separation)
 
 
 def _disjoint(coefficients: np.ndarray, num_steps: int, fits: int, separation: int) -> float:
@@ -182,30 +202,77 @@ def _evenly_spaced(coefficients: np.ndarray, num_steps: int, fits: int, separati
     overlap = -(-bands // separation)
     kept = min(fits, 2 * overlap + 1)
     repeats = fits - kept
-    length = num_steps - repeats * separation
-    total = np.zeros(min(length, (kept - 1) * separation + bands))
-    for t in range(kept):
-        start = t * separation
-        stop = min(start + bands, len(total))
-        total[start:stop] += coefficients[: stop - start]
+    length = min(num_steps - repeats * separation, (kept - 1) * separation + bands)
+    # Row i is the sum of c[i - t sep] over t < kept: cumulated within the residue classes.
+    rows = -(-length // separation)
+    padded = np.zeros(rows * separation)
+    padded[: min(bands, length)] = coefficients[:length]
+    total = np.cumsum(padded.reshape(rows, separation), axis=0)
+    if rows > kept:
+        total[kept:] -= total[: rows - kept].copy()
+    total = total.reshape(-1)[:length]
     period = total[(overlap - 1) * separation : overlap * separation]
     return math.sqrt(float(total @ total) + repeats * float(period @ period))
 
 
-def _upper_bound(
+def _toeplitz_products(
+    coefficients: np.ndarray, num_steps: int, column_normalize: bool, lags: range
+) -> Products:
+    """The diagonals of |C'C| at lag 0 and at `lags`, for `num_steps` steps."""
+    n, bands = num_steps, len(coefficients)
+    lengths = np.minimum(n - np.arange(n), bands)
+    squares = np.cumsum(np.square(coefficients))[lengths - 1]
+    norms = np.sqrt(squares) if column_normalize else np.ones(n)
+    products = {0: squares / norms**2}
+    for lag in lags:
+        if lag >= min(bands, n):
+            break
+        # Column i + lag ends where C does; what it shares with column i is as long.
+        sums = np.cumsum(coefficients[: bands - lag] * coefficients[lag:])
+        shared = sums[np.minimum(bands - lag, lengths[lag:]) - 1]
+        products[lag] = np.append(np.abs(shared) / (norms[: n - lag] * norms[lag:]), np.zeros(lag))
+    return products
+
+
+def _toeplitz_fixed_order(
     coefficients: np.ndarray, num_steps: int, column_normalize: bool, fits: int, separation: int
 ) -> float:
-    """`gram_bound` in O(b^2) memory: more than b steps from both ends all rows of C'C are alike."""
+    """Root of the largest sum of |C'C| over patterns in fixed order, in O(b^2 / separation).
+
+    Away from the last b columns C'C is Toeplitz. Of more than 2 w participations, w the number
+    whose columns can overlap, the first lies there and so does all it meets: it adds one period.
+    Starts from which the whole pattern lies there are alike, so one of them is enough.
+    """
     bands = len(coefficients)
-    side = min(num_steps, 4 * bands)
-    if side > _MAX_SIDE:
-        raise ValueError(
-            "With more bands than the separation, the sensitivity of this strategy is bounded "
-            f"for up to {_MAX_SIDE // 4} bands. Received: num_bands={bands}, "
-            f"min_separation={separation}. Use num_bands <= min_separation, where it is exact."
-        )
-    matrix = banded_toeplitz(coefficients, side, column_normalize)
-    rows = max_separated_sum(np.abs(matrix.T @ matrix), fits, separation)
+    overlap = -(-bands // separation)
+    kept = min(fits, 2 * overlap)
+    side = min(num_steps - (fits - kept) * separation, (kept - 1) * separation + bands + 1)
+    lags = range(separation, bands, separation)
+    products = _toeplitz_products(coefficients, side, column_normalize, lags)
+    largest = fixed_order_maximum(products, kept, separation)
+    inner = [abs(float(coefficients[: bands - m] @ coefficients[m:])) for m in lags]
+    return math.sqrt(largest + (fits - kept) * (1.0 + 2.0 * math.fsum(inner)))
+
+
+def _toeplitz_separated(
+    coefficients: np.ndarray, num_steps: int, column_normalize: bool, fits: int, separation: int
+) -> float:
+    """Root of the largest sum of |C'C| over min-separation patterns, or a bound on it.
+
+    The bound takes O(b^2) memory, since more than b steps from both ends all rows of C'C are alike;
+    `inf` if even that is too much.
+    """
+    bands = len(coefficients)
+    lags = range(separation, bands)
+    side = num_steps
+    if not is_affordable(num_steps, bands - 1, fits, separation):
+        side = min(num_steps, 4 * bands)
+    if side * len(lags) > _MAX_ENTRIES:
+        return math.inf
+    products = _toeplitz_products(coefficients, side, column_normalize, lags)
+    if side == num_steps:
+        return math.sqrt(_separated(products, fits, separation))
+    rows = row_bounds(products, fits, separation)
     if num_steps * fits > _MAX_WORK:
         return math.sqrt(fits * float(np.max(rows)))
     middle = np.full(num_steps - side, rows[side // 2])

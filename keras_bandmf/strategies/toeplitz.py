@@ -9,7 +9,15 @@ from collections.abc import Callable
 import numpy as np
 
 from keras_bandmf.strategies import normalized, solvers
-from keras_bandmf.strategies.arguments import boolean, check_bands, choice, positive_integer
+from keras_bandmf.strategies.arguments import (
+    boolean,
+    check_bands,
+    choice,
+    config_of,
+    participation_schema,
+    positive_integer,
+)
+from keras_bandmf.strategies.coefficients import checked_coefficients, square_root_coefficients
 from keras_bandmf.strategies.minimize import Progress, minimize
 from keras_bandmf.strategies.sensitivity import banded_toeplitz, toeplitz_sensitivity
 from keras_bandmf.strategies.toeplitz_workload import optimal_for_workload, workload_errors
@@ -55,7 +63,7 @@ class ToeplitzStrategy:
 
     def __post_init__(self):
         num_steps = _checked_steps(self.num_steps)
-        coefficients = _checked_coefficients(self.coefficients)
+        coefficients = checked_coefficients(self.coefficients)
         check_bands(len(coefficients), num_steps)
         object.__setattr__(self, "num_steps", num_steps)
         object.__setattr__(self, "coefficients", coefficients)
@@ -111,6 +119,37 @@ class ToeplitzStrategy:
                 coefficients, workload, error, column_normalize, callback
             )
         return cls(coefficients, num_steps, column_normalize, workload)
+
+    @classmethod
+    def square_root(
+        cls,
+        num_steps: int,
+        num_bands: int | None = None,
+        column_normalize: bool = True,
+        workload: Workload | None = None,
+    ) -> ToeplitzStrategy:
+        """Makes the square root of prefix sums, the strategy to compare an optimised one with.
+
+        Args:
+          num_steps: n.
+          num_bands: b, after which its coefficients are cut; None for all n of them. 1 gives the
+            identity.
+          column_normalize: whether C gets columns of norm 1.
+          workload: A, of n steps; None for prefix sums. It does not change C.
+
+        Returns:
+          The strategy. (Fichtenberger, Henzinger, Upadhyay, arXiv 2202.11205; cut after b: Kalinin
+          and Lampert, arXiv 2405.13763.)
+
+        Raises:
+          ValueError: an argument is out of its range.
+        """
+        num_steps = _checked_steps(num_steps)
+        if num_bands is None:
+            num_bands = num_steps
+        num_bands = positive_integer("num_bands", num_bands)
+        check_bands(num_bands, num_steps)
+        return cls(square_root_coefficients(num_bands), num_steps, column_normalize, workload)
 
     @property
     def num_bands(self) -> int:
@@ -188,18 +227,27 @@ class ToeplitzStrategy:
             window = normalized.extend_window(self.coefficients, state)
             return normalized.tail_errors(self.tail_scale(), window, lagged)
 
-    def sensitivity(self, max_participations: int = 1, min_separation: int | None = None) -> float:
+    def sensitivity(
+        self,
+        max_participations: int = 1,
+        min_separation: int | None = None,
+        fixed_order: bool = False,
+    ) -> float:
         """Returns the sensitivity of C under a participation schema, or an upper bound on it.
 
         Args:
           max_participations: most steps an example takes part in.
           min_separation: least distance, in steps, between two of them; needed when
             `max_participations` is above 1.
+          fixed_order: whether they are exactly that far apart, as when examples keep their place
+            in every epoch.
 
         Returns:
           The sensitivity: 1 for one participation, `sqrt(k)` times the column norm when the bands
           do not exceed the separation (k participations fit). With more bands it is exact for raw,
-          non-negative, non-increasing coefficients and an upper bound for everything else.
+          non-negative, non-increasing coefficients; for other non-negative ones in fixed order, and
+          without it for few bands or far participations (`participation.is_affordable`). It is an
+          upper bound for everything else.
 
         Raises:
           ValueError: an argument is out of its range, or a bound would need too many bands.
@@ -208,21 +256,9 @@ class ToeplitzStrategy:
           Never below the largest norm of `sum_{i in pattern} C[:, i] u_i'` with every u_i of norm
           at most 1, over all patterns the schema allows.
         """
-        max_participations = positive_integer("max_participations", max_participations)
-        if min_separation is None:
-            if max_participations > 1:
-                raise ValueError(
-                    "`min_separation` must be given when an example takes part more than once. "
-                    f"Received: max_participations={max_participations}, min_separation=None. "
-                    "Pass the least number of steps between two participations."
-                )
-            return 1.0
+        schema = participation_schema(max_participations, min_separation, fixed_order)
         return toeplitz_sensitivity(
-            self.coefficients,
-            self.num_steps,
-            self.column_normalize,
-            max_participations,
-            positive_integer("min_separation", min_separation),
+            self.coefficients, self.num_steps, self.column_normalize, *schema
         )
 
     def materialize(self) -> np.ndarray:
@@ -285,13 +321,8 @@ class ToeplitzStrategy:
         Raises:
           ValueError: a field is missing, unknown, or out of its range.
         """
-        expected = {"class_name", "num_steps", "coefficients", "column_normalize"}
-        if not isinstance(config, dict) or set(config) - {"workload"} != expected:
-            raise ValueError(
-                f"The config of a ToeplitzStrategy must be a dict with the keys {sorted(expected)}."
-                f" Received: config={config!r}. Pass what `get_config()` returned."
-            )
-        choice("class_name", config["class_name"], (cls.__name__,))
+        fields = ("num_steps", "coefficients", "column_normalize")
+        config = config_of(config, cls.__name__, fields, optional=("workload",))
         coefficients, num_steps = config["coefficients"], config["num_steps"]
         return cls(coefficients, num_steps, config["column_normalize"], workload_of(config))
 
@@ -306,19 +337,6 @@ class ToeplitzStrategy:
             f"ToeplitzStrategy(num_steps={self.num_steps}, num_bands={self.num_bands}, "
             f"column_normalize={self.column_normalize})"
         )
-
-
-def square_root_coefficients(num_bands: int) -> np.ndarray:
-    """Returns the first coefficients of `(1 - z)^(-1/2)`, the square root of the prefix sum.
-
-    Args:
-      num_bands: b >= 1.
-
-    Returns:
-      `(b,)` float64: 1, 1/2, 3/8, ... (Fichtenberger, Henzinger, Upadhyay, arXiv 2202.11205).
-    """
-    k = np.arange(1.0, num_bands)
-    return np.concatenate([[1.0], np.cumprod((2.0 * k - 1.0) / (2.0 * k))])
 
 
 def _optimal_coefficients(
@@ -358,31 +376,3 @@ def _checked_steps(num_steps: object) -> int:
             "Plan for fewer steps."
         )
     return num_steps
-
-
-def _checked_coefficients(coefficients: object) -> np.ndarray:
-    """The coefficients as a read-only float64 vector of norm 1."""
-    try:
-        vector = np.array(coefficients)
-    except (TypeError, ValueError):  # ragged: judged below like any other non-vector
-        vector = np.array(None)
-    if vector.dtype.kind not in "fiu" or vector.ndim != 1 or vector.size == 0:
-        raise ValueError(
-            "`coefficients` must be a vector of at least one real number. Received: coefficients="
-            f"{coefficients!r}. Pass the first column of C, from its diagonal down."
-        )
-    vector = vector.astype(np.float64)
-    if not np.all(np.isfinite(vector)) or vector[0] <= 0.0:
-        raise ValueError(
-            "`coefficients` must be finite and the first, the diagonal of C, must be positive. "
-            f"Received: coefficients={coefficients!r}. Change the sign of all, or drop leading "
-            "zeros."
-        )
-    if not 0.5 < np.max(np.abs(vector)) <= 1.0:  # squares of very large entries would overflow
-        vector = vector / np.max(np.abs(vector))
-    norm = math.sqrt(math.fsum(np.square(vector).tolist()))
-    # What is of norm 1 to rounding is left alone: scaling it again would move its last bits.
-    if abs(norm - 1.0) > 4.0 * np.finfo(np.float64).eps:
-        vector = vector / norm
-    vector.flags.writeable = False
-    return vector

@@ -1,5 +1,6 @@
 """Independent, slow answers for the tests: dense NumPy, explicit loops, closed forms."""
 
+import collections
 import itertools
 
 import numpy as np
@@ -40,12 +41,34 @@ def weighted_error(coefficients, num_steps, mean_weight, last_weight):
     return weighted @ x, np.array(gradient)
 
 
-def patterns(num_steps, max_participations, min_separation):
-    """Every non-empty allowed participation pattern."""
+def patterns(num_steps, max_participations, min_separation, first=0):
+    """Every non-empty allowed participation pattern from step `first` on."""
+    if max_participations == 0:
+        return
+    for start in range(first, num_steps):
+        yield (start,)
+        later = (num_steps, max_participations - 1, min_separation, start + min_separation)
+        for rest in patterns(*later):
+            yield (start, *rest)
+
+
+def fixed_order_patterns(num_steps, max_participations, separation):
+    """Every non-empty pattern of steps exactly `separation` apart."""
     for size in range(1, max_participations + 1):
-        for pattern in itertools.combinations(range(num_steps), size):
-            if all(b - a >= min_separation for a, b in itertools.pairwise(pattern)):
-                yield pattern
+        for start in range(num_steps - (size - 1) * separation):
+            yield tuple(start + t * separation for t in range(size))
+
+
+def largest_gram_sum(matrix, allowed):
+    """Root of the largest sum of |C'C| over a pattern: the sensitivity if C is not negative."""
+    gram = np.abs(matrix.T @ matrix)
+    by_size = collections.defaultdict(list)
+    for pattern in allowed:
+        by_size[len(pattern)].append(pattern)
+    sums = []
+    for steps in map(np.array, by_size.values()):
+        sums.append(np.max(np.sum(gram[steps[:, :, None], steps[:, None, :]], axis=(1, 2))))
+    return np.sqrt(max(sums))
 
 
 def brute_force_sensitivity(matrix, max_participations, min_separation):

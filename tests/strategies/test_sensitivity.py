@@ -5,7 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from keras_bandmf.strategies import ToeplitzStrategy, sensitivity
+from keras_bandmf.strategies import (
+    BandedStrategy,
+    ToeplitzStrategy,
+    participation,
+    sensitivity,
+)
 from keras_bandmf.strategies.toeplitz import square_root_coefficients
 from tests.strategies import reference
 
@@ -88,14 +93,14 @@ def test_max_separated_sum_against_every_pattern():
     values = np.random.default_rng(0).random((5, 9))
     for k in (1, 2, 3, 20):
         for separation in (1, 2, 4, 9, 12):
-            found = sensitivity.max_separated_sum(values, k, separation)
+            found = participation.max_separated_sum(values, k, separation)
             for row, value in zip(values, found, strict=True):
                 best = max(row[list(p)].sum() for p in reference.patterns(9, min(k, 9), separation))
                 assert value == pytest.approx(best, rel=1e-13)
 
 
 def test_known_values():
-    assert sensitivity.max_separated_sum(np.array([1, 0.5, 0.5, 0.5, 0.1]), 5, 1) == 2.6
+    assert participation.max_separated_sum(np.array([1, 0.5, 0.5, 0.5, 0.1]), 5, 1) == 2.6
     matrix = np.array([[1, 0, 0, 0], [2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, -6]], np.float64)
     gram = matrix.T @ matrix
     assert sensitivity.gram_bound(gram, 4, 2) == pytest.approx(math.sqrt(41))
@@ -115,10 +120,12 @@ def test_a_billion_steps():
 
 
 def test_a_bound_of_too_many_bands_is_refused():
-    s = ToeplitzStrategy(square_root_coefficients(1025), 10_000)
-    with pytest.raises(ValueError, match="num_bands=1025.*min_separation=1000"):
-        s.sensitivity(2, 1000)
-    assert s.sensitivity(2, 1025) == math.sqrt(2)
+    s = ToeplitzStrategy(square_root_coefficients(20_000), 20_000)
+    with pytest.raises(ValueError, match="num_bands=20000, min_separation=1000"):
+        s.sensitivity(8, 1000)
+    assert s.sensitivity(2, 20_000) == 1.0
+    raw = ToeplitzStrategy(s.coefficients, 20_000, column_normalize=False)
+    assert raw.sensitivity(8, 1000) > math.sqrt(8)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.0, True, "2", None])
@@ -128,3 +135,92 @@ def test_bad_schema(bad):
         s.sensitivity(max_participations=bad, min_separation=5)
     with pytest.raises(ValueError, match="min_separation"):
         s.sensitivity(max_participations=2, min_separation=bad)
+    with pytest.raises(ValueError, match="fixed_order"):
+        s.sensitivity(2, 3, fixed_order=1)
+
+
+# (steps, participations, separation) with every pattern in reach of brute force.
+SCHEMAS = [(32, 5, 7), (32, 4, 6), (31, 3, 4), (20, 4, 3), (16, 5, 2), (10, 4, 1), (9, 9, 4)]
+
+
+@pytest.mark.parametrize("n,k,separation", SCHEMAS)
+@pytest.mark.parametrize("bands", [3, 9, 14])
+def test_exact_for_every_pattern_where_nothing_is_negative(n, k, separation, bands):
+    bands = min(n, bands)
+    rng = np.random.default_rng(bands)
+    columns = 0.02 + rng.random((n, bands))
+    for s in (
+        ToeplitzStrategy(square_root_coefficients(bands), n),
+        ToeplitzStrategy(columns[0], n),
+        ToeplitzStrategy(columns[0], n, column_normalize=False),
+        BandedStrategy(columns),
+    ):
+        matrix = s.materialize()
+        allowed = reference.patterns(n, k, separation)
+        expected = reference.largest_gram_sum(matrix, allowed)
+        got = s.sensitivity(k, separation)
+        assert got == pytest.approx(expected, rel=1e-12)
+        assert sensitivity.gram_bound(matrix.T @ matrix, k, separation) == pytest.approx(got)
+        allowed = reference.fixed_order_patterns(n, min(k, -(-n // separation)), separation)
+        expected = reference.largest_gram_sum(matrix, allowed)
+        got = s.sensitivity(k, separation, fixed_order=True)
+        assert got == pytest.approx(expected, rel=1e-12)
+        gram = matrix.T @ matrix
+        assert sensitivity.gram_bound(gram, k, separation, True) == pytest.approx(got)
+
+
+@pytest.mark.parametrize("n,k,separation", SCHEMAS)
+def test_bounds_are_never_below_what_they_bound(n, k, separation, monkeypatch):
+    # As if the exact search were too dear.
+    monkeypatch.setattr(sensitivity, "is_affordable", lambda *_: False)
+    rng = np.random.default_rng(n)
+    for bands in (3, 7, 9):
+        for columns in (0.02 + rng.random((n, bands)), rng.standard_normal((n, bands))):
+            columns[:, 0] = np.abs(columns[:, 0])
+            for s in (
+                ToeplitzStrategy(columns[0], n),
+                ToeplitzStrategy(columns[0], n, column_normalize=False),
+                BandedStrategy(columns),
+            ):
+                allowed = reference.patterns(n, k, separation)
+                truth = reference.largest_gram_sum(s.materialize(), allowed)
+                raw = isinstance(s, ToeplitzStrategy) and not s.column_normalize
+                if raw:  # bounded through falling coefficients too: by all signs
+                    truth = reference.brute_force_sensitivity(s.materialize(), 2, separation)
+                assert s.sensitivity(k, separation) >= truth * (1 - 1e-12)
+
+
+def test_signs_never_exceed_what_is_returned():
+    rng = np.random.default_rng(7)
+    for _ in range(20):
+        columns = rng.standard_normal((10, 6))
+        columns[:, 0] = np.abs(columns[:, 0])
+        s = BandedStrategy(columns)
+        for k, separation in [(2, 3), (3, 2), (4, 2)]:
+            truth = reference.brute_force_sensitivity(s.materialize(), k, separation)
+            assert s.sensitivity(k, separation) >= truth * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("n,b,k,separation", [(200, 9, 30, 4), (150, 9, 8, 4), (90, 5, 90, 1)])
+def test_fixed_order_of_many_participations(n, b, k, separation, normalize):
+    coefficients = np.random.default_rng(b).random(b) + 0.1
+    s = ToeplitzStrategy(coefficients, n, normalize)
+    matrix = s.materialize()
+    expected = sensitivity.gram_bound(matrix.T @ matrix, k, separation, fixed_order=True)
+    got = s.sensitivity(k, separation, fixed_order=True)
+    assert got == pytest.approx(expected, rel=1e-12)
+    assert got <= s.sensitivity(k, separation) * (1 + 1e-12)
+
+
+def test_fixed_order_of_a_billion_steps():
+    s = ToeplitzStrategy(square_root_coefficients(100), 10**9)
+    got = s.sensitivity(1000, 40, fixed_order=True)
+    raw = ToeplitzStrategy(s.coefficients, 10**9, column_normalize=False)
+    assert got == pytest.approx(raw.sensitivity(1000, 40, fixed_order=True), rel=1e-3)
+
+
+def test_the_dynamic_programme_is_affordable_when_few_participations_meet():
+    assert participation.is_affordable(10**4, 63, 8, 40)
+    assert not participation.is_affordable(10**6, 1023, 1000, 8)
+    assert participation.separated_work(10**12, 10**6, 5, 1) == math.inf

@@ -1,0 +1,211 @@
+"""The largest sums over the participation patterns of an example.
+
+With X = C'C, an example that takes part in the steps of a pattern moves C X by a squared norm of
+`sum_{s,t in pattern} X[s, t] <u_s, u_t>` with norms of u at most 1, hence by at most
+`sum_{s,t in pattern} |X[s, t]|`, which is reached if no entry in it is negative. A pattern of the
+min-separation schema has at most `max_participations` steps, any two at least `min_separation`
+apart; one of the fixed order has steps exactly `min_separation` apart. (Choquette-Choo et al.,
+arXiv 2306.08153, algorithms 3 to 5.)
+
+X is handed over by its diagonals, `products[m][i] = |X[i, i + m]|`, each `(n,)` float64 with zeros
+for `i >= n - m`; a lag that is not there is zero throughout. The lags below the separation, but 0,
+are never looked at.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+Products = dict[int, np.ndarray]
+
+# Elementary operations the exact programme may take, and entries of X worked on at a time.
+_MAX_WORK = 3 * 10**8
+_MAX_ENTRIES = 10**7
+
+
+def participations(num_steps: int, max_participations: int, min_separation: int) -> int:
+    """Returns how many participations fit: at most `max_participations`, `min_separation` apart."""
+    return min(max_participations, -(-num_steps // min_separation))
+
+
+def max_separated_sum(
+    values: np.ndarray, max_participations: int, min_separation: int
+) -> np.ndarray:
+    """Returns the largest sum of `values` over an allowed pattern (VecSens).
+
+    Args:
+      values: `(..., n)` float64, not negative.
+      max_participations: most steps in a pattern.
+      min_separation: least distance of two of them.
+
+    Returns:
+      `(...)` float64.
+    """
+    n = values.shape[-1]
+    best = np.zeros_like(values)
+    for _ in range(participations(n, max_participations, min_separation)):
+        later = np.zeros_like(values)
+        if min_separation < n:
+            later[..., : n - min_separation] = best[..., min_separation:]
+        best = np.maximum.accumulate((values + later)[..., ::-1], axis=-1)[..., ::-1]
+    return best[..., 0]
+
+
+def gram_products(gram: np.ndarray) -> Products:
+    """Returns the diagonals of a dense symmetric `(n, n)` matrix X, as this module takes them."""
+    found = {0: np.abs(np.diagonal(gram))}
+    for m in range(1, len(gram)):
+        if np.any(diagonal := np.abs(np.diagonal(gram, m))):
+            found[m] = np.append(diagonal, np.zeros(m))
+    return found
+
+
+def row_bounds(products: Products, fits: int, separation: int) -> np.ndarray:
+    """Returns for each step the most a pattern that holds it can have in its row of |X|.
+
+    Args:
+      products: diagonals of |X|.
+      fits: most participations.
+      separation: least distance of two of them.
+
+    Returns:
+      `(n,)` float64: `|X[i, i]|` and the largest sum of `|X[i, j]|` over up to `fits - 1` others.
+    """
+    n = len(products[0])
+    lags = [m for m in products if m >= separation]
+    if not lags or fits == 1:
+        return products[0].copy()
+    reach = max(lags)
+    rows = np.empty(n)
+    block = max(1, _MAX_ENTRIES // (2 * reach + 1))
+    for first in range(0, n, block):
+        last = min(first + block, n)
+        # Entry reach + m belongs to step i + m. Those nearer than the separation stay zero.
+        around = np.zeros((last - first, 2 * reach + 1))
+        for m in lags:
+            around[:, reach + m] = products[m][first:last]
+            before = products[m][max(0, first - m) : max(0, last - m)]
+            around[last - first - len(before) :, reach - m] = before
+        rows[first:last] = max_separated_sum(around, fits - 1, separation)
+    return rows + products[0]
+
+
+def separated_bound(products: Products, fits: int, separation: int) -> float:
+    """Returns an upper bound on `sum_{s,t in pattern} |X[s, t]|` over all min-separation patterns.
+
+    Args:
+      products: diagonals of |X|.
+      fits: most participations.
+      separation: least distance of two of them.
+
+    Returns:
+      The bound: `row_bounds`, summed over the worst pattern.
+    """
+    return float(max_separated_sum(row_bounds(products, fits, separation), fits, separation))
+
+
+def separated_work(num_steps: int, reach: int, fits: int, separation: int) -> float:
+    """Returns how many elementary operations `separated_maximum` takes, `inf` for a great many.
+
+    Args:
+      num_steps: n.
+      reach: the largest lag at which X is not zero.
+      fits: most participations.
+      separation: least distance of two of them.
+    """
+    # How many sets of lags from `separation` to `reach - separation` there are: see `_states`.
+    counts = [1] * separation
+    for _ in range(reach - 2 * separation + 1):
+        counts.append(counts[-1] + counts[-separation])
+        if counts[-1] > _MAX_WORK:
+            return math.inf
+    gaps = max(0, reach - separation + 1)
+    depth = max(1, reach // separation)
+    return float(counts[-1]) * gaps * depth * num_steps * fits
+
+
+def is_affordable(num_steps: int, reach: int, fits: int, separation: int) -> bool:
+    """Returns whether `separated_maximum` is a matter of seconds."""
+    return separated_work(num_steps, reach, fits, separation) <= _MAX_WORK
+
+
+def separated_maximum(products: Products, fits: int, separation: int) -> float:
+    """Returns the largest `sum_{s,t in pattern} |X[s, t]|` over all min-separation patterns.
+
+    A dynamic programme over the last participation and those before it that the next one can still
+    meet: with `reach` the largest lag of X, the ones at lags of at most `reach - separation`.
+
+    Args:
+      products: diagonals of |X|.
+      fits: most participations.
+      separation: least distance of two of them.
+
+    Returns:
+      The maximum, exactly; what it takes is `separated_work`.
+    """
+    diagonal = products[0]
+    n, reach = len(diagonal), max(products)
+    zeros = np.zeros(n)
+    states = _states(reach, separation)
+    # best[state][i]: largest sum of a pattern that ends at step i with this past; -inf where none.
+    best = {state: np.full(n, -np.inf) for state in states}
+    best[()] = diagonal.copy()
+    largest = float(np.max(diagonal))
+    for _ in range(1, fits):
+        following = {state: np.full(n, -np.inf) for state in states}
+        for state, sums in best.items():
+            for gap in range(separation, min(reach, n - 1) + 1):
+                met = products.get(gap, zeros)[: n - gap].copy()
+                for lag in state:
+                    if lag + gap <= reach:
+                        met[lag:] += products.get(lag + gap, zeros)[: n - gap - lag]
+                past = tuple(m for m in (gap, *(m + gap for m in state)) if m + separation <= reach)
+                target = following[past][gap:]
+                np.maximum(target, sums[: n - gap] + 2.0 * met + diagonal[gap:], out=target)
+        apart = max(reach + 1, separation)
+        if apart < n:
+            before = np.maximum.accumulate(np.max(list(best.values()), axis=0))[: n - apart]
+            target = following[()][apart:]
+            np.maximum(target, before + diagonal[apart:], out=target)
+        best = following
+        largest = max(largest, float(np.max(list(best.values()))))
+    return largest
+
+
+def _states(reach: int, separation: int) -> list[tuple[int, ...]]:
+    """All sets of lags, increasing and `separation` apart, that the next one can still meet."""
+    found: list[tuple[int, ...]] = [()]
+    for state in found:
+        first = state[-1] if state else 0
+        found.extend((*state, lag) for lag in range(first + separation, reach - separation + 1))
+    return found
+
+
+def fixed_order_maximum(products: Products, fits: int, separation: int) -> float:
+    """Returns the largest `sum_{s,t in pattern} |X[s, t]|` over all patterns in fixed order.
+
+    Args:
+      products: diagonals of |X|; lags that are not multiples of `separation` are not looked at.
+      fits: the participations of a pattern, `<= ceil(n / separation)`.
+      separation: the distance of two successive ones.
+
+    Returns:
+      The maximum over all patterns of `fits` steps; shorter ones are parts of these.
+    """
+    n = len(products[0])
+    starts = n - (fits - 1) * separation
+    total = np.zeros(starts)
+    for m in range(fits):
+        diagonal = products.get(m * separation)
+        if diagonal is None:
+            continue
+        # Sums over every separation-th step: cumulated within the residue classes.
+        rows = -(-n // separation)
+        padded = np.zeros((rows + 1) * separation)
+        padded[separation : separation + n] = diagonal
+        sums = np.cumsum(padded.reshape(rows + 1, separation), axis=0).reshape(-1)
+        later = sums[(fits - m) * separation :][:starts]
+        total += (1.0 if m == 0 else 2.0) * (later - sums[:starts])
+    return float(np.max(total))
