@@ -1,14 +1,16 @@
 """The choice of bands: against an exhaustive search, its caps, and the two samplings."""
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
 import pytest
 
-from keras_bandmf.accounting import Schedule, calibrate_noise
+from keras_bandmf.accounting import calibrate_noise
 from keras_bandmf.band_choice import choose_bands, expected_rmse
 from keras_bandmf.strategies import ToeplitzStrategy
+from tests.planning import make_schedule
 
 
 @dataclasses.dataclass
@@ -23,15 +25,9 @@ class FakeStrategy:
         return (self.num_steps + 1) / 2 / self.num_bands
 
 
-def schedule(**changes):
-    values = {
-        "sampling": "cyclic_poisson",
-        "num_examples": 10_000,
-        "batch_size": 100,
-        "num_steps": 400,
-        "num_bands": 1,
-    }
-    return Schedule(**{**values, **changes})
+schedule = functools.partial(
+    make_schedule, num_examples=10_000, batch_size=100, num_steps=400, num_bands=1
+)
 
 
 def fake(run):

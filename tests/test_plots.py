@@ -8,24 +8,18 @@ import pytest
 from keras_bandmf.band_choice import BandCandidate, BandChoice
 from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.plots import plot_plan
+from tests.planning import make_plan
 
 
 @pytest.fixture(scope="module")
 def plan():
-    return TrainingPlan(
-        num_examples=1_000,
-        batch_size=50,
-        epochs=3,
-        noise_multiplier=1.5,
-        delta=1e-5,
-        num_bands=4,
-    )
+    return make_plan()
 
 
 @pytest.fixture(scope="module")
 def choice(plan):
-    rows = [BandCandidate(1, 1.0, 2.0, None), BandCandidate(4, 1.5, plan.expected_rmse, None)]
-    return BandChoice(tuple(rows))
+    rows = [(1, 1.0, 2.0), (4, 1.5, plan.expected_rmse)]
+    return BandChoice(tuple(BandCandidate("cyclic_poisson", *row, None) for row in rows))
 
 
 def test_both_panels_are_drawn_and_saved(plan, choice, tmp_path):
