@@ -22,7 +22,8 @@ class BandCandidate:
     Attributes:
         sampling: "cyclic_poisson" or "fixed_order".
         num_bands: b.
-        noise_multiplier: sigma that meets the target, calibrated coarsely (good to about 1e-3).
+        noise_multiplier: sigma that meets the target, calibrated coarsely: up to about
+            1 % above what is needed (10^5 rounds), less with fewer rounds.
         expected_rmse: sigma * S * sqrt(mean error) / expected participations, in clip norms.
         strategy: the strategy of b bands.
     """

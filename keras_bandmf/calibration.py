@@ -41,7 +41,7 @@ def compare_bands(
 ) -> BandChoice:
     """The table and the curve behind `TrainingPlan.calibrate`, for the same arguments.
 
-    Noise multipliers are coarse (good to about 1e-3). Strategies are Toeplitz strategies; under a
+    Noise multipliers are coarse, up to about 1 % above what is needed. Strategies are Toeplitz strategies; under a
     workload their coefficients are those for prefix sums, so that a plan, whose strategy is
     searched for under it, has a somewhat lower RMSE than its row.
 

