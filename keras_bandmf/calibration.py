@@ -41,9 +41,9 @@ def compare_bands(
 ) -> BandChoice:
     """The table and the curve behind `TrainingPlan.calibrate`, for the same arguments.
 
-    Noise multipliers are coarse, up to about 1 % above what is needed. Strategies are Toeplitz strategies; under a
-    workload their coefficients are those for prefix sums, so that a plan, whose strategy is
-    searched for under it, has a somewhat lower RMSE than its row.
+    Noise multipliers are coarse, up to about 1 % above what is needed. Strategies are Toeplitz
+    strategies; under a workload their coefficients are those for prefix sums, so that a plan,
+    whose strategy is searched for under it, has a somewhat lower RMSE than its row.
 
     Formal guarantees: looks at no data, so the choice costs no privacy. Rows of different
     `sampling` meet the same (epsilon, delta) under different adjacencies: add-or-remove-one for

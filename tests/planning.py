@@ -1,4 +1,6 @@
-"""Small plans and schedules of the planning tests."""
+"""Small plans, schedules and workloads of the planning tests."""
+
+import numpy as np
 
 from keras_bandmf.accounting import Schedule
 from keras_bandmf.plan import TrainingPlan
@@ -27,3 +29,17 @@ def make_schedule(**changes):
         "num_bands": 4,
     }
     return Schedule(**(arguments | changes))
+
+
+def dense_workload(workload):
+    """A, row by row from its definition, without the package's own blocks."""
+    n = workload.num_steps
+    rates = np.broadcast_to(workload.learning_rates, n)
+    velocity, weights, rows = np.zeros(n), np.zeros(n), []
+    for i in range(n):
+        impulse = rates[i] * np.eye(n)[i]
+        velocity = workload.momentum * velocity + impulse
+        step = workload.momentum * velocity + impulse if workload.nesterov else velocity
+        weights = (1 - workload.weight_decay * rates[i]) * weights + step
+        rows.append(weights)
+    return np.array(rows)

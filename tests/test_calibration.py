@@ -8,6 +8,7 @@ import pytest
 from keras_bandmf import compare_bands
 from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.strategies import ToeplitzStrategy, Workload
+from tests.planning import dense_workload
 
 # 2 epochs of 20 steps. Few rounds at a high rate: here a fixed order wins.
 FEW = {"num_examples": 1_000, "batch_size": 50, "epochs": 2, "epsilon": 8.0, "delta": 1e-5}
@@ -70,11 +71,9 @@ def test_given_numbers_and_objects():
 def test_under_a_workload_both_sides_of_a_ratio_are_of_it():
     workload = Workload(40, 0.1, momentum=0.5)
     one, four = compare_bands(**FEW, num_bands=4, workload=workload).candidates
-    kernel = 0.1 * (1 - 0.5 ** np.arange(1, 41)) / 0.5
-    dense = np.array([np.r_[kernel[: i + 1][::-1], np.zeros(39 - i)] for i in range(40)])
     for row in (one, four):
-        matrix = row.strategy.materialize()
-        error = np.mean(np.sum((dense @ np.linalg.inv(matrix)) ** 2, axis=1))
+        factor = dense_workload(workload) @ np.linalg.inv(row.strategy.materialize())
+        error = np.mean(np.sum(factor**2, axis=1))
         expected = row.noise_multiplier * math.sqrt(error) / 2
         assert row.expected_rmse == pytest.approx(expected, rel=1e-9)
 

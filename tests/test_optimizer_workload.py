@@ -6,6 +6,7 @@ import pytest
 
 from keras_bandmf import workload_from_optimizer
 from keras_bandmf.strategies import Workload
+from tests.planning import dense_workload
 
 N = 9
 SGD, SCHEDULES = keras.optimizers.SGD, keras.optimizers.schedules
@@ -45,25 +46,11 @@ MAKERS = {
 }
 
 
-def dense(workload):
-    """A, row by row from the definition, without the package's own blocks."""
-    rates = np.broadcast_to(workload.learning_rates, N)
-    velocity, weights = np.zeros(N), np.zeros(N)
-    rows = []
-    for i in range(N):
-        velocity = workload.momentum * velocity + rates[i] * np.eye(N)[i]
-        ahead = workload.momentum * velocity + rates[i] * np.eye(N)[i]
-        step = ahead if workload.nesterov else velocity
-        weights = (1 - workload.weight_decay * rates[i]) * weights + step
-        rows.append(weights)
-    return np.array(rows)
-
-
 @pytest.mark.parametrize("name", MAKERS)
 def test_weights_respond_to_the_gradients_as_in_keras(name):
     # Weight j gets a unit gradient at step j alone: the trajectories are the columns of A.
     optimizer = MAKERS[name]()
-    matrix = dense(workload_from_optimizer(optimizer, N))
+    matrix = dense_workload(workload_from_optimizer(optimizer, N))
     weights = keras.Variable(np.zeros(N, np.float32))
     for i in range(N):
         optimizer.apply([keras.ops.eye(N)[i]], [weights])

@@ -10,22 +10,11 @@ import pytest
 
 from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.strategies import BandedStrategy, ToeplitzStrategy, Workload
-from tests.planning import make_plan
+from tests.planning import dense_workload, make_plan
 
 N = 60
 MOMENTUM = Workload(N, np.linspace(0.0, 0.2, N), momentum=0.9)
 TARGET = {"num_examples": 1_000, "batch_size": 50, "epochs": 3, "epsilon": 2.0, "delta": 1e-5}
-
-
-def dense(workload):
-    rates = np.broadcast_to(workload.learning_rates, N)
-    velocity, weights = np.zeros(N), np.zeros(N)
-    rows = []
-    for i in range(N):
-        velocity = workload.momentum * velocity + rates[i] * np.eye(N)[i]
-        weights = weights + velocity
-        rows.append(weights)
-    return np.array(rows)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +25,8 @@ def plan():
 def test_error_and_strategy_are_those_of_the_workload(plan):
     assert plan.workload == MOMENTUM
     assert plan.strategy == ToeplitzStrategy.optimize(N, 4, workload=MOMENTUM)
-    error = np.mean(np.sum((dense(MOMENTUM) @ np.linalg.inv(plan.strategy.materialize())) ** 2, 1))
+    factor = dense_workload(MOMENTUM) @ np.linalg.inv(plan.strategy.materialize())
+    error = np.mean(np.sum(factor**2, axis=1))
     assert plan.expected_rmse == pytest.approx(1.5 * math.sqrt(error) / 3, rel=1e-9)
     ordinary = make_plan()
     assert ordinary.workload is None
