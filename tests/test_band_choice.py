@@ -136,8 +136,8 @@ def test_bad_arguments():
     [
         # From an independent computation: n = 4096, delta = 1e-6, raw Toeplitz, powers of two.
         (16, 1.0, (4, 8, 16), 8, 1.132),
-        (32, 1.0, (2, 4, 8), 4, 1.034),
-        (16, 8.0, (32, 64, 128), 64, None),
+        pytest.param(32, 1.0, (2, 4, 8), 4, 1.034, marks=pytest.mark.slow),
+        pytest.param(16, 8.0, (32, 64, 128), 64, None, marks=pytest.mark.slow),
     ],
 )
 def test_reference_bands(epochs, epsilon, bands, best, gain):

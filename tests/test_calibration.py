@@ -18,12 +18,12 @@ MANY = {"num_examples": 20_000, "batch_size": 20, "num_steps": 1_000, "epsilon":
 
 @pytest.mark.parametrize(("run", "winner"), [(FEW, "fixed_order"), (MANY, "cyclic_poisson")])
 def test_auto_takes_the_better_sampling(run, winner):
-    choice = compare_bands(**run, sampling="auto", max_bands=16)
+    choice = compare_bands(**run, sampling="auto", num_bands=(4, 16))
     assert list(choice.curves) == ["cyclic_poisson", "fixed_order"]
     for name, curve in choice.curves.items():
-        alone = compare_bands(**run, sampling=name, max_bands=16)
-        assert alone == curve
-        assert choice.best.expected_rmse <= alone.best.expected_rmse
+        assert {row.sampling for row in curve.candidates} == {name}
+        assert [row.num_bands for row in curve.candidates] == [1, 4, 16]
+        assert choice.best.expected_rmse <= curve.best.expected_rmse
     assert choice.best.sampling == winner
     assert choice.dp_sgd.sampling == "cyclic_poisson" and choice.dp_sgd.num_bands == 1
     table = str(choice).splitlines()
@@ -36,27 +36,19 @@ def test_a_plan_says_what_auto_chose():
     assert (made.sampling, made.adjacency) == ("fixed_order", "zero-out")
     assert made.statement().adjacency == "zero-out" and "zero-out" in str(made)
     assert made.epsilon() <= 8.0
-    best = compare_bands(**FEW, sampling="auto", max_bands=16).best
-    assert made.num_bands == best.num_bands == 16
-    assert made.expected_rmse == pytest.approx(best.expected_rmse, rel=1e-2)
+    assert made.num_bands == 16
     alone = TrainingPlan.calibrate(**FEW, sampling="fixed_order", num_bands=16)
     assert made.strategy == alone.strategy
     assert made.noise_multiplier == pytest.approx(alone.noise_multiplier, rel=2e-6)
 
 
-def test_auto_sampling_for_given_bands():
+def test_auto_sampling_for_a_strategy_object():
     strategy = ToeplitzStrategy([1.0, 0.5, 0.4], 40)
-    for given in ({"num_bands": 3}, {"strategy": strategy}):
-        made = TrainingPlan.calibrate(**FEW, sampling="auto", **given)
-        assert made.num_bands == 3
-        others = [
-            TrainingPlan.calibrate(**FEW, sampling=name, **given)
-            for name in ("cyclic_poisson", "fixed_order")
-        ]
-        best = min(others, key=lambda plan: plan.expected_rmse)
-        assert made.sampling == best.sampling
-        assert made.expected_rmse == pytest.approx(best.expected_rmse, rel=2e-6)
+    made = TrainingPlan.calibrate(**FEW, sampling="auto", strategy=strategy)
+    rows = compare_bands(**FEW, sampling="auto", strategy=strategy).of_bands(3)
+    assert len(rows.candidates) == 2 and made.sampling == rows.best.sampling
     assert made.strategy is strategy
+    assert made.expected_rmse == pytest.approx(rows.best.expected_rmse, rel=1e-2)
 
 
 def test_given_numbers_and_objects():
