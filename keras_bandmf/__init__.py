@@ -1,7 +1,10 @@
 """Differentially private training of Keras models with correlated noise."""
 
 from keras_bandmf import callbacks, clipping, noise, strategies
+from keras_bandmf.band_choice import max_bands
+from keras_bandmf.calibration import compare_bands
 from keras_bandmf.clipping import ClippedGradients, clipped_gradients
+from keras_bandmf.optimizer_workload import workload_from_optimizer
 from keras_bandmf.optimizers import BandMFOptimizer
 from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.release import export
@@ -18,9 +21,12 @@ __all__ = [
     "callbacks",
     "clipped_gradients",
     "clipping",
+    "compare_bands",
     "export",
+    "max_bands",
     "noise",
     "privatize",
     "statement",
     "strategies",
+    "workload_from_optimizer",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from typing import Any
@@ -32,8 +31,9 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_enum(
         "sampling",
         "cyclic_poisson",
-        ["cyclic_poisson", "fixed_order"],
-        "How batches are drawn.",
+        ["cyclic_poisson", "fixed_order", "auto"],
+        "How batches are drawn; 'auto' takes the one of lower expected RMSE, which decides what "
+        "neighbouring data sets are (see the adjacency of the plan).",
         **own,
     )
     flags.DEFINE_string("plot", None, "Draw the plan to this file (.png, .pdf, .svg).", **own)
@@ -75,30 +75,22 @@ def _plan(values: flags.FlagValues) -> str:
     for name in ("plot", "json"):
         _check_writable(name, values[name].value)
     # TensorFlow takes seconds to import: not before the flags are known to be good.
-    from keras_bandmf.accounting import Schedule
-    from keras_bandmf.band_choice import choose_bands
+    from keras_bandmf.calibration import compare_bands
     from keras_bandmf.plan import TrainingPlan
-    from keras_bandmf.plan_arguments import resolve_steps, resolve_strategy
 
-    steps = resolve_steps(values.num_examples, values.batch_size, values.num_steps, values.epochs)
-    choice = choose_bands(
-        Schedule(values.sampling, values.num_examples, values.batch_size, steps, num_bands=1),
-        values.epsilon,
-        values.delta,
-        functools.partial(resolve_strategy, "toeplitz", steps),
-        num_bands=num_bands,
-        max_bands=values.max_bands,
+    arguments: dict[str, Any] = {
+        "num_examples": values.num_examples,
+        "batch_size": values.batch_size,
+        "epochs": values.epochs,
+        "num_steps": values.num_steps,
+        "epsilon": values.epsilon,
+        "delta": values.delta,
+    }
+    choice = compare_bands(
+        **arguments, num_bands=num_bands, sampling=values.sampling, max_bands=values.max_bands
     )
-    chosen = choice.best if num_bands is None else choice.candidates[-1]
-    plan = TrainingPlan.calibrate(
-        num_examples=values.num_examples,
-        batch_size=values.batch_size,
-        num_steps=steps,
-        epsilon=values.epsilon,
-        delta=values.delta,
-        strategy=chosen.strategy,
-        sampling=values.sampling,
-    )
+    best = (choice if num_bands == "auto" else choice.of_bands(num_bands)).best
+    plan = TrainingPlan.calibrate(**arguments, strategy=best.strategy, sampling=best.sampling)
     report = f"{plan}\n\nBands compared at this epsilon and delta:\n{choice}"
     if values.json is not None:
         with open(values.json, "w", encoding="utf-8") as file:
@@ -112,9 +104,9 @@ def _plan(values: flags.FlagValues) -> str:
     return report
 
 
-def _bands(text: str) -> int | None:
+def _bands(text: str) -> int | str:
     if text == "auto":
-        return None
+        return text
     try:
         return int(text)
     except ValueError:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from keras_bandmf.accounting import Schedule, calibrate_noise, sweep_interval
 from keras_bandmf.checks import checked_float, checked_int
+from keras_bandmf.noise.shards import ShardLayout
 
 # The ring of correlated noise holds num_bands - 1 copies of the model in float32.
 DEFAULT_MAX_BANDS = 128
@@ -16,15 +17,18 @@ DEFAULT_MAX_BANDS = 128
 
 @dataclasses.dataclass(frozen=True)
 class BandCandidate:
-    """What a number of bands would give.
+    """What a number of bands would give under a way of sampling.
 
     Attributes:
+        sampling: "cyclic_poisson" or "fixed_order".
         num_bands: b.
-        noise_multiplier: sigma that meets the target, calibrated coarsely (good to about 1e-3).
+        noise_multiplier: sigma that meets the target, calibrated coarsely: up to about
+            1 % above what is needed (10^5 rounds), less with fewer rounds.
         expected_rmse: sigma * S * sqrt(mean error) / expected participations, in clip norms.
         strategy: the strategy of b bands.
     """
 
+    sampling: str
     num_bands: int
     noise_multiplier: float
     expected_rmse: float
@@ -33,7 +37,10 @@ class BandCandidate:
 
 @dataclasses.dataclass(frozen=True)
 class BandChoice:
-    """The candidates looked at, by ascending number of bands; 1 (DP-SGD) is always among them."""
+    """The candidates looked at, by sampling and ascending bands; all meet one (epsilon, delta).
+
+    One band is always among them, for every way of sampling.
+    """
 
     candidates: tuple[BandCandidate, ...]
 
@@ -44,20 +51,60 @@ class BandChoice:
 
     @property
     def dp_sgd(self) -> BandCandidate:
-        """The candidate of one band."""
+        """One band: DP-SGD, with Poisson sampling if that was looked at."""
         return self.candidates[0]
 
+    @property
+    def curves(self) -> dict[str, BandChoice]:
+        """The candidates of each way of sampling, apart."""
+        samplings = dict.fromkeys(row.sampling for row in self.candidates)
+        return {
+            name: BandChoice(tuple(row for row in self.candidates if row.sampling == name))
+            for name in samplings
+        }
+
+    def of_bands(self, num_bands: int) -> BandChoice:
+        """Only the candidates of this number of bands."""
+        return BandChoice(tuple(row for row in self.candidates if row.num_bands == num_bands))
+
     def __str__(self) -> str:
-        """A table; the best row is starred."""
-        lines = [f"{'bands':>8}  {'noise multiplier':>16}  {'expected RMSE':>13}  {'/ DP-SGD':>8}"]
+        """A table; the best row is starred, and the last column is relative to `dp_sgd`."""
+        lines = [
+            f"{'bands':>8}  {'sampling':<14}  {'noise multiplier':>16}  {'expected RMSE':>13}  "
+            f"{'/ DP-SGD':>8}"
+        ]
         for row in self.candidates:
             star = "*" if row is self.best else " "
             ratio = row.expected_rmse / self.dp_sgd.expected_rmse
             lines.append(
-                f"{star} {row.num_bands:>6}  {row.noise_multiplier:>16.4f}  "
-                f"{row.expected_rmse:>13.4f}  {ratio:>8.3f}"
+                f"{star} {row.num_bands:>6}  {row.sampling:<14}  {row.noise_multiplier:>16.4f}  "
+                f"{row.expected_rmse:>13.5g}  {ratio:>8.3f}"
             )
         return "\n".join(lines)
+
+
+def max_bands(num_parameters: int, memory_bytes: int, num_replicas: int = 1) -> int:
+    """The most bands whose noise fits into a memory: a value for the argument `max_bands`.
+
+    The noise keeps num_bands - 1 earlier rows in float32, each replica its share. (What does not
+    grow with the model, such as the coefficients of a `BandedStrategy`, is not counted.)
+
+    Args:
+        num_parameters: trainable parameters of the model.
+        memory_bytes: what every replica can spare for the noise.
+        num_replicas: replicas of the `tf.distribute` strategy.
+
+    Returns:
+        The number of bands, at least 1: DP-SGD keeps nothing.
+
+    Raises:
+        TypeError: for anything but integers.
+        ValueError: for a value out of range.
+    """
+    shape = (checked_int("num_parameters", num_parameters),)
+    memory_bytes = checked_int("memory_bytes", memory_bytes, minimum=0)
+    layout = ShardLayout([shape], checked_int("num_replicas", num_replicas))
+    return 1 + memory_bytes // (4 * layout.shard_size)
 
 
 def expected_rmse(schedule: Schedule, noise_multiplier: float, mean_error: float) -> float:
@@ -70,7 +117,9 @@ def expected_rmse(schedule: Schedule, noise_multiplier: float, mean_error: float
 
     Returns:
         The root mean square, over steps and coordinates, of the noise in the running sum of
-        gradients, divided by the participations of an example.
+        gradients, divided by the participations of an example. Under a workload other than prefix
+        sums it is the noise in the weights, times num_steps / num_examples, and its unit is the
+        clip norm times the learning rate; ratios under one workload mean the same as ever.
     """
     scale = noise_multiplier * schedule.sensitivity
     return scale * math.sqrt(mean_error) / schedule.expected_participations
@@ -82,7 +131,7 @@ def choose_bands(
     delta: float,
     make_strategy: Callable[[int], Any],
     *,
-    num_bands: int | None = None,
+    num_bands: int | Sequence[int] | None = None,
     max_bands: int = DEFAULT_MAX_BANDS,
 ) -> BandChoice:
     """Compares numbers of bands at one (epsilon, delta).
@@ -100,7 +149,7 @@ def choose_bands(
         epsilon: the target.
         delta: in (0, 1).
         make_strategy: b -> a strategy of b bands, with `loss("mean")`.
-        num_bands: compare only this number with 1.
+        num_bands: compare only this number, or these, with 1.
         max_bands: the cap; memory of the noise grows with the bands.
 
     Returns:
@@ -120,12 +169,13 @@ def choose_bands(
                 guess = calibrate_noise(run, epsilon, delta, interval=interval, guess=guess)
             strategy = make_strategy(bands)
             value = expected_rmse(run, guess, strategy.loss("mean"))
-            found[bands] = BandCandidate(bands, guess, value, strategy)
+            found[bands] = BandCandidate(schedule.sampling, bands, guess, value, strategy)
         return found[bands].expected_rmse
 
     rmse(1)
     if num_bands is not None:
-        rmse(num_bands)
+        for bands in num_bands if isinstance(num_bands, Sequence) else (num_bands,):
+            rmse(bands)
     elif schedule.sampling == "fixed_order":
         for bands in _grid(schedule, max_bands):
             rmse(bands)

@@ -10,19 +10,21 @@ from typing import Any
 import dp_accounting
 
 from keras_bandmf import band_choice, strategies
-from keras_bandmf.accounting import Schedule, calibrate_noise, epsilon_of
+from keras_bandmf.accounting import Schedule, epsilon_of
+from keras_bandmf.calibration import calibrated_arguments
 from keras_bandmf.checks import checked_float
 from keras_bandmf.documents import read_document, write_document
 from keras_bandmf.plan_arguments import (
     check_strategy,
-    refine_strategy,
     resolve_bands,
     resolve_steps,
     resolve_strategy,
+    resolve_workload,
 )
-from keras_bandmf.planned_statement import planned_statement, sampling_in_words
+from keras_bandmf.plan_table import plan_table
+from keras_bandmf.planned_statement import planned_statement
 from keras_bandmf.sampling import PrivateBatches
-from keras_bandmf.statement import Statement, rounded_up
+from keras_bandmf.statement import Statement
 
 _FORMAT = "keras_bandmf.TrainingPlan"
 _VERSION = 1
@@ -65,6 +67,7 @@ class TrainingPlan:
         sampling: str = "cyclic_poisson",
         max_participations: int | None = None,
         min_separation: int | None = None,
+        workload: Any = None,
     ):
         """A plan with a given noise multiplier; `calibrate` finds one for a given epsilon.
 
@@ -80,18 +83,22 @@ class TrainingPlan:
             sampling: "cyclic_poisson" or "fixed_order".
             max_participations: fixed order only, declared for foreign data.
             min_separation: fixed order only, declared for foreign data.
+            workload: what the noise is to disturb least: a `strategies.Workload`, the
+                `keras.optimizers.SGD` to train with, or None: prefix sums, or what a strategy
+                object was optimised for.
 
         Raises:
             TypeError: for a wrong type.
             ValueError: for a value or a combination that cannot be accounted for.
         """
         num_steps = resolve_steps(num_examples, batch_size, num_steps, epochs)
-        if num_bands == "auto":
-            raise ValueError(
-                "`num_bands='auto'` depends on a target epsilon. Received: num_bands='auto', "
-                f"noise_multiplier={noise_multiplier!r}. Use `TrainingPlan.calibrate(epsilon=...)` "
-                "or give a number."
-            )
+        for name, value in (("num_bands", num_bands), ("sampling", sampling)):
+            if isinstance(value, str) and value == "auto":
+                raise ValueError(
+                    f"`{name}='auto'` depends on a target epsilon. Received: {name}='auto', "
+                    f"noise_multiplier={noise_multiplier!r}. Use "
+                    f"`TrainingPlan.calibrate(epsilon=...)` or choose `{name}`."
+                )
         bands = resolve_bands(num_bands, strategy)
         schedule = Schedule(
             sampling, num_examples, batch_size, num_steps, bands, max_participations, min_separation
@@ -108,7 +115,8 @@ class TrainingPlan:
         )
         object.__setattr__(self, "noise_multiplier", sigma)
         object.__setattr__(self, "delta", checked_float("delta", delta, above=0.0, below=1.0))
-        strategy = resolve_strategy(strategy, schedule.num_steps, bands)
+        workload = resolve_workload(workload, schedule.num_steps)
+        strategy = resolve_strategy(strategy, schedule.num_steps, bands, workload)
         check_strategy(strategy, schedule)
         object.__setattr__(self, "strategy", strategy)
 
@@ -128,6 +136,7 @@ class TrainingPlan:
         max_bands: int = band_choice.DEFAULT_MAX_BANDS,
         max_participations: int | None = None,
         min_separation: int | None = None,
+        workload: Any = None,
     ) -> TrainingPlan:
         """The plan of least expected error for an (epsilon, delta).
 
@@ -144,10 +153,15 @@ class TrainingPlan:
             num_steps: n.
             num_bands: "auto" takes the number with the lowest expected RMSE, up to `max_bands`.
             strategy: "toeplitz", "banded", or a strategy object (with its number of bands).
-            sampling: "cyclic_poisson" or "fixed_order".
-            max_bands: cap of "auto"; the noise keeps num_bands - 1 copies of the model.
+            sampling: "cyclic_poisson", "fixed_order", or "auto" for the one of lower expected
+                RMSE: `adjacency` then says which relation the guarantee is about.
+            max_bands: cap of "auto"; the noise keeps num_bands - 1 copies of the model, and
+                `keras_bandmf.max_bands` says how many fit into a memory.
             max_participations: fixed order only, declared for foreign data.
             min_separation: fixed order only, declared for foreign data.
+            workload: as of a plan. With num_bands="auto" bands are compared by coefficients for
+                prefix sums, and those of the chosen number are searched for under the workload
+                up to n b^2 = 2 * 10^7; beyond, they stay (name `num_bands` for the search).
 
         Returns:
             The plan.
@@ -156,44 +170,33 @@ class TrainingPlan:
             TypeError: for a wrong type.
             ValueError: for a value or combination that cannot be accounted for.
         """
-        num_steps = resolve_steps(num_examples, batch_size, num_steps, epochs)
-        epsilon = checked_float("epsilon", epsilon, above=0.0)
-        delta = checked_float("delta", delta, above=0.0, below=1.0)
-        is_auto = isinstance(num_bands, str) and num_bands == "auto"
-        is_chosen_here = is_auto and isinstance(strategy, str)
-        given = (1 if is_chosen_here else None) if is_auto else num_bands
-        bands = resolve_bands(given, strategy)
-        schedule = Schedule(
-            sampling, num_examples, batch_size, num_steps, bands, max_participations, min_separation
-        )
-        guess = None
-        if is_chosen_here:
-            best = band_choice.choose_bands(
-                schedule,
-                epsilon,
-                delta,
-                functools.partial(resolve_strategy, "toeplitz", num_steps),
-                max_bands=max_bands,
-            ).best
-            strategy, guess = refine_strategy(strategy, best.strategy), best.noise_multiplier
-            schedule = dataclasses.replace(schedule, num_bands=best.num_bands)
         return cls(
-            num_examples=num_examples,
-            batch_size=batch_size,
-            noise_multiplier=calibrate_noise(schedule, epsilon, delta, guess=guess),
-            delta=delta,
-            num_steps=num_steps,
-            num_bands=schedule.num_bands,
-            strategy=strategy,
-            sampling=sampling,
-            max_participations=max_participations,
-            min_separation=min_separation,
+            **calibrated_arguments(
+                num_examples=num_examples,
+                batch_size=batch_size,
+                epsilon=epsilon,
+                delta=delta,
+                epochs=epochs,
+                num_steps=num_steps,
+                num_bands=num_bands,
+                strategy=strategy,
+                sampling=sampling,
+                max_bands=max_bands,
+                max_participations=max_participations,
+                min_separation=min_separation,
+                workload=workload,
+            )
         )
 
     @property
     def num_bands(self) -> int:
         """b: how many steps a gradient's noise is spread over; 1 is DP-SGD."""
         return self.strategy.num_bands
+
+    @property
+    def workload(self) -> strategies.Workload | None:
+        """A, what the strategy was optimised for; None is prefix sums."""
+        return self.strategy.workload
 
     @property
     def steps_per_epoch(self) -> int:
@@ -232,7 +235,11 @@ class TrainingPlan:
 
     @functools.cached_property
     def expected_rmse(self) -> float:
-        """sigma * S * sqrt(mean error) / expected participations, in units of the clip norm."""
+        """sigma * S * sqrt(mean error) / expected participations, in units of the clip norm.
+
+        Under a workload, in units of the clip norm times the learning rate: compare it with that
+        of another plan under the same workload.
+        """
         mean_error = self.strategy.loss("mean")
         return band_choice.expected_rmse(self._schedule, self.noise_multiplier, mean_error)
 
@@ -382,19 +389,4 @@ class TrainingPlan:
 
     def __str__(self) -> str:
         """The plan as a table."""
-        epochs = self.num_steps / self.steps_per_epoch
-        rows = [
-            ("examples", f"{self.num_examples}"),
-            ("batch size", f"{self.batch_size}"),
-            ("steps", f"{self.num_steps} ({epochs:.4g} epochs of {self.steps_per_epoch})"),
-            ("sampling", sampling_in_words(self._schedule)),
-            ("strategy", f"{type(self.strategy).__name__}, bands: {self.num_bands}"),
-            ("noise multiplier", f"{self.noise_multiplier:.6g}"),
-            ("sensitivity", f"{self.sensitivity:.6g}"),
-            ("epsilon", rounded_up(self.epsilon(), 6)),
-            ("delta", f"{self.delta:g}"),
-            ("adjacency", f"{self.adjacency}, one row"),
-            ("expected RMSE", f"{self.expected_rmse:.6g} clip norms"),
-            ("fingerprint", self.fingerprint[:16]),
-        ]
-        return "\n".join(["TrainingPlan", *(f"  {name:<18}{text}" for name, text in rows)])
+        return plan_table(self, self._schedule)

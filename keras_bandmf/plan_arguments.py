@@ -1,12 +1,15 @@
-"""From the arguments of a plan to its steps, bands and strategy; what does not fit is refused."""
+"""From the arguments of a plan to its steps, bands, workload and strategy, or a refusal."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import keras
+
 from keras_bandmf.accounting import Schedule
 from keras_bandmf.checks import checked_choice, checked_int
-from keras_bandmf.strategies import BandedStrategy, ToeplitzStrategy
+from keras_bandmf.optimizer_workload import workload_from_optimizer
+from keras_bandmf.strategies import BandedStrategy, ToeplitzStrategy, Workload
 
 _NAMES = ("toeplitz", "banded")
 _KNOWN = (ToeplitzStrategy, BandedStrategy)
@@ -80,39 +83,107 @@ def resolve_bands(num_bands: Any, strategy: Any) -> int:
     return own
 
 
-def resolve_strategy(strategy: Any, num_steps: int, num_bands: int) -> Any:
+def resolve_workload(workload: Any, num_steps: int) -> Workload | None:
+    """The workload: itself, or that of a Keras optimizer.
+
+    Args:
+        workload: a `Workload`, a `keras.optimizers.SGD`, or None.
+        num_steps: n.
+
+    Returns:
+        A workload of n steps, or None if none was given.
+
+    Raises:
+        TypeError: for another type.
+        ValueError: for a workload of other steps, or an optimizer without one.
+    """
+    if isinstance(workload, keras.optimizers.Optimizer):
+        return workload_from_optimizer(workload, num_steps)
+    if workload is None:
+        return None
+    if type(workload) is not Workload:
+        raise TypeError(
+            "Expected `workload` to be a `strategies.Workload`, a `keras.optimizers.SGD`, or None "
+            f"for prefix sums. Received: workload={workload!r}. Leave it out if unsure."
+        )
+    if workload.num_steps != num_steps:
+        raise ValueError(
+            f"Expected a workload of {num_steps} steps, as many as the plan. Received: "
+            f"workload.num_steps={workload.num_steps}. Make it for the steps of the plan."
+        )
+    return workload
+
+
+def resolve_strategy(
+    strategy: Any, num_steps: int, num_bands: int, workload: Workload | None = None
+) -> Any:
     """The strategy object: itself, or the named one of `num_bands` bands, optimised.
 
     Args:
         strategy: a strategy's name or object.
         num_steps: n.
         num_bands: b.
+        workload: A, of n steps; None is prefix sums, or that of the object.
 
     Returns:
         A strategy object.
+
+    Raises:
+        ValueError: for an unknown name, or a workload that is not that of the object.
     """
     if isinstance(strategy, str):
         checked_choice("strategy", strategy, _NAMES, hint=_HINT)
-        return refine_strategy(strategy, ToeplitzStrategy.optimize(num_steps, num_bands))
+        start = quick_strategy(num_steps, workload, num_bands)
+        return refine_strategy(strategy, start, max_work=None)
+    if workload is not None and workload != (strategy.workload or Workload(strategy.num_steps)):
+        raise ValueError(
+            "Expected `workload` to be the one the strategy was optimised for. Received: "
+            f"workload={workload!r}, strategy.workload={strategy.workload!r} (None is prefix "
+            "sums). Leave `workload` out, or optimise the strategy for it."
+        )
     return strategy
 
 
-def refine_strategy(name: str, toeplitz: ToeplitzStrategy) -> Any:
-    """The named strategy of the steps and bands of an optimal Toeplitz strategy.
+def quick_strategy(num_steps: int, workload: Workload | None, num_bands: int) -> ToeplitzStrategy:
+    """The Toeplitz optimum for prefix sums, made for a workload: for comparing numbers of bands.
+
+    Args:
+        num_steps: n.
+        workload: A, of n steps; None is prefix sums.
+        num_bands: b.
+
+    Returns:
+        A strategy whose `workload` is A: the optimum for prefix sums, within a few percent of it
+        for others, at the cost of one evaluation instead of a search.
+    """
+    best = ToeplitzStrategy.optimize(num_steps, num_bands)
+    if workload is None or workload == Workload(num_steps):
+        return best
+    return ToeplitzStrategy(best.coefficients, num_steps, workload=workload)
+
+
+def refine_strategy(name: str, quick: ToeplitzStrategy, max_work: int | None) -> Any:
+    """The named strategy of the steps, bands and workload of a quick Toeplitz strategy.
 
     Bands are chosen among Toeplitz strategies, which are found in no time and within 2 % of the
     banded optimum; only the chosen one is refined.
 
     Args:
         name: a strategy's name.
-        toeplitz: the optimal Toeplitz strategy.
+        quick: from `quick_strategy`.
+        max_work: n b^2 up to which a Toeplitz strategy is searched for under a workload; None is
+            no limit.
 
     Returns:
         A strategy object.
     """
+    n, b, workload = quick.num_steps, quick.num_bands, quick.workload
+    toeplitz = quick
+    if workload is not None and b > 1 and (max_work is None or n * b * b <= max_work):
+        toeplitz = ToeplitzStrategy.optimize(n, b, workload=workload)
     if name == "toeplitz":
         return toeplitz
-    return BandedStrategy.optimize(toeplitz.num_steps, toeplitz.num_bands, start=toeplitz)
+    return BandedStrategy.optimize(n, b, start=toeplitz, workload=workload)
 
 
 def check_strategy(strategy: Any, schedule: Schedule) -> None:

@@ -9,8 +9,12 @@ import numpy as np
 
 from keras_bandmf.band_choice import BandChoice
 from keras_bandmf.plan import TrainingPlan
+from keras_bandmf.plan_table import rmse_unit
+from keras_bandmf.strategies import ToeplitzStrategy
 
 _BLUE, _GREY = "#1f5fa8", "#8a8a8a"
+_COLORS = {"cyclic_poisson": _BLUE, "fixed_order": "#3a9a5c"}
+_HOW = {"cyclic_poisson": "Poisson sampling", "fixed_order": "fixed order"}
 _MAX_POINTS = 2000
 _MAX_STEPS = 10**8  # per_step_error is refused above
 
@@ -23,8 +27,8 @@ def plot_plan(
     Args:
         plan: the plan.
         choice: the numbers of bands compared at the plan's (epsilon, delta), from
-            `band_choice.choose_bands`; without it only the errors of the steps are drawn, DP-SGD's
-            at the plan's own noise multiplier.
+            `keras_bandmf.compare_bands`, under the plan's sampling at least; without it only the
+            errors of the steps are drawn, DP-SGD's at the plan's own noise multiplier.
         path: where to save the picture, by its extension (.png, .pdf, .svg); None saves nothing.
 
     Returns:
@@ -33,17 +37,23 @@ def plot_plan(
     Raises:
         ImportError: if matplotlib is not installed.
         TypeError: if `plan` is not a `TrainingPlan`.
+        ValueError: if `choice` is of another sampling than the plan.
     """
     if not isinstance(plan, TrainingPlan):
         raise TypeError(f"Expected `plan` to be a TrainingPlan. Received: plan={plan!r}.")
+    if choice is not None and plan.sampling not in choice.curves:
+        raise ValueError(
+            f"Expected `choice` to compare bands under sampling={plan.sampling!r}, that of the "
+            f"plan. Received: {sorted(choice.curves)}. Compare the bands for the plan's arguments."
+        )
     figure = _new_figure(panels=1 if choice is None else 2)
     axes = list(figure.axes)
     if choice is not None:
         _draw_choice(axes.pop(0), plan, choice)
     _draw_steps(axes.pop(0), plan, choice)
-    how = "Poisson sampling" if plan.sampling == "cyclic_poisson" else "fixed order"
     figure.suptitle(
-        f"{plan.num_steps:,} steps, batch {plan.batch_size:,} of {plan.num_examples:,}, {how}, "
+        f"{plan.num_steps:,} steps, batch {plan.batch_size:,} of {plan.num_examples:,}, "
+        f"{_HOW[plan.sampling]}, "
         f"epsilon = {plan.epsilon():.3g}, delta = {plan.delta:.2g}",
         fontsize=11,
     )
@@ -70,9 +80,11 @@ def _new_figure(panels: int) -> Any:
 
 
 def _draw_choice(axis: Any, plan: TrainingPlan, choice: BandChoice) -> None:
-    bands = [row.num_bands for row in choice.candidates]
-    values = [row.expected_rmse for row in choice.candidates]
-    axis.plot(bands, values, "o-", color=_BLUE, markersize=4)
+    rows = choice.candidates
+    for sampling, curve in choice.curves.items():
+        bands = [row.num_bands for row in curve.candidates]
+        values = [row.expected_rmse for row in curve.candidates]
+        axis.plot(bands, values, "o-", color=_COLORS[sampling], markersize=4, label=_HOW[sampling])
     axis.plot(1, choice.dp_sgd.expected_rmse, "s", color=_GREY, label="1: DP-SGD")
     axis.plot(
         plan.num_bands,
@@ -83,11 +95,11 @@ def _draw_choice(axis: Any, plan: TrainingPlan, choice: BandChoice) -> None:
         label=f"{plan.num_bands}: this plan",
     )
     axis.set_xscale("log", base=2)
-    powers = [2**power for power in range(max(bands).bit_length())]
+    powers = [2**power for power in range(max(row.num_bands for row in rows).bit_length())]
     axis.set_xticks(powers, [str(power) for power in powers])
-    axis.set_ylim(0, 1.08 * max(values))
+    axis.set_ylim(0, 1.08 * max(row.expected_rmse for row in rows))
     axis.set_xlabel("number of bands")
-    axis.set_ylabel("expected RMSE (clip norms)")
+    axis.set_ylabel(f"expected RMSE ({rmse_unit(plan.workload)})")
     axis.set_title("Which number of bands", fontsize=10)
     axis.legend(frameon=False)
 
@@ -102,22 +114,21 @@ def _draw_steps(axis: Any, plan: TrainingPlan, choice: BandChoice | None) -> Non
     steps = np.arange(1, plan.num_steps + 1)[::stride]
     participations = plan.num_steps * plan.batch_size / plan.num_examples
     scale = plan.sensitivity / participations
-    ours = np.sqrt(plan.strategy.per_step_error()[::stride])
-    sigma = plan.noise_multiplier
-    axis.plot(
-        steps, sigma * scale * ours, color=_BLUE, label=_label("this plan", plan.num_bands, sigma)
-    )
-    dp_sgd = sigma if choice is None else choice.dp_sgd.noise_multiplier
-    axis.plot(
-        steps,
-        dp_sgd * scale * np.sqrt(steps),
-        color=_GREY,
-        linestyle="--",
-        label=_label("DP-SGD", 1, dp_sgd),
-    )
+    # DP-SGD under the sampling of the plan, so that `scale` is that of both.
+    peer = None if choice is None else choice.curves[plan.sampling].dp_sgd
+    dp_sgd = plan.noise_multiplier if peer is None else peer.noise_multiplier
+    one_band = ToeplitzStrategy([1.0], plan.num_steps, workload=plan.workload)
+    for name, strategy, sigma, color, line in (
+        ("this plan", plan.strategy, plan.noise_multiplier, _BLUE, "-"),
+        ("DP-SGD", one_band, dp_sgd, _GREY, "--"),
+    ):
+        errors = sigma * scale * np.sqrt(strategy.per_step_error()[::stride])
+        label = _label(name, strategy.num_bands, sigma)
+        axis.plot(steps, errors, color=color, linestyle=line, label=label)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("step")
-    axis.set_ylabel("noise in the sum of gradients\n(RMSE, clip norms)")
+    what = "the sum of gradients" if plan.workload is None else "the weights"
+    axis.set_ylabel(f"noise in {what}\n(RMSE, {rmse_unit(plan.workload)})")
     same = "epsilon" if choice is not None else "noise multiplier"
     axis.set_title(f"Error of every step, at the same {same}", fontsize=10)
     axis.legend(frameon=False)

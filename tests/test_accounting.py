@@ -11,18 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_bandmf import accounting
-from keras_bandmf.accounting import Schedule, calibrate_noise, epsilon_of
-
-
-def schedule(**changes):
-    values = {
-        "sampling": "cyclic_poisson",
-        "num_examples": 60_000,
-        "batch_size": 600,
-        "num_steps": 1_000,
-        "num_bands": 4,
-    }
-    return Schedule(**{**values, **changes})
+from keras_bandmf.accounting import calibrate_noise, epsilon_of
+from tests.planning import make_schedule as schedule
 
 
 def gaussian_epsilon(sigma, delta):

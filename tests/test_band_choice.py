@@ -1,14 +1,17 @@
-"""The choice of bands: against an exhaustive search, its caps, and the two samplings."""
+"""The choice of bands: against an exhaustive search, reference values, and its caps."""
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
 import pytest
 
-from keras_bandmf.accounting import Schedule, calibrate_noise
-from keras_bandmf.band_choice import choose_bands, expected_rmse
+from keras_bandmf.accounting import calibrate_noise
+from keras_bandmf.band_choice import choose_bands, expected_rmse, max_bands
+from keras_bandmf.noise import CorrelatedNoise
 from keras_bandmf.strategies import ToeplitzStrategy
+from tests.planning import make_schedule
 
 
 @dataclasses.dataclass
@@ -23,15 +26,9 @@ class FakeStrategy:
         return (self.num_steps + 1) / 2 / self.num_bands
 
 
-def schedule(**changes):
-    values = {
-        "sampling": "cyclic_poisson",
-        "num_examples": 10_000,
-        "batch_size": 100,
-        "num_steps": 400,
-        "num_bands": 1,
-    }
-    return Schedule(**{**values, **changes})
+schedule = functools.partial(
+    make_schedule, num_examples=10_000, batch_size=100, num_steps=400, num_bands=1
+)
 
 
 def fake(run):
@@ -132,3 +129,60 @@ def test_bad_arguments():
         choose_bands(run, 1.0, 1e-6, fake(run), max_bands=0)
     with pytest.raises(ValueError, match="Use at most 100 bands"):
         choose_bands(run, 1.0, 1e-6, fake(run), num_bands=101)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "epsilon", "bands", "best", "gain"),
+    [
+        # From an independent computation: n = 4096, delta = 1e-6, raw Toeplitz, powers of two.
+        (16, 1.0, (4, 8, 16), 8, 1.132),
+        pytest.param(32, 1.0, (2, 4, 8), 4, 1.034, marks=pytest.mark.slow),
+        pytest.param(16, 8.0, (32, 64, 128), 64, None, marks=pytest.mark.slow),
+    ],
+)
+def test_reference_bands(epochs, epsilon, bands, best, gain):
+    run = schedule(num_steps=4_096, batch_size=100, num_examples=100 * 4_096 // epochs)
+
+    def raw(bands):
+        return ToeplitzStrategy.optimize(4_096, bands, column_normalize=False)
+
+    choice = choose_bands(run, epsilon, 1e-6, raw, num_bands=bands)
+    assert [row.num_bands for row in choice.candidates] == [1, *bands]
+    assert choice.best.num_bands == best
+    if gain is not None:
+        ratio = choice.dp_sgd.expected_rmse / choice.best.expected_rmse
+        assert ratio == pytest.approx(gain, abs=1.5e-3)
+
+
+@pytest.mark.parametrize("parameters", [1, 1_000_000, 5_000_001])
+def test_max_bands_is_what_fits(parameters):
+    class Bands:
+        num_steps = 10**6
+
+        def __init__(self, num_bands):
+            self.num_bands = num_bands
+
+        def noise_rows(self):
+            return np.ones((1, self.num_bands))
+
+        def tail_scale(self):
+            return np.zeros(0)
+
+    for memory in (2**26, 3 * 2**24 + 12_345):
+        most = max_bands(parameters, memory)
+        fits, exceeds = (
+            CorrelatedNoise(Bands(bands), 1.0, [(parameters,)], seed=1).state_bytes
+            for bands in (most, most + 1)
+        )
+        assert fits <= memory < exceeds
+    assert max_bands(parameters, 0) == 1
+
+
+def test_max_bands_grows_with_replicas():
+    assert max_bands(2**24, 2**26) == 2
+    assert max_bands(2**24, 2**26, num_replicas=4) == 5
+    for arguments in ((0, 1), (1, -1), (1, 1, 0)):
+        with pytest.raises(ValueError, match="Received"):
+            max_bands(*arguments)
+    with pytest.raises(TypeError, match="memory_bytes=1.0"):
+        max_bands(1, 1.0)

@@ -1,5 +1,6 @@
 """A plan with a banded strategy: calibration, JSON, noise from the plan."""
 
+import functools
 import json
 
 import numpy as np
@@ -8,26 +9,19 @@ import pytest
 from keras_bandmf.noise import CorrelatedNoise
 from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.strategies import BandedStrategy
+from tests.planning import make_plan
 
-ARGUMENTS = {
-    "num_examples": 1_000,
-    "batch_size": 50,
-    "epochs": 3,
-    "noise_multiplier": 1.5,
-    "delta": 1e-5,
-    "num_bands": 4,
-    "strategy": "banded",
-}
+plan = functools.partial(make_plan, strategy="banded")
 
 
 @pytest.fixture(scope="module")
 def banded():
-    return TrainingPlan(**ARGUMENTS)
+    return plan()
 
 
 def test_the_named_strategy_is_the_optimum(banded):
     assert banded.strategy == BandedStrategy.optimize(60, 4)
-    toeplitz = TrainingPlan(**{**ARGUMENTS, "strategy": "toeplitz"})
+    toeplitz = plan(strategy="toeplitz")
     assert banded.expected_rmse < toeplitz.expected_rmse
     # The accounting sees bands and column norms, which are the same.
     assert banded.epsilon() == toeplitz.epsilon()
@@ -36,10 +30,10 @@ def test_the_named_strategy_is_the_optimum(banded):
 
 
 def test_fixed_order():
-    fixed = TrainingPlan(**{**ARGUMENTS, "num_bands": 20, "sampling": "fixed_order"})
+    fixed = plan(num_bands=20, sampling="fixed_order")
     assert fixed.sensitivity == pytest.approx(np.sqrt(3), rel=1e-12)
     with pytest.raises(ValueError, match="num_bands=21"):
-        TrainingPlan(**{**ARGUMENTS, "num_bands": 21, "sampling": "fixed_order"})
+        plan(num_bands=21, sampling="fixed_order")
 
 
 def test_json_is_exact_and_damage_is_refused(banded):
@@ -67,12 +61,12 @@ def test_calibrate(num_bands):
 
 
 def test_a_strategy_object_and_one_of_other_steps(banded):
-    again = TrainingPlan(**{**ARGUMENTS, "strategy": banded.strategy})
+    again = plan(strategy=banded.strategy)
     assert again == banded
     with pytest.raises(ValueError, match="Expected a strategy for 60 steps"):
-        TrainingPlan(**{**ARGUMENTS, "strategy": BandedStrategy(np.ones((61, 4)))})
+        plan(strategy=BandedStrategy(np.ones((61, 4))))
     with pytest.raises(ValueError, match="that of the strategy, 4"):
-        TrainingPlan(**{**ARGUMENTS, "num_bands": 5, "strategy": banded.strategy})
+        plan(num_bands=5, strategy=banded.strategy)
 
 
 def test_a_subclass_that_could_claim_other_bands_is_refused(banded):
@@ -80,7 +74,7 @@ def test_a_subclass_that_could_claim_other_bands_is_refused(banded):
         num_bands = 1
 
     with pytest.raises(ValueError, match="banded strategy"):
-        TrainingPlan(**{**ARGUMENTS, "num_bands": None, "strategy": Claims(np.ones((60, 4)))})
+        plan(num_bands=None, strategy=Claims(np.ones((60, 4))))
 
 
 def test_noise_of_the_plan_has_the_covariance_of_the_strategy(banded):

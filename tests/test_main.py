@@ -46,6 +46,14 @@ def test_auto_and_fixed_order(capsys):
     assert "zero-out" in out
 
 
+def test_auto_sampling_compares_both(capsys):
+    assert main(command(sampling="auto", num_bands="2")) == 0
+    out = capsys.readouterr().out
+    table = out.split("Bands compared")[1]
+    assert table.count("cyclic_poisson") == table.count("fixed_order") == 2
+    assert "bands: 2" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -13,19 +13,7 @@ import pytest
 from keras_bandmf.accounting import epsilon_of
 from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.strategies import ToeplitzStrategy
-
-ARGUMENTS = {
-    "num_examples": 1_000,
-    "batch_size": 50,
-    "epochs": 3,
-    "noise_multiplier": 1.5,
-    "delta": 1e-5,
-    "num_bands": 4,
-}
-
-
-def plan(**changes):
-    return TrainingPlan(**{**ARGUMENTS, **changes})
+from tests.planning import make_plan as plan
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +225,7 @@ def test_batches_follow_the_plan(default):
     ("changes", "words"),
     [
         ({"num_bands": "auto"}, "TrainingPlan.calibrate"),
+        ({"sampling": "auto"}, "choose `sampling`"),
         ({"num_bands": 21}, "Use at most 20 bands"),
         ({"num_bands": 61, "batch_size": 1, "epochs": None, "num_steps": 60}, "Use fewer bands"),
         ({"num_bands": 0}, "num_bands=0"),

@@ -8,24 +8,19 @@ import pytest
 from keras_bandmf.band_choice import BandCandidate, BandChoice
 from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.plots import plot_plan
+from keras_bandmf.strategies import Workload
+from tests.planning import make_plan
 
 
 @pytest.fixture(scope="module")
 def plan():
-    return TrainingPlan(
-        num_examples=1_000,
-        batch_size=50,
-        epochs=3,
-        noise_multiplier=1.5,
-        delta=1e-5,
-        num_bands=4,
-    )
+    return make_plan()
 
 
 @pytest.fixture(scope="module")
 def choice(plan):
-    rows = [BandCandidate(1, 1.0, 2.0, None), BandCandidate(4, 1.5, plan.expected_rmse, None)]
-    return BandChoice(tuple(rows))
+    rows = [(1, 1.0, 2.0), (4, 1.5, plan.expected_rmse)]
+    return BandChoice(tuple(BandCandidate("cyclic_poisson", *row, None) for row in rows))
 
 
 def test_both_panels_are_drawn_and_saved(plan, choice, tmp_path):
@@ -51,6 +46,23 @@ def test_one_panel_without_a_comparison(plan):
     pytest.importorskip("matplotlib")
     (axis,) = plot_plan(plan).axes
     assert "same noise multiplier" in axis.get_title()
+
+
+def test_both_samplings_and_a_workload():
+    pytest.importorskip("matplotlib")
+    fixed = make_plan(sampling="fixed_order", workload=Workload(60, 0.5, momentum=0.5))
+    rows = [("cyclic_poisson", 1, 1.0, 2.0), ("fixed_order", 1, 3.0, 4.0)]
+    choice = BandChoice(tuple(BandCandidate(*row, None) for row in rows))
+    left, right = plot_plan(fixed, choice).axes
+    names = [text.get_text() for text in left.get_legend().get_texts()]
+    assert names == ["Poisson sampling", "fixed order", "1: DP-SGD", "4: this plan"]
+    # DP-SGD in the plan's own sampling, under its workload.
+    kernel = 0.5 * (1 - 0.5 ** np.arange(1, 61)) / 0.5
+    expected = 3.0 * np.sqrt(3) / 3 * np.sqrt(np.cumsum(kernel**2))
+    np.testing.assert_allclose(right.get_lines()[1].get_ydata(), expected, rtol=1e-9)
+    assert "clip norms x learning rate" in left.get_ylabel() and "weights" in right.get_ylabel()
+    with pytest.raises(ValueError, match="sampling='fixed_order'"):
+        plot_plan(fixed, choice.curves["cyclic_poisson"])
 
 
 def test_long_runs_are_thinned():

@@ -1,0 +1,60 @@
+"""A plan as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from keras_bandmf.accounting import Schedule
+from keras_bandmf.planned_statement import sampling_in_words
+from keras_bandmf.statement import rounded_up
+from keras_bandmf.strategies import Workload
+
+
+def plan_table(plan: Any, schedule: Schedule) -> str:
+    """What `print(plan)` shows.
+
+    Args:
+        plan: a `TrainingPlan`.
+        schedule: its schedule.
+
+    Returns:
+        A line for each fact.
+    """
+    epochs = plan.num_steps / plan.steps_per_epoch
+    rows = [
+        ("examples", f"{plan.num_examples}"),
+        ("batch size", f"{plan.batch_size}"),
+        ("steps", f"{plan.num_steps} ({epochs:.4g} epochs of {plan.steps_per_epoch})"),
+        ("sampling", sampling_in_words(schedule)),
+        ("strategy", f"{type(plan.strategy).__name__}, bands: {plan.num_bands}"),
+        ("workload", workload_in_words(plan.workload)),
+        ("noise multiplier", f"{plan.noise_multiplier:.6g}"),
+        ("sensitivity", f"{plan.sensitivity:.6g}"),
+        ("epsilon", rounded_up(plan.epsilon(), 6)),
+        ("delta", f"{plan.delta:g}"),
+        ("adjacency", f"{plan.adjacency}, one row"),
+        ("expected RMSE", f"{plan.expected_rmse:.6g} {rmse_unit(plan.workload)}"),
+        ("fingerprint", plan.fingerprint[:16]),
+    ]
+    return "\n".join(["TrainingPlan", *(f"  {name:<18}{text}" for name, text in rows)])
+
+
+def workload_in_words(workload: Workload | None) -> str:
+    """What the strategy was optimised for, in one line."""
+    if workload is None:
+        return "prefix sums"
+    low, high = np.min(workload.learning_rates), np.max(workload.learning_rates)
+    parts = [f"learning rate {low:g}" if low == high else f"learning rates {low:g} to {high:g}"]
+    if workload.momentum:
+        kind = "Nesterov momentum" if workload.nesterov else "momentum"
+        parts.append(f"{kind} {workload.momentum:g}")
+    if workload.weight_decay:
+        parts.append(f"weight decay {workload.weight_decay:g}")
+    return "SGD, " + ", ".join(parts)
+
+
+def rmse_unit(workload: Workload | None) -> str:
+    """The unit of `expected_rmse`: the weights' noise is scaled by the learning rates."""
+    return "clip norms" if workload is None else "clip norms x learning rate"
