@@ -5,7 +5,7 @@ column of C: entry (j, k), (j', l), of columns j, j' and lags k, l, depends on j
 It is known in closed form where C and A are Toeplitz. With X = C'C the error is tr(A'A X^-1), a
 convex function of X, whose second derivative along D and E is
 
-    tr(W D Y E) + tr(W E Y D),      Y = X^-1 = C^-1 C^-T,      W = Y A'A Y,
+    2 tr(W D Y E),      Y = X^-1 = C^-1 C^-T,      W = Y A'A Y,
 
 and moving entry (j + k, j) of C moves X by r e_j' + e_j r' with r = C' e_(j+k). What these meet of
 W, Y and C is W, Y, Q = B'B, V = Q C^-T, C^-1 and the identity: Toeplitz sequences all. (At the
@@ -86,7 +86,7 @@ def curvature(coefficients: np.ndarray, response: np.ndarray, reach: int) -> np.
     found = v[d - k] * inverse[-d - l] + q[d + l - k] * y[d]
     found += w[d] * (k == d + l) + v[-d - l] * inverse[d - k]
     across = np.eye(b) - np.outer(coefficients, coefficients)
-    return across @ found @ across
+    return 2.0 * across @ found @ across
 
 
 class Preconditioner:
