@@ -159,11 +159,12 @@ def preconditioner_of(start: np.ndarray, workload: WorkloadBlocks) -> Preconditi
       workload: A in blocks.
 
     Returns:
-      The preconditioner; None where it would not pay (many bands) or means nothing (C^-1 overflows,
-      A does nothing in the middle of the run).
+      The preconditioner; None where it would not pay (many bands, few steps) or means nothing
+      (C^-1 overflows, A does nothing in the middle of the run).
     """
     n, b = start.shape
-    if b > MAX_BANDS:
+    # To make it costs O(b^4), an iteration O(n b^2).
+    if b > MAX_BANDS or n < b * b:
         return None
     coefficients = start[(n - b) // 2]
     reach = min(_REACH * b, n - 1)
