@@ -195,7 +195,7 @@ def search(
                 f"The search was to end where an iteration gains less than {enough} of the loss, "
                 f"but still gained {found.gain:.1e} after max_iterations={max_iterations}. The "
                 f"best strategy so far is returned; its {error} error is {best_loss}, above the "
-                f"least of this search by a share of about {found.gap:.1e} (an estimate from the "
+                f"optimum by a share of a few times {found.gap:.1e} (an estimate from the "
                 "quadratic model, not a bound). Pass it as `start` to go on from there, or raise "
                 "`max_iterations`.",
                 RuntimeWarning,

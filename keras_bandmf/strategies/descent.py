@@ -56,7 +56,8 @@ class Descent(NamedTuple):
       evaluations: values and gradients computed.
       converged: whether `gain` fell below what was asked for.
       gap: how far `value` is above the minimum, as the quadratic model of L-BFGS has it: half of
-        the gradient times the step it proposes. An estimate, not a bound.
+        the gradient times the step it proposes. An estimate, not a bound: two to four times too
+        small where it was measured.
       state: from which the descent can go on.
     """
 
