@@ -7,6 +7,7 @@ from keras_bandmf.clipping import ClippedGradients, clipped_gradients
 from keras_bandmf.optimizer_workload import workload_from_optimizer
 from keras_bandmf.optimizers import BandMFOptimizer
 from keras_bandmf.plan import TrainingPlan
+from keras_bandmf.progress import ProgressBar
 from keras_bandmf.release import export
 from keras_bandmf.statement import Statement
 from keras_bandmf.training import privatize, statement
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BandMFOptimizer",
     "ClippedGradients",
+    "ProgressBar",
     "Statement",
     "TrainingPlan",
     "callbacks",

@@ -73,6 +73,46 @@ def boolean(name: str, value: object) -> bool:
     return value
 
 
+def check_gain(gain: object) -> None:
+    """Refuses a `gain` that is not a float above 0 and below 1.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if isinstance(gain, bool) or not isinstance(gain, float) or not 0.0 < gain < 1.0:
+        raise ValueError(
+            "`gain` must be a float above 0 and below 1. "
+            f"Received: gain={gain!r}. Use 1e-9, the default, or more for a shorter search."
+        )
+
+
+def check_callback(callback: object) -> None:
+    """Refuses a `callback` that is neither callable nor None.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if callback is not None and not callable(callback):
+        raise ValueError(
+            "`callback` must be a function of one argument, or None. "
+            f"Received: callback={callback!r}. Pass a function that takes a `Progress`."
+        )
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Refuses a time that is not a number of seconds, not negative.
+
+    Raises:
+      ValueError: it is not.
+    """
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not value >= 0:
+        raise ValueError(
+            f"`{name}` must be a number that is not negative. Received: {name}={value!r}. Pass "
+            "seconds."
+        )
+
+
 def check_bands(num_bands: int, num_steps: int) -> None:
     """Refuses more bands than steps, by a `ValueError`."""
     if num_bands > num_steps:

@@ -6,11 +6,15 @@ import base64
 import binascii
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable
 
 import numpy as np
 
 from keras_bandmf.strategies.arguments import (
+    check_callback,
+    check_gain,
+    check_seconds,
     check_shape,
     choice,
     config_of,
@@ -18,9 +22,11 @@ from keras_bandmf.strategies.arguments import (
     positive_integer,
 )
 from keras_bandmf.strategies.banded_search import normalize_columns, search
+from keras_bandmf.strategies.checkpoints import Checkpoints
 from keras_bandmf.strategies.covariance import BandedErrors, block_size
 from keras_bandmf.strategies.minimize import Progress
 from keras_bandmf.strategies.sensitivity import banded_sensitivity
+from keras_bandmf.strategies.store import Record, Store, digest
 from keras_bandmf.strategies.toeplitz import ERRORS, MAX_MATERIALIZED_STEPS, ToeplitzStrategy
 from keras_bandmf.strategies.workload import (
     Workload,
@@ -67,11 +73,21 @@ class BandedStrategy:
         gain: float = 1e-9,
         max_iterations: int = 2000,
         workload: Workload | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        checkpoint_seconds: float = 300.0,
     ) -> BandedStrategy:
         """Finds the columns with the lowest error, by L-BFGS from the optimal Toeplitz strategy.
 
         One iteration costs O(n b^2) and about 20 n b numbers are kept. What is found is an upper
-        bound on the optimum of all strategies with these bands.
+        bound on the optimum of all strategies with these bands; how far above it, is estimated in
+        the warning of a search that did not end, never bounded.
+
+        With `cache_dir`, the result is kept in a file named by the SHA-256 of the request (all the
+        arguments that the result depends on), and the same request returns it without a search.
+        Until then the search itself is kept there: when it was stopped, in whatever way, the same
+        request goes on from the last checkpoint and ends, on the same machine, with the same bits
+        as if it had not been. One that ran out of `max_iterations` goes on when called with more.
+        Files that are cut short, damaged or edited are reported, not used, and written anew.
 
         Args:
           num_steps: n.
@@ -87,39 +103,61 @@ class BandedStrategy:
           max_iterations: iterations after which the best strategy so far is returned, with a
             warning.
           workload: A, of n steps; None for prefix sums.
+          cache_dir: directory of results and checkpoints; None writes nothing. A result takes
+            8 n b bytes, a checkpoint up to 25 times that.
+          checkpoint_seconds: least time between two checkpoints.
 
         Returns:
           The strategy: never of a larger error than the start.
 
         Raises:
           ValueError: an argument is out of its range.
+          OSError: `cache_dir` cannot be made.
 
         Warns:
-          RuntimeWarning: `max_iterations` were not enough.
+          RuntimeWarning: `max_iterations` were not enough; a file in `cache_dir` cannot be trusted
+            or written.
         """
         num_steps = positive_integer("num_steps", num_steps)
         num_bands = positive_integer("num_bands", num_bands)
         max_iterations = positive_integer("max_iterations", max_iterations)
         choice("error", error, ERRORS)
         check_shape(num_steps, num_bands)
-        if isinstance(gain, bool) or not isinstance(gain, float) or not 0.0 < gain < 1.0:
-            raise ValueError(
-                "`gain` must be a float above 0 and below 1. "
-                f"Received: gain={gain!r}. Use 1e-9, the default, or more for a shorter search."
-            )
-        if callback is not None and not callable(callback):
-            raise ValueError(
-                "`callback` must be a function of one argument, or None. "
-                f"Received: callback={callback!r}. Pass a function that takes a `Progress`."
-            )
+        check_gain(gain)
+        check_seconds("checkpoint_seconds", checkpoint_seconds)
+        check_callback(callback)
         checked_workload(workload, num_steps)
+        if start is not None:
+            start = _start_columns(start, num_steps, num_bands)
+        store = checkpoints = None
+        if cache_dir is not None:
+            request = {
+                "class_name": cls.__name__,
+                "num_steps": num_steps,
+                "num_bands": num_bands,
+                "error": error,
+                "gain": gain,
+                "start": None if start is None else digest(start),
+                **workload_config(workload),
+            }
+            store = Store(cache_dir, request)
+            if (kept := store.load("result")) is not None:
+                return cls(kept.arrays["columns"], workload)
+            checkpoints = Checkpoints(store, float(checkpoint_seconds))
+            start = start if checkpoints.start is None else checkpoints.start
         if start is None:
-            start = ToeplitzStrategy.optimize(num_steps, num_bands, error, workload=workload)
-        first = _start_columns(start, num_steps, num_bands)
+            toeplitz = ToeplitzStrategy.optimize(num_steps, num_bands, error, workload=workload)
+            start = _start_columns(toeplitz, num_steps, num_bands)
         if num_bands == 1:
-            return cls(first, workload)
+            return cls(start, workload)
         blocks = blocks_of(workload, num_steps, block_size(num_bands))
-        return cls(search(first, blocks, error, gain, max_iterations, callback), workload)
+        columns, converged = search(
+            start, blocks, error, gain, max_iterations, callback, checkpoints
+        )
+        if store is not None and converged:
+            store.save("result", Record({}, {"columns": columns}))
+            checkpoints.remove()
+        return cls(columns, workload)
 
     @property
     def num_steps(self) -> int:

@@ -28,6 +28,24 @@ _PIECE = 8192
 Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]
 
 
+class DescentState(NamedTuple):
+    """All that the next iterations depend on.
+
+    Attributes:
+      point: `(k,)` float64.
+      gradient: `(k,)` float64, at `point`.
+      values: the value at the start and after each iteration.
+      evaluations: values and gradients computed.
+      pairs: `(moved, turned)`, `(k,)` float64 each, from the oldest to the newest.
+    """
+
+    point: np.ndarray
+    gradient: np.ndarray
+    values: list[float]
+    evaluations: int
+    pairs: list[tuple[np.ndarray, np.ndarray]]
+
+
 class Descent(NamedTuple):
     """Where a descent ended.
 
@@ -37,6 +55,10 @@ class Descent(NamedTuple):
       gain: what an iteration still gained, on average over the last few.
       evaluations: values and gradients computed.
       converged: whether `gain` fell below what was asked for.
+      gap: how far `value` is above the minimum, as the quadratic model of L-BFGS has it: half of
+        the gradient times the step it proposes. An estimate, not a bound: two to four times too
+        small where it was measured.
+      state: from which the descent can go on.
     """
 
     point: np.ndarray
@@ -44,6 +66,8 @@ class Descent(NamedTuple):
     gain: float
     evaluations: int
     converged: bool
+    gap: float
+    state: DescentState
 
 
 class _Point:
@@ -74,6 +98,8 @@ def descend(
     max_iterations: int,
     memory: int = 10,
     callback: Callable[[Progress], object] | None = None,
+    checkpoint: Callable[[DescentState], object] | None = None,
+    resume: DescentState | None = None,
 ) -> Descent:
     """Minimises a smooth function that may be infinite in parts of the space.
 
@@ -87,6 +113,10 @@ def descend(
       max_iterations: iterations after which to give up.
       memory: pairs of vectors kept.
       callback: called with a `Progress` after every iteration.
+      checkpoint: called with the state after every iteration, before `callback`; its vectors are
+        overwritten later.
+      resume: a state to go on from, exactly as if the descent had not been left, in place of
+        `start`; its iterations count.
 
     Returns:
       A `Descent`; its value is never above that at `start`.
@@ -94,7 +124,7 @@ def descend(
     Raises:
       ValueError: the objective is not finite at `start`.
     """
-    evaluations = 0
+    evaluations = resume.evaluations if resume else 0
 
     def evaluate(point: _Point) -> None:
         nonlocal evaluations
@@ -104,17 +134,26 @@ def descend(
 
     size = np.size(start)
     here, *spare = (_Point(size) for _ in range(3))
-    here.at[:] = start
-    evaluate(here)
+    pairs: deque[_Pair] = deque()
+    if resume:
+        here.at[:], here.gradient[:], here.value = resume.point, resume.gradient, resume.values[-1]
+        pairs.extend(_Pair(*pair, _dot(*pair)) for pair in resume.pairs)
+    else:
+        here.at[:] = start
+        evaluate(here)
     if not here.is_finite:
         raise ValueError(
             "The objective must be finite where the search starts. "
             f"Received: value={here.value}. Start from another point."
         )
-    pairs: deque[_Pair] = deque()
+
+    def state() -> DescentState:
+        kept = [(pair.moved, pair.turned) for pair in pairs]
+        return DescentState(here.at, here.gradient, list(values), evaluations, kept)
+
     direction = np.empty(size)
-    values = [here.value]
-    converged = False
+    values = list(resume.values) if resume else [here.value]
+    converged = _has_converged(values, gain)
     while not converged and len(values) <= max_iterations:
         slope = _set_direction(direction, here.gradient, pairs)
         if not slope < 0.0:  # the pairs have lost their meaning, or the gradient is zero
@@ -136,11 +175,17 @@ def descend(
         spare = [point for point in (here, *spare) if point is not found]
         here = found
         values.append(here.value)
+        if checkpoint is not None:
+            checkpoint(state())
+        recent = _recent_gain(values)
         if callback is not None:
             steepest = max(float(np.max(here.gradient)), -float(np.min(here.gradient)))
-            callback(Progress(evaluations, here.value, steepest))
-        converged = len(values) > _WINDOW and _recent_gain(values) < gain
-    return Descent(here.at, here.value, _recent_gain(values), evaluations, converged)
+            done = len(values) - 1
+            callback(Progress(evaluations, here.value, steepest, done, recent, gain))
+        converged = _has_converged(values, gain)
+    gap = -0.5 * _set_direction(direction, here.gradient, pairs)
+    found = here.at, here.value, _recent_gain(values), evaluations
+    return Descent(*found, converged, gap, state())
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> float:
@@ -152,6 +197,10 @@ def _add(vector: np.ndarray, factor: float, other: np.ndarray) -> None:
     """`vector += factor * other`, in place."""
     for i in range(0, len(vector), _PIECE):
         vector[i : i + _PIECE] += factor * other[i : i + _PIECE]
+
+
+def _has_converged(values: list[float], gain: float) -> bool:
+    return len(values) > _WINDOW and _recent_gain(values) < gain
 
 
 def _recent_gain(values: list[float]) -> float:

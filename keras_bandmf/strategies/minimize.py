@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,12 +24,20 @@ class Progress(NamedTuple):
     Attributes:
       evaluations: values and gradients computed so far.
       value: the lowest value so far.
-      gradient_norm: the largest entry of the gradient there, in absolute value.
+      gradient_norm: the largest entry of the gradient there, in absolute value, in the variables of
+        the search.
+      iteration: iterations so far.
+      gain: by how much an iteration lowered the value, on average over the last few; NaN where the
+        search does not end by it.
+      target_gain: the gain below which the search ends; NaN likewise.
     """
 
     evaluations: int
     value: float
     gradient_norm: float
+    iteration: int
+    gain: float = math.nan
+    target_gain: float = math.nan
 
 
 class Minimum(NamedTuple):
@@ -106,9 +116,11 @@ def minimize(
             f"Received: start={start}. Start from another point."
         )
 
+    iterations = itertools.count(1)
+
     def report(_: np.ndarray) -> None:
         if callback is not None:
-            callback(Progress(wall.evaluations, wall.value, wall.gradient_norm))
+            callback(Progress(wall.evaluations, wall.value, wall.gradient_norm, next(iterations)))
 
     first_step = FIRST_STEP
     for _ in range(_MAX_ROUNDS):
