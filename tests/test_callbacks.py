@@ -45,3 +45,21 @@ def test_a_callback_of_a_known_class_by_inheritance_is_checked_and_named():
     with pytest.raises(ValueError, match="Mine"):
         callbacks.check_callbacks([Mine("loss")])
     assert callbacks.unknown_callbacks([Mine("val_loss")]) == ["Mine"]
+
+
+def test_a_step_at_the_end_of_training_is_an_error():
+    class End(keras.callbacks.Callback):
+        """Trains on rows of its own when all epochs are over."""
+
+        def on_train_end(self, logs=None):
+            """Makes a step that no batch accounts for."""
+            rows = [part[:8] for part in runs.counting_data()]
+            gradients = bandmf.clipped_gradients(self.model, *rows)
+            self.model.optimizer.apply_clipped(gradients, self.model.trainable_variables)
+
+    plan = runs.make_plan()
+    model = runs.compiled(runs.counting_model(), plan, run_eagerly=True)
+    with pytest.raises(ValueError, match="changed during `fit`"):
+        model.fit(
+            plan.batches(*runs.counting_data()), steps_per_epoch=1, callbacks=[End()], verbose=0
+        )

@@ -131,7 +131,14 @@ def test_backup_and_restore_finishes_an_interrupted_run(tmp_path):
     assert int(model.optimizer.iterations) == 24
 
 
+def float64_counting_model():
+    """Shapes of the counting model, another dtype."""
+    layer = keras.layers.Dense(1, use_bias=False, dtype="float64")
+    return bandmf.privatize(keras.Sequential([keras.Input((96,)), layer]))
+
+
 CHANGES = {
+    "dtype": lambda: new_run(float64_counting_model, runs.make_plan()),
     "plan": lambda: new_run(runs.counting_model, runs.make_plan(noise_multiplier=2.0)),
     "bands": lambda: new_run(runs.counting_model, runs.make_plan(num_bands=3)),
     "model": lambda: new_run(runs.noise_model, runs.make_plan()),
