@@ -1,5 +1,7 @@
 """Save and restore: the law of the run survives, and nothing foreign is taken over."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -66,14 +68,20 @@ def test_noise_keeps_its_covariance_across_a_restore(road, tmp_path):
     assert statistic < scipy.stats.chi2.isf(1e-4, degrees)
 
 
+@functools.cache
+def counted_in_one_go():
+    """The updates of the counting model, never interrupted."""
+    model = new_run(runs.counting_model, runs.make_plan(noise_multiplier=1e-3))
+    return runs.fit(model, model.optimizer.plan.batches(*runs.counting_data()))
+
+
 @pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("replay", [False, True])
 def test_sampler_groups_never_change_and_replay_is_exact(road, replay, tmp_path):
     """Rule 11: without replay only the noise differs; with it nothing does."""
     plan = runs.make_plan(noise_multiplier=1e-3)
     data = runs.counting_data()
-    whole = new_run(runs.counting_model, plan, replay=replay)
-    expected = runs.fit(whole, plan.batches(*data))
+    expected = counted_in_one_go()
     model = new_run(runs.counting_model, plan, replay=replay)
     first = runs.fit(model, plan.batches(*data), epochs=1, steps_per_epoch=9)
     restored = road(model, new_run(runs.counting_model, plan, replay=replay, seed=77), tmp_path)
@@ -117,7 +125,7 @@ def test_backup_and_restore_finishes_an_interrupted_run(tmp_path):
     def backup():
         return keras.callbacks.BackupAndRestore(tmp_path / "backup")
 
-    expected = runs.fit(new_run(runs.counting_model, plan), plan.batches(*data))
+    expected = counted_in_one_go()
     with pytest.raises(KeyboardInterrupt):
         runs.fit(
             new_run(runs.counting_model, plan, replay=True),

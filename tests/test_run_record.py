@@ -78,3 +78,10 @@ def test_a_fit_that_did_not_begin_at_zero_is_charged_in_full():
     optimizer = built()
     optimizer.iterations.assign(3)
     assert recorded(optimizer, 15).statement(optimizer).steps_charged == 24
+
+
+def test_a_restored_run_is_charged_in_full_even_from_its_beginning():
+    """Nobody knows what was seen of the steps it made before."""
+    optimizer = built()
+    optimizer.load_own_variables(optimizer.run_state.to_arrays())
+    assert recorded(optimizer, 12).statement(optimizer).steps_charged == 24
