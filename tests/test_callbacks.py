@@ -63,3 +63,16 @@ def test_a_step_at_the_end_of_training_is_an_error():
         model.fit(
             plan.batches(*runs.counting_data()), steps_per_epoch=1, callbacks=[End()], verbose=0
         )
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_batch_is_one_step(steps):
+    """At once, not at the end of the epoch: until then noise and batches would not belong."""
+    model = runs.compiled(runs.counting_model(), runs.make_plan())
+    model.optimizer.build(model.trainable_variables)
+    guard = callbacks.StepGuard(model.optimizer, None)
+    guard.set_model(model)
+    guard.on_epoch_begin(0)
+    model.optimizer.iterations.assign(steps)
+    with pytest.raises(ValueError, match="changed during `fit`"):
+        guard.on_train_batch_end(0)

@@ -50,12 +50,16 @@ def test_an_optimizer_that_went_back_is_charged_in_full(step):
     assert record.statement(optimizer).steps_charged == 24
 
 
-@pytest.mark.parametrize(("last_step", "charged"), [(12, 12), (15, 24)])
-def test_a_stop_within_an_epoch_was_not_that_of_early_stopping(last_step, charged):
+@pytest.mark.parametrize(
+    ("last_step", "stopped_epoch", "charged"), [(12, 1, 12), (15, 1, 24), (12, 0, 24)]
+)
+def test_a_stop_by_anything_but_early_stopping_is_charged_in_full(
+    last_step, stopped_epoch, charged
+):
     """Rule 9: EarlyStopping on validation data acts at the end of an epoch."""
     stopping = keras.callbacks.EarlyStopping("val_loss")
     optimizer = built()
-    stopping.stopped_epoch = 1
+    stopping.stopped_epoch = stopped_epoch
     record = RunRecord()
     with record.fit(optimizer, "data", [stopping], ["EarlyStopping(val_loss)"], 20, 12):
         optimizer.iterations.assign(last_step)
@@ -85,3 +89,16 @@ def test_a_restored_run_is_charged_in_full_even_from_its_beginning():
     optimizer = built()
     optimizer.load_own_variables(optimizer.run_state.to_arrays())
     assert recorded(optimizer, 12).statement(optimizer).steps_charged == 24
+
+
+def test_a_plan_without_a_guarantee_gives_none_to_its_run():
+    optimizer = bandmf.BandMFOptimizer("sgd", runs.make_plan(noise_multiplier=1e-7))
+    optimizer.build(runs.counting_model().trainable_variables)
+    statement = recorded(optimizer, 24).statement(optimizer)
+    assert not statement.private and statement.not_private_reason
+
+
+def test_the_declaration_of_the_user_is_quoted():
+    plan = runs.make_plan(sampling="fixed_order", max_participations=2, min_separation=12)
+    statement = RunRecord().statement(bandmf.BandMFOptimizer("sgd", plan))
+    assert any("at most 2 participations" in caveat for caveat in statement.caveats)
