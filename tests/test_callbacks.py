@@ -65,14 +65,32 @@ def test_a_step_at_the_end_of_training_is_an_error():
         )
 
 
-@pytest.mark.parametrize("steps", [0, 2])
-def test_a_batch_is_one_step(steps):
-    """At once, not at the end of the epoch: until then noise and batches would not belong."""
+HOOKS = ("on_epoch_begin", "on_train_batch_end", "on_epoch_end", "on_train_end")
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_moved_position_is_seen_at_every_hook(hook, whole):
+    """Counter and noise restored together, or the counter alone."""
+    model = runs.compiled(runs.counting_model(), runs.make_plan())
+    optimizer = model.optimizer
+    optimizer.build(model.trainable_variables)
+    guard = callbacks.StepGuard(optimizer, None)
+    guard.set_model(model)
+    guard.on_epoch_begin(0)
+    optimizer.iterations.assign(2)
+    if whole:
+        optimizer.run_state.noise.position = 2
+    with pytest.raises(ValueError, match="changed during `fit`|counter was moved"):
+        getattr(guard, hook)(*([] if hook == "on_train_end" else [0]))
+
+
+def test_a_counter_moved_before_the_first_epoch_is_seen():
+    """As by a callback that restores at the beginning of training."""
     model = runs.compiled(runs.counting_model(), runs.make_plan())
     model.optimizer.build(model.trainable_variables)
     guard = callbacks.StepGuard(model.optimizer, None)
     guard.set_model(model)
-    guard.on_epoch_begin(0)
-    model.optimizer.iterations.assign(steps)
-    with pytest.raises(ValueError, match="changed during `fit`"):
-        guard.on_train_batch_end(0)
+    model.optimizer.iterations.assign(2)
+    with pytest.raises(ValueError, match="counter was moved"):
+        guard.on_epoch_begin(0)
