@@ -94,3 +94,15 @@ def test_a_counter_moved_before_the_first_epoch_is_seen():
     model.optimizer.iterations.assign(2)
     with pytest.raises(ValueError, match="counter was moved"):
         guard.on_epoch_begin(0)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_batches_of_a_fixed_seed_are_remembered_by_the_run(seed):
+    """Rule 10: with known batches the sampling amplifies nothing, though the noise is secret."""
+    plan = runs.make_plan()
+    model = runs.compiled(runs.counting_model(), plan, seed=None)
+    model.optimizer.build(model.trainable_variables)
+    guard = callbacks.StepGuard(model.optimizer, plan.batches(*runs.counting_data(), seed=seed))
+    guard.set_model(model)
+    guard.on_epoch_begin(0)
+    assert model.optimizer.run_state.seeded == (seed is not None)
