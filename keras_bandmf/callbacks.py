@@ -46,12 +46,20 @@ class StepGuard(keras.callbacks.Callback):
     Args:
         optimizer: the optimizer whose counter is the position.
         batches: the batches of the plan, or None for data the plan's declaration covers.
+        array_steps: the steps of a pass over arrays that Keras reads from the first row in each
+            epoch, else None.
     """
 
-    def __init__(self, optimizer: BandMFOptimizer, batches: PrivateBatches | None):
+    def __init__(
+        self,
+        optimizer: BandMFOptimizer,
+        batches: PrivateBatches | None,
+        array_steps: int | None = None,
+    ):
         super().__init__()
         self._optimizer = optimizer
         self._batches = batches
+        self._array_steps = array_steps
         self._epoch_start = 0
         self._position: int | None = None
 
@@ -59,13 +67,20 @@ class StepGuard(keras.callbacks.Callback):
         """Moves the batches to the optimizer's step.
 
         Raises:
-            ValueError: if no step is left, the data is not that of the run, or the counter moved
-                while Keras holds an iterator.
+            ValueError: if no step is left, the data is not that of the run, the counter moved
+                while Keras holds an iterator, or the last pass over arrays was not finished.
         """
         optimizer = self._optimizer
         if optimizer.built:
             optimizer.check_ready(self.model.distribute_strategy.num_replicas_in_sync)
         step = optimizer.steps_done
+        if self._array_steps and step % self._array_steps:
+            raise ValueError(
+                "The last pass over the arrays ended early, and Keras would start again at the "
+                "first row: its participations would be closer than the plan declares. Received: "
+                f"step {step}, of passes of {self._array_steps} steps. Restore a checkpoint of the "
+                "end of an epoch. (`plan.batches` goes on within an epoch.)"
+            )
         if self._position is not None:
             self._check_position(step)
         elif self._batches is not None:
@@ -97,6 +112,15 @@ class StepGuard(keras.callbacks.Callback):
             ValueError: if the counter is not where the batches are.
         """
         self._check_position(self._optimizer.steps_done)
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Sees a step made by a callback before this one after the last epoch.
+
+        Raises:
+            ValueError: if the counter is not where the batches are.
+        """
+        if self._position is not None:
+            self._check_position(self._optimizer.steps_done)
 
     def _check_position(self, step: int) -> None:
         if step != self._position:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_bandmf.plan import TrainingPlan
@@ -92,7 +93,7 @@ def check_batches(
 
 def check_foreign_data(
     x: Any, plan: TrainingPlan, batch_size: int | None, steps_per_epoch: int | None
-) -> int | None:
+) -> tuple[int | None, int | None]:
     """Accepts data that is not of `plan.batches` only where the user vouches for its order.
 
     Formal guarantees:
@@ -100,7 +101,8 @@ def check_foreign_data(
         of a dataset or generator it is taken on trust, and the statement says so.
 
     Returns:
-        The batch size for Keras: the plan's for arrays, None for data that brings its batches.
+        The batch size for Keras, and the steps of an epoch: the plan's and those of the arrays;
+        the user's and None for data that brings its batches.
 
     Raises:
         ValueError: if the plan declares no participations, or arrays break its declaration.
@@ -115,7 +117,7 @@ def check_foreign_data(
         )
     leaves = keras.tree.flatten(x)
     if not all(hasattr(leaf, "shape") for leaf in leaves):
-        return batch_size
+        return batch_size, None
     if batch_size not in (None, plan.batch_size):
         raise ValueError(
             f"`batch_size` must be the plan's {plan.batch_size}. Received: batch_size={batch_size}"
@@ -133,4 +135,28 @@ def check_foreign_data(
             f"least {plan.min_separation} steps apart. Received: arrays that give {passes} "
             f"participations {epoch_steps} steps apart in {plan.num_steps} steps."
         )
-    return plan.batch_size
+    return plan.batch_size, epoch_steps
+
+
+def first_rows(x: Any, y: Any, sample_weight: Any) -> dict[str, Any] | None:
+    """Returns a few rows of data that is not of `plan.batches`, to check the model on.
+
+    Returns:
+        Dict of `"x"`, `"y"` and `"sample_weight"` of up to three rows; None for a generator, which
+        could not be read again.
+    """
+    if isinstance(x, tf.data.Dataset):
+        for batch in x.take(1):
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+    elif isinstance(x, keras.utils.PyDataset):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(x[0])
+    elif not all(hasattr(leaf, "shape") for leaf in keras.tree.flatten(x)):
+        return None
+
+    def head(leaf: Any) -> np.ndarray | None:
+        rows = None if leaf is None else np.asarray(leaf[:3])
+        is_float = rows is not None and rows.dtype.kind == "f"
+        return rows.astype(keras.config.floatx()) if is_float else rows
+
+    parts = {"x": x, "y": y, "sample_weight": sample_weight}
+    return {name: keras.tree.map_structure(head, part) for name, part in parts.items()}

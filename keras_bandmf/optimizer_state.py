@@ -152,8 +152,8 @@ def _checked_fields(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if missing:
         raise ValueError(
             "The checkpoint holds no state of BandMFOptimizer, or only a part of it. "
-            f"Missing: {', '.join(missing)}. Received: {sorted(arrays)}. Load weights alone "
-            "from a file saved without an optimizer, or start a new run."
+            f"Missing: {', '.join(missing)}. Received: {sorted(arrays)}. To begin a "
+            "run with weights alone, load them before `compile`."
         )
     values = {name: np.asarray(arrays[name]) for name in _FIELDS}
     if values["format"] != _FORMAT:

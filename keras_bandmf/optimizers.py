@@ -153,6 +153,18 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         finally:
             self._data_source = previous
 
+    def check_restored(self) -> None:
+        """Refuses to go on, or to state anything, after a restore that failed.
+
+        Raises:
+            ValueError: if the weights may be those of another run.
+        """
+        if self._failed_restore:
+            raise ValueError(
+                "A checkpoint could not be restored into this optimizer, but Keras may have loaded "
+                "its weights. Load a checkpoint of this run, or start anew with a fresh model."
+            )
+
     def check_ready(self, num_replicas: int) -> None:
         """Refuses to go on where noise, step counter and devices do not belong together.
 
@@ -163,11 +175,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             ValueError: if a restore failed, the step counter was moved, no step is left, or the
                 noise was made for another number of replicas.
         """
-        if self._failed_restore:
-            raise ValueError(
-                "A checkpoint could not be restored into this optimizer, but Keras may have loaded "
-                "its weights. Load a checkpoint of this run, or start anew with a fresh model."
-            )
+        self.check_restored()
         if not self.built:
             return
         noise = self.run_state.noise

@@ -80,6 +80,8 @@ class RunRecord:
                 isinstance(callback, keras.callbacks.EarlyStopping) and callback.stopped_epoch
                 for callback in callbacks
             )
+            # EarlyStopping looks at the end of an epoch: within one, something else stopped.
+            stopped = stopped and bool(steps_per_epoch) and (last - first) % steps_per_epoch == 0
             completed = completed and (stopped or last == requested)
             unknown = unknown_callbacks(callbacks)
             self._fits.append(
@@ -99,7 +101,12 @@ class RunRecord:
 
         Args:
             optimizer: the optimizer of the run.
+
+        Raises:
+            ValueError: if the weights hold steps of another optimizer, or of another run.
         """
+        self.check_optimizer(optimizer)
+        optimizer.check_restored()
         steps_run = optimizer.steps_done
         state = optimizer.run_state if optimizer.built else None
         charged = self._steps_charged(optimizer, steps_run)
@@ -132,8 +139,11 @@ class RunRecord:
 
     def _steps_charged(self, optimizer: BandMFOptimizer, steps_run: int) -> int:
         plan_steps = optimizer.plan.num_steps
-        if steps_run in (0, plan_steps):
-            return steps_run
+        # The optimizer alone may have gone back: the weights still hold what these fits did.
+        if not any((steps_run, *(fit.last_step for fit in self._fits))):
+            return 0
+        if steps_run == plan_steps:
+            return plan_steps
         if len(self._fits) != 1 or optimizer.run_state.restores:
             return plan_steps
         (fit,) = self._fits

@@ -274,7 +274,7 @@ class _PrivateTraining:
         self.record.check_optimizer(optimizer)
         listed = private_callbacks.flat_callbacks(callbacks)
         monitored = private_callbacks.check_callbacks(listed)
-        batches = x if isinstance(x, PrivateBatches) else None
+        batches, array_steps = x if isinstance(x, PrivateBatches) else None, None
         if batches is not None:
             fit_arguments.check_batches(
                 batches, optimizer.plan, y, batch_size, shuffle, sample_weight, steps_per_epoch
@@ -283,12 +283,15 @@ class _PrivateTraining:
             steps_per_epoch = steps_per_epoch or batches.steps_per_epoch
             self._prepare(batches.rows(list(range(min(3, batches.num_examples)))))
         else:
-            batch_size = fit_arguments.check_foreign_data(
+            batch_size, array_steps = fit_arguments.check_foreign_data(
                 x, optimizer.plan, batch_size, steps_per_epoch
             )
+            sample = fit_arguments.first_rows(x, y, sample_weight)
+            if sample is not None:
+                self._prepare(sample)
             source = "data supplied by the user, in an order declared by the user"
         optimizer.check_ready(model.distribute_strategy.num_replicas_in_sync)
-        guard = private_callbacks.StepGuard(optimizer, batches)
+        guard = private_callbacks.StepGuard(optimizer, batches, array_steps)
         data = (
             x
             if batches is None

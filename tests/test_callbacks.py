@@ -45,3 +45,64 @@ def test_a_callback_of_a_known_class_by_inheritance_is_checked_and_named():
     with pytest.raises(ValueError, match="Mine"):
         callbacks.check_callbacks([Mine("loss")])
     assert callbacks.unknown_callbacks([Mine("val_loss")]) == ["Mine"]
+
+
+def test_a_step_at_the_end_of_training_is_an_error():
+    class End(keras.callbacks.Callback):
+        """Trains on rows of its own when all epochs are over."""
+
+        def on_train_end(self, logs=None):
+            """Makes a step that no batch accounts for."""
+            rows = [part[:8] for part in runs.counting_data()]
+            gradients = bandmf.clipped_gradients(self.model, *rows)
+            self.model.optimizer.apply_clipped(gradients, self.model.trainable_variables)
+
+    plan = runs.make_plan()
+    model = runs.compiled(runs.counting_model(), plan, run_eagerly=True)
+    with pytest.raises(ValueError, match="changed during `fit`"):
+        model.fit(
+            plan.batches(*runs.counting_data()), steps_per_epoch=1, callbacks=[End()], verbose=0
+        )
+
+
+HOOKS = ("on_epoch_begin", "on_train_batch_end", "on_epoch_end", "on_train_end")
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_moved_position_is_seen_at_every_hook(hook, whole):
+    """Counter and noise restored together, or the counter alone."""
+    model = runs.compiled(runs.counting_model(), runs.make_plan())
+    optimizer = model.optimizer
+    optimizer.build(model.trainable_variables)
+    guard = callbacks.StepGuard(optimizer, None)
+    guard.set_model(model)
+    guard.on_epoch_begin(0)
+    optimizer.iterations.assign(2)
+    if whole:
+        optimizer.run_state.noise.position = 2
+    with pytest.raises(ValueError, match="changed during `fit`|counter was moved"):
+        getattr(guard, hook)(*([] if hook == "on_train_end" else [0]))
+
+
+def test_a_counter_moved_before_the_first_epoch_is_seen():
+    """As by a callback that restores at the beginning of training."""
+    model = runs.compiled(runs.counting_model(), runs.make_plan())
+    model.optimizer.build(model.trainable_variables)
+    guard = callbacks.StepGuard(model.optimizer, None)
+    guard.set_model(model)
+    model.optimizer.iterations.assign(2)
+    with pytest.raises(ValueError, match="counter was moved"):
+        guard.on_epoch_begin(0)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_batches_of_a_fixed_seed_are_remembered_by_the_run(seed):
+    """Rule 10: with known batches the sampling amplifies nothing, though the noise is secret."""
+    plan = runs.make_plan()
+    model = runs.compiled(runs.counting_model(), plan, seed=None)
+    model.optimizer.build(model.trainable_variables)
+    guard = callbacks.StepGuard(model.optimizer, plan.batches(*runs.counting_data(), seed=seed))
+    guard.set_model(model)
+    guard.on_epoch_begin(0)
+    assert model.optimizer.run_state.seeded == (seed is not None)

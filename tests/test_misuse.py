@@ -294,16 +294,35 @@ def test_callbacks_in_nested_lists_are_checked():
             model.fit(plan.batches(*DATA), callbacks=callbacks, verbose=0)
 
 
-def test_an_overridden_compute_metrics_is_refused():
-    class Leaking(keras.Model):
-        """Could write raw data into a weight."""
+@pytest.mark.parametrize("name", ["compute_metrics", "make_train_function"])
+def test_an_override_that_sees_raw_data_is_refused(name):
+    """It could write raw data into a weight."""
+    leaking = type("Leaking", (keras.Model,), {name: lambda self, *args, **options: {}})
+    with pytest.raises(ValueError, match=name):
+        bandmf.privatize(leaking())
 
-        def compute_metrics(self, x, y, y_pred, sample_weight=None):
-            """Sees raw data."""
-            return {}
 
-    with pytest.raises(ValueError, match="compute_metrics"):
-        bandmf.privatize(Leaking())
+class MixesOnDemand(keras.layers.Layer):
+    """Lets examples see each other once `mixes` is set."""
+
+    mixes = False
+
+    def call(self, inputs):
+        """Subtracts the mean over the batch, or nothing."""
+        return inputs - keras.ops.mean(inputs, axis=0, keepdims=True) * float(self.mixes)
+
+
+def test_a_model_changed_between_fits_is_checked_again():
+    plan = runs.make_plan()
+    layer = MixesOnDemand()
+    model = keras.Sequential([keras.Input((96,)), keras.layers.Dense(2), layer])
+    runs.compiled(bandmf.privatize(model), plan, loss="mse", run_eagerly=True)
+    batches = plan.batches(DATA[0], np.zeros((96, 2), np.float32))
+    model.fit(batches, steps_per_epoch=1, verbose=0)
+    layer.mixes = True
+    model.compile(model.optimizer, loss="mse")
+    with pytest.raises(ValueError, match="example"):
+        model.fit(batches, steps_per_epoch=1, verbose=0)
 
 
 @pytest.mark.parametrize(

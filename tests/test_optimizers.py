@@ -235,3 +235,16 @@ def test_secret_state_is_not_among_the_variables():
     optimizer.build(loop_model().trainable_variables)
     names = [variable.path for variable in optimizer.variables]
     assert not [name for name in names if "noise" in name or "key" in name]
+
+
+def test_a_compiled_loop_on_fewer_replicas_than_the_noise_is_refused():
+    """The part of a replica that is not there would have no noise."""
+    with runs.mirrored().scope():
+        model = loop_model()
+        optimizer = bandmf.BandMFOptimizer("sgd", declared_plan())
+        optimizer.build(model.trainable_variables)
+    with pytest.raises(ValueError, match="2 replicas.*scope"):
+        tf.function(
+            lambda: optimizer.apply_clipped(clipped(model), model.trainable_variables),
+            autograph=False,
+        )()

@@ -21,16 +21,17 @@ MODES = {
     ("mode", "replicas"),
     [("compiled", 1), ("eager", 1), ("xla", 1), ("compiled", 2), ("xla", 2)],
 )
-def test_noise_of_64_steps_has_the_covariance_of_the_mechanism(mode, replicas):
+def test_noise_has_the_covariance_of_the_mechanism(mode, replicas):
     """Chi-square over all pairs of steps, false-alarm rate 1e-4 each."""
-    plan = runs.make_plan(num_bands=6, num_steps=64, noise_multiplier=2.0)
+    steps = 24 if mode == "eager" else 64  # an eager step costs as much as ten compiled ones
+    plan = runs.make_plan(num_bands=6, num_steps=steps, noise_multiplier=2.0)
     model = runs.compiled_in_scope(replicas, runs.noise_model, plan, **MODES[mode])
     updates = runs.fit(model, plan.batches(*runs.noise_data()), epochs=6)
-    assert updates.shape == (64, 2000)
+    assert updates.shape == (steps, 2000)
     statistic, degrees = runs.whitened_statistic(plan, updates)
     assert statistic < scipy.stats.chi2.isf(1e-4, degrees)
     # The test sees it if the rows are taken for independent ones.
-    identity = runs.make_plan(num_bands=1, num_steps=64, noise_multiplier=2.0)
+    identity = runs.make_plan(num_bands=1, num_steps=steps, noise_multiplier=2.0)
     assert runs.whitened_statistic(identity, updates)[0] > scipy.stats.chi2.isf(1e-4, degrees)
 
 
@@ -42,13 +43,14 @@ def test_every_step_sees_its_batch_once_and_divides_by_the_expected_size(mode, r
     plan = runs.make_plan(noise_multiplier=1e-7)
     model = runs.compiled_in_scope(replicas, runs.counting_model, plan, **MODES[mode])
     batches = plan.batches(*runs.counting_data(), seed=5)
-    recorded = runs.fit(model, batches)
-    expected = np.zeros((24, 96))
-    for step in range(24):
+    steps = 12 if mode == "eager" else 24
+    recorded = runs.fit(model, batches, steps_per_epoch=steps // 2)
+    expected = np.zeros((steps, 96))
+    for step in range(steps):
         expected[step, batches.indices(step)] = 1 / 8
     if mode == "several_steps":
         expected = expected.reshape(8, 3, 96).sum(axis=1)
-    assert len({len(batches.indices(step)) for step in range(24)}) > 3
+    assert len({len(batches.indices(step)) for step in range(steps)}) > 3
     np.testing.assert_allclose(recorded, expected, atol=1e-6)
 
 
@@ -202,7 +204,8 @@ def test_subclassed_model_with_dicts_two_outputs_and_weights(mode):
     x = {"features": rng.normal(size=(96, 4)).astype(np.float32)}
     y = {"value": x["features"][:, :1], "kind": rng.integers(0, 3, 96)}
     weights = {"value": np.ones(96, np.float32), "kind": rng.uniform(0, 2, 96).astype(np.float32)}
-    history = model.fit(plan.batches(x, y, weights), epochs=2, verbose=0).history
+    batches = plan.batches(x, y, weights)
+    history = model.fit(batches, epochs=2, steps_per_epoch=3, verbose=0).history
     assert len(history["loss"]) == 2 and np.isfinite(history["loss"]).all()
     assert 0 <= history["kind_accuracy"][-1] <= 1
 
@@ -282,7 +285,7 @@ def test_callbacks_on_training_metrics_are_refused(callback):
     """Rule 9."""
     plan = runs.make_plan()
     model = runs.compiled(runs.counting_model(), plan)
-    with pytest.raises(ValueError, match=type(callback).__name__):
+    with pytest.raises(ValueError, match=f"{type(callback).__name__} .*not private"):
         model.fit(plan.batches(*runs.counting_data()), verbose=0, callbacks=[callback])
 
 
@@ -304,7 +307,8 @@ def test_foreign_data_needs_a_declared_fixed_order():
     model = runs.compiled(runs.counting_model(), plan)
     updates = runs.fit(model, x, y=y)
     assert len(updates) == 24
-    np.testing.assert_allclose(updates.sum(axis=0), np.full(96, 2 / 8), atol=1e-4)
+    in_order = np.tile(np.repeat(np.eye(12), 8, axis=1), (2, 1))
+    np.testing.assert_allclose(updates, in_order / 8, atol=1e-4)
     assert "declared" in str(bandmf.statement(model))
 
 

@@ -42,6 +42,7 @@ STRATEGIES = {
     "raw_toeplitz": lambda: ToeplitzStrategy([1.0, 0.6, 0.4], 24, column_normalize=False),
     "as_many_bands_as_steps": lambda: ToeplitzStrategy(0.7 ** np.arange(24), 24),
     "banded": lambda: DenseBanded(24, 4),
+    "diagonal": lambda: DenseBanded(24, 1),
 }
 SHAPES = [(40, 30), (7,), ()]
 
@@ -130,6 +131,16 @@ def test_two_replicas_make_the_same_stream_from_half_the_ring_each(name):
     if single.state_bytes:
         assert noise.state_bytes == single.state_bytes / 2
         np.testing.assert_array_equal(noise.get_ring(), single.get_ring())
+
+
+@pytest.mark.parametrize("replica", [0, 1])
+def test_a_step_of_one_replica_alone_moves_the_position(replica):
+    """An interrupted step: the row was given out to a part of the gradient."""
+    distribution = runs.mirrored()
+    with distribution.scope():
+        noise = CorrelatedNoise(STRATEGIES["toeplitz"](), 1.0, SHAPES)
+    distribution.experimental_local_results(noise._position)[replica].assign(1)
+    assert noise.position == 1
 
 
 def test_a_ring_saved_on_one_device_continues_on_two_replicas():

@@ -50,6 +50,22 @@ def test_steps_and_keys_give_unrelated_rows():
         assert abs(np.corrcoef(base, other)[0, 1]) < limit
 
 
+def test_no_piece_of_the_stream_is_repeated():
+    """Steps that shared Philox blocks would shift against each other: lag 0 does not see it."""
+    rows = np.stack([draw(step, num_chunks=8) for step in range(6)])
+    neighbours = np.stack([rows[:, :-1], rows[:, 1:]], axis=-1).reshape(-1, 2)
+    assert len(np.unique(neighbours, axis=0)) == len(neighbours)
+
+
+@pytest.mark.parametrize("word", [0, -1, 2**31 - 1, -(2**31)])
+def test_extreme_words_give_finite_values(word, monkeypatch):
+    def constant(shape, **_):
+        return tf.fill(shape, tf.constant(word, tf.int32))
+
+    monkeypatch.setattr(tf.raw_ops, "StatelessRandomUniformFullIntV2", constant)
+    assert np.abs(draw(num_chunks=1)).max() < 6.67
+
+
 def test_a_part_equals_the_same_part_of_the_whole():
     whole = draw(step=9)
     part = draw(step=9, first_chunk=17, num_chunks=5)

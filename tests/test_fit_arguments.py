@@ -1,0 +1,103 @@
+"""Data a private `fit` accepts: the model is checked on it, and declared orders are kept."""
+
+import types
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_bandmf as bandmf
+from keras_bandmf import fit_arguments
+from tests import runs
+
+X, Y = runs.counting_data()
+
+
+def declared_plan():
+    """A plan that leaves the data to the user."""
+    return runs.make_plan(sampling="fixed_order", max_participations=2, min_separation=12)
+
+
+class Rows(keras.utils.PyDataset):
+    """The counting data in batches of eight."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        """Returns one batch."""
+        return X[8 * index : 8 * index + 8], Y[8 * index : 8 * index + 8]
+
+
+DATA = {
+    "batches": lambda plan: (plan.batches(X, Y),),
+    "arrays": lambda plan: (X, Y),
+    "dataset": lambda plan: (tf.data.Dataset.from_tensor_slices((X, Y)).batch(8),),
+    "pydataset": lambda plan: (Rows(),),
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_a_model_that_mixes_examples_is_refused_whatever_the_data(kind):
+    """Rule 6: by comparison on three rows, not only by the names of layers."""
+    plan = runs.make_plan() if kind == "batches" else declared_plan()
+    inputs = keras.Input((96,))
+    hidden = keras.layers.Dense(2)(inputs)
+    outputs = hidden - keras.ops.mean(hidden, axis=0, keepdims=True)
+    model = runs.compiled(bandmf.privatize(keras.Model(inputs, outputs)), plan)
+    with pytest.raises(ValueError, match="example"):
+        model.fit(*DATA[kind](plan), verbose=0)
+
+
+def test_a_generator_cannot_be_looked_at():
+    assert fit_arguments.first_rows(iter([(X, Y)]), None, None) is None
+
+
+def test_first_rows_are_few_and_as_keras_passes_them():
+    rows = fit_arguments.first_rows({"a": X.astype(np.float64)}, Y.astype(np.int64), None)
+    assert rows["x"]["a"].shape == (3, 96) and rows["x"]["a"].dtype == np.float32
+    assert rows["y"].dtype == np.int64 and rows["sample_weight"] is None
+
+
+@pytest.mark.parametrize(("replicas", "multi_worker"), [(2, False), (1, True), (2, True)])
+def test_strategies_whose_replicas_are_not_known_are_refused(replicas, multi_worker):
+    """Only those of one process with a static replica id have been shown to add all the noise."""
+    extended = types.SimpleNamespace(_in_multi_worker_mode=lambda: multi_worker)
+    strategy = types.SimpleNamespace(extended=extended, num_replicas_in_sync=replicas)
+    model = types.SimpleNamespace(distribute_strategy=strategy, steps_per_execution=1)
+    with pytest.raises(ValueError, match="MirroredStrategy"):
+        fit_arguments.check_distribution(model)
+
+
+@pytest.mark.parametrize(("rows", "participations"), [(40, 5), (96, 1)], ids=["close", "many"])
+def test_arrays_are_held_to_both_parts_of_the_declaration(rows, participations):
+    plan = runs.make_plan(
+        sampling="fixed_order", max_participations=participations, min_separation=12
+    )
+    with pytest.raises(ValueError, match="steps apart"):
+        fit_arguments.check_foreign_data(X[:rows], plan, None, None)
+
+
+def test_arrays_are_read_in_batches_of_the_plan():
+    assert fit_arguments.check_foreign_data(X, declared_plan(), None, None) == (8, 12)
+    dataset = tf.data.Dataset.from_tensor_slices(X)
+    assert fit_arguments.check_foreign_data(dataset, declared_plan(), None, 5) == (None, None)
+
+
+class StopAfterFive(keras.callbacks.Callback):
+    """Stops in the middle of a pass."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Stops."""
+        self.model.stop_training = batch == 4
+
+
+def test_arrays_do_not_start_again_after_an_unfinished_pass():
+    """Row 0 would take part in steps 0 and 5, though twelve are declared to lie between."""
+    model = runs.compiled(runs.counting_model(), declared_plan(), run_eagerly=True)
+    model.fit(X, Y, callbacks=[StopAfterFive()], verbose=0)
+    assert model.optimizer.steps_done == 5
+    with pytest.raises(ValueError, match="first row"):
+        model.fit(X, Y, verbose=0)
+    assert model.optimizer.steps_done == 5
