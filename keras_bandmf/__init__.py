@@ -9,6 +9,14 @@ from keras_bandmf.optimizers import BandMFOptimizer
 from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.progress import ProgressBar
 from keras_bandmf.release import export
+from keras_bandmf.rgp import (
+    RGPConv2D,
+    RGPDense,
+    RGPEinsumDense,
+    RGPEmbedding,
+    enable_rgp,
+    merge_rgp,
+)
 from keras_bandmf.statement import Statement
 from keras_bandmf.training import privatize, statement
 
@@ -18,14 +26,20 @@ __all__ = [
     "BandMFOptimizer",
     "ClippedGradients",
     "ProgressBar",
+    "RGPConv2D",
+    "RGPDense",
+    "RGPEinsumDense",
+    "RGPEmbedding",
     "Statement",
     "TrainingPlan",
     "callbacks",
     "clipped_gradients",
     "clipping",
     "compare_bands",
+    "enable_rgp",
     "export",
     "max_bands",
+    "merge_rgp",
     "noise",
     "privatize",
     "statement",

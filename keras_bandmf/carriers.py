@@ -83,9 +83,7 @@ def inside(left_gradient: tf.Tensor, left: tf.Tensor) -> tf.Tensor:
     return tf.matmul(left, tf.matmul(left, left_gradient, transpose_a=True))
 
 
-def project(
-    gradient: tf.Tensor, left: tf.Tensor, right: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
+def project(gradient: tf.Tensor, left: tf.Tensor, right: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the coordinates of a gradient on the carriers' tangent space.
 
     With dL = dW R' and dR = L' dW they are `(dL - L L' dL, dR)`: orthogonal to each other, so that

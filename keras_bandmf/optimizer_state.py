@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from keras_bandmf.noise import CorrelatedNoise, NoiseRows, normals
+from keras_bandmf.rgp.run import RunCarriers
 
 _FORMAT = 1
 # Shapes of the saved values; None where the length varies and is checked elsewhere.
@@ -43,6 +44,7 @@ class RunState:
         shapes: shapes of the gradients.
         fingerprint: what the state belongs to (plan, clip norm, variables), hexadecimal.
         seed: for tests only.
+        carriers: the low-rank carriers of the variables, started here; None for none.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class RunState:
         shapes: Sequence[Sequence[int]],
         fingerprint: str,
         seed: int | None = None,
+        carriers: RunCarriers | None = None,
     ):
         self.fingerprint = fingerprint
         self.seeded = seed is not None
@@ -59,6 +62,8 @@ class RunState:
         self.replayed = False
         run_key = normals.key_from_seed(seed) if self.seeded else normals.fresh_key()
         self.sampler_key = normals.fold_key(run_key, "sampler")
+        self.carriers = carriers or RunCarriers([], strategy)
+        self.carriers.start(normals.fold_key(run_key, "carriers"))
         self.noise = CorrelatedNoise(strategy, stddev, shapes)
         self.noise.set_key(normals.fold_key(run_key, "noise"))
         self._data_digest: bytes | None = None
@@ -102,6 +107,7 @@ class RunState:
             "data_digest": np.frombuffer(self._data_digest or b"", np.uint8),
             "seeded": np.array(self.seeded, np.int32),
             "restores": np.array(self.restores, np.int32),
+            **self.carriers.to_arrays(),
         }
 
     def from_arrays(self, arrays: Mapping[str, np.ndarray], replay: bool) -> None:
@@ -135,6 +141,7 @@ class RunState:
                 "noise. Restore it with replay=False; the optimizer that saves must be made with "
                 "replay=True."
             )
+        self.carriers.from_arrays(arrays)
         self.noise.set_ring(values["noise_ring"])
         self.noise.position = position
         self.sampler_key = values["sampler_key"].view(np.uint64).copy()

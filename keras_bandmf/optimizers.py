@@ -17,6 +17,8 @@ from keras_bandmf.clipping import ClippedGradients
 from keras_bandmf.optimizer_arguments import check_arguments, checked_inner
 from keras_bandmf.optimizer_state import RunState
 from keras_bandmf.plan import TrainingPlan
+from keras_bandmf.replicas import replica_id
+from keras_bandmf.rgp.run import RunCarriers
 
 
 @keras.saving.register_keras_serializable(package="keras_bandmf")
@@ -113,20 +115,23 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             self.inner_optimizer.build(variables)
             super().build(variables)
             self._noised_variables = tuple(id(variable) for variable in variables)
+            carriers = RunCarriers(variables, self.plan.strategy)
             self._run_state = RunState(
                 self.plan.strategy,
                 self.plan.noise_stddev(self.l2_norm_clip),
-                [variable.shape for variable in variables],
-                self._fingerprint(variables),
+                carriers.shapes,
+                self._fingerprint(variables, carriers),
                 self.seed,
+                carriers,
             )
 
-    def _fingerprint(self, variables: Sequence[Any]) -> str:
+    def _fingerprint(self, variables: Sequence[Any], carriers: RunCarriers) -> str:
         content = {
             "plan": self.plan.fingerprint,
             "l2_norm_clip": self.l2_norm_clip,
             "inner_optimizer": type(self.inner_optimizer).__name__,
             "variables": [[list(v.shape), str(v.dtype)] for v in variables],
+            "carriers": carriers.description,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -236,8 +241,10 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         eager_step = tf.executing_eagerly() and replicas == 1
         if eager_step or replicas != self.run_state.noise.layout.num_shards:
             self.check_ready(replicas)
+        state, replica = self.run_state, replica_id()
+        state.carriers.check_sums(clipped.sums)
         step = tf.convert_to_tensor(self.iterations)
-        shares = self.run_state.noise.share(step, _replica_id())
+        shares = state.noise.share(step, replica)
         # Asserts vanish under XLA; a NaN update does not.
         in_budget = tf.where(step < self.plan.num_steps, 1.0, np.nan)
         scale = in_budget / self.plan.batch_size
@@ -246,6 +253,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             # float32 before the sum: finer digits than those of the noise would leave it bare.
             total = tf.cast(total, tf.float32)
             gradients.append((total if share is None else total + share) * scale)
+        gradients = state.carriers.gradients(gradients)
         if penalties is not None:
             gradients = [
                 gradient if penalty is None else gradient + tf.cast(penalty, gradient.dtype)
@@ -256,6 +264,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             for gradient, variable in zip(gradients, trainable_variables, strict=True)
         ]
         self.inner_optimizer.apply(gradients, trainable_variables)
+        state.carriers.refresh(step + 1, replica)
 
     def budget_message(self) -> str:
         """Returns the error text for a step beyond the plan."""
@@ -382,18 +391,3 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         )
         plan = TrainingPlan.from_json(config.pop("plan"))
         return cls(inner, plan, **config)
-
-
-def _replica_id() -> int:
-    context = tf.distribute.get_replica_context()
-    if context is None:
-        raise ValueError(
-            "`apply_clipped` must be called in a replica context, inside `strategy.run`."
-        )
-    replica = tf.get_static_value(context.replica_id_in_sync_group)
-    if replica is None:
-        raise ValueError(
-            "The replica id must be known when the step is traced. Received: "
-            f"{type(context.strategy).__name__}, which does not provide it. Use MirroredStrategy."
-        )
-    return int(replica)

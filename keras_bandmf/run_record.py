@@ -125,9 +125,12 @@ class RunRecord:
         if not planned.private:
             reason = planned.not_private_reason
         sources = list(dict.fromkeys(fit.source for fit in self._fits))
+        carriers = str(state.carriers) if state is not None else ""
+        mechanism = f"{planned.mechanism}; {carriers}" if carriers else planned.mechanism
         return dataclasses.replace(
             planned,
             executed=True,
+            mechanism=mechanism,
             steps_run=steps_run,
             l2_norm_clip=optimizer.l2_norm_clip,
             key_origin=origin if state is not None else "none drawn yet",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_bandmf.clipping.coordinates import released_shape
 from keras_bandmf.clipping.factors import Factor, Unsupported, merged
 from keras_bandmf.clipping.layer_rules import LayerRule
 from keras_bandmf.clipping.losses import BatchLoss
@@ -135,7 +136,7 @@ def clip_by_book_keeping(
         squared += factor.squared_norms()
     weights, norms = clip_factors(squared, mask, l2_norm_clip)
     sums = [
-        factors[i].weighted_sum(weights) if i in factors else tf.zeros(v.shape, dtype)
+        factors[i].weighted_sum(weights) if i in factors else tf.zeros(released_shape(v), dtype)
         for i, v in enumerate(variables)
     ]
     return Clipped(sums, norms, losses, y_pred)

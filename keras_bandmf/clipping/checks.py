@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf.clipping.book_keeping import clip_by_book_keeping, clip_factors, forward
+from keras_bandmf.clipping.coordinates import released
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.locate import first_mixing_layer
 from keras_bandmf.clipping.losses import BatchLoss, batch_loss, build_loss
@@ -181,8 +182,9 @@ def _disagreement(
 def _one_by_one(
     model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: BatchLoss
 ) -> list[np.ndarray]:
-    """Gradients of the three examples, (3, *variable), from one forward pass (same dropout)."""
-    values = [v.value for v in model.trainable_variables]
+    """Released gradients of the three examples, from one forward pass (same dropout)."""
+    variables = model.trainable_variables
+    values = [v.value for v in variables]
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
         tape.watch(values)
         y_pred = forward(model, x)
@@ -199,6 +201,8 @@ def _one_by_one(
             )
         )
     return [
-        np.stack([np.asarray(tf.cast(tf.convert_to_tensor(g), tf.float64)) for g in column])
-        for column in zip(*found, strict=True)
+        np.stack(
+            [np.asarray(released(v, tf.cast(tf.convert_to_tensor(g), tf.float64))) for g in column]
+        )
+        for v, column in zip(variables, zip(*found, strict=True), strict=True)
     ]

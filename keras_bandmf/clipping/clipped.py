@@ -27,8 +27,9 @@ class ClippedGradients:
     example was clipped. They pass through `tf.function`.
 
     Attributes:
-        sums: one tensor per entry of `model.trainable_variables`, in its shape: the SUM over
-            examples, never a mean; float32, or float64 if the model has float64 variables.
+        sums: one tensor per entry of `model.trainable_variables`, in its shape (a vector of
+            coordinates for a kernel with low-rank carriers): the SUM over examples, never a mean;
+            float32, or float64 if the model has float64 variables.
         norms: (batch,) gradient norms before clipping. Not private: for tests and diagnosis.
         losses: (batch,) the loss of each example, masked ones included. Not private.
         outputs: what the model returned in the training forward pass. Not private.

@@ -156,6 +156,11 @@ def merged(factors: list[Factor]) -> Rows | Outer | Lookup:
     Raises:
         Unsupported: a table that is read by look-up is also used in another way (tied weights).
     """
+    if any(hasattr(f, "joined") for f in factors):
+        # A factor from another room, which alone knows how its calls add up.
+        if any(type(f) is not type(factors[0]) for f in factors):
+            raise Unsupported("one variable is used by layers of different kinds (tied weights)")
+        return factors[0].joined(factors)
     if all(isinstance(f, Outer) for f in factors):
         first = factors[0]
         if len(factors) == 1:

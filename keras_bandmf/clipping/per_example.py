@@ -13,6 +13,7 @@ from keras_bandmf.clipping.book_keeping import (
     clip_factors,
     forward,
 )
+from keras_bandmf.clipping.coordinates import released
 from keras_bandmf.clipping.losses import BatchLoss
 
 
@@ -43,7 +44,10 @@ def clip_one_example(
         value = loss(x, y, y_pred, sample_weight)
     dtype = accumulation_dtype(variables)
     gradients = tape.gradient(value, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    gradients = [tf.cast(tf.convert_to_tensor(g), dtype) for g in gradients]
+    gradients = [
+        released(v, tf.cast(tf.convert_to_tensor(g), dtype))
+        for v, g in zip(variables, gradients, strict=True)
+    ]
     squared = tf.zeros((), dtype)
     for g in gradients:
         squared += tf.reduce_sum(tf.square(g))

@@ -14,6 +14,7 @@ from keras_bandmf.clipping.layer_rules import (
     LayerRule,
 )
 
+_OWN_RULE = "_keras_bandmf_rule"
 # Only filled at import time: by this file, and by the module that defines a layer of one's own.
 _RULES: dict[type, LayerRule] = {
     keras.layers.Dense: DenseRule(),
@@ -57,13 +58,22 @@ def register_rule(layer_class: type, rule: LayerRule) -> None:
     _RULES[layer_class] = rule
 
 
+def set_rule(layer: keras.layers.Layer, rule: LayerRule | None) -> None:
+    """Gives one layer a rule of its own in place of that of its class; None takes it away."""
+    if rule is None:
+        vars(layer).pop(_OWN_RULE, None)
+    else:
+        # Past Keras' attribute tracking.
+        vars(layer)[_OWN_RULE] = rule
+
+
 def rule_of(layer: keras.layers.Layer) -> tuple[LayerRule | None, str]:
     """The rule of `layer`, or None, and why.
 
     Returns:
         (rule, the rule's name) or (None, the reason there is none).
     """
-    rule = _RULES.get(type(layer))
+    rule = vars(layer).get(_OWN_RULE) or _RULES.get(type(layer))
     if rule is None:
         return None, f"no rule for {type(layer).__name__}"
     if "call" in vars(layer):

@@ -1,0 +1,185 @@
+"""The gradient carriers of one kernel: their layout, their state, and how they move."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_bandmf import carriers
+from keras_bandmf.noise import normals
+from keras_bandmf.rgp.layouts import MatrixLayout
+
+_PARTS = ("start", "left", "right")
+
+
+class Carrier:
+    """Carriers L (m, r) and R (r, n) of a kernel W, and its value W_0 when training started.
+
+    They are coordinates of the kernel's gradient: `of` gives (dL - L L' dL, dR) as one vector of
+    r (m + n) numbers, `reconstruct` turns such a vector, with noise or without, into a gradient of
+    W. The kernel itself stays an ordinary variable.
+
+    Formal guarantees:
+        L and R have orthonormal columns and rows, to rounding, so `of` never lengthens a gradient.
+        They depend on the weights after each noisy step, on the public W_0 and on a key of their
+        own; never on a batch.
+
+    Args:
+        layout: of the kernel.
+        rank: r, at most the shorter side of the matrix.
+        refresh_every: steps between two refreshes.
+        power_iterations: of each refresh.
+        warmup_steps: steps during which the history is W_t itself, not W_t - W_0.
+        path: of the kernel, for messages.
+        dtype: float32, or float64 for a float64 kernel.
+    """
+
+    def __init__(
+        self,
+        layout: MatrixLayout,
+        rank: int,
+        refresh_every: int,
+        power_iterations: int,
+        warmup_steps: int,
+        path: str,
+        dtype: str,
+    ):
+        self.layout = layout
+        self.rank = rank
+        self.refresh_every = refresh_every
+        self.power_iterations = power_iterations
+        self.warmup_steps = warmup_steps
+        self.path = path
+        self.dtype = tf.as_dtype(dtype)
+        self.shape = (rank * sum(layout.sides),)
+        self._state: dict[str, tf.Variable] | None = None
+        self._distribution: tf.distribute.Strategy | None = None
+
+    @property
+    def description(self) -> list:
+        """What must be equal for a checkpoint to fit, for JSON."""
+        schedule = [self.refresh_every, self.power_iterations, self.warmup_steps]
+        return [list(self.layout.rows), list(self.layout.columns), self.rank, schedule]
+
+    def start(self, kernel: Any, key: np.ndarray, index: int) -> None:
+        """Draws random carriers and remembers the kernel: in the scope of the strategy.
+
+        Args:
+            kernel: the Keras variable.
+            key: of all carriers of the run, shape (2,), uint64.
+            index: of this kernel among those of the run.
+        """
+        m, n = self.layout.sides
+        chunks = -(-self.rank * max(m, n) // normals.CHUNK)
+        drawn = []
+        for side, step in ((m, 2 * index), (n, 2 * index + 1)):
+            row = normals.standard_normals(tf.constant(key), tf.constant(step), 0, chunks)
+            columns = tf.reshape(row[: side * self.rank], (side, self.rank))
+            drawn.append(carriers.orthonormal(tf.cast(columns, self.dtype)))
+        values = {
+            "start": tf.cast(kernel.value, self.dtype),
+            "left": drawn[0],
+            "right": tf.transpose(drawn[1]),
+        }
+        self._distribution = tf.distribute.get_strategy()
+        self._state = {
+            name: tf.Variable(value.numpy(), trainable=False, name=f"rgp_{name}")
+            for name, value in values.items()
+        }
+
+    def pair(self, dtype: tf.DType | None = None) -> tuple[tf.Tensor, tf.Tensor]:
+        """L and R as tensors of `dtype`.
+
+        Raises:
+            ValueError: before `start`.
+        """
+        if self._state is None:
+            raise ValueError(
+                f"The gradient carriers of {self.path} do not exist yet: they belong to a run. "
+                "Build the optimizer first: `optimizer.build(model.trainable_variables)`."
+            )
+        left, right = (tf.convert_to_tensor(self._state[name]) for name in ("left", "right"))
+        return tf.cast(left, dtype or self.dtype), tf.cast(right, dtype or self.dtype)
+
+    def of(self, gradient: tf.Tensor) -> tf.Tensor:
+        """The coordinates of a gradient of the kernel, (r (m + n),)."""
+        left, right = self.pair(gradient.dtype)
+        return self.joined(*carriers.project(self.layout.matrix(gradient), left, right))
+
+    def joined(self, left_gradient: tf.Tensor, right_gradient: tf.Tensor) -> tf.Tensor:
+        """(dL, dR) as one vector."""
+        return tf.concat([tf.reshape(left_gradient, [-1]), tf.reshape(right_gradient, [-1])], 0)
+
+    def reconstruct(self, coordinates: tf.Tensor) -> tf.Tensor:
+        """The gradient of the kernel, in its shape, from coordinates with noise."""
+        m, n = self.layout.sides
+        coordinates = tf.cast(coordinates, self.dtype)
+        left_gradient = tf.reshape(coordinates[: m * self.rank], (m, self.rank))
+        right_gradient = tf.reshape(coordinates[m * self.rank :], (self.rank, n))
+        matrix = carriers.reconstruct(left_gradient, right_gradient, *self.pair())
+        return self.layout.kernel(matrix)
+
+    def refresh(self, kernel: Any, step: tf.Tensor, replica: int) -> None:
+        """Turns the carriers towards the historical update, if they are due before step `step`.
+
+        Each replica computes its own copy, from equal weights and equal carriers: nothing is sent.
+
+        Args:
+            kernel: the Keras variable, after the update.
+            step: scalar int64, the steps made so far.
+            replica: the replica in whose context this is called.
+        """
+        left, right = self.pair()
+        if self.refresh_every > 1:
+            due = tf.equal(step % self.refresh_every, 0)
+            left, right = tf.cond(due, lambda: self._refreshed(kernel, step), lambda: (left, right))
+        else:
+            left, right = self._refreshed(kernel, step)
+        for name, value in (("left", left), ("right", right)):
+            copies = self._distribution.experimental_local_results(self._state[name])
+            copies[replica].assign(value)
+
+    def _refreshed(self, kernel: Any, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        weights = tf.cast(tf.convert_to_tensor(kernel.value), self.dtype)
+        begun = tf.cast(step >= self.warmup_steps, self.dtype)
+        history = weights - begun * tf.convert_to_tensor(self._state["start"])
+        return carriers.refined(self.layout.matrix(history), *self.pair(), self.power_iterations)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The state, to be saved with the run."""
+        self.pair()
+        return {name: np.asarray(self._state[name].numpy()) for name in _PARTS}
+
+    def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes over what `to_arrays` returned.
+
+        Raises:
+            ValueError: if it is incomplete, of another rank or kernel, or damaged.
+        """
+        self.pair()
+        values = {}
+        for name in _PARTS:
+            expected = tuple(self._state[name].shape)
+            value = np.asarray(arrays[name]) if name in arrays else np.zeros(0)
+            good = value.shape == expected and value.dtype == self.dtype.as_numpy_dtype
+            if not good or not np.isfinite(value).all():
+                raise ValueError(
+                    f"The carriers of {self.path} in the checkpoint must be finite, "
+                    f"{self.dtype.name}, '{name}' of shape {expected}. Received: "
+                    f"{value.dtype.name} of shape {value.shape}. They are of another rank or "
+                    "model, or the file is damaged."
+                )
+            values[name] = value
+        for name in ("left", "right"):
+            basis = values[name].T if name == "left" else values[name]
+            # Longer carriers would lengthen gradients past the clip norm.
+            if not np.allclose(basis @ basis.T, np.eye(self.rank), atol=1e-4):
+                raise ValueError(
+                    f"The carriers of {self.path} in the checkpoint must be orthonormal. "
+                    f"Received: '{name}' that is not. The file is damaged."
+                )
+        for name, value in values.items():
+            self._state[name].assign(value)

@@ -1,0 +1,144 @@
+"""Which kernel of a layer can have carriers, and how it is a matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixLayout:
+    """A kernel as a matrix W (m, n): some axes make its rows, the others its columns.
+
+    Attributes:
+        shape: of the kernel.
+        rows: axes that are summed over with the layer's inputs, in their order.
+        columns: the other axes, in their order.
+    """
+
+    shape: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Sizes of the axes in `rows`."""
+        return tuple(self.shape[axis] for axis in self.rows)
+
+    @property
+    def column_shape(self) -> tuple[int, ...]:
+        """Sizes of the axes in `columns`."""
+        return tuple(self.shape[axis] for axis in self.columns)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """m and n."""
+        return math.prod(self.row_shape), math.prod(self.column_shape)
+
+    def matrix(self, kernel: tf.Tensor) -> tf.Tensor:
+        """The kernel as (m, n)."""
+        return tf.reshape(tf.transpose(kernel, self.rows + self.columns), self.sides)
+
+    def kernel(self, matrix: tf.Tensor) -> tf.Tensor:
+        """The inverse of `matrix`."""
+        order = self.rows + self.columns
+        split = tf.reshape(matrix, [self.shape[axis] for axis in order])
+        return tf.transpose(split, [order.index(axis) for axis in range(len(order))])
+
+
+@dataclasses.dataclass(frozen=True)
+class EinsumLabels:
+    """Labels of an einsum "inputs,kernel->outputs" whose kernel is a matrix.
+
+    Attributes:
+        inputs, kernel, outputs: the three terms, "..." included.
+        contracted: labels of the kernel that are summed over, in its order.
+        produced: its other labels, in its order.
+        rank: a label that occurs nowhere else.
+    """
+
+    inputs: str
+    kernel: str
+    outputs: str
+    contracted: str
+    produced: str
+    rank: str
+
+    @property
+    def through(self) -> str:
+        """Outputs of the left carrier: the rank in place of what the kernel produces."""
+        kept = "".join(label for label in self.outputs if label not in self.produced)
+        return kept + self.rank
+
+
+def einsum_labels(equation: str) -> EinsumLabels | None:
+    """Reads an equation; None if the kernel is not one matrix for all positions."""
+    left, outputs = equation.replace(" ", "").split("->")
+    inputs, kernel = left.split(",")
+    contracted = "".join(c for c in kernel if c in inputs and c not in outputs)
+    produced = "".join(c for c in kernel if c in outputs and c not in inputs)
+    if len(contracted + produced) != len(kernel) or not contracted or not produced:
+        return None
+    used = set(equation)
+    rank = next(c for c in map(chr, range(ord("A"), ord("Z") + 1)) if c not in used)
+    return EinsumLabels(inputs, kernel, outputs, contracted, produced, rank)
+
+
+def carried_kernel(layer: keras.layers.Layer) -> tuple[Any, MatrixLayout] | str:
+    """The kernel of a layer that can have carriers.
+
+    Args:
+        layer: built.
+
+    Returns:
+        (variable, layout), or the reason why there is none.
+    """
+    kind = kind_of(layer)
+    if kind is None:
+        return f"{type(layer).__name__} has no kernel that can have carriers"
+    if getattr(layer, "lora_enabled", False):
+        return "LoRA is enabled"
+    if getattr(layer, "quantization_mode", None) is not None:
+        return "the layer is quantized"
+    if not layer.built:
+        return "the layer is not built"
+    if kind is keras.layers.Embedding:
+        shape = tuple(layer._embeddings.shape)
+        return layer._embeddings, MatrixLayout(shape, (0,), (1,))
+    shape = tuple(layer._kernel.shape)
+    if kind is keras.layers.EinsumDense:
+        labels = einsum_labels(layer.equation)
+        if labels is None:
+            return "the equation has a kernel that is not one matrix for all positions"
+        rows = tuple(labels.kernel.index(c) for c in labels.contracted)
+        columns = tuple(labels.kernel.index(c) for c in labels.produced)
+        return layer._kernel, MatrixLayout(shape, rows, columns)
+    if kind is keras.layers.Conv2D and layer.groups != 1:
+        return "a grouped convolution has a matrix for each group"
+    last = len(shape) - 1
+    return layer._kernel, MatrixLayout(shape, tuple(range(last)), (last,))
+
+
+#: Layer types with carriers; a thin layer of this package is a subclass of one of them.
+KINDS = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Embedding,
+    keras.layers.Conv2D,
+)
+
+
+def kind_of(layer: keras.layers.Layer) -> type | None:
+    """The Keras layer type whose computation this layer does, or None.
+
+    A subclass from elsewhere may compute something else: only exact types and the thin layers of
+    this package, which change nothing but their config, are known.
+    """
+    known = type(layer)
+    if getattr(known, "carries_gradients", False):
+        known = next(base for base in known.__mro__ if base in KINDS)
+    return known if known in KINDS else None

@@ -1,0 +1,312 @@
+"""enable_rgp and merge_rgp: gradient carriers on the kernels of a model; the thin layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_bandmf.clipping import register_rule
+from keras_bandmf.clipping.conv_rules import ConvRule
+from keras_bandmf.clipping.coordinates import coordinates_of, set_coordinates
+from keras_bandmf.clipping.layer_rules import DenseRule, EinsumDenseRule, EmbeddingRule
+from keras_bandmf.clipping.registry import rule_of, set_rule
+from keras_bandmf.rgp.arguments import check_numbers, named_layers
+from keras_bandmf.rgp.carrier import Carrier
+from keras_bandmf.rgp.head import head_layers
+from keras_bandmf.rgp.layouts import carried_kernel
+from keras_bandmf.rgp.rules import CarrierRule
+
+
+def enable_rgp(
+    model: keras.Model,
+    rank: int,
+    layers: Sequence[str | keras.layers.Layer] | None = None,
+    exclude: Sequence[str | keras.layers.Layer] | None = None,
+    refresh_every: int = 1,
+    power_iterations: int = 1,
+    warmup_steps: int = 0,
+) -> keras.Model:
+    """Makes the private training of a model release low-rank coordinates of its gradients.
+
+    In place, before `compile`: the kernels of Dense, EinsumDense, Embedding and Conv2D layers get
+    carriers L (m, r) and R (r, n) (Yu et al., arXiv 2106.09352). Per-example gradients are clipped
+    and noised in their r (m + n) coordinates, and the inner optimizer gets the gradient of the
+    whole kernel rebuilt from them. Outputs, saved files and exports are those of the plain model;
+    a loaded or cloned model has no carriers.
+
+    Formal guarantees:
+        What is released in a step is a clipped sum plus noise in coordinates that were fixed before
+        the batch was drawn, of a norm at most the clip norm for each example: the plan's guarantee
+        holds as without carriers.
+
+    Args:
+        model: built, and not compiled.
+        rank: r. Without `layers`, a kernel with a side below r is left as it is.
+        layers: names, paths or layers that get carriers. By default all that are trained, except
+            the head (the layers that make the outputs) and kernels of axis 1.
+        exclude: names, paths or layers left as they are.
+        refresh_every: steps between two refreshes of the carriers. Noise may be correlated within
+            such a block only: the plan's strategy must be a `BlockDiagonalStrategy` of this block,
+            or have one band.
+        power_iterations: of each refresh; the paper's code takes 1.
+        warmup_steps: steps in which the carriers follow the weights W_t themselves; after that the
+            historical update W_t - W_0.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: if `model` is not a Keras model, or `rank` is not an integer.
+        ValueError: if the model is not built or is compiled, has carriers already, or an argument
+            or a layer does not fit.
+    """
+    check_numbers(
+        rank=rank,
+        refresh_every=refresh_every,
+        power_iterations=power_iterations,
+        warmup_steps=warmup_steps,
+    )
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "Argument `model` must be a keras.Model of Keras 3. "
+            f"Received: model of type {type(model).__name__}"
+        )
+    if not model.built:
+        raise ValueError(
+            "Carriers need kernels: call the model once on data, or start it with `keras.Input`. "
+            f"Received: model '{model.name}' that is not built"
+        )
+    if model.compiled:
+        raise ValueError(
+            "`enable_rgp` must be called before `compile`: optimizer and noise are made for the "
+            f"coordinates. Received: model '{model.name}', which is compiled."
+        )
+    candidates = _candidates(model, layers, exclude, rank)
+    if not candidates:
+        raise ValueError(
+            "No kernel is left that could have carriers: they are excluded, frozen, part of the "
+            f"head, or have a side below the rank. Received: rank={rank}, layers={layers!r}, "
+            f"exclude={exclude!r}. Name the layers, or choose a smaller rank."
+        )
+    for layer in candidates:
+        _carry(layer, rank, refresh_every, power_iterations, warmup_steps)
+    return model
+
+
+def merge_rgp(model: keras.Model) -> keras.Model:
+    """Takes the carriers off a model: plain layers with the weights trained so far.
+
+    Args:
+        model: with carriers.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    merged = False
+    for layer in model._flatten_layers():
+        found = carried_kernel(layer)
+        if isinstance(found, str) or coordinates_of(found[0]) is None:
+            continue
+        set_coordinates(found[0], None)
+        set_rule(layer, None)
+        if isinstance(layer, _Thin):
+            layer.rgp = None
+        merged = True
+    if not merged:
+        raise ValueError(
+            f"The model has no gradient carriers. Received: model '{model.name}'. Only models of "
+            "`enable_rgp` or of RGP layers have."
+        )
+    return model
+
+
+def _candidates(
+    model: keras.Model, layers: Any, exclude: Any, rank: int
+) -> list[keras.layers.Layer]:
+    """The layers that get carriers, in the model's order."""
+    every = list(model._flatten_layers(include_self=False))
+    excluded = {id(layer) for layer in named_layers("exclude", exclude, every)}
+    asked = None
+    if layers is not None:
+        asked = {id(layer) for layer in named_layers("layers", layers, every)}
+    head = {id(layer) for layer in head_layers(model)}
+    chosen, kernels = [], set()
+    for layer in every:
+        found = carried_kernel(layer)
+        if not isinstance(found, str) and coordinates_of(found[0]) is not None:
+            if getattr(layer, "rgp", None) is not None:
+                continue  # an RGP layer has its own
+            raise ValueError(
+                "`enable_rgp` may be called once. Received: a model whose layer "
+                f"'{layer.path}' has carriers. Call `merge_rgp(model)` first."
+            )
+        if id(layer) in excluded or (asked is not None and id(layer) not in asked):
+            continue
+        if isinstance(found, str):
+            if asked is not None:
+                raise ValueError(
+                    f"`layers` must name layers that can have carriers. Received: '{layer.path}': "
+                    f"{found}."
+                )
+            continue
+        kernel, layout = found
+        if asked is None:
+            small = min(layout.sides) < max(rank, 2)
+            if small or not kernel.trainable or id(layer) in head or id(kernel) in kernels:
+                continue
+        elif not kernel.trainable:
+            raise ValueError(f"`layers` must name trainable layers. Received: '{layer.path}'.")
+        _check_kernel(layer, kernel, layout, rank)
+        kernels.add(id(kernel))
+        chosen.append(layer)
+    return chosen
+
+
+def _check_kernel(layer: keras.layers.Layer, kernel: Any, layout: Any, rank: int) -> None:
+    if rank > min(layout.sides):
+        raise ValueError(
+            f"`rank` must be at most the shorter side of a kernel. Received: rank={rank} for "
+            f"'{layer.path}', a matrix of {layout.sides[0]} x {layout.sides[1]}. Choose a smaller "
+            "rank or leave the layer out."
+        )
+    if kernel.constraint is not None:
+        raise ValueError(
+            "A kernel with a constraint cannot have carriers: what the constraint does to the "
+            f"weights is no gradient the carriers could follow. Received: '{layer.path}' with "
+            f"{type(kernel.constraint).__name__}. Remove it, or name the layer in `exclude`."
+        )
+
+
+def _carry(
+    layer: keras.layers.Layer,
+    rank: int,
+    refresh_every: int,
+    power_iterations: int,
+    warmup_steps: int,
+) -> None:
+    kernel, layout = carried_kernel(layer)
+    dtype = "float64" if keras.backend.standardize_dtype(kernel.dtype) == "float64" else "float32"
+    carrier = Carrier(
+        layout, rank, refresh_every, power_iterations, warmup_steps, kernel.path, dtype
+    )
+    rule, _ = rule_of(layer)
+    if rule is not None:  # else it goes the general path, which needs no rule
+        set_rule(layer, CarrierRule(rule, carrier))
+    set_coordinates(kernel, carrier)
+
+
+class _Thin:
+    """What the RGP layers have in common: carriers from `build` on, and a config that says so."""
+
+    carries_gradients = True
+
+    def _init_rgp(self, rank: int | None, refresh_every: int, power_iterations: int) -> None:
+        self.rgp = None
+        if rank is None:  # of a layer whose carriers were merged
+            return
+        check_numbers(rank=rank, refresh_every=refresh_every, power_iterations=power_iterations)
+        self.rgp = {
+            "rank": int(rank),
+            "refresh_every": int(refresh_every),
+            "power_iterations": int(power_iterations),
+        }
+
+    def build(self, input_shape: Any = None) -> None:
+        """Builds the layer and puts carriers on its kernel.
+
+        Raises:
+            ValueError: if the rank exceeds a side of the kernel, or the kernel cannot have any.
+        """
+        super().build(input_shape)
+        if self.rgp is None:
+            return
+        # Keras marks a layer built after `build`; `carried_kernel` asks for it.
+        self.built = True
+        found = carried_kernel(self)
+        if isinstance(found, str):
+            raise ValueError(f"The layer cannot have carriers: {found}. Received: '{self.path}'.")
+        _check_kernel(self, *found, self.rgp["rank"])
+        _carry(self, **self.rgp, warmup_steps=0)
+
+    def get_config(self) -> dict[str, Any]:
+        """The config of the Keras layer, and rank and refreshes."""
+        rgp = self.rgp or {"rank": None, "refresh_every": 1, "power_iterations": 1}
+        return {**super().get_config(), **rgp}
+
+
+@keras.saving.register_keras_serializable(package="keras_bandmf")
+class RGPDense(_Thin, keras.layers.Dense):
+    """`keras.layers.Dense` whose kernel has gradient carriers of `rank`; see `enable_rgp`."""
+
+    def __init__(
+        self,
+        units: int,
+        rank: int | None,
+        refresh_every: int = 1,
+        power_iterations: int = 1,
+        **kwargs: Any,
+    ):
+        super().__init__(units, **kwargs)
+        self._init_rgp(rank, refresh_every, power_iterations)
+
+
+@keras.saving.register_keras_serializable(package="keras_bandmf")
+class RGPEinsumDense(_Thin, keras.layers.EinsumDense):
+    """`keras.layers.EinsumDense` with gradient carriers of `rank`; see `enable_rgp`."""
+
+    def __init__(
+        self,
+        equation: str,
+        output_shape: Any,
+        rank: int | None,
+        refresh_every: int = 1,
+        power_iterations: int = 1,
+        **kwargs: Any,
+    ):
+        super().__init__(equation, output_shape, **kwargs)
+        self._init_rgp(rank, refresh_every, power_iterations)
+
+
+@keras.saving.register_keras_serializable(package="keras_bandmf")
+class RGPConv2D(_Thin, keras.layers.Conv2D):
+    """`keras.layers.Conv2D` with gradient carriers of `rank`; see `enable_rgp`."""
+
+    def __init__(
+        self,
+        filters: int,
+        kernel_size: Any,
+        rank: int | None,
+        refresh_every: int = 1,
+        power_iterations: int = 1,
+        **kwargs: Any,
+    ):
+        super().__init__(filters, kernel_size, **kwargs)
+        self._init_rgp(rank, refresh_every, power_iterations)
+
+
+@keras.saving.register_keras_serializable(package="keras_bandmf")
+class RGPEmbedding(_Thin, keras.layers.Embedding):
+    """`keras.layers.Embedding` with gradient carriers of `rank`; see `enable_rgp`."""
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        rank: int | None,
+        refresh_every: int = 1,
+        power_iterations: int = 1,
+        **kwargs: Any,
+    ):
+        super().__init__(input_dim, output_dim, **kwargs)
+        self._init_rgp(rank, refresh_every, power_iterations)
+
+
+register_rule(RGPDense, DenseRule())
+register_rule(RGPEinsumDense, EinsumDenseRule())
+register_rule(RGPConv2D, ConvRule())
+register_rule(RGPEmbedding, EmbeddingRule())

@@ -1,0 +1,172 @@
+"""Clipping rules of kernels with carriers: two thin products in place of x'g.
+
+W = L R + (W - L R), the second part constant. To the first the layer is two layers: one of r
+outputs with the kernel L, then a matrix R. So the rule of the layer's own type gives dL, from the
+same inputs x and the gradient g R'; and dR is (x L)' g.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf import carriers
+from keras_bandmf.clipping import LayerRule
+from keras_bandmf.clipping.factors import Factor, Outer, merged
+from keras_bandmf.clipping.shapes import dims, positions, static
+from keras_bandmf.rgp.carrier import Carrier
+from keras_bandmf.rgp.layouts import einsum_labels, kind_of
+
+
+class CarrierFactor:
+    """Coordinates (dL - L L' dL, dR) of the gradients of one kernel, as factors.
+
+    The part L L' dL is never formed for an example: as it is orthogonal to the rest, its squared
+    norm is subtracted, and that is L' dL = (x L)' (g R'), an r by r matrix.
+
+    Args:
+        carrier: of the kernel.
+        whole: dL as a factor, before the part inside L is taken out.
+        a: x L, (batch, 1, positions, r).
+        thin: g R', (batch, 1, positions, r).
+        g: (batch, 1, positions, n).
+    """
+
+    def __init__(
+        self, carrier: Carrier, whole: Factor, a: tf.Tensor, thin: tf.Tensor, g: tf.Tensor
+    ):
+        self.carrier = carrier
+        self.whole = whole
+        self.a = a
+        self.thin = thin
+        self.g = g
+
+    def joined(self, factors: list[CarrierFactor]) -> CarrierFactor:
+        """All calls of one kernel as one factor ready for use."""
+
+        def joined(name: str) -> tf.Tensor:
+            parts = [getattr(factor, name) for factor in factors]
+            return parts[0] if len(parts) == 1 else tf.concat(parts, axis=2)
+
+        whole = merged([factor.whole for factor in factors])
+        return CarrierFactor(self.carrier, whole, joined("a"), joined("thin"), joined("g"))
+
+    def _right(self) -> Factor:
+        return merged([Outer(self.a, self.g, _only_group)])
+
+    def squared_norms(self) -> tf.Tensor:
+        """Squared norms of the coordinates, (batch,)."""
+        inside = Outer(self.a, self.thin, _only_group)
+        # Written out: a Gram norm may be too large, and this one is subtracted.
+        inside = inside if static(dims(self.a)[2]) == 1 else inside.as_rows()
+        left, right = self.whole.squared_norms(), self._right().squared_norms()
+        total = left - inside.squared_norms() + right
+        # |dR| >= |L' dL|, so the true sum is at least either: rounding cannot hide a gradient.
+        # A NaN compares as False and stays.
+        floor = tf.maximum(left, right)
+        return tf.where(total < floor, floor, total)
+
+    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
+        """Sum over examples of weight times coordinates, (r (m + n),)."""
+        left, _ = self.carrier.pair(self.g.dtype)
+        total = tf.reshape(self.whole.weighted_sum(weights), left.shape)
+        total -= carriers.inside(total, left)
+        return self.carrier.joined(total, self._right().weighted_sum(weights))
+
+
+class CarrierRule(LayerRule):
+    """The rule of a layer whose kernel has carriers.
+
+    Args:
+        rule: of the layer's type; everything but the kernel is left to it.
+        carrier: of the kernel.
+    """
+
+    def __init__(self, rule: LayerRule, carrier: Carrier):
+        self.rule = rule
+        self.carrier = carrier
+
+    def refuses(self, layer):
+        return self.rule.refuses(layer)
+
+    def forward(self, layer, inputs):
+        return self.rule.forward(layer, inputs)
+
+    def finish(self, layer, outputs):
+        return self.rule.finish(layer, outputs)
+
+    def gradients(self, layer, saved, g):
+        kernel = layer._embeddings if hasattr(layer, "_embeddings") else layer._kernel
+        found = []
+        for variable, factor in self.rule.gradients(layer, saved, g):
+            # The factor of the kernel is not used, and no graph will compute it.
+            own = variable is kernel
+            found.append((variable, self._factor(layer, saved, g) if own else factor))
+        return found
+
+    def _factor(self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor) -> CarrierFactor:
+        left, right = self.carrier.pair(g.dtype)
+        kind = kind_of(layer)
+        inputs = saved if kind is keras.layers.Embedding else tf.cast(saved, g.dtype)
+        split = _einsum_split if kind is keras.layers.EinsumDense else _split
+        through, thin, arranged = split(self.carrier, layer, kind, left, right, g)
+        a, _ = self.rule.forward(through, inputs)
+        whole = self.rule.gradients(through, inputs, thin)[0][1]
+        return CarrierFactor(self.carrier, whole, *arranged(a, thin, g))
+
+
+class _Through:
+    """A layer with the left carrier for its kernel, as far as clipping rules look at it."""
+
+    def __init__(self, layer: keras.layers.Layer, **own: Any):
+        self._layer = layer
+        self.__dict__.update(own)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+def _split(carrier, layer, kind, left, right, g):
+    """Dense, Embedding, Conv2D: features are the last axis, or axis 1."""
+    first = kind is keras.layers.Conv2D and layer.data_format == "channels_first"
+    g_last = tf.transpose(g, [0, 2, 3, 1]) if first else g
+    thin = tf.tensordot(g_last, right, [[-1], [1]])
+    kernel = tf.reshape(left, (*carrier.layout.row_shape, carrier.rank))
+    if kind is keras.layers.Embedding:
+        through = _Through(layer, embeddings=kernel, _embeddings=kernel)
+    else:
+        through = _Through(layer, kernel=kernel, _kernel=kernel, bias=None, use_bias=False)
+
+    def arranged(a: tf.Tensor, thin: tf.Tensor, g: tf.Tensor) -> list[tf.Tensor]:
+        tensors = (a, thin, g)
+        if first:
+            tensors = [tf.transpose(t, [0, 2, 3, 1]) for t in tensors]
+        return [positions(t) for t in tensors]
+
+    return through, tf.transpose(thin, [0, 3, 1, 2]) if first else thin, arranged
+
+
+def _einsum_split(carrier, layer, kind, left, right, g):
+    """EinsumDense: the kernel's produced labels give way to one, the rank."""
+    labels = einsum_labels(layer.equation)
+    kernel = tf.reshape(left, (*carrier.layout.row_shape, carrier.rank))
+    first = f"{labels.inputs},{labels.contracted}{labels.rank}->{labels.through}"
+    second = f"{labels.rank}{labels.produced}"
+    shape = (carrier.rank, *carrier.layout.column_shape)
+    thin = tf.einsum(f"{labels.outputs},{second}->{labels.through}", g, tf.reshape(right, shape))
+    through = _Through(layer, kernel=kernel, _kernel=kernel, equation=first, bias=None)
+    ordered = "".join(c for c in labels.outputs if c not in labels.produced) + labels.produced
+
+    def arranged(a: tf.Tensor, thin: tf.Tensor, g: tf.Tensor) -> list[tf.Tensor]:
+        last = tf.einsum(f"{labels.outputs}->{ordered}", g)
+        sizes, count = dims(last), len(labels.produced)
+        last = tf.reshape(last, [*sizes[: len(sizes) - count], carrier.layout.sides[1]])
+        return [positions(a), positions(thin), positions(last)]
+
+    return through, thin, arranged
+
+
+def _only_group(total: tf.Tensor) -> tf.Tensor:
+    return total[0]

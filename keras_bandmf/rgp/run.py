@@ -1,0 +1,127 @@
+"""The carriers of all variables of one run: what the optimizer needs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_bandmf.clipping.coordinates import coordinates_of, released_shape
+from keras_bandmf.rgp.carrier import Carrier
+
+
+class RunCarriers:
+    """The variables of a run in the coordinates in which their gradients are released.
+
+    Formal guarantees:
+        The strategy correlates no noise across a refresh of carriers, where a row of noise would
+        no longer mean the same directions; clipped sums in other coordinates than those the noise
+        was made for are refused.
+
+    Args:
+        variables: trainable, in the optimizer's order.
+        strategy: defines `C` of the noise: `num_steps`, `num_bands`, `noise_rows()`.
+
+    Raises:
+        ValueError: if the strategy correlates noise across a refresh.
+    """
+
+    def __init__(self, variables: Sequence[Any], strategy: Any):
+        self._variables = list(variables)
+        self._carriers: list[Carrier | None] = [coordinates_of(v) for v in variables]
+        self.shapes = [released_shape(variable) for variable in variables]
+        for period in sorted({c.refresh_every for c in self._carriers if c is not None}):
+            _check_blocks(strategy, period)
+
+    @property
+    def description(self) -> list:
+        """Ranks, layouts and refreshes, for a fingerprint; empty without carriers."""
+        found = [None if c is None else c.description for c in self._carriers]
+        return found if any(found) else []
+
+    def start(self, key: np.ndarray) -> None:
+        """Draws the random carriers the run begins with, and remembers the weights."""
+        for index, (variable, carrier) in enumerate(
+            zip(self._variables, self._carriers, strict=True)
+        ):
+            if carrier is not None:
+                carrier.start(variable, key, index)
+
+    def check_sums(self, sums: Sequence[tf.Tensor]) -> None:
+        """Refuses clipped sums in other coordinates.
+
+        Raises:
+            ValueError: if a shape differs.
+        """
+        received = [tuple(total.shape) for total in sums]
+        if received != self.shapes:
+            raise ValueError(
+                "The gradients must be in the coordinates the optimizer was built for: carriers "
+                "were put on the model, or taken off it, since then. Compile and build a new "
+                f"optimizer. Expected shapes: {self.shapes}. Received: {received}"
+            )
+
+    def gradients(self, coordinates: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Gradients of the variables, in their shapes, from noisy coordinates."""
+        return [
+            values if carrier is None else carrier.reconstruct(values)
+            for values, carrier in zip(coordinates, self._carriers, strict=True)
+        ]
+
+    def refresh(self, step: tf.Tensor, replica: int) -> None:
+        """Refreshes the carriers that are due before step `step`, in a replica context."""
+        step = tf.cast(step, tf.int64)
+        for variable, carrier in zip(self._variables, self._carriers, strict=True):
+            if carrier is not None:
+                carrier.refresh(variable, step, replica)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The carriers, to be saved with the run."""
+        return {
+            f"carrier_{index}_{name}": value
+            for index, carrier in enumerate(self._carriers)
+            if carrier is not None
+            for name, value in carrier.to_arrays().items()
+        }
+
+    def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes over what `to_arrays` returned.
+
+        Raises:
+            ValueError: if a carrier is missing, damaged, or of another rank.
+        """
+        for index, carrier in enumerate(self._carriers):
+            if carrier is not None:
+                lead = f"carrier_{index}_"
+                carrier.from_arrays(
+                    {k.removeprefix(lead): v for k, v in arrays.items() if k.startswith(lead)}
+                )
+
+    def __str__(self) -> str:
+        """What is released, in words; empty without carriers."""
+        found = [c for c in self._carriers if c is not None]
+        if not found:
+            return ""
+        ranks = sorted({c.rank for c in found})
+        periods = sorted({c.refresh_every for c in found})
+        return (
+            f"gradients of {len(found)} kernels in low-rank coordinates (RGP, rank "
+            f"{', '.join(map(str, ranks))}, refreshed every {', '.join(map(str, periods))} steps)"
+        )
+
+
+def _check_blocks(strategy: Any, period: int) -> None:
+    if strategy.num_bands == 1:
+        return
+    rows = np.asarray(strategy.noise_rows())
+    steps = np.arange(len(rows)) % period
+    across = np.arange(rows.shape[1]) > steps[:, None]
+    if len(rows) != strategy.num_steps or np.any(rows[across] != 0.0):
+        raise ValueError(
+            "Noise must not be correlated across a refresh of the carriers: it would cancel in "
+            "another basis, and training gets worse than with independent noise. Received: "
+            f"strategy={strategy!r}, refresh_every={period}. Use num_bands=1, or "
+            f"`strategies.BlockDiagonalStrategy.optimize(num_steps, num_bands, {period})`."
+        )
