@@ -9,10 +9,15 @@ import keras
 from keras_bandmf.accounting import Schedule
 from keras_bandmf.checks import checked_choice, checked_int
 from keras_bandmf.optimizer_workload import workload_from_optimizer
-from keras_bandmf.strategies import BandedStrategy, ToeplitzStrategy, Workload
+from keras_bandmf.strategies import (
+    BandedStrategy,
+    BlockDiagonalStrategy,
+    ToeplitzStrategy,
+    Workload,
+)
 
 _NAMES = ("toeplitz", "banded")
-_KNOWN = (ToeplitzStrategy, BandedStrategy)
+_KNOWN = (ToeplitzStrategy, BandedStrategy, BlockDiagonalStrategy)
 _HINT = "Or pass a strategy object of `keras_bandmf.strategies`."
 
 

@@ -122,6 +122,8 @@ def merge_rgp(model: keras.Model) -> keras.Model:
             f"The model has no gradient carriers. Received: model '{model.name}'. Only models of "
             "`enable_rgp` or of RGP layers have."
         )
+    # A step traced with the carriers would go on using them.
+    model.train_function = None
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from keras_bandmf.strategies.arguments import choice
 from keras_bandmf.strategies.banded import BandedStrategy
 from keras_bandmf.strategies.banded_inverse import BandedInverseStrategy
+from keras_bandmf.strategies.block_diagonal import BlockDiagonalStrategy
 from keras_bandmf.strategies.buffered import BufferedToeplitzStrategy
 from keras_bandmf.strategies.toeplitz import ToeplitzStrategy
 from keras_bandmf.strategies.tree import TreeStrategy
@@ -13,6 +14,7 @@ from keras_bandmf.strategies.workload import Workload
 __all__ = [
     "BandedInverseStrategy",
     "BandedStrategy",
+    "BlockDiagonalStrategy",
     "BufferedToeplitzStrategy",
     "ToeplitzStrategy",
     "TreeStrategy",
@@ -23,6 +25,7 @@ __all__ = [
 _KINDS = (
     BandedInverseStrategy,
     BandedStrategy,
+    BlockDiagonalStrategy,
     BufferedToeplitzStrategy,
     ToeplitzStrategy,
     TreeStrategy,
@@ -35,6 +38,7 @@ def from_config(
 ) -> (
     BandedInverseStrategy
     | BandedStrategy
+    | BlockDiagonalStrategy
     | BufferedToeplitzStrategy
     | ToeplitzStrategy
     | TreeStrategy
