@@ -230,8 +230,7 @@ class _BlockLoss:
         n, b = self._shape
         block = point.reshape(-1, b)
         length = len(block)
-        kept = _within(length, b)
-        inside = _within_run(n, length, b)
+        inside, kept = _within(n, b), _within(length, b)
         tiled = _repeated(block * kept, n) * inside
         norms = np.linalg.norm(tiled, axis=1, keepdims=True)
         if not np.min(block[:, 0]) > 0.0:
@@ -254,17 +253,10 @@ def _repeated(block: np.ndarray, num_steps: int) -> np.ndarray:
 
 
 def _within(steps: int, bands: int) -> np.ndarray:
-    """1 where an entry of a column lies within a block of this many rows, else 0."""
+    """1 where an entry of a column lies within a matrix of this many rows, else 0."""
     return (np.arange(bands) < np.arange(steps, 0, -1)[:, None]).astype(np.float64)
 
 
-def _within_run(num_steps: int, block_steps: int, bands: int) -> np.ndarray:
-    """As `_within`, for all columns of C: the last block may be cut."""
-    mask = _repeated(_within(block_steps, bands), num_steps)
-    return mask * _within(num_steps, bands)
-
-
 def _tiled(block: np.ndarray, num_steps: int) -> np.ndarray:
-    """The columns of C, `(n, b)`, of norm 1."""
-    inside = _within_run(num_steps, len(block), block.shape[1])
-    return normalize_columns(_repeated(block, num_steps) * inside)
+    """The columns of C, `(n, b)`, of norm 1; those of a `BandedStrategy` end with its steps."""
+    return normalize_columns(_repeated(block, num_steps))
