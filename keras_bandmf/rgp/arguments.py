@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,20 @@ def check_numbers(**values: Any) -> None:
                 f"Argument `{name}` must be an integer of at least {least}. "
                 f"Received: {name}={value!r}"
             )
+
+
+def check_scale(head_scale: Any) -> None:
+    """Refuses a scale that is not a positive finite number.
+
+    Raises:
+        ValueError: it is not.
+    """
+    real = isinstance(head_scale, numbers.Real) and not isinstance(head_scale, bool)
+    if not real or not 0 < head_scale < math.inf:
+        raise ValueError(
+            "Argument `head_scale` must be a positive finite number. "
+            f"Received: head_scale={head_scale!r}"
+        )
 
 
 def named_layers(

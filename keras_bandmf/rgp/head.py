@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-import keras
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_bandmf.clipping import LayerRule
+from keras_bandmf.clipping.coordinates import set_coordinates
+from keras_bandmf.clipping.registry import rule_of, set_rule
 from keras_bandmf.rgp.layouts import carried_kernel
 
 
@@ -39,3 +47,82 @@ def _last_kernel(operation: object) -> list[keras.layers.Layer]:
     parts = operation._flatten_layers()
     kernels = [layer for layer in parts if not isinstance(carried_kernel(layer), str)]
     return kernels[-1:]
+
+
+class HeadScale:
+    """Coordinates of a variable of the head: its gradient times a constant.
+
+    The same noise on smaller gradients: the head gets less of the clip norm, the carriers more.
+    """
+
+    def __init__(self, scale: float, shape: tuple[int, ...]):
+        self.scale = scale
+        self.shape = shape
+
+    @property
+    def description(self) -> list:
+        """What must be equal for a checkpoint to fit, for JSON."""
+        return ["head_scale", self.scale]
+
+    def of(self, gradient: tf.Tensor) -> tf.Tensor:
+        """The gradient times the scale."""
+        return gradient * tf.cast(self.scale, gradient.dtype)
+
+    def reconstruct(self, coordinates: tf.Tensor) -> tf.Tensor:
+        """The coordinates as they are: the paper's code does not scale back."""
+        return coordinates
+
+    def start(self, kernel: Any, key: np.ndarray, index: int) -> None:
+        """Nothing to draw."""
+
+    def refresh(self, kernel: Any, step: tf.Tensor, replica: int) -> None:
+        """Nothing moves."""
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """No state."""
+        return {}
+
+    def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """No state."""
+
+
+class ScaledRule(LayerRule):
+    """The rule of a head: factors are linear in the gradient of the pre-activation."""
+
+    def __init__(self, rule: LayerRule, scale: float):
+        self.rule = rule
+        self.scale = scale
+
+    def refuses(self, layer):
+        return self.rule.refuses(layer)
+
+    def forward(self, layer, inputs):
+        return self.rule.forward(layer, inputs)
+
+    def finish(self, layer, outputs):
+        return self.rule.finish(layer, outputs)
+
+    def gradients(self, layer, saved, g):
+        return self.rule.gradients(layer, saved, g * tf.cast(self.scale, g.dtype))
+
+
+def scale_head(
+    head: Sequence[keras.layers.Layer], carried: Sequence[keras.layers.Layer], scale: float
+) -> None:
+    """Scales the per-example gradients of the head before clipping.
+
+    Raises:
+        ValueError: if a layer of the head is to get carriers too.
+    """
+    for layer in head:
+        if any(layer is other for other in carried):
+            raise ValueError(
+                "`head_scale` is for a head without carriers. Received: "
+                f"head_scale={scale} and '{layer.path}' in `layers`."
+            )
+    for layer in head:
+        rule, _ = rule_of(layer)
+        if rule is not None:
+            set_rule(layer, ScaledRule(rule, scale))
+        for variable in layer._trainable_variables:
+            set_coordinates(variable, HeadScale(scale, tuple(variable.shape)))

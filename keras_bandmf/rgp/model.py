@@ -12,9 +12,9 @@ from keras_bandmf.clipping.conv_rules import ConvRule
 from keras_bandmf.clipping.coordinates import coordinates_of, set_coordinates
 from keras_bandmf.clipping.layer_rules import DenseRule, EinsumDenseRule, EmbeddingRule
 from keras_bandmf.clipping.registry import rule_of, set_rule
-from keras_bandmf.rgp.arguments import check_numbers, named_layers
+from keras_bandmf.rgp.arguments import check_numbers, check_scale, named_layers
 from keras_bandmf.rgp.carrier import Carrier
-from keras_bandmf.rgp.head import head_layers
+from keras_bandmf.rgp.head import head_layers, scale_head
 from keras_bandmf.rgp.layouts import carried_kernel
 from keras_bandmf.rgp.rules import CarrierRule
 
@@ -27,6 +27,7 @@ def enable_rgp(
     refresh_every: int = 1,
     power_iterations: int = 1,
     warmup_steps: int = 0,
+    head_scale: float = 1.0,
 ) -> keras.Model:
     """Makes the private training of a model release low-rank coordinates of its gradients.
 
@@ -53,6 +54,8 @@ def enable_rgp(
         power_iterations: of each refresh; the paper's code takes 1.
         warmup_steps: steps in which the carriers follow the weights W_t themselves; after that the
             historical update W_t - W_0.
+        head_scale: factor of the head's per-example gradients before clipping, not undone after;
+            the paper's code takes 0.1 for language and 0.01 for images.
 
     Returns:
         The same model.
@@ -68,6 +71,7 @@ def enable_rgp(
         power_iterations=power_iterations,
         warmup_steps=warmup_steps,
     )
+    check_scale(head_scale)
     if not isinstance(model, keras.Model):
         raise TypeError(
             "Argument `model` must be a keras.Model of Keras 3. "
@@ -90,6 +94,8 @@ def enable_rgp(
             f"head, or have a side below the rank. Received: rank={rank}, layers={layers!r}, "
             f"exclude={exclude!r}. Name the layers, or choose a smaller rank."
         )
+    if head_scale != 1:
+        scale_head(head_layers(model), candidates, float(head_scale))
     for layer in candidates:
         _carry(layer, rank, refresh_every, power_iterations, warmup_steps)
     return model
@@ -109,10 +115,11 @@ def merge_rgp(model: keras.Model) -> keras.Model:
     """
     merged = False
     for layer in model._flatten_layers():
-        found = carried_kernel(layer)
-        if isinstance(found, str) or coordinates_of(found[0]) is None:
+        own = [*layer._trainable_variables, *layer._non_trainable_variables]
+        if all(coordinates_of(variable) is None for variable in own):
             continue
-        set_coordinates(found[0], None)
+        for variable in own:
+            set_coordinates(variable, None)
         set_rule(layer, None)
         if isinstance(layer, _Thin):
             layer.rgp = None

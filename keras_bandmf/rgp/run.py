@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_bandmf.clipping.coordinates import coordinates_of, released_shape
 from keras_bandmf.rgp.carrier import Carrier
+from keras_bandmf.rgp.head import HeadScale
 
 
 class RunCarriers:
@@ -30,9 +31,10 @@ class RunCarriers:
 
     def __init__(self, variables: Sequence[Any], strategy: Any):
         self._variables = list(variables)
-        self._carriers: list[Carrier | None] = [coordinates_of(v) for v in variables]
+        self._carriers: list[Carrier | HeadScale | None] = [coordinates_of(v) for v in variables]
         self.shapes = [released_shape(variable) for variable in variables]
-        for period in sorted({c.refresh_every for c in self._carriers if c is not None}):
+        found = [carrier for carrier in self._carriers if isinstance(carrier, Carrier)]
+        for period in sorted({carrier.refresh_every for carrier in found}):
             _check_blocks(strategy, period)
 
     @property
@@ -101,7 +103,7 @@ class RunCarriers:
 
     def __str__(self) -> str:
         """What is released, in words; empty without carriers."""
-        found = [c for c in self._carriers if c is not None]
+        found = [c for c in self._carriers if isinstance(c, Carrier)]
         if not found:
             return ""
         ranks = sorted({c.rank for c in found})

@@ -119,8 +119,31 @@ def test_rgp_layers_keep_their_rank_through_a_file(tmp_path):
     np.testing.assert_array_equal(merged.predict(x, verbose=0), model.predict(x, verbose=0))
 
 
-def test_rgp_layers_take_the_book_keeping_path():
-    model = rgp_model()
+def test_a_trained_file_predicts_as_a_plain_model_and_does_not_train_on(tmp_path):
+    """The file has no carriers: the weights are there, but the run cannot go on from it."""
+    plan = runs.make_plan(num_bands=1)
+    model = runs.compiled(
+        bandmf.privatize(bandmf.enable_rgp(make_model(), 2)),
+        plan,
+        loss="sparse_categorical_crossentropy",
+    )
+    x, y = np.tile(X, (20, 1, 1, 1))[:96], np.arange(96) % 2
+    model.fit(plan.batches(x, y), epochs=1, steps_per_epoch=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    plain = keras.saving.load_model(tmp_path / "model.keras", compile=False)
+    np.testing.assert_array_equal(plain.predict(X, verbose=0), model.predict(X, verbose=0))
+    with pytest.raises(ValueError, match="another run|could not be restored"):
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        bandmf.privatize(loaded).fit(plan.batches(x, y), epochs=1, verbose=0)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_rgp_layers_take_the_book_keeping_path(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = rgp_model()
+    finally:
+        keras.config.set_dtype_policy("float32")
     plan = runs.make_plan(num_bands=1)
     runs.compiled(bandmf.privatize(model), plan)
     x = np.random.default_rng(0).integers(0, 9, (96, 6))
@@ -212,6 +235,11 @@ MISUSES = {
     "thin_rank": (
         lambda: keras.Sequential([keras.Input((5,)), bandmf.RGPDense(3, rank=4)]),
         "rank=4",
+    ),
+    "head_scale": (lambda: bandmf.enable_rgp(make_model(), 2, head_scale=0), "head_scale=0"),
+    "scaled_head_with_carriers": (
+        lambda: bandmf.enable_rgp(make_model(), 2, layers=["head"], head_scale=0.1),
+        "without carriers",
     ),
     "no_carriers_yet": (
         lambda: bandmf.clipped_gradients(

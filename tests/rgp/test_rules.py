@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import keras_bandmf as bandmf
 from keras_bandmf.clipping.coordinates import coordinates_of
+from keras_bandmf.rgp.head import HeadScale
 from keras_bandmf.rgp.run import RunCarriers
 
 RANK = 2
@@ -88,7 +89,7 @@ def data(model, count=4):
     return rng.normal(size=shape), rng.normal(size=(count, 1))
 
 
-def expected_coordinates(model, x, y):
+def expected_coordinates(model, x, y, head_scale=1.0):
     """Per variable (batch, ...): gradients of one example at a time, projected densely."""
     columns = [[] for _ in model.trainable_variables]
     for i in range(len(x)):
@@ -98,7 +99,9 @@ def expected_coordinates(model, x, y):
         for column, variable, g in zip(columns, model.trainable_variables, gradients, strict=True):
             carrier = coordinates_of(variable)
             g = tf.convert_to_tensor(g).numpy()
-            if carrier is not None:
+            if isinstance(carrier, HeadScale):
+                g = g * head_scale
+            elif carrier is not None:
                 left, right = (c.numpy() for c in carrier.pair())
                 rows, cols = carrier.layout.rows, carrier.layout.columns
                 w = np.transpose(g, rows + cols).reshape(left.shape[0], right.shape[1])
@@ -129,6 +132,23 @@ def test_clipped_sums_are_projected_gradients(name):
     assert route == ("general" if name == "general" else "book-keeping")
     bandmf.clipping.check_model(model, x, y, loss="mse")
     assert bandmf.clipping.explain(model).route == route
+
+
+def test_the_head_can_be_scaled_before_clipping():
+    """Its gradients count a tenth in the joint norm, and stay a tenth."""
+    model = MODELS["dense"]()
+    carriers = started(model, head_scale=0.1)
+    x, y = data(model)
+    expected = expected_coordinates(model, x, y, 0.1)
+    flat = np.concatenate([g.reshape(len(x), -1) for g in expected], axis=1)
+    got = bandmf.clipped_gradients(model, x, y, l2_norm_clip=1e9, loss="mse")
+    np.testing.assert_allclose(got.norms, np.linalg.norm(flat, axis=1), rtol=1e-9)
+    for g, total in zip(expected, got.sums, strict=True):
+        np.testing.assert_allclose(total, g.sum(axis=0), atol=1e-9)
+    np.testing.assert_allclose(carriers.gradients(got.sums)[-1], expected[-1].sum(axis=0))
+    assert bandmf.clipping.explain(model).route == "book-keeping"
+    bandmf.merge_rgp(model)
+    assert all(coordinates_of(v) is None for v in model.variables)
 
 
 def test_reconstruction_of_a_clipped_sum_is_the_projection_of_the_gradient():
