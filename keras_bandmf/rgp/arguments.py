@@ -74,6 +74,10 @@ def named_layers(
                 f"Argument `{argument}` must name layers of the model. Received: {name!r}, which "
                 "is none of them. `keras_bandmf.clipping.explain(model)` lists their paths."
             )
-        for layer in own:  # a block stands for the layers within it
-            found += [layer, *layer._flatten_layers(include_self=False)]
+        found += own
     return found
+
+
+def within(layers: Sequence[keras.layers.Layer]) -> list[keras.layers.Layer]:
+    """The layers and all layers inside them."""
+    return [part for layer in layers for part in layer._flatten_layers()]

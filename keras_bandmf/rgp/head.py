@@ -11,8 +11,9 @@ import tensorflow as tf
 
 from keras_bandmf.clipping import LayerRule
 from keras_bandmf.clipping.coordinates import set_coordinates
-from keras_bandmf.clipping.registry import rule_of, set_rule
+from keras_bandmf.clipping.registry import set_rule
 from keras_bandmf.rgp.layouts import carried_kernel
+from keras_bandmf.rgp.rules import type_rule
 
 
 def head_layers(model: keras.Model) -> list[keras.layers.Layer]:
@@ -22,11 +23,11 @@ def head_layers(model: keras.Model) -> list[keras.layers.Layer]:
         model: built. One that is not functional says nothing about the way: its last layer with a
             kernel is taken for the head.
     """
-    model = getattr(model, "_functional", None) or model
-    if isinstance(model, keras.Model) and hasattr(model, "operations"):
+    functional = _functional(model)
+    if functional is not None:
         found: list[keras.layers.Layer] = []
         seen: set[int] = set()
-        waiting = list(keras.tree.flatten(model.outputs))
+        waiting = list(keras.tree.flatten(functional.outputs))
         while waiting:
             operation, node, _ = waiting.pop()._keras_history
             if id(operation) in seen:
@@ -44,9 +45,19 @@ def head_layers(model: keras.Model) -> list[keras.layers.Layer]:
 def _last_kernel(operation: object) -> list[keras.layers.Layer]:
     if not isinstance(operation, keras.layers.Layer):
         return []
-    parts = operation._flatten_layers()
-    kernels = [layer for layer in parts if not isinstance(carried_kernel(layer), str)]
-    return kernels[-1:]
+    if isinstance(operation, keras.Model) and _functional(operation) is not None:
+        return head_layers(operation)
+    # Not `_flatten_layers`, whose order is not that of the attributes.
+    for child in reversed(operation._layers):
+        found = _last_kernel(child)
+        if found:
+            return found
+    return [] if isinstance(carried_kernel(operation), str) else [operation]
+
+
+def _functional(model: keras.Model) -> keras.Model | None:
+    model = getattr(model, "_functional", None) or model
+    return model if hasattr(model, "operations") else None
 
 
 class HeadScale:
@@ -121,8 +132,6 @@ def scale_head(
                 f"head_scale={scale} and '{layer.path}' in `layers`."
             )
     for layer in head:
-        rule, _ = rule_of(layer)
-        if rule is not None:
-            set_rule(layer, ScaledRule(rule, scale))
+        set_rule(layer, ScaledRule(type_rule(layer), scale))
         for variable in layer._trainable_variables:
             set_coordinates(variable, HeadScale(scale, tuple(variable.shape)))

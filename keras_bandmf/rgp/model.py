@@ -11,12 +11,12 @@ from keras_bandmf.clipping import register_rule
 from keras_bandmf.clipping.conv_rules import ConvRule
 from keras_bandmf.clipping.coordinates import coordinates_of, set_coordinates
 from keras_bandmf.clipping.layer_rules import DenseRule, EinsumDenseRule, EmbeddingRule
-from keras_bandmf.clipping.registry import rule_of, set_rule
-from keras_bandmf.rgp.arguments import check_numbers, check_scale, named_layers
+from keras_bandmf.clipping.registry import set_rule
+from keras_bandmf.rgp.arguments import check_numbers, check_scale, named_layers, within
 from keras_bandmf.rgp.carrier import Carrier
 from keras_bandmf.rgp.head import head_layers, scale_head
 from keras_bandmf.rgp.layouts import carried_kernel
-from keras_bandmf.rgp.rules import CarrierRule
+from keras_bandmf.rgp.rules import CarrierRule, type_rule
 
 
 def enable_rgp(
@@ -139,41 +139,48 @@ def _candidates(
 ) -> list[keras.layers.Layer]:
     """The layers that get carriers, in the model's order."""
     every = list(model._flatten_layers(include_self=False))
-    excluded = {id(layer) for layer in named_layers("exclude", exclude, every)}
-    asked = None
-    if layers is not None:
-        asked = {id(layer) for layer in named_layers("layers", layers, every)}
+    excluded = {id(layer) for layer in within(named_layers("exclude", exclude, every))}
+    named = named_layers("layers", layers, every)
+    asked = {id(layer) for layer in (every if layers is None else within(named))} - excluded
     head = {id(layer) for layer in head_layers(model)}
     chosen, kernels = [], set()
     for layer in every:
         found = carried_kernel(layer)
-        if not isinstance(found, str) and coordinates_of(found[0]) is not None:
-            if getattr(layer, "rgp", None) is not None:
-                continue  # an RGP layer has its own
+        carried = not isinstance(found, str) and coordinates_of(found[0]) is not None
+        if carried and getattr(layer, "rgp", None) is None:
             raise ValueError(
                 "`enable_rgp` may be called once. Received: a model whose layer "
                 f"'{layer.path}' has carriers. Call `merge_rgp(model)` first."
             )
-        if id(layer) in excluded or (asked is not None and id(layer) not in asked):
+        if carried or id(layer) not in asked:  # an RGP layer has its own
             continue
+        by_name = any(layer is other for other in named)
         if isinstance(found, str):
-            if asked is not None:
-                raise ValueError(
-                    f"`layers` must name layers that can have carriers. Received: '{layer.path}': "
-                    f"{found}."
-                )
+            reason = None if layer._layers else found
+        else:
+            reason = _left_out(layer, *found, rank, set() if by_name else head)
+        if reason is not None and by_name:
+            raise ValueError(
+                f"`layers` must name layers that can have carriers. Received: '{layer.path}': "
+                f"{reason}."
+            )
+        if isinstance(found, str) or reason is not None:
             continue
-        kernel, layout = found
-        if asked is None:
-            small = min(layout.sides) < max(rank, 2)
-            if small or not kernel.trainable or id(layer) in head or id(kernel) in kernels:
-                continue
-        elif not kernel.trainable:
-            raise ValueError(f"`layers` must name trainable layers. Received: '{layer.path}'.")
-        _check_kernel(layer, kernel, layout, rank)
-        kernels.add(id(kernel))
-        chosen.append(layer)
+        if id(found[0]) not in kernels:
+            _check_kernel(layer, *found, rank)
+            kernels.add(id(found[0]))
+            chosen.append(layer)
     return chosen
+
+
+def _left_out(layer: Any, kernel: Any, layout: Any, rank: int, head: set[int]) -> str | None:
+    """Why a layer is to get no carriers, or None."""
+    if not kernel.trainable:
+        return "it is not trained"
+    if min(layout.sides) < max(rank, 2):
+        m, n = layout.sides
+        return f"its kernel is a matrix of {m} x {n}, rank={rank} is above the shorter side"
+    return "it is part of the head" if id(layer) in head else None
 
 
 def _check_kernel(layer: keras.layers.Layer, kernel: Any, layout: Any, rank: int) -> None:
@@ -203,9 +210,7 @@ def _carry(
     carrier = Carrier(
         layout, rank, refresh_every, power_iterations, warmup_steps, kernel.path, dtype
     )
-    rule, _ = rule_of(layer)
-    if rule is not None:  # else it goes the general path, which needs no rule
-        set_rule(layer, CarrierRule(rule, carrier))
+    set_rule(layer, CarrierRule(type_rule(layer), carrier))
     set_coordinates(kernel, carrier)
 
 

@@ -14,10 +14,25 @@ import tensorflow as tf
 
 from keras_bandmf import carriers
 from keras_bandmf.clipping import LayerRule
+from keras_bandmf.clipping.conv_rules import ConvRule
 from keras_bandmf.clipping.factors import Factor, Outer, merged
+from keras_bandmf.clipping.layer_rules import DenseRule, EinsumDenseRule, EmbeddingRule
 from keras_bandmf.clipping.shapes import dims, positions, static
 from keras_bandmf.rgp.carrier import Carrier
 from keras_bandmf.rgp.layouts import einsum_labels, kind_of
+
+# Of the layers a carrier can be on; each refuses a layer, when it is used, for its own reasons.
+_RULES = {
+    keras.layers.Dense: DenseRule(),
+    keras.layers.EinsumDense: EinsumDenseRule(),
+    keras.layers.Embedding: EmbeddingRule(),
+    keras.layers.Conv2D: ConvRule(),
+}
+
+
+def type_rule(layer: keras.layers.Layer) -> LayerRule:
+    """The clipping rule of the type of a layer that can have carriers."""
+    return _RULES[kind_of(layer)]
 
 
 class CarrierFactor:

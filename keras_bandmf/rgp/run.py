@@ -57,8 +57,8 @@ class RunCarriers:
         Raises:
             ValueError: if a shape differs.
         """
-        received = [tuple(total.shape) for total in sums]
-        if received != self.shapes:
+        received = [total.shape for total in sums]
+        if not all(a.is_compatible_with(b) for a, b in zip(received, self.shapes, strict=True)):
             raise ValueError(
                 "The gradients must be in the coordinates the optimizer was built for: carriers "
                 "were put on the model, or taken off it, since then. Compile and build a new "

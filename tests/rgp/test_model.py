@@ -261,3 +261,22 @@ def test_misuse_is_refused_with_a_way_out(name):
 def test_a_rank_that_is_no_integer_is_refused(rank):
     with pytest.raises(TypeError, match="`rank`"):
         bandmf.enable_rgp(make_model(), rank)
+
+
+def test_a_block_stands_for_the_layers_within_it():
+    """Norms, frozen and small kernels inside are passed over; the nested head is the last one."""
+    block = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(5, name="first"),
+            keras.layers.LayerNormalization(),
+            keras.layers.Dense(1, name="narrow"),
+            keras.layers.Dense(5, name="last"),
+        ],
+        name="block",
+    )
+    assert carried(bandmf.enable_rgp(keras.Sequential([keras.Input((6,)), block]), 2)) == ["first"]
+    bandmf.merge_rgp(block)
+    model = keras.Sequential([keras.Input((6,)), block, keras.layers.Dense(6, name="top")])
+    bandmf.enable_rgp(model, 2, layers=["block", "top"])
+    assert carried(model) == ["first", "top"]
