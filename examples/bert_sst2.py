@@ -45,8 +45,9 @@ def read_table(path: pathlib.Path) -> tuple[list[str], np.ndarray]:
 def make_model(preset: pathlib.Path, length: int) -> keras.Model:
     """The encoder, the mean over tokens, and a head of two logits."""
     encoder = keras_nlp.models.BertBackbone.from_preset(str(preset), dropout=0.0)
-    for layer in (encoder.token_embedding, encoder.position_embedding, encoder.segment_embedding):
-        layer.trainable = False
+    # Embeddings as in the paper; the pooler because nothing here uses it.
+    for name in ("token_embedding", "position_embedding", "segment_embedding", "pooled_dense"):
+        encoder.get_layer(name).trainable = False
     inputs = {
         name: keras.Input((length,), dtype="int32", name=name)
         for name in ("token_ids", "padding_mask", "segment_ids")
@@ -65,6 +66,7 @@ def main() -> None:
         epochs=3,
         batch_size=256,
         learning_rate=1e-3,
+        plain_learning_rate=1e-4,
         l2_norm_clip=0.1,
         rank=8,
         epsilon=8.0,

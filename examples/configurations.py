@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
 
     Args:
         parser: of the example.
-        defaults: epochs, batch_size, learning_rate, l2_norm_clip, rank, epsilon.
+        defaults: epochs, batch_size, learning_rate, plain_learning_rate, l2_norm_clip, rank,
+            epsilon.
     """
     parser.add_argument("--method", choices=METHODS, help="what to train; without it: report")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of results")
@@ -35,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
     parser.add_argument("--epochs", type=int, default=defaults["epochs"])
     parser.add_argument("--batch_size", type=int, default=defaults["batch_size"])
     parser.add_argument("--learning_rate", type=float, default=defaults["learning_rate"])
+    parser.add_argument(
+        "--plain_learning_rate",
+        type=float,
+        default=defaults["plain_learning_rate"],
+        help="of non_private, whose gradients are not clipped",
+    )
     parser.add_argument("--l2_norm_clip", type=float, default=defaults["l2_norm_clip"])
     parser.add_argument("--rank", type=int, default=defaults["rank"])
     parser.add_argument("--num_bands", type=int, default=4, help="of rgp_banded")
@@ -84,10 +91,11 @@ def run(
     keras.utils.set_random_seed(options.seed)
     model = make_model()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    optimizer = make_optimizer(options.learning_rate)
+    plain = options.method == "non_private"
+    optimizer = make_optimizer(options.plain_learning_rate if plain else options.learning_rate)
     num_examples = len(train[1])
     facts = {"method": options.method, "parameters": _trained(model)}
-    if options.method == "non_private":
+    if plain:
         data = {"x": train[0], "y": train[1], "batch_size": options.batch_size}
     else:
         plan = make_plan(options, num_examples)
@@ -101,7 +109,7 @@ def run(
         facts |= {"epsilon": plan.epsilon(), "noise_multiplier": plan.noise_multiplier}
     model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
     optimizer.build(model.trainable_variables)
-    if options.method != "non_private":
+    if not plain:
         layout = optimizer.run_state.noise.layout
         facts |= {"noised": layout.size, "ring": layout.size * (plan.num_bands - 1)}
     backup = options.output / f"{options.method}-backup"
@@ -117,7 +125,7 @@ def run(
         "accuracy": history.history["val_accuracy"],
         "seconds_per_epoch": (time.time() - started) / max(1, len(history.epoch)),
     }
-    if options.method != "non_private":
+    if not plain:
         print(bandmf.statement(model))
     result.write_text(json.dumps(facts, indent=2))
     shutil.rmtree(backup, ignore_errors=True)
