@@ -91,20 +91,23 @@ def test_unknown_modes_are_refused(clipping):
         optimizer_of(clipping)
 
 
+FLAT = ("flat", 1.0, "flat: .* sensitivity 3")
+AUTOMATIC = ("automatic", 3 / 1.01, r"automatic: .* 3 / \(its norm \+ 0.01\).* sensitivity 3")
+SHARES = (PerLayerClipping({"count": 9.0}), 1.0, "per layer: .*count 9.* sensitivity 3")
+
+
 @pytest.mark.parametrize(
-    ("clipping", "contribution", "words"),
+    ("case", "replicas", "mode"),
     [
-        ("flat", 1.0, "flat: .* sensitivity 3"),
-        ("automatic", 3 / 1.01, r"automatic: .* 3 / \(its norm \+ 0.01\).* sensitivity 3"),
-        (PerLayerClipping({"count": 9.0}), 1.0, "per layer: .*count 9.* sensitivity 3"),
+        (FLAT, 1, {}),
+        (SHARES, 1, {"jit_compile": True}),
+        (AUTOMATIC, 1, {"jit_compile": True}),
+        (AUTOMATIC, 2, {}),
     ],
-    ids=["flat", "automatic", "per_layer"],
 )
-@pytest.mark.parametrize(("replicas", "mode"), [(1, {}), (1, {"jit_compile": True}), (2, {})])
-def test_a_private_fit_clips_in_the_mode_and_states_it(
-    clipping, contribution, words, replicas, mode
-):
+def test_a_private_fit_clips_in_the_mode_and_states_it(case, replicas, mode):
     """Every gradient of the counting model has norm one."""
+    clipping, contribution, words = case
     plan = runs.make_plan(noise_multiplier=1e-7, num_steps=12)
 
     def make():
@@ -150,7 +153,6 @@ def scaled_data():
         (1, None, {}),
         (1, 3, {"run_eagerly": True}),
         (1, "auto", {"jit_compile": True}),
-        (2, None, {}),
         (2, "auto", {}),
     ],
 )
