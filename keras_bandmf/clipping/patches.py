@@ -1,0 +1,53 @@
+"""What each offset of a convolution's kernel sees, by strided slices."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf.clipping.shapes import dims, product
+
+
+class Slices:
+    """Slices of `x` (batch, *sizes, channels), one for each kernel offset.
+
+    Args:
+        layer: a convolution: its kernel size, strides, dilation and padding are used.
+        x: the side of the convolution that is slid over, channels last.
+        cells: sizes of the other side, one for each spatial axis.
+        groups: of channels.
+    """
+
+    def __init__(self, layer: keras.layers.Layer, x: tf.Tensor, cells: list[Any], groups: int = 1):
+        self.strides, self.dilation = layer.strides, layer.dilation_rate
+        self.groups, self.cells = groups, cells
+        self.offsets = list(itertools.product(*(range(k) for k in layer.kernel_size)))
+        self.x = tf.pad(x, self._padding(layer, dims(x)[1:-1])) if layer.padding != "valid" else x
+
+    def _padding(self, layer: keras.layers.Layer, sizes: list[Any]) -> list[list[Any]]:
+        pads: list[list[Any]] = [[0, 0]]
+        for size, out, k, s, d in zip(
+            sizes, self.cells, layer.kernel_size, self.strides, self.dilation, strict=True
+        ):
+            needed = (out - 1) * s + (k - 1) * d + 1 - size
+            if layer.padding == "causal":
+                pads.append([(k - 1) * d, 0])
+                continue
+            total = max(needed, 0) if isinstance(needed, int) else tf.maximum(needed, 0)
+            pads.append([total // 2, total - total // 2])
+        return [*pads, [0, 0]]
+
+    def at(self, offset: tuple[int, ...]) -> tf.Tensor:
+        """Inputs seen by one kernel offset: (batch, groups, positions, channels)."""
+        index = [slice(None)]
+        for k, out, s, d in zip(offset, self.cells, self.strides, self.dilation, strict=True):
+            index.append(slice(k * d, k * d + (out - 1) * s + 1, s))
+        part = self.x[tuple(index)]
+        batch, channels, positions = dims(part)[0], dims(part)[-1], product(self.cells)
+        if self.groups == 1:
+            return tf.reshape(part, [batch, 1, positions, channels])
+        part = tf.reshape(part, [batch, positions, self.groups, channels // self.groups])
+        return tf.transpose(part, [0, 2, 1, 3])
