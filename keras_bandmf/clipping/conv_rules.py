@@ -97,15 +97,16 @@ class SeparableConvRule(KernelRule):
     """SeparableConv1D and 2D: a depthwise convolution, then a matrix on the channels."""
 
     def forward(self, layer, inputs):
-        middle = depthwise(layer, inputs, layer.depthwise_kernel)
-        outputs = keras.ops.conv(
-            middle, constant(layer.pointwise_kernel), data_format=layer.data_format
-        )
+        (middle,) = channels_last(layer, depthwise(layer, inputs, layer.depthwise_kernel))
+        pointwise = constant(layer.pointwise_kernel)
+        outputs = keras.ops.matmul(middle, tf.reshape(pointwise, pointwise.shape[-2:]))
+        if layer.data_format == "channels_first":
+            outputs = tf.transpose(outputs, [0, layer.rank + 1, *range(1, layer.rank + 1)])
         return with_bias(layer, outputs), (inputs, middle)
 
     def gradients(self, layer, saved, g):
-        x, middle = (tf.cast(t, g.dtype) for t in saved)
-        x, middle, g = channels_last(layer, x, middle, g)
+        inputs, middle = (tf.cast(t, g.dtype) for t in saved)
+        x, g = channels_last(layer, inputs, g)
         pointwise = layer.pointwise_kernel
         flat = tf.reshape(wide(pointwise, g), pointwise.shape[-2:])
         behind = tf.matmul(g, flat, transpose_b=True)

@@ -41,7 +41,7 @@ class RootMeanSquareRule(ScaleRule):
 
 
 class PositionEmbeddingRule(LayerRule):
-    """PositionEmbedding: the first rows of a table, for every example the same, or rows by index."""
+    """PositionEmbedding: the first rows of a table for every example, or rows by index."""
 
     def forward(self, layer, inputs, positions=None):
         table = constant(layer.position_embeddings)

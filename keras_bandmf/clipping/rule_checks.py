@@ -147,4 +147,5 @@ def _random_like(tensor: tf.Tensor) -> tf.Tensor:
 
 def _tolerance(layer: keras.layers.Layer) -> float:
     dtypes = {part.compute_dtype for part in layer._flatten_layers()}
+    dtypes.update(v.dtype for v in layer.trainable_variables)  # LoRA is float32 always
     return 5e-2 if "bfloat16" in dtypes else 1e-9 if dtypes == {"float64"} else 1e-4
