@@ -253,12 +253,17 @@ def _arguments(
 
 
 def trained_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """Layers that own a trainable variable of `model`: the only ones that cost anything."""
+    """Layers that own or use a trainable variable of `model`: the only ones that cost anything."""
     trainable = {id(v) for v in model.trainable_variables}
+
+    def weights(layer: keras.layers.Layer) -> list[keras.Variable]:
+        rule, _ = rule_of(layer)
+        return [*layer._trainable_variables, *([] if rule is None else rule.uses(layer))]
+
     return [
         layer
         for layer in model._flatten_layers()
-        if any(id(v) in trainable for v in layer._trainable_variables)
+        if any(id(v) in trainable for v in weights(layer))
     ]
 
 

@@ -91,6 +91,9 @@ class ViTEmbeddingRule(LayerRule):
     def refuses(self, layer):
         return "LoRA is enabled on the positions" if _plain_table(layer) is None else None
 
+    def uses(self, layer):
+        return [_plain_table(layer)]
+
     def forward(self, layer, inputs):
         patches = layer.patch_embedding(inputs)
         if layer.data_format == "channels_first":

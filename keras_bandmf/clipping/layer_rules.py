@@ -30,6 +30,10 @@ class LayerRule:
         """Why this layer, though of the right type, must go the general path; else None."""
         return None
 
+    def uses(self, layer: keras.layers.Layer) -> list[keras.Variable]:
+        """Weights of layers inside this one that the rule uses in their place."""
+        return []
+
     def forward(
         self, layer: keras.layers.Layer, inputs: Any, **arguments: Any
     ) -> tuple[tf.Tensor, Any]:

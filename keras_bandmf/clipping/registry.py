@@ -70,7 +70,8 @@ def register_rule(layer_class: type, rule: LayerRule) -> None:
             return inputs * clipping.constant(layer.scale), inputs
 
         def gradients(self, layer, saved, g):  # (batch, time, features) each
-            return [(layer.scale, clipping.Rows(tf.reduce_sum(saved * g, axis=1)))]
+            products = tf.cast(saved, g.dtype) * g
+            return [(layer.scale, clipping.Rows(tf.reduce_sum(products, axis=1)))]
 
     clipping.register_rule(Scale, ScaleRule())
     clipping.check_rule(Scale(), np.random.normal(size=(4, 5, 3)).astype("float32"))
