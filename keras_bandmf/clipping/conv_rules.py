@@ -194,8 +194,10 @@ def _depthwise_rows(layer: keras.layers.Layer, x: tf.Tensor, g: tf.Tensor) -> Ro
     slices = Slices(layer, x, cells)
     multiplier = g.shape[-1] // channels
     g = tf.reshape(g, [dims(g)[0], product(cells), channels, multiplier])
-    values = [
-        tf.reduce_sum(slices.at(k)[:, 0, :, :, None] * g, axis=1, keepdims=True)
-        for k in slices.offsets
-    ]
+    values: list[tf.Tensor] = []
+    for k in slices.offsets:
+        # One after the other: all products at once would be as many copies of the outputs.
+        with tf.control_dependencies(values[-1:]):
+            products = slices.at(k)[:, 0, :, :, None] * g
+            values.append(tf.reduce_sum(products, axis=1, keepdims=True))
     return Rows(tf.concat(values, axis=1), Layout((*layer.kernel_size, channels, multiplier)))

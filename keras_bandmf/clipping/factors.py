@@ -146,16 +146,16 @@ class Lookup:
             return tf.reduce_sum(tf.square(self.g), axis=[1, 2])
         order = tf.argsort(self.ids, axis=1)
         ids = tf.gather(self.ids, order, batch_dims=1)
-        g = tf.gather(self.g, order, batch_dims=1)
+        starts = count * tf.range(batch)[:, None]
         # Compared with the position before, by a roll: it takes an empty sequence, too.
         new = tf.logical_and(ids != tf.roll(ids, 1, axis=1), tf.range(count) > 0)
         segments = tf.cumsum(tf.cast(new, tf.int32), axis=1)
-        segments += count * tf.range(batch)[:, None]
+        # Back in the order of the positions: integers are moved, not gradients.
+        back = tf.math.invert_permutation(tf.reshape(order + starts, [batch * count]))
+        segments = tf.gather(tf.reshape(segments + starts, [batch * count]), back)
         width = dims(self.g)[-1]
         added = tf.math.unsorted_segment_sum(
-            tf.reshape(g, [batch * count, width]),
-            tf.reshape(segments, [batch * count]),
-            batch * count,
+            tf.reshape(self.g, [batch * count, width]), segments, batch * count
         )
         return tf.reduce_sum(tf.square(tf.reshape(added, [batch, count, width])), axis=[1, 2])
 

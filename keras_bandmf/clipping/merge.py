@@ -13,7 +13,7 @@ from keras_bandmf.clipping.factors import (
     floored,
     prefers_product,
 )
-from keras_bandmf.clipping.shapes import dims
+from keras_bandmf.clipping.shapes import dims, static
 
 
 class Tied:
@@ -30,7 +30,11 @@ class Tied:
     def resolved(self) -> Rows | Tied:
         """`Rows` if the product is the cheaper way to the norm, else itself."""
         a, b = self.outer.a, self.outer.g
-        if not prefers_product(dims(a)[2], dims(a)[-1], dims(b)[-1]):
+        count = dims(a)[2]
+        # Logits over a vocabulary are a model's largest tensors as it is: a product of their size
+        # for each example would show in the peak, so it has to be smaller than elsewhere.
+        share = max(count // 4, 1) if static(count) else count
+        if not prefers_product(share, dims(a)[-1], dims(b)[-1]):
             return self
         batch, count = dims(self.lookup.ids)
         rows = tf.broadcast_to(tf.range(batch)[:, None], [batch, count])
