@@ -204,7 +204,7 @@ def tapped(
     """
     replaced = []
     try:
-        for layer in trained_layers(model):
+        for layer in [*trained_layers(model), *_using_layers(model)]:
             rule, why = rule_of(layer)
             if rule is None:
                 raise Unsupported(f"{layer.path}: {why}")
@@ -215,6 +215,19 @@ def tapped(
     finally:
         for layer in replaced:
             del vars(layer)["call"]
+
+
+def _using_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Layers with no trainable variable of their own whose rule uses one of a layer inside."""
+    trainable = {id(v) for v in model.trainable_variables}
+    own = {id(layer) for layer in trained_layers(model)}
+    found = []
+    for layer in model._flatten_layers():
+        rule, _ = rule_of(layer)
+        if id(layer) not in own and rule is not None:
+            if any(id(v) in trainable for v in rule.uses(layer)):
+                found.append(layer)
+    return found
 
 
 def _recording(
@@ -253,17 +266,12 @@ def _arguments(
 
 
 def trained_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """Layers that own or use a trainable variable of `model`: the only ones that cost anything."""
+    """Layers that own a trainable variable of `model`: the only ones that cost anything."""
     trainable = {id(v) for v in model.trainable_variables}
-
-    def weights(layer: keras.layers.Layer) -> list[keras.Variable]:
-        rule, _ = rule_of(layer)
-        return [*layer._trainable_variables, *([] if rule is None else rule.uses(layer))]
-
     return [
         layer
         for layer in model._flatten_layers()
-        if any(id(v) in trainable for v in weights(layer))
+        if any(id(v) in trainable for v in layer._trainable_variables)
     ]
 
 

@@ -1,4 +1,4 @@
-"""What each offset of a convolution's kernel sees, by strided slices."""
+"""What each offset of a convolution's kernel sees, by slices."""
 
 from __future__ import annotations
 
