@@ -109,8 +109,9 @@ def figure_a(options: argparse.Namespace) -> tuple[Table, Figure]:
             for g in found
         ],
         "The paper: 0 to 2 % over all n and b tried, at most 0.25 % for n >= 16384 and b <= 32; an "
-        "earlier version 0 to 4 %. Ours: the 2 % hold with columns of norm 1, the 4 % without. A "
-        "search ends near the optimum, above it, so each gap is at least what is printed.",
+        "earlier version 0 to 4 %. Ours: the 2 % hold with columns of norm 1, the 4 % without. At "
+        "n = 16384, b = 32 it is 0.26 %: a search that ends too early makes the gap look smaller. "
+        "Ours end near the optimum, above it, so each gap is at least what is printed.",
     )
     figure, (axis,) = panels(1)
     bands = [b for b in numbers.BANDS if any(g.num_bands == b for g in found)]
@@ -176,27 +177,29 @@ def figure_b(options: argparse.Namespace) -> tuple[Table, Figure]:
         for s, style in zip(sweeps, styles(len(sweeps)), strict=True):
             draw_sweep(axis, s, style, label(s).replace("1 epochs", "1 epoch"))
         axis.plot([], [], "*", color="#666666", markersize=11, label="best")
-        axis.plot([], [], "_", color="#666666", markersize=9, label="un-amplified")
+        axis.plot([], [], "_:", color="#666666", markersize=9, label="un-amplified")
         powers_of_two(axis, max(s.num_steps // s.epochs for s in sweeps))
         plain_numbers(axis, [1, 2, 3, 5, 7, 10, 15, 20, 30, 50])
         axis.set_xlabel("number of bands (1: DP-SGD)")
         axis.set_ylabel("RMSE (clip norms)")
         axis.set_title(f"{title}, delta = {options.delta:g}", fontsize=10)
         axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
-        axis.set_ylim(top=axis.get_ylim()[1] * 1.5)
+        axis.set_ylim(top=axis.get_ylim()[1] * 2.2)  # room for the legend
     return table, figure
 
 
 def draw_sweep(axis, swept: numbers.Sweep, style: dict, label: str) -> None:
-    """One curve, its lowest point and the un-amplified error at the bands of a whole epoch."""
+    """One curve, its lowest point, and its end: the bands of an epoch, where all take part."""
     rows = swept.choice.candidates
     bands = [row.num_bands for row in rows]
     axis.plot(bands, [row.expected_rmse for row in rows], label=label, **{**style, "markersize": 3})
     best = swept.choice.best
     colour = style["color"]
     axis.plot(best.num_bands, best.expected_rmse, "*", color=colour, markersize=11)
-    most = swept.num_steps // swept.epochs
-    axis.plot(most, swept.unamplified, "_", color=colour, markersize=9, markeredgewidth=2)
+    end = swept.num_steps // swept.epochs, swept.unamplified
+    axis.plot(*end, "_", color=colour, markersize=9, markeredgewidth=2)
+    last = bands[-1], rows[-1].expected_rmse
+    axis.plot(*zip(last, end, strict=True), ":", color=colour, linewidth=1)
 
 
 def figure_c(options: argparse.Namespace) -> tuple[Table, Figure]:
@@ -255,7 +258,9 @@ def figure_d(options: argparse.Namespace) -> tuple[Table, Figure]:
             for k, choice in zip(epochs, choices, strict=True)
         ],
         "The paper: 32 epochs of BandMF have about the RMSE of full-batch DP-SGD with some 2 % of "
-        "the work. Its exact setting is not known to us; n = 2048 comes near.",
+        "the work. Its exact setting is not known to us; n = 2048 comes near. The accounting of "
+        "these comparisons is coarse and errs on the safe side: the last row, which is the full "
+        "batch, is 0.3 % above it.",
     )
     figure, (axis,) = panels(1)
     black, _, _, _, _, blue, _ = styles(7)
