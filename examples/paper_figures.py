@@ -110,7 +110,7 @@ def figure_a(options: argparse.Namespace) -> tuple[Table, Figure]:
         ],
         "The paper: 0 to 2 % over all n and b tried, at most 0.25 % for n >= 16384 and b <= 32; an "
         "earlier version 0 to 4 %. Ours: the 2 % hold with columns of norm 1, the 4 % without. At "
-        "n = 16384, b = 32 it is 0.26 %: a search that ends too early makes the gap look smaller. "
+        "n = 16384, b = 32 it is 0.26 %: a search that ends too early would show less. "
         "Ours end near the optimum, above it, so each gap is at least what is printed.",
     )
     figure, (axis,) = panels(1)
