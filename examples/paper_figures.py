@@ -177,7 +177,7 @@ def figure_b(options: argparse.Namespace) -> tuple[Table, Figure]:
         for s, style in zip(sweeps, styles(len(sweeps)), strict=True):
             draw_sweep(axis, s, style, label(s).replace("1 epochs", "1 epoch"))
         axis.plot([], [], "*", color="#666666", markersize=11, label="best")
-        axis.plot([], [], "_:", color="#666666", markersize=9, label="un-amplified")
+        axis.plot([], [], "_", color="#666666", markersize=9, label="un-amplified")
         powers_of_two(axis, max(s.num_steps // s.epochs for s in sweeps))
         plain_numbers(axis, [1, 2, 3, 5, 7, 10, 15, 20, 30, 50])
         axis.set_xlabel("number of bands (1: DP-SGD)")
