@@ -16,6 +16,8 @@ from keras_bandmf.clipping.shapes import dims, over_rows, product, static
 
 # Below this share of the largest value it could have, a Gram norm is rounding error.
 _GRAM_FLOOR = 64.0
+# Norms up to the root of this may be lost to squares below the smallest normal number.
+_VANISHING = 1e-14
 # Positions assumed when their number is unknown before the graph runs.
 _UNKNOWN_POSITIONS = 64
 
@@ -111,12 +113,20 @@ class Outer:
 
     def gram(self) -> tuple[tf.Tensor, tf.Tensor]:
         """(squared norms up to rounding, the largest norms they could have), both (batch,)."""
-        bound = tf.reduce_sum(tf.sqrt(_lengths(self.a) * _lengths(self.g)), axis=[1, 2])
+        a_lengths, g_lengths = _lengths(self.a), _lengths(self.g)
+        bound = tf.reduce_sum(tf.sqrt(a_lengths * g_lengths), axis=[1, 2])
         if static(dims(self.a)[2]) == 1:
-            return tf.reduce_sum(_lengths(self.a) * _lengths(self.g), axis=[1, 2]), bound
-        grams = tf.matmul(self.a, self.a, transpose_b=True)
-        grams *= tf.matmul(self.g, self.g, transpose_b=True)
-        return tf.reduce_sum(grams, axis=[1, 2, 3]), bound
+            exact = tf.reduce_sum(a_lengths * g_lengths, axis=[1, 2])
+        else:
+            grams = tf.matmul(self.a, self.a, transpose_b=True)
+            grams *= tf.matmul(self.g, self.g, transpose_b=True)
+            exact = tf.reduce_sum(grams, axis=[1, 2, 3])
+        # Squares of one matrix may vanish where the other is so large that the product counts:
+        # then a coarse bound that squares neither, which can only clip more.
+        largest = tf.reduce_max(tf.maximum(a_lengths, g_lengths), axis=[1, 2])
+        coarse = tf.reduce_sum(_sums(self.a) * _sums(self.g), axis=[1, 2])
+        may_vanish = largest > _VANISHING / _tiny(self.a.dtype)
+        return tf.where(may_vanish, tf.square(coarse), exact), bound
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Sum over examples of weight times a'g, in the variable's shape."""
@@ -204,6 +214,10 @@ def _lengths(matrix: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(tf.square(matrix), axis=-1)
 
 
+def _sums(matrix: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(tf.abs(matrix), axis=-1)
+
+
 def _flat(stacked: tf.Tensor) -> tf.Tensor:
     batch, _, count, width = dims(stacked)
     return tf.reshape(stacked, [batch * count, width])
@@ -211,3 +225,7 @@ def _flat(stacked: tf.Tensor) -> tf.Tensor:
 
 def _epsilon(dtype: tf.DType) -> float:
     return 2.0**-52 if dtype == tf.float64 else 2.0**-23
+
+
+def _tiny(dtype: tf.DType) -> float:
+    return 2.0**-1022 if dtype == tf.float64 else 2.0**-126

@@ -104,3 +104,15 @@ def test_product_only_where_it_is_small():
     assert prefers_product(576, 288, 64)
     assert not prefers_product(16, 4096, 4096)
     assert prefers_product(tf.constant(5), 8, 8)
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize("swap", [False, True])
+def test_squares_that_vanish_do_not_hide_a_gradient(positions, swap):
+    """In float32 the squares of entries below 1e-19 are zero; a factor of 1e18 makes them count."""
+    small, large = (np.full((2, 1, positions, 8), v, "float32") for v in (1e-20, 1e18))
+    a, g = (large, small) if swap else (small, large)
+    factor = Outer(tf.constant(a), tf.constant(g), Layout((1, 8, 8)))
+    norm = np.linalg.norm(np.einsum("bgti,bgto->bgio", a.astype("float64"), g)[0])
+    assert norm > 0.05
+    assert np.all(np.sqrt(factor.squared_norms()) >= norm)
