@@ -93,7 +93,7 @@ def plain_numbers(axis, ticks: list[float]) -> None:
 
 def figure_a(options: argparse.Namespace) -> tuple[Table, Figure]:
     """Toeplitz against the exact banded optimum."""
-    found = list(numbers.gaps(options.max_steps))
+    found = list(numbers.gaps(options.max_steps, options.output / "cache"))
     table = Table(
         "Best Toeplitz strategy above the exact banded optimum, in RMSE",
         ["n", "b", "banded RMSE", "raw Toeplitz", "columns of norm 1", "search"],

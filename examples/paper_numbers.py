@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import pathlib
 import time
 from collections.abc import Iterator
 
@@ -98,11 +99,12 @@ def gap_points(max_steps: int) -> list[tuple[int, int]]:
     ]
 
 
-def gaps(max_steps: int) -> Iterator[Gap]:
+def gaps(max_steps: int, cache_dir: pathlib.Path | None = None) -> Iterator[Gap]:
     """Compares Toeplitz with banded; says beforehand how long a long search will take.
 
     Args:
         max_steps: the largest n.
+        cache_dir: where results are kept, and searches resumed from; None keeps nothing.
 
     Yields:
         A `Gap` per (n, b), by ascending n.
@@ -112,7 +114,7 @@ def gaps(max_steps: int) -> Iterator[Gap]:
         if n >= 16_384 and b in pace:
             print(f"  n = {n:,}, b = {b}: about {pace[b] * n / 60:.1f} minutes", flush=True)
         started = time.perf_counter()
-        banded = BandedStrategy.optimize(n, b, max_iterations=5000)
+        banded = BandedStrategy.optimize(n, b, max_iterations=5000, cache_dir=cache_dir)
         seconds = time.perf_counter() - started
         pace[b] = seconds / n
         normalized = toeplitz(n, b)
