@@ -179,10 +179,10 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         if not self.built:
             return
         noise = self.run_state.noise
-        if noise.layout.num_shards != num_replicas:
+        if noise.num_replicas != num_replicas:
             raise ValueError(
                 "The optimizer must be built in the scope of the strategy that trains: its noise "
-                f"is divided over {noise.layout.num_shards} replicas. Received: {num_replicas} "
+                f"is made for {noise.num_replicas} replicas. Received: {num_replicas} "
                 "replicas. Create, build and compile model and optimizer in `strategy.scope()`."
             )
         step = self.steps_done
@@ -234,7 +234,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         # Replicas take eager steps one after the other: between them the positions differ.
         eager_step = tf.executing_eagerly() and replicas == 1
-        if eager_step or replicas != self.run_state.noise.layout.num_shards:
+        if eager_step or replicas != self.run_state.noise.num_replicas:
             self.check_ready(replicas)
         step = tf.convert_to_tensor(self.iterations)
         shares = self.run_state.noise.share(step, _replica_id())
