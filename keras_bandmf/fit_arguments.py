@@ -12,7 +12,6 @@ from keras_bandmf.noise import workers
 from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.sampling import PrivateBatches
 
-
 # Strategies whose replicas are known when a step is traced, and make it in lockstep.
 _SUPPORTED = (
     tf.distribute.OneDeviceStrategy,

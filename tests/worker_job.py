@@ -1,4 +1,4 @@
-"""What one worker process of `tests/test_workers.py` does: `python -m tests.worker_job JOB FOLDER`."""
+"""What a worker process of `tests/test_workers.py` does: `-m tests.worker_job JOB FOLDER`."""
 
 import os
 import pathlib
