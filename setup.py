@@ -34,6 +34,6 @@ setup(
             'keras-nlp>=0.19,<0.26; python_version<"3.11"',
         ],
         "tf-privacy": ['tensorflow-privacy==0.9.0; python_version<"3.12"'],
-        "test": [*EXAMPLES, "pytest>=8", "hypothesis>=6", "ruff>=0.6"],
+        "test": [*EXAMPLES, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.6"],
     },
 )

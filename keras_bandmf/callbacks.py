@@ -38,6 +38,29 @@ class EpsilonSoFar(keras.callbacks.Callback):
             logs["epsilon"] = optimizer.plan.epsilon(optimizer.steps_done)
 
 
+class ClippedFraction(keras.callbacks.Callback):
+    """Adds the fraction of examples that were clipped to the logs of each epoch.
+
+    Formal guarantees: none. The fraction is computed from the examples without noise, like every
+    training metric: the name says so, callbacks may not monitor it, and the statement names it.
+    """
+
+    NAME = "clipped_fraction_not_private"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metric = keras.metrics.Mean(name=self.NAME)
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Starts a new mean."""
+        self.metric.reset_state()
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Writes `logs["clipped_fraction_not_private"]`."""
+        if logs is not None:
+            logs[self.NAME] = float(self.metric.result())
+
+
 class StepGuard(keras.callbacks.Callback):
     """Keeps batches and optimizer at the same step, and ends `fit` with the budget.
 

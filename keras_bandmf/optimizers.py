@@ -13,8 +13,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bandmf.clipping import ClippedGradients
-from keras_bandmf.optimizer_arguments import check_arguments, checked_inner
+from keras_bandmf.clipping import ClippedGradients, ClippingMode, checked_mode
+from keras_bandmf.optimizer_arguments import check_arguments, check_clipped, checked_inner
 from keras_bandmf.optimizer_state import RunState
 from keras_bandmf.plan import TrainingPlan
 
@@ -30,15 +30,18 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     Formal guarantees:
         With batches drawn by `plan.batches` and gradients clipped by `clipped_gradients` at the
         norm `l2_norm_clip`, the weights after each step are a post-processing of the matrix
-        mechanism whose privacy is `plan.epsilon(steps)` at `plan.delta`. Gradients are accepted
-        only as `ClippedGradients` of that very norm, and only while batches of the plan are
-        being consumed (or if the plan declares participations). No step after the plan's last
-        one changes a weight to anything but NaN.
+        mechanism whose privacy is `plan.epsilon(steps)` at `plan.delta`: the noise is scaled to
+        `clipping.sensitivity(l2_norm_clip)`. Gradients are accepted only as `ClippedGradients` of
+        that very norm and mode, and only while batches of the plan are being consumed (or if the
+        plan declares participations). No step after the plan's last one changes a weight to
+        anything but NaN.
 
     Args:
         optimizer: the inner optimizer: a name, a config, or a `keras.optimizers.Optimizer`.
         plan: the `TrainingPlan` of the run.
         l2_norm_clip: the bound on the norm of the gradient of an example. Constant for the run.
+        clipping: "flat" (default), "per_layer", "automatic", or a `keras_bandmf.clipping` mode with
+            settings, such as `clipping.PerLayerClipping({"embedding": 4.0})`.
         seed: an integer, for tests only: the noise can then be recomputed by anyone, and the
             statement says "not private". By default keys come from the operating system.
         replay: keep the noise key when a checkpoint is restored, for a bit-for-bit continuation
@@ -60,6 +63,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         plan: TrainingPlan,
         l2_norm_clip: float = 1.0,
         *,
+        clipping: str | ClippingMode = "flat",
         seed: int | None = None,
         replay: bool = False,
         name: str | None = None,
@@ -69,6 +73,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         self._inner_optimizer = checked_inner(keras.optimizers.get(optimizer))
         self._plan = plan
         self._l2_norm_clip = float(l2_norm_clip)
+        self._clipping = checked_mode(clipping)
         self._seed = seed
         self._replay = bool(replay)
         self._failed_restore = False
@@ -93,6 +98,11 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         return self._l2_norm_clip
 
     @property
+    def clipping(self) -> ClippingMode:
+        """How gradients are brought to that bound."""
+        return self._clipping
+
+    @property
     def seed(self) -> int | None:
         """The fixed seed of a test, or None."""
         return self._seed
@@ -115,7 +125,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             self._noised_variables = tuple(id(variable) for variable in variables)
             self._run_state = RunState(
                 self.plan.strategy,
-                self.plan.noise_stddev(self.l2_norm_clip),
+                self.plan.noise_stddev(self.clipping.sensitivity(self.l2_norm_clip)),
                 [variable.shape for variable in variables],
                 self._fingerprint(variables),
                 self.seed,
@@ -125,6 +135,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         content = {
             "plan": self.plan.fingerprint,
             "l2_norm_clip": self.l2_norm_clip,
+            "clipping": [type(self.clipping).__name__, self.clipping.get_config()],
             "inner_optimizer": type(self.inner_optimizer).__name__,
             "variables": [[list(v.shape), str(v.dtype)] for v in variables],
         }
@@ -210,17 +221,19 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             `penalties`, with the public batch size of the plan, whatever the batch held.
 
         Args:
-            clipped: what `keras_bandmf.clipped_gradients` returned, at this `l2_norm_clip`.
+            clipped: what `keras_bandmf.clipped_gradients` returned, at this `l2_norm_clip` and
+                in this clipping mode.
             trainable_variables: the variables the optimizer was built with, in their order.
             penalties: gradients that depend on no example, such as those of weight
                 regularisers, added after the noise.
 
         Raises:
             TypeError: if `clipped` is anything else.
-            ValueError: if it was clipped at another norm or data is not accounted for, and
+            ValueError: if it was clipped otherwise or data is not accounted for, and
                 (eagerly) if the plan has no step left.
         """
-        self._check_clipped(clipped)
+        check_clipped(clipped, self.l2_norm_clip, self.clipping)
+        self._check_accounted()
         if trainable_variables is None:
             trainable_variables = self._trainable_variables
         trainable_variables = list(trainable_variables)
@@ -264,19 +277,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             "would exceed the stated epsilon. Make a plan with more steps and train a new model."
         )
 
-    def _check_clipped(self, clipped: Any) -> None:
-        if not isinstance(clipped, ClippedGradients):
-            raise TypeError(
-                "BandMFOptimizer takes gradients only as ClippedGradients, from "
-                "`keras_bandmf.clipped_gradients(model, x, y, l2_norm_clip=...)`. "
-                f"Received: {type(clipped).__name__}"
-            )
-        if clipped.l2_norm_clip != self.l2_norm_clip:
-            raise ValueError(
-                "The gradients must be clipped at the optimizer's norm: the noise is scaled to "
-                f"l2_norm_clip={self.l2_norm_clip}. Received: gradients clipped at "
-                f"{clipped.l2_norm_clip}"
-            )
+    def _check_accounted(self) -> None:
         if self._data_source is None and not self.plan.declares_participations:
             raise ValueError(
                 "The sampling of these gradients is not accounted for. Train with "
@@ -367,6 +368,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "plan": self.plan.to_json(),
             "l2_norm_clip": self.l2_norm_clip,
+            "clipping": keras.saving.serialize_keras_object(self.clipping),
             "replay": self.replay,
         }
 
@@ -380,8 +382,9 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         inner = keras.saving.deserialize_keras_object(
             config.pop("optimizer"), custom_objects=custom_objects
         )
+        clipping = keras.saving.deserialize_keras_object(config.pop("clipping"))
         plan = TrainingPlan.from_json(config.pop("plan"))
-        return cls(inner, plan, **config)
+        return cls(inner, plan, clipping=clipping, **config)
 
 
 def _replica_id() -> int:

@@ -131,6 +131,7 @@ def test_hardly_any_noise_gives_a_large_finite_bound():
     assert epsilons[2] >= 1 / (2 * 0.01**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [1e-3, 0.05, 60.0, 3000.0])
 def test_calibration_at_extremes(epsilon):
     run = schedule(num_steps=40, num_examples=6_000)

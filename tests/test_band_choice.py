@@ -50,6 +50,7 @@ def test_expected_rmse_by_dense_matrices():
     assert expected_rmse(fixed, sigma, error) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epsilon", "num_steps"), [(0.7, 400), (4.0, 400), (2.0, 100)])
 def test_auto_is_close_to_the_exhaustive_best(epsilon, num_steps):
     run = schedule(num_steps=num_steps)

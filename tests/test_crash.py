@@ -48,7 +48,7 @@ def backed_up(folder, stop_after, **options):
     return model
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
 def test_a_truncated_backup_is_an_error_or_the_one_before_it_is_used(kept, tmp_path):
     """Keras writes weights in place: `double_checkpoint=True` keeps the file before."""
     whole = backed_up(tmp_path / "whole", 3).get_weights()[0]

@@ -110,6 +110,7 @@ def test_a_restore_onto_two_replicas_goes_on_with_the_same_run(tmp_path):
     np.testing.assert_allclose(updates, expected[9:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_backup_and_restore_finishes_an_interrupted_run(tmp_path):
     plan = runs.make_plan(noise_multiplier=1e-3)
     data = runs.counting_data()

@@ -14,25 +14,8 @@ def results_of(job, folder, num_workers):
     return [dict(np.load(folder / f"worker{index}.npz")) for index in range(num_workers)]
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def trained(request, tmp_path_factory):
-    """What `train` and `covariance` gave on two or three workers."""
-    folder = tmp_path_factory.mktemp(f"workers{request.param}")
-    job = "together" if request.param == 2 else "three"
-    return request.param, folder, results_of(job, folder, request.param)
-
-
-def only_two(trained):
-    """The parts of the job of two workers."""
-    num_workers, folder, results = trained
-    if num_workers != 2:
-        pytest.skip("the same on three workers")
-    return folder, results
-
-
-def test_workers_train_to_the_weights_of_one_device(trained):
-    """Weights and metrics agree with one device to the order of float32 sums."""
-    num_workers, _, results = trained
+def check_weights_and_metrics(results):
+    """They agree with one device to the order of float32 sums."""
     x, y = worker_job.regression_data()
     model = worker_job.regression_model()
     batches = worker_job.regression_plan().batches(x, y)
@@ -46,38 +29,35 @@ def test_workers_train_to_the_weights_of_one_device(trained):
             )
         for name, values in history.items():
             np.testing.assert_allclose(result[f"train.history_{name}"], values, rtol=1e-3)
-        chunks = -(-4 // num_workers)
+        chunks = -(-4 // len(results))
         assert result["train.ring_bytes"] == whole_ring * chunks // 4
 
 
-def test_noise_of_the_workers_has_the_covariance_of_the_mechanism(trained):
+def check_covariance(results):
     """Chi-square over all pairs of 64 steps in a compiled `fit`; false-alarm rate 1e-4."""
-    updates = trained[2][0]["covariance.updates"]
+    updates = results[0]["covariance.updates"]
     assert updates.shape == (64, 2000)
     plan = worker_job.covariance_plan()
     statistic, degrees = runs.whitened_statistic(plan, updates)
     assert statistic < scipy.stats.chi2.isf(1e-4, degrees)
-    np.testing.assert_array_equal(updates, trained[2][-1]["covariance.updates"])
+    np.testing.assert_array_equal(updates, results[-1]["covariance.updates"])
 
 
-def test_keras_still_needs_each_workaround(trained):
-    """If one of these fails, remove the workaround in `keras_faults.py`."""
-    _, results = only_two(trained)
+def check_keras_needs_the_workarounds(results):
+    """If this fails, remove the workaround in `keras_faults.py`."""
     assert "PerReplica" in str(results[0]["keras_alone.symbolic_build"])
     assert "Invalid reduction dimension 0" in str(results[0]["keras_alone.scalar_logs"])
 
 
-def test_workers_of_different_runs_are_refused(trained):
-    """The chief too: it must not wait for a worker that gave up."""
-    _, results = only_two(trained)
+def check_refusals(results):
+    """The chief refuses too: it must not wait for a worker that gave up."""
     for result in results:
         assert "do not do the same run" in str(result["refusals.other_rows"])
         assert "plan.batches" in str(result["refusals.arrays"])
 
 
-def test_a_run_of_two_workers_goes_on_on_one_device(trained):
-    """The saved file does not depend on the number of replicas, nor on the worker."""
-    folder, _ = only_two(trained)
+def check_a_saved_run_goes_on_on_one_device(folder):
+    """The file depends neither on the number of replicas nor on the worker."""
     data = runs.counting_data()
     plan = worker_job.crash_plan()
     expected = runs.fit(worker_job.crash_model(), plan.batches(*data), epochs=worker_job.EPOCHS)
@@ -88,6 +68,25 @@ def test_a_run_of_two_workers_goes_on_on_one_device(trained):
         np.testing.assert_allclose(updates, expected[9:21], atol=1e-5)
 
 
+def test_two_workers_do_what_one_device_does(tmp_path):
+    """One job for all checks: the processes take longer to start than to train."""
+    results = results_of("together", tmp_path, 2)
+    check_weights_and_metrics(results)
+    check_covariance(results)
+    check_keras_needs_the_workarounds(results)
+    check_refusals(results)
+    check_a_saved_run_goes_on_on_one_device(tmp_path)
+
+
+@pytest.mark.slow
+def test_three_workers_do_what_one_device_does(tmp_path):
+    """Three does not divide the four chunks of weights."""
+    results = results_of("three", tmp_path, 3)
+    check_weights_and_metrics(results)
+    check_covariance(results)
+
+
+@pytest.mark.slow
 def test_a_worker_that_dies_stops_the_job_and_a_restart_finishes_it(tmp_path):
     """Killed in the third epoch of four, all restart from the backup of the second."""
     codes, outputs = workers.run_job("dies", tmp_path)

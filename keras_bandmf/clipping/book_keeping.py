@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.factors import Factor, Unsupported, merged
 from keras_bandmf.clipping.layer_rules import LayerRule
 from keras_bandmf.clipping.losses import BatchLoss
 from keras_bandmf.clipping.registry import rule_of
 from keras_bandmf.clipping.row_losses import per_example_losses
+from keras_bandmf.clipping.trained import trained_layers
 
 
 class Clipped(NamedTuple):
@@ -27,6 +29,7 @@ class Clipped(NamedTuple):
     sums: list[tf.Tensor]
     norms: tf.Tensor
     losses: tf.Tensor
+    was_clipped: tf.Tensor
     outputs: Any
 
 
@@ -63,32 +66,13 @@ def accumulation_dtype(variables: list[keras.Variable]) -> tf.DType:
     return tf.float64 if wide else tf.float32
 
 
-def clip_factors(
-    squared_norms: tf.Tensor, mask: tf.Tensor, l2_norm_clip: float
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """min(1, clip / norm) per example; exactly zero for masked and non-finite ones.
-
-    Args:
-        squared_norms: (batch,).
-        mask: (batch,) bool, False for padding.
-        l2_norm_clip: the clip norm.
-
-    Returns:
-        (factors, norms), both (batch,).
-    """
-    norms = tf.sqrt(squared_norms)
-    factors = tf.minimum(tf.ones_like(norms), l2_norm_clip / norms)
-    kept = tf.logical_and(mask, tf.math.is_finite(norms))
-    return tf.where(kept, factors, tf.zeros_like(factors)), norms
-
-
 def clip_by_book_keeping(
     model: keras.Model,
     x: Any,
     y: Any,
     sample_weight: Any,
     mask: tf.Tensor,
-    l2_norm_clip: float,
+    clipper: Clipper,
     loss: BatchLoss,
 ) -> Clipped:
     """Clipped sums of a batch by one forward and one backward pass.
@@ -99,7 +83,7 @@ def clip_by_book_keeping(
         y: targets or None.
         sample_weight: weights or None.
         mask: (batch,) bool, False for padding.
-        l2_norm_clip: the clip norm.
+        clipper: of this model.
         loss: from `losses.batch_loss`.
 
     Returns:
@@ -109,8 +93,9 @@ def clip_by_book_keeping(
         Unsupported: the model cannot take this path; the general one is exact for it.
 
     Formal guarantees: if no example influences another example's outputs (`check_model`), each
-    masked-in example adds to `sums` a vector of joint norm at most `l2_norm_clip` up to rounding;
-    masked-out examples and those with a non-finite gradient add exactly zero.
+    masked-in example adds to `sums` a vector of which each group of variables has a norm of at most
+    the group's clip norm, up to rounding; masked-out examples and those with a gradient that is not
+    finite in any variable add exactly zero.
     """
     variables = model.trainable_variables
     values = [v.value for v in variables]
@@ -130,15 +115,13 @@ def clip_by_book_keeping(
 
     dtype = accumulation_dtype(variables)
     factors = _by_variable(records, taps, variables, dtype)
-    squared = tf.zeros(tf.shape(mask), dtype)
-    for factor in factors.values():
-        squared += factor.squared_norms()
-    weights, norms = clip_factors(squared, mask, l2_norm_clip)
+    squared = [factors[i].squared_norms() if i in factors else None for i in range(len(variables))]
+    weights, norms, was_clipped = clipper.factors(squared, mask)
     sums = [
-        factors[i].weighted_sum(weights) if i in factors else tf.zeros(v.shape, dtype)
-        for i, v in enumerate(variables)
+        factors[i].weighted_sum(weights[group]) if i in factors else tf.zeros(v.shape, dtype)
+        for i, (v, group) in enumerate(zip(variables, clipper.groups, strict=True))
     ]
-    return Clipped(sums, norms, losses, y_pred)
+    return Clipped(sums, norms, losses, was_clipped, y_pred)
 
 
 def _by_variable(
@@ -190,16 +173,6 @@ def _recording(
         return rule.finish(layer, outputs)
 
     return call
-
-
-def trained_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """Layers that own a trainable variable of `model`: the only ones that cost anything."""
-    trainable = {id(v) for v in model.trainable_variables}
-    return [
-        layer
-        for layer in model._flatten_layers()
-        if any(id(v) in trainable for v in layer._trainable_variables)
-    ]
 
 
 def _check_records(records: list[_Record], mask: tf.Tensor) -> None:

@@ -168,6 +168,7 @@ def test_a_million_steps_and_a_thousand_bands():
     assert np.max(np.abs(log_loss_gradient(s.coefficients, 10**6))) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_billion_steps():
     # Two independent limits: constant coefficients give the loss n / (2 b) as n grows, and it is
     # approached from above.
