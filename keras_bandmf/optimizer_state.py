@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -59,6 +60,7 @@ class RunState:
         self.seeded = seed is not None
         self.restores = 0
         self.replayed = False
+        self._warned = False
         self._distribution = tf.distribute.get_strategy()
         run_key = normals.key_from_seed(seed) if self.seeded else normals.fresh_key()
         run_key = workers.from_chief(self._distribution, run_key.view(np.int64)).view(np.uint64)
@@ -105,6 +107,24 @@ class RunState:
                 "and all must restore the same checkpoint, or none. Received at this worker: "
                 f"step {self.noise.position} after {self.restores} restores"
             )
+
+    def warn_of_secrets(self, replay: bool) -> None:
+        """Warns once that what is about to be written must stay secret, naming what it holds."""
+        if self._warned:
+            return
+        self._warned = True
+        key = (
+            ", and by replay=True the noise key, from which all noise of the run can be computed"
+            if replay
+            else "; not the noise key"
+        )
+        warnings.warn(
+            "What is saved holds secrets of a private run: the sampler's key, the last "
+            f"{self.noise.num_slots} rows of its noise, which can be subtracted from released "
+            f"weights, and its step{key}. Keep the file as secret as the data; "
+            "`keras_bandmf.export(model, path)` writes what may be released.",
+            stacklevel=2,
+        )
 
     def to_arrays(self, replay: bool = False) -> dict[str, np.ndarray]:
         """Returns the state, to be kept secret: the ring is part of the noise of released weights.

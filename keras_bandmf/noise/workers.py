@@ -1,4 +1,4 @@
-"""What the worker processes of one job tell each other."""
+"""Replicas, and what the worker processes of one job tell each other."""
 
 from __future__ import annotations
 
@@ -8,6 +8,26 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+
+def replica_id() -> int:
+    """Returns the number of the replica in whose context it is called, known while tracing.
+
+    Raises:
+        ValueError: outside a replica context, or where the number is not known.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        raise ValueError(
+            "`apply_clipped` must be called in a replica context, inside `strategy.run`."
+        )
+    replica = tf.get_static_value(context.replica_id_in_sync_group)
+    if replica is None:
+        raise ValueError(
+            "The replica id must be known when the step is traced. Received: "
+            f"{type(context.strategy).__name__}, which does not provide it. Use MirroredStrategy."
+        )
+    return int(replica)
 
 
 def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
