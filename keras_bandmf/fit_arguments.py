@@ -19,7 +19,8 @@ _SUPPORTED = (
     tf.distribute.MultiWorkerMirroredStrategy,
     tf.distribute.experimental.CentralStorageStrategy,
 )
-_REASONS = {
+_USE = "Use one device, MirroredStrategy, MultiWorkerMirroredStrategy or CentralStorageStrategy."
+_REFUSED = {
     tf.distribute.TPUStrategy: "a TPU's replicas are not known by number when the step is traced, "
     "so that each would have to keep and draw the whole noise",
     tf.distribute.ParameterServerStrategy: "its workers update the weights at different times, so "
@@ -38,15 +39,14 @@ def check_distribution(model: keras.Model, x: Any) -> None:
         ValueError: naming the strategy.
     """
     strategy = model.distribute_strategy
+    name = type(strategy).__name__
+    for kind, reason in _REFUSED.items():
+        if isinstance(strategy, kind):
+            raise ValueError(f"Private training does not run under {name}: {reason}. {_USE}")
     with strategy.scope():
         is_default = not tf.distribute.has_strategy()
     if not is_default and not isinstance(strategy, _SUPPORTED):
-        reasons = [reason for kind, reason in _REASONS.items() if isinstance(strategy, kind)]
-        raise ValueError(
-            "Private training runs on one device, or under MirroredStrategy, "
-            "MultiWorkerMirroredStrategy or CentralStorageStrategy. "
-            f"Received: {type(strategy).__name__}{': ' if reasons else ''}{''.join(reasons)}"
-        )
+        raise ValueError(f"Private training is not known to be right under {name}. {_USE}")
     if strategy.num_replicas_in_sync > 1 and model.steps_per_execution > 1:
         raise ValueError(
             "Keras fails under a strategy with several replicas when `steps_per_execution` is not "
