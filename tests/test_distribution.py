@@ -8,7 +8,6 @@ import pytest
 import scipy.stats
 import tensorflow as tf
 
-import keras_bandmf as bandmf
 from keras_bandmf.fit_arguments import check_distribution
 from tests import runs, worker_job
 
@@ -71,7 +70,19 @@ def test_an_unknown_strategy_is_refused():
         model.fit(runs.make_plan().batches(*runs.counting_data()), verbose=0)
 
 
-def test_one_device_strategy_trains():
-    with tf.distribute.OneDeviceStrategy("CPU:1").scope():
-        model = runs.compiled(bandmf.privatize(runs.counting_model()), runs.make_plan())
-    assert len(runs.fit(model, runs.make_plan().batches(*runs.counting_data()))) == 24
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        lambda: tf.distribute.OneDeviceStrategy("CPU:1"),
+        lambda: tf.distribute.MirroredStrategy(["CPU:1"]),
+    ],
+    ids=["one_device", "mirrored_over_one"],
+)
+def test_strategies_of_one_replica_train_as_no_strategy_does(strategy):
+    def updates():
+        model = runs.compiled(runs.counting_model(), runs.make_plan())
+        return runs.fit(model, runs.make_plan().batches(*runs.counting_data()))
+
+    with strategy().scope():
+        scoped = updates()
+    np.testing.assert_allclose(scoped, updates(), atol=1e-6)

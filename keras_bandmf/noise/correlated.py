@@ -103,8 +103,6 @@ class CorrelatedNoise:
 
     def _per_replica(self, value: tf.Tensor, name: str) -> tf.Variable:
         """Makes a variable of which each replica has, and updates, its own."""
-        if self.layout.num_shards == 1:
-            return tf.Variable(value, trainable=False, name=name)
         return tf.Variable(
             value,
             trainable=False,
@@ -115,8 +113,6 @@ class CorrelatedNoise:
 
     def _local(self, variable: tf.Variable) -> list[tf.Variable]:
         """Returns the variables of the replicas of this process."""
-        if self.layout.num_shards == 1:
-            return [variable]
         return list(self._distribution.experimental_local_results(variable))
 
     @property
@@ -187,7 +183,7 @@ class CorrelatedNoise:
                 "`next()` returns whole rows and needs a noise made outside a strategy scope. "
                 f"Received: a noise over {self.num_replicas} replicas. Call `share(step)`."
             )
-        step = self._position.read_value()
+        step = self._local(self._position)[0].read_value()
         if tf.executing_eagerly() and int(step) >= self.num_steps:
             raise ValueError(f"All {self.num_steps} rows of the noise have been drawn.")
         return [
@@ -221,8 +217,8 @@ class CorrelatedNoise:
             self.layout.first_chunk(replica),
             self.layout.chunks_per_shard,
         )
-        row = self._advance_ring(z, step, local)
-        return self.layout.split(row * self._release_scale(step, in_order), replica)
+        row = self._advance_ring(z, step, self._release_scale(step, in_order), local)
+        return self.layout.split(row, replica)
 
     def _release_scale(self, step: tf.Tensor, in_order: tf.Tensor) -> tf.Tensor:
         scale = tf.constant(self.stddev, tf.float32)
@@ -232,12 +228,12 @@ class CorrelatedNoise:
             scale *= tf.where(position >= 0, tail, 1.0)
         return tf.where(in_order & (step < self.num_steps), scale, np.nan)
 
-    def _ring_pass(self, z: tf.Tensor, step: tf.Tensor, local: int) -> tf.Tensor:
-        """Computes `x_i` from `z_i` and the ring, and puts it into the ring (XLA, one pass)."""
+    def _ring_pass(self, z: tf.Tensor, step: tf.Tensor, scale: tf.Tensor, local: int) -> tf.Tensor:
+        """Puts `x_i` of `z_i` and the ring into the ring and returns it scaled (XLA, one pass)."""
         last = tf.shape(self._rows, out_type=tf.int64)[0] - 1
         coefficients = tf.gather(self._rows, tf.minimum(step, last))
         if not self.num_slots:
-            return z / coefficients[0]
+            return z * (scale / coefficients[0])
         ring = self._local(self._ring)[local]
         slot = step % self.num_slots
         # Slot s holds x_{i-k} for the k in 1 .. b-1 with s = i - k modulo b - 1.
@@ -246,4 +242,4 @@ class CorrelatedNoise:
         past = tf.linalg.matvec(ring, weights, transpose_a=True)
         row = (z - past) / coefficients[0]
         ring.scatter_nd_update([[slot]], row[tf.newaxis])
-        return row
+        return row * scale
