@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_bandmf import callbacks as private_callbacks
 from keras_bandmf import clipping, fit_arguments, keras_faults
+from keras_bandmf.clipping.losses import no_replicas
 from keras_bandmf.clipping.refusals import refuse_microbatch_size
 from keras_bandmf.optimizers import BandMFOptimizer
 from keras_bandmf.run_record import RunRecord
@@ -360,7 +361,8 @@ class _PrivateTraining:
         state = (optimizer, tuple(id(variable) for variable in model.trainable_variables))
         # `compile` drops the train function: loss and layers may be others now.
         if model.train_function is None or self._checked != state:
-            clipping.check_model(model, *parts, clipping=optimizer.clipping)
+            with no_replicas():
+                clipping.check_model(model, *parts, clipping=optimizer.clipping)
             self._checked = state
 
 

@@ -75,10 +75,11 @@ def test_an_unknown_strategy_is_refused():
     [
         lambda: tf.distribute.OneDeviceStrategy("CPU:1"),
         lambda: tf.distribute.MirroredStrategy(["CPU:1"]),
+        runs.mirrored,
     ],
-    ids=["one_device", "mirrored_over_one"],
+    ids=["one_device", "mirrored_over_one", "mirrored"],
 )
-def test_strategies_of_one_replica_train_as_no_strategy_does(strategy):
+def test_a_fit_inside_the_scope_trains_as_no_strategy_does(strategy):
     def updates():
         model = runs.compiled(runs.counting_model(), runs.make_plan())
         return runs.fit(model, runs.make_plan().batches(*runs.counting_data()))
