@@ -8,7 +8,7 @@ import scipy.stats
 import keras_bandmf as bandmf
 from tests import crash_job, runs
 
-KILLS = [3, pytest.param(20, marks=pytest.mark.slow)]
+KILLS = [2, pytest.param(20, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("kills", KILLS)

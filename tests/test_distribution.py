@@ -87,3 +87,34 @@ def test_a_fit_inside_the_scope_trains_as_no_strategy_does(strategy):
     with strategy().scope():
         scoped = updates()
     np.testing.assert_allclose(scoped, updates(), atol=1e-6)
+
+
+def test_batches_with_no_row_at_all_are_steps_of_two_replicas():
+    """Rule 4: a third of these batches is empty, and more have rows for one replica only."""
+    plan = runs.make_plan(batch_size=1, noise_multiplier=1e-7)
+    model = runs.compiled_in_scope(2, runs.counting_model, plan)
+    batches = plan.batches(*runs.counting_data(), seed=5)
+    updates = runs.fit(model, batches, epochs=1)
+    expected = np.zeros((24, 96))
+    for step in range(24):
+        expected[step, batches.indices(step)] = 1.0
+    assert not expected.any(axis=1).all()
+    np.testing.assert_allclose(updates, expected, atol=1e-5)
+
+
+def test_a_last_batch_of_one_row_leaves_the_second_replica_without_any():
+    """Arrays in a declared order, as Keras cuts them."""
+    plan = runs.make_plan(
+        num_examples=97,
+        num_steps=26,
+        sampling="fixed_order",
+        max_participations=2,
+        min_separation=13,
+        noise_multiplier=1e-7,
+    )
+    model = runs.compiled_in_scope(2, lambda: runs.counting_model(97), plan)
+    x, y = runs.counting_data(97)
+    updates = runs.fit(model, x, y=y)
+    expected = np.zeros((13, 97))
+    expected[np.arange(97) // 8, np.arange(97)] = 1 / 8
+    np.testing.assert_allclose(updates, np.concatenate([expected, expected]), atol=1e-5)

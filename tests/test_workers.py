@@ -68,6 +68,7 @@ def check_a_saved_run_goes_on_on_one_device(folder):
         np.testing.assert_allclose(updates, expected[9:21], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_workers_do_what_one_device_does(tmp_path):
     """One job for all checks: the processes take longer to start than to train."""
     results = results_of("together", tmp_path, 2)
