@@ -288,11 +288,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             )
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
-        """Refuses gradients that were not clipped per example.
-
-        Raises:
-            ValueError: always.
-        """
+        """Raises `ValueError`, always: plain gradients were not clipped per example."""
         raise ValueError(
             "BandMFOptimizer received plain gradients, which carry no privacy. The model is not "
             "private (or lost it on load or clone): call `keras_bandmf.privatize(model)` before "
