@@ -36,7 +36,8 @@ class CorrelatedNoise:
 
     The state is a ring of the last `b - 1` rows in `tf.Variable`s, so that a compiled training
     loop advances it. Under a `tf.distribute` strategy each replica keeps, and draws, only its own
-    run of the flat gradient vector; the sum of all shares is the row.
+    run of the flat gradient vector; the sum of all shares is the row. (Under a central storage the
+    first replica has it all.)
 
     Formal guarantees:
         The rows `0 .. n-1` are, up to float32 rounding, `C^-1 Z` with `Z[i, j] ~ N(0, stddev^2)`
@@ -196,7 +197,8 @@ class CorrelatedNoise:
 
         Args:
             step: scalar integer, equal to `position`.
-            replica: the replica in whose context this is called, a Python integer.
+            replica: the replica in whose context this is called, a Python integer; with several
+                worker processes its number among all of them.
 
         Returns:
             For each shape a float32 tensor, zero where another replica owns the elements, or
