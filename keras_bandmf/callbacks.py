@@ -91,7 +91,8 @@ class StepGuard(keras.callbacks.Callback):
 
         Raises:
             ValueError: if no step is left, the data is not that of the run, the counter moved
-                while Keras holds an iterator, or the last pass over arrays was not finished.
+                while Keras holds an iterator, worker processes differ, or the last pass over
+                arrays was not finished.
         """
         optimizer = self._optimizer
         if optimizer.built:
@@ -112,6 +113,7 @@ class StepGuard(keras.callbacks.Callback):
             self._batches.bind(state.sampler_key)
             state.accept_data(self._batches.digest(), self._batches.seed is not None)
         if self._batches is not None:
+            optimizer.run_state.check_workers()
             self._batches.cursor = step
         self._epoch_start = self._position = step
 

@@ -8,28 +8,54 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf.noise import workers
 from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.sampling import PrivateBatches
 
+# Strategies whose replicas are known when a step is traced, and make it in lockstep.
+_SUPPORTED = (
+    tf.distribute.OneDeviceStrategy,
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+    tf.distribute.experimental.CentralStorageStrategy,
+)
+_USE = "Use one device, MirroredStrategy, MultiWorkerMirroredStrategy or CentralStorageStrategy."
+_REFUSED = {
+    tf.distribute.TPUStrategy: "a TPU's replicas are not known by number when the step is traced, "
+    "so that each would have to keep and draw the whole noise",
+    tf.distribute.ParameterServerStrategy: "its workers update the weights at different times, so "
+    "that no step has a sum of all clipped gradients to which its noise belongs",
+}
 
-def check_distribution(model: keras.Model) -> None:
+
+def check_distribution(model: keras.Model, x: Any) -> None:
     """Refuses distribution strategies under which noise or batches are not known to be right.
+
+    Args:
+        model: the model.
+        x: the data given to `fit`.
 
     Raises:
         ValueError: naming the strategy.
     """
     strategy = model.distribute_strategy
-    if strategy.extended._in_multi_worker_mode() or not (
-        strategy.num_replicas_in_sync == 1 or isinstance(strategy, tf.distribute.MirroredStrategy)
-    ):
-        raise ValueError(
-            "Private training runs on one device or under MirroredStrategy. "
-            f"Received: {type(strategy).__name__}"
-        )
+    name = type(strategy).__name__
+    for kind, reason in _REFUSED.items():
+        if isinstance(strategy, kind):
+            raise ValueError(f"Private training does not run under {name}: {reason}. {_USE}")
+    with strategy.scope():
+        is_default = not tf.distribute.has_strategy()
+    if not is_default and not isinstance(strategy, _SUPPORTED):
+        raise ValueError(f"Private training is not known to be right under {name}. {_USE}")
     if strategy.num_replicas_in_sync > 1 and model.steps_per_execution > 1:
         raise ValueError(
             "Keras fails under a strategy with several replicas when `steps_per_execution` is not "
             f"1. Received: steps_per_execution={model.steps_per_execution}"
+        )
+    if workers.is_multi_worker(strategy) and not isinstance(x, PrivateBatches):
+        raise ValueError(
+            "With several worker processes a private `fit` takes `plan.batches(x, y)`: it splits "
+            f"each global batch over the workers exactly once. Received: x of {type(x).__name__}"
         )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf.clipping import ClippedGradients, ClippingMode, checked_mode
+from keras_bandmf.noise import workers
 from keras_bandmf.optimizer_arguments import check_arguments, check_clipped, checked_inner
 from keras_bandmf.optimizer_state import RunState
 from keras_bandmf.plan import TrainingPlan
@@ -190,10 +191,10 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         if not self.built:
             return
         noise = self.run_state.noise
-        if noise.layout.num_shards != num_replicas:
+        if noise.num_replicas != num_replicas:
             raise ValueError(
                 "The optimizer must be built in the scope of the strategy that trains: its noise "
-                f"is divided over {noise.layout.num_shards} replicas. Received: {num_replicas} "
+                f"is made for {noise.num_replicas} replicas. Received: {num_replicas} "
                 "replicas. Create, build and compile model and optimizer in `strategy.scope()`."
             )
         step = self.steps_done
@@ -247,10 +248,10 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         # Replicas take eager steps one after the other: between them the positions differ.
         eager_step = tf.executing_eagerly() and replicas == 1
-        if eager_step or replicas != self.run_state.noise.layout.num_shards:
+        if eager_step or replicas != self.run_state.noise.num_replicas:
             self.check_ready(replicas)
         step = tf.convert_to_tensor(self.iterations)
-        shares = self.run_state.noise.share(step, _replica_id())
+        shares = self.run_state.noise.share(step, workers.replica_id())
         # Asserts vanish under XLA; a NaN update does not.
         in_budget = tf.where(step < self.plan.num_steps, 1.0, np.nan)
         scale = in_budget / self.plan.batch_size
@@ -327,6 +328,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     def save_own_variables(self, store: Any) -> None:
         """Writes keys and ring: the file is secret. Use `keras_bandmf.export` to release."""
         if self._run_state is not None:
+            self._run_state.warn_of_secrets(self.replay)
             for name, value in self._run_state.to_arrays(self.replay).items():
                 store[name] = value
 
@@ -351,6 +353,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
                 "A SavedModel of a model compiled with BandMFOptimizer would hold the key and "
                 "the state of its noise. Use `keras_bandmf.export(model, path)`."
             )
+        self.run_state.warn_of_secrets(self.replay)
         arrays = self.run_state.to_arrays(self.replay)
         return {name: tf.constant(value) for name, value in arrays.items()}
 
@@ -381,18 +384,3 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         clipping = keras.saving.deserialize_keras_object(config.pop("clipping"))
         plan = TrainingPlan.from_json(config.pop("plan"))
         return cls(inner, plan, clipping=clipping, **config)
-
-
-def _replica_id() -> int:
-    context = tf.distribute.get_replica_context()
-    if context is None:
-        raise ValueError(
-            "`apply_clipped` must be called in a replica context, inside `strategy.run`."
-        )
-    replica = tf.get_static_value(context.replica_id_in_sync_group)
-    if replica is None:
-        raise ValueError(
-            "The replica id must be known when the step is traced. Received: "
-            f"{type(context.strategy).__name__}, which does not provide it. Use MirroredStrategy."
-        )
-    return int(replica)

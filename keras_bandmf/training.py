@@ -9,7 +9,8 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf import callbacks as private_callbacks
-from keras_bandmf import clipping, fit_arguments
+from keras_bandmf import clipping, fit_arguments, keras_faults
+from keras_bandmf.clipping.losses import no_replicas
 from keras_bandmf.clipping.refusals import refuse_microbatch_size
 from keras_bandmf.optimizers import BandMFOptimizer
 from keras_bandmf.run_record import RunRecord
@@ -201,7 +202,8 @@ class _PrivateTraining:
         variables = model.trainable_variables
         penalty, penalties = _regularisation(variables)
         optimizer.apply_clipped(clipped, variables, penalties)
-        return self._metrics(x, y, sample_weight, clipped, penalty)
+        logs = self._metrics(x, y, sample_weight, clipped, penalty)
+        return keras_faults.reducible_logs(model, logs)
 
     def _clipped_gradients(
         self, x: Any, y: Any, sample_weight: Any, mask: Any
@@ -284,7 +286,7 @@ class _PrivateTraining:
             ValueError: if data or arguments are not accounted for, or no step is left.
         """
         model, optimizer = self.model, self.optimizer
-        fit_arguments.check_distribution(model)
+        fit_arguments.check_distribution(model, x)
         fit_arguments.refuse_changed_data(class_weight, validation_split)
         self.record.check_optimizer(optimizer)
         listed = private_callbacks.flat_callbacks(callbacks)
@@ -324,11 +326,9 @@ class _PrivateTraining:
                 steps_per_epoch,
                 reports_clipping=bool(report),
             ),
+            keras_faults.worked_around(model, symbolic_build=batches is None),
         ):
             self._needs_mask = batches is not None
-            if batches is not None:
-                # The batches are dicts with a mask, which Keras's symbolic build cannot read.
-                model._maybe_symbolic_build = lambda *args, **kwargs: None
             try:
                 return keras.Model.fit(
                     model,
@@ -349,7 +349,6 @@ class _PrivateTraining:
                 )
             finally:
                 self._needs_mask = False
-                model.__dict__.pop("_maybe_symbolic_build", None)
 
     def _prepare(self, sample: dict[str, Any]) -> None:
         """Builds model and optimizer, and checks once that clipping is exact for this model."""
@@ -362,7 +361,8 @@ class _PrivateTraining:
         state = (optimizer, tuple(id(variable) for variable in model.trainable_variables))
         # `compile` drops the train function: loss and layers may be others now.
         if model.train_function is None or self._checked != state:
-            clipping.check_model(model, *parts, clipping=optimizer.clipping)
+            with no_replicas():
+                clipping.check_model(model, *parts, clipping=optimizer.clipping)
             self._checked = state
 
 

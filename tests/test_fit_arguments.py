@@ -1,7 +1,5 @@
 """Data a private `fit` accepts: the model is checked on it, and declared orders are kept."""
 
-import types
-
 import keras
 import numpy as np
 import pytest
@@ -58,16 +56,6 @@ def test_first_rows_are_few_and_as_keras_passes_them():
     rows = fit_arguments.first_rows({"a": X.astype(np.float64)}, Y.astype(np.int64), None)
     assert rows["x"]["a"].shape == (3, 96) and rows["x"]["a"].dtype == np.float32
     assert rows["y"].dtype == np.int64 and rows["sample_weight"] is None
-
-
-@pytest.mark.parametrize(("replicas", "multi_worker"), [(2, False), (1, True), (2, True)])
-def test_strategies_whose_replicas_are_not_known_are_refused(replicas, multi_worker):
-    """Only those of one process with a static replica id have been shown to add all the noise."""
-    extended = types.SimpleNamespace(_in_multi_worker_mode=lambda: multi_worker)
-    strategy = types.SimpleNamespace(extended=extended, num_replicas_in_sync=replicas)
-    model = types.SimpleNamespace(distribute_strategy=strategy, steps_per_execution=1)
-    with pytest.raises(ValueError, match="MirroredStrategy"):
-        fit_arguments.check_distribution(model)
 
 
 @pytest.mark.parametrize(("rows", "participations"), [(40, 5), (96, 1)], ids=["close", "many"])
