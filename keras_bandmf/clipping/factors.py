@@ -18,6 +18,8 @@ from keras_bandmf.clipping.shapes import dims, over_rows, product, static
 _GRAM_FLOOR = 64.0
 # Norms up to the root of this may be lost to squares below the smallest normal number.
 _VANISHING = 1e-14
+# Times the unit of rounding: what the sum of vectors may be off by, as a share of their lengths.
+_SUM_FLOOR = 64.0
 # Positions assumed when their number is unknown before the graph runs.
 _UNKNOWN_POSITIONS = 64
 
@@ -125,7 +127,11 @@ class Outer:
         # then a coarse bound that squares neither, which can only clip more.
         largest = tf.reduce_max(tf.maximum(a_lengths, g_lengths), axis=[1, 2])
         coarse = tf.reduce_sum(_sums(self.a) * _sums(self.g), axis=[1, 2])
-        may_vanish = largest > _VANISHING / _tiny(self.a.dtype)
+        _, groups, count, width = dims(self.a)
+        # Every entry of every position may lose a square of its own.
+        terms = tf.cast(groups * count, self.a.dtype)
+        entries = terms * terms * tf.cast(width + dims(self.g)[-1], self.a.dtype)
+        may_vanish = largest > _VANISHING / _tiny(self.a.dtype) / entries
         return tf.where(may_vanish, tf.square(coarse), exact), bound
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
@@ -167,7 +173,10 @@ class Lookup:
         added = tf.math.unsorted_segment_sum(
             tf.reshape(self.g, [batch * count, width]), segments, batch * count
         )
-        return tf.reduce_sum(tf.square(tf.reshape(added, [batch, count, width])), axis=[1, 2])
+        exact = tf.reduce_sum(tf.square(tf.reshape(added, [batch, count, width])), axis=[1, 2])
+        # `weighted_sum` rounds anew: what is left of large vectors that cancel may differ there.
+        rounding = _SUM_FLOOR * _epsilon(self.g.dtype) * tf.reduce_sum(tf.norm(self.g, axis=-1), 1)
+        return tf.where(tf.math.is_nan(exact), exact, tf.maximum(exact, tf.square(rounding)))
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Sum over examples of weight times gradient, dense: (rows, width)."""

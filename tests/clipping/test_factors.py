@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from keras_bandmf.clipping.factors import Layout, Lookup, Outer, Rows, Unsupported, prefers_product
 from keras_bandmf.clipping.merge import merged
+from keras_bandmf.clipping.modes import AutomaticClipping
 
 WEIGHTS = np.array([0.5, 0.0, 1.0], "float32")
 
@@ -116,3 +117,27 @@ def test_squares_that_vanish_do_not_hide_a_gradient(positions, swap):
     norm = np.linalg.norm(np.einsum("bgti,bgto->bgio", a.astype("float64"), g)[0])
     assert norm > 0.05
     assert np.all(np.sqrt(factor.squared_norms()) >= norm)
+
+
+@pytest.mark.parametrize("positions,width", [(1, 10_000), (8, 100)])
+def test_many_squares_that_vanish_together_do_not_hide_a_gradient(positions, width):
+    # Each loses less than counts; all of them together were 4 times the clip norm and more.
+    a = np.full((1, 1, positions, width), 1e-19, "float32")
+    g = np.full((1, 1, positions, 1), 5e11, "float32")
+    factor = Outer(tf.constant(a), tf.constant(g), Layout((width, 1)))
+    weights = AutomaticClipping(gamma=0.0).factors(tf.sqrt(factor.squared_norms()), 1.0)
+    assert np.linalg.norm(factor.weighted_sum(weights)) <= 1.0001
+
+
+@pytest.mark.parametrize("size", [1e6, 1e7, 1e8, 1e12])
+def test_look_ups_that_cancel_are_not_understated(size):
+    rng = np.random.default_rng(0)
+    g = (rng.normal(size=(16, 32, 8)) * size).astype("float32")
+    g[:, 1::2] = -g[:, ::2]  # of one row of the table: next to nothing is left
+    g[:, -1] += 10 * rng.normal(size=(16, 8))
+    g = np.stack([example[rng.permutation(32)] for example in g])
+    factor = Lookup(tf.zeros((16, 32), tf.int32), tf.constant(g), 4)
+    weights = np.minimum(1.0, 1.0 / np.sqrt(factor.squared_norms()))
+    for weight, row in zip(weights, np.eye(16, dtype="float32"), strict=True):
+        # Its own rounding would make the contribution up to 2.4 times the clip norm.
+        assert np.linalg.norm(factor.weighted_sum(tf.constant(weight * row))) <= 1.01
