@@ -23,7 +23,7 @@ def peak():
 
 def measure(name, batch, size):
     """Peak memory before and after two clipped steps, in MiB."""
-    import clipping as models
+    import clipping_models as models
     import keras
     import numpy as np
     import tensorflow as tf

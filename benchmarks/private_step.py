@@ -12,7 +12,7 @@ import time
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
-import clipping as clipping_benchmark
+import clipping_models as models
 import keras
 import numpy as np
 import tensorflow as tf
@@ -21,10 +21,10 @@ import keras_bandmf as bandmf
 
 # (name, model, batch size, bands, largest ratio allowed or None)
 CASES = [
-    ("CNN 32-64", clipping_benchmark.cnn, 256, 1, 1.6),
-    ("CNN 32-64", clipping_benchmark.cnn, 256, 16, None),
-    ("MLP 784-1024-1024-10", clipping_benchmark.mlp, 1024, 1, 1.5),
-    ("MLP 784-1024-1024-10", clipping_benchmark.mlp, 1024, 16, None),
+    ("CNN 32-64", models.cnn, 256, 1, 1.6),
+    ("CNN 32-64", models.cnn, 256, 16, None),
+    ("MLP 784-1024-1024-10", models.mlp, 1024, 1, 1.5),
+    ("MLP 784-1024-1024-10", models.mlp, 1024, 16, None),
 ]
 
 
