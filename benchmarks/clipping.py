@@ -22,7 +22,7 @@ import subprocess
 import sys
 
 import numpy as np
-from clipping_measure import Sizes
+from clipping_measure import FULL, Sizes
 
 HERE = pathlib.Path(__file__).resolve().parent
 # The largest ratios of time aimed at, and of memory on every model.
@@ -131,7 +131,7 @@ def line(library: Library, task: dict, row: dict) -> str:
     )
 
 
-def main(arguments: list[str] | None = None, sizes: Sizes = Sizes()) -> None:
+def main(arguments: list[str] | None = None, sizes: Sizes = FULL) -> None:
     """Prints the table, and for each model whether the peers are behind."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(TIME), choices=list(TIME))
