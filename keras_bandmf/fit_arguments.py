@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import types
 from typing import Any
 
 import keras
@@ -164,20 +166,36 @@ def check_foreign_data(
     return plan.batch_size, epoch_steps
 
 
-def first_rows(x: Any, y: Any, sample_weight: Any) -> dict[str, Any] | None:
+def first_rows(x: Any, y: Any, sample_weight: Any) -> tuple[dict[str, Any], Any]:
     """Returns a few rows of data that is not of `plan.batches`, to check the model on.
 
     Returns:
-        Dict of `"x"`, `"y"` and `"sample_weight"` of up to three rows; None for a generator, which
-        could not be read again.
+        Dict of `"x"`, `"y"` and `"sample_weight"` of up to three rows; and the data to train on:
+        `x` itself, or a generator of all that the generator `x` yields.
+
+    Raises:
+        ValueError: for data of a kind that cannot be looked at, or without a batch: no model is
+            trained unchecked.
     """
+    data = x
     if isinstance(x, tf.data.Dataset):
-        for batch in x.take(1):
-            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        batch = next(iter(x.take(1)), None)
     elif isinstance(x, keras.utils.PyDataset):
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(x[0])
-    elif not all(hasattr(leaf, "shape") for leaf in keras.tree.flatten(x)):
-        return None
+        batch = x[0]
+    elif isinstance(x, types.GeneratorType):
+        batch = next(x, None)
+        data = (each for each in itertools.chain([batch], x))
+    elif all(hasattr(leaf, "shape") for leaf in keras.tree.flatten(x)):
+        batch = (x, y, sample_weight)
+    else:
+        batch = None
+    if batch is None:
+        raise ValueError(
+            "Expected data with at least one batch, whose first rows the model can be checked on: "
+            "arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset` or a generator. "
+            f"Received: x of type {type(x).__name__}"
+        )
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
 
     def head(leaf: Any) -> np.ndarray | None:
         rows = None if leaf is None else np.asarray(leaf[:3])
@@ -185,4 +203,4 @@ def first_rows(x: Any, y: Any, sample_weight: Any) -> dict[str, Any] | None:
         return rows.astype(keras.config.floatx()) if is_float else rows
 
     parts = {"x": x, "y": y, "sample_weight": sample_weight}
-    return {name: keras.tree.map_structure(head, part) for name, part in parts.items()}
+    return {name: keras.tree.map_structure(head, part) for name, part in parts.items()}, data

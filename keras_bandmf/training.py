@@ -303,9 +303,8 @@ class _PrivateTraining:
             batch_size, array_steps = fit_arguments.check_foreign_data(
                 x, optimizer.plan, batch_size, steps_per_epoch
             )
-            sample = fit_arguments.first_rows(x, y, sample_weight)
-            if sample is not None:
-                self._prepare(sample)
+            sample, x = fit_arguments.first_rows(x, y, sample_weight)
+            self._prepare(sample)
             source = "data supplied by the user, in an order declared by the user"
         optimizer.check_ready(model.distribute_strategy.num_replicas_in_sync)
         guard = private_callbacks.StepGuard(optimizer, batches, array_steps)
