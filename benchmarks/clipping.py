@@ -22,7 +22,7 @@ import subprocess
 import sys
 
 import numpy as np
-from clipping_measure import Sizes
+from clipping_measure import FULL, Sizes
 
 HERE = pathlib.Path(__file__).resolve().parent
 # The largest ratios of time aimed at, and of memory on every model.
@@ -124,14 +124,16 @@ def line(library: Library, task: dict, row: dict) -> str:
     ours = library.option is None
     low, high = row["quartiles"]
     needs, takes = row["mebibytes"]
+    # Less than a MiB is noise of the allocator.
+    more = f"{takes / needs:.2f}" if needs > 1 else "-"
     time_limit, memory_limit = (TIME[task["model"]], MEMORY) if ours else ("", "")
     return (
         f"{start}{plain:>10.1f}{private:>10.1f}{row['ratio']:>8.2f}{f'{low:.2f}-{high:.2f}':>14}"
-        f"{time_limit:>9}{takes:>8.0f}{needs:>8.0f}{takes / needs:>7.2f}{memory_limit:>9}"
+        f"{time_limit:>9}{takes:>8.0f}{needs:>8.0f}{more:>7}{memory_limit:>9}"
     )
 
 
-def main(arguments: list[str] | None = None, sizes: Sizes = Sizes()) -> None:
+def main(arguments: list[str] | None = None, sizes: Sizes = FULL) -> None:
     """Prints the table, and for each model whether the peers are behind."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(TIME), choices=list(TIME))

@@ -8,11 +8,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import keras
-from clipping_measure import Sizes
+from clipping_measure import FULL, Sizes
 from keras import layers
 
 
-def mlp(sizes: Sizes = Sizes()) -> keras.Model:
+def mlp(sizes: Sizes = FULL) -> keras.Model:
     """Three dense layers on flat images."""
     return keras.Sequential(
         [
@@ -24,7 +24,7 @@ def mlp(sizes: Sizes = Sizes()) -> keras.Model:
     )
 
 
-def cnn(sizes: Sizes = Sizes()) -> keras.Model:
+def cnn(sizes: Sizes = FULL) -> keras.Model:
     """Two convolutions, a pooling and two dense layers on images of MNIST's size."""
     return keras.Sequential(
         [
@@ -39,7 +39,7 @@ def cnn(sizes: Sizes = Sizes()) -> keras.Model:
     )
 
 
-def bert(sizes: Sizes = Sizes()) -> keras.Model:
+def bert(sizes: Sizes = FULL) -> keras.Model:
     """KerasHub's BERT and a dense layer on its pooled output.
 
     No dropout: its cost, which differs by framework, would hide that of clipping.
@@ -63,7 +63,7 @@ def bert(sizes: Sizes = Sizes()) -> keras.Model:
     return keras.Model(inputs, layers.Dense(10)(backbone(inputs)["pooled_output"]))
 
 
-def embedding(sizes: Sizes = Sizes()) -> keras.Model:
+def embedding(sizes: Sizes = FULL) -> keras.Model:
     """A large table, the mean over the tokens and two dense layers."""
     return keras.Sequential(
         [
@@ -79,7 +79,7 @@ def embedding(sizes: Sizes = Sizes()) -> keras.Model:
 BUILDERS = {"mlp": mlp, "cnn": cnn, "bert": bert, "embedding": embedding}
 
 
-def compiled(name: str, sizes: Sizes = Sizes()) -> keras.Model:
+def compiled(name: str, sizes: Sizes = FULL) -> keras.Model:
     """The model of that name, with the loss and optimizer of every step."""
     keras.utils.set_random_seed(0)
     model = BUILDERS[name](sizes)
