@@ -1,4 +1,4 @@
-"""Data, time and memory of training steps, for any library; NumPy only, memory Linux only.
+"""Data, time and memory of training steps, for any library; NumPy only, memory glibc only.
 
 A library brings factories, `(name of model, batch size, sizes) -> step`, by the name of what they
 make, "plain" among them. `answer` measures what the JSON on the command line asks for:
@@ -8,6 +8,7 @@ make, "plain" among them. `answer` measures what the JSON on the command line as
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import time
@@ -70,7 +71,8 @@ def status(field: str) -> float:
 
 
 def forget_peak() -> None:
-    """Starts "VmHWM" anew."""
+    """Starts "VmHWM" anew, freed memory given back first: what went before would hide in it."""
+    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
@@ -80,6 +82,7 @@ def memory(step: Step) -> float:
 
     The first two steps compile; what compiling takes for the time is not counted.
     """
+    forget_peak()
     before = status("VmRSS")
     for _ in range(2):
         step()

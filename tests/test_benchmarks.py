@@ -82,3 +82,70 @@ def test_without_a_peer_its_columns_are_empty(benchmark, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[4::2] == ["-"] * 3
     assert "peer not given" in "\n".join(lines)
+
+
+@pytest.fixture
+def clipping(monkeypatch):
+    """The clipping benchmark, its programs run in this process; peers answer made-up numbers."""
+    monkeypatch.syspath_prepend(str(PATH.parent))
+    names = ("clipping", "clipping_measure", "clipping_models", "clipping_ours")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    module, measure, _, ours = (importlib.import_module(name) for name in names)
+
+    def in_process(python, program, task):
+        if python == "peer":
+            if program == "clipping_opacus.py":
+                raise RuntimeError("no such operation")
+            seconds = {kind: [0.5 if kind == "plain" else 2.0] * 3 for kind in task["timed"]}
+            return {"memory": 10.0 if task["memory"] == "plain" else 25.0, "seconds": seconds}
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            measure.answer(ours.STEPS, module.json.dumps(task))
+        return module.json.loads(printed.getvalue().splitlines()[-1])
+
+    monkeypatch.setattr(module, "run", in_process)
+    yield module, measure
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def table_of_clipping(clipping, capsys, models, *more):
+    module, measure = clipping
+    sizes = measure.Sizes(
+        units=4, filters=2, vocabulary=11, blocks=1, hidden=8, tokens=5, rows=11, width=4
+    )
+    module.main(["--models", *models, "--batches", "3", "--repeats", "3", *more], sizes)
+    return capsys.readouterr().out.splitlines()[1:]
+
+
+def test_clipping_beside_its_peers(clipping, capsys):
+    peers = ["--tfp_python", "peer", "--opacus_python", "peer"]
+    lines = table_of_clipping(clipping, capsys, ["embedding"], *peers)
+    ours, dense, tfp, jax, *opacus = lines
+    assert ours.split()[:4] == ["embedding", "3", "keras_bandmf,", "clipped"]
+    assert "over dense" in dense
+    # The ratio, its quartiles and what the peer's step takes: 2 s over 0.5 s, 25 MiB over 10.
+    assert tfp.split()[4:12] == [
+        "500.0",
+        "2000.0",
+        "4.00",
+        "4.00-4.00",
+        "25",
+        "10",
+        "2.50",
+        tfp.split()[11],
+    ]
+    ratio = float(ours.split()[6])
+    np.testing.assert_allclose(float(tfp.split()[11]), 4 / ratio, rtol=0.02)
+    assert "target 10" in tfp
+    assert "absent (--jax_python PATH)" in jax
+    assert [("failed: no such operation" in line) for line in opacus] == [True, True]
+
+
+@pytest.mark.slow
+def test_clipping_of_every_model(clipping, capsys):
+    lines = table_of_clipping(clipping, capsys, ["mlp", "cnn", "bert"])
+    ours = [line for line in lines if "keras_bandmf" in line]
+    assert [line.split()[0] for line in ours] == ["mlp", "cnn", "bert", "bert"]
+    assert not any("failed" in line for line in lines)
+    assert sum("absent" in line for line in lines) == 9
