@@ -1,7 +1,7 @@
 """Time and peak memory of a clipped step over a plain one, here and in three peers.
 
-    python benchmarks/clipping.py [--models mlp cnn bert embedding] [--batches 32 256] [--minutes 10]
-        [--tfp_python PATH] [--jax_python PATH] [--opacus_python PATH]
+    python benchmarks/clipping.py [--models mlp cnn bert embedding] [--batches 32 256]
+        [--minutes 10] [--tfp_python PATH] [--jax_python PATH] [--opacus_python PATH]
 
 PATHs are interpreters of environments with what `clipping_tfp.py`, `clipping_jax.py` and
 `clipping_opacus.py` need; without one its rows say so. Every ratio is private over plain in the

@@ -1,5 +1,7 @@
 """Data a private `fit` accepts: the model is checked on it, and declared orders are kept."""
 
+import types
+
 import keras
 import numpy as np
 import pytest
