@@ -148,7 +148,8 @@ def test_removing_a_row_changes_the_sums_by_at_most_the_clip(mode, second):
         for s, t, u in zip(everyone, without, alone, strict=True):
             np.testing.assert_allclose(s - t, u, atol=1e-6)
     assert np.all(np.isfinite(moved)) and np.max(moved) <= clip * (1 + 1e-5)
-    np.testing.assert_allclose(np.max(moved), clip, rtol=1e-4)
+    # A little below with `gamma`, which is added to the norm.
+    np.testing.assert_allclose(np.max(moved), clip, rtol=1e-2)
     assert moved[0] == 0
 
 
