@@ -7,24 +7,27 @@ their ratio, and what the noise alone costs.
 
 import argparse
 import os
-import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
-import clipping as clipping_benchmark
+import clipping_models as models
 import keras
 import numpy as np
 import tensorflow as tf
+from clipping_measure import FULL, data, seconds
 
 import keras_bandmf as bandmf
 
-# (name, model, batch size, bands, largest ratio allowed or None)
+# (model, batch size, bands, largest ratio allowed or None)
 CASES = [
-    ("CNN 32-64", clipping_benchmark.cnn, 256, 1, 1.6),
-    ("CNN 32-64", clipping_benchmark.cnn, 256, 16, None),
-    ("MLP 784-1024-1024-10", clipping_benchmark.mlp, 1024, 1, 1.5),
-    ("MLP 784-1024-1024-10", clipping_benchmark.mlp, 1024, 16, None),
+    ("cnn", 256, 1, 1.5),
+    ("cnn", 256, 16, None),
+    ("mlp", 1024, 1, 1.35),
+    ("mlp", 1024, 16, None),
+    ("bert", 32, 1, 1.25),
+    ("bert", 32, 16, None),
+    ("embedding", 256, 1, None),
 ]
 
 
@@ -40,10 +43,10 @@ def make_plan(batch_size, num_bands):
     )
 
 
-def compiled_model(build, optimizer):
+def compiled_model(name, optimizer):
     """A model with the loss and metric of both steps."""
     keras.utils.set_random_seed(0)
-    model = build()
+    model = models.BUILDERS[name]()
     model.compile(
         optimizer,
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -52,16 +55,14 @@ def compiled_model(build, optimizer):
     return model
 
 
-def make_steps(build, batch, num_bands):
+def make_steps(name, batch, num_bands):
     """(plain step, private step, noise alone, parameters): functions without arguments."""
-    plain = compiled_model(build, keras.optimizers.SGD(1e-3))
+    plain = compiled_model(name, keras.optimizers.SGD(1e-3))
     plan = make_plan(batch, num_bands)
     private = bandmf.privatize(
-        compiled_model(build, bandmf.BandMFOptimizer(keras.optimizers.SGD(1e-3), plan))
+        compiled_model(name, bandmf.BandMFOptimizer(keras.optimizers.SGD(1e-3), plan))
     )
-    rng = np.random.default_rng(0)
-    x = tf.constant(rng.normal(size=(batch, *plain.input_shape[1:])).astype("float32"))
-    y = tf.constant(rng.integers(0, 10, size=batch))
+    x, y = keras.tree.map_structure(tf.constant, data(name, batch, FULL))
     mask = tf.ones([batch], tf.bool)
     bandmf.clipping.check_model(private, x, y)
     private.optimizer.build(private.trainable_variables)
@@ -83,34 +84,20 @@ def make_steps(build, batch, num_bands):
     return steps, private.count_params()
 
 
-def measure(steps, repeats):
-    """Seconds of each step, interleaved: (repeats, number of steps)."""
-    for _ in range(3):
-        for step in steps:
-            step()
-    times = np.empty((repeats, len(steps)))
-    for row in times:
-        for column, step in enumerate(steps):
-            start = time.perf_counter()
-            step()
-            row[column] = time.perf_counter() - start
-    return times
-
-
 def main():
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=30)
     options = parser.parse_args()
     print(
-        f"{'model':<22}{'batch':>6}{'bands':>6}{'plain ms':>10}{'private ms':>12}{'ratio':>7}"
+        f"{'model':<10}{'batch':>6}{'bands':>6}{'plain ms':>10}{'private ms':>12}{'ratio':>7}"
         f"{'at most':>9}{'noise ns/parameter':>20}"
     )
-    for name, build, batch, num_bands, limit in CASES:
-        steps, parameters = make_steps(build, batch, num_bands)
-        plain, private, noise = np.median(measure(steps, options.repeats), axis=0)
+    for name, batch, num_bands, limit in CASES:
+        steps, parameters = make_steps(name, batch, num_bands)
+        plain, private, noise = np.median(seconds(steps, options.repeats), axis=0)
         print(
-            f"{name:<22}{batch:>6}{num_bands:>6}{plain * 1e3:>10.1f}{private * 1e3:>12.1f}"
+            f"{name:<10}{batch:>6}{num_bands:>6}{plain * 1e3:>10.1f}{private * 1e3:>12.1f}"
             f"{private / plain:>7.2f}{limit or '':>9}{noise / parameters * 1e9:>20.1f}",
             flush=True,
         )

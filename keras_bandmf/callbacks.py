@@ -38,6 +38,29 @@ class EpsilonSoFar(keras.callbacks.Callback):
             logs["epsilon"] = optimizer.plan.epsilon(optimizer.steps_done)
 
 
+class ClippedFraction(keras.callbacks.Callback):
+    """Adds the fraction of examples that were clipped to the logs of each epoch.
+
+    Formal guarantees: none. The fraction is computed from the examples without noise, like every
+    training metric: the name says so, callbacks may not monitor it, and the statement names it.
+    """
+
+    NAME = "clipped_fraction_not_private"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metric = keras.metrics.Mean(name=self.NAME)
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Starts a new mean."""
+        self.metric.reset_state()
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Writes `logs["clipped_fraction_not_private"]`."""
+        if logs is not None:
+            logs[self.NAME] = float(self.metric.result())
+
+
 class StepGuard(keras.callbacks.Callback):
     """Keeps batches and optimizer at the same step, and ends `fit` with the budget.
 
@@ -68,7 +91,8 @@ class StepGuard(keras.callbacks.Callback):
 
         Raises:
             ValueError: if no step is left, the data is not that of the run, the counter moved
-                while Keras holds an iterator, or the last pass over arrays was not finished.
+                while Keras holds an iterator, worker processes differ, or the last pass over
+                arrays was not finished.
         """
         optimizer = self._optimizer
         if optimizer.built:
@@ -89,6 +113,7 @@ class StepGuard(keras.callbacks.Callback):
             self._batches.bind(state.sampler_key)
             state.accept_data(self._batches.digest(), self._batches.seed is not None)
         if self._batches is not None:
+            optimizer.run_state.check_workers()
             self._batches.cursor = step
         self._epoch_start = self._position = step
 

@@ -2,34 +2,62 @@
 
 from __future__ import annotations
 
+import itertools
+import types
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf.noise import workers
 from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.sampling import PrivateBatches
 
+# Strategies whose replicas are known when a step is traced, and make it in lockstep.
+_SUPPORTED = (
+    tf.distribute.OneDeviceStrategy,
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+    tf.distribute.experimental.CentralStorageStrategy,
+)
+_USE = "Use one device, MirroredStrategy, MultiWorkerMirroredStrategy or CentralStorageStrategy."
+_REFUSED = {
+    tf.distribute.TPUStrategy: "a TPU's replicas are not known by number when the step is traced, "
+    "so that each would have to keep and draw the whole noise",
+    tf.distribute.ParameterServerStrategy: "its workers update the weights at different times, so "
+    "that no step has a sum of all clipped gradients to which its noise belongs",
+}
 
-def check_distribution(model: keras.Model) -> None:
+
+def check_distribution(model: keras.Model, x: Any) -> None:
     """Refuses distribution strategies under which noise or batches are not known to be right.
+
+    Args:
+        model: the model.
+        x: the data given to `fit`.
 
     Raises:
         ValueError: naming the strategy.
     """
     strategy = model.distribute_strategy
-    if strategy.extended._in_multi_worker_mode() or not (
-        strategy.num_replicas_in_sync == 1 or isinstance(strategy, tf.distribute.MirroredStrategy)
-    ):
-        raise ValueError(
-            "Private training runs on one device or under MirroredStrategy. "
-            f"Received: {type(strategy).__name__}"
-        )
+    name = type(strategy).__name__
+    for kind, reason in _REFUSED.items():
+        if isinstance(strategy, kind):
+            raise ValueError(f"Private training does not run under {name}: {reason}. {_USE}")
+    with strategy.scope():
+        is_default = not tf.distribute.has_strategy()
+    if not is_default and not isinstance(strategy, _SUPPORTED):
+        raise ValueError(f"Private training is not known to be right under {name}. {_USE}")
     if strategy.num_replicas_in_sync > 1 and model.steps_per_execution > 1:
         raise ValueError(
             "Keras fails under a strategy with several replicas when `steps_per_execution` is not "
             f"1. Received: steps_per_execution={model.steps_per_execution}"
+        )
+    if workers.is_multi_worker(strategy) and not isinstance(x, PrivateBatches):
+        raise ValueError(
+            "With several worker processes a private `fit` takes `plan.batches(x, y)`: it splits "
+            f"each global batch over the workers exactly once. Received: x of {type(x).__name__}"
         )
 
 
@@ -138,20 +166,36 @@ def check_foreign_data(
     return plan.batch_size, epoch_steps
 
 
-def first_rows(x: Any, y: Any, sample_weight: Any) -> dict[str, Any] | None:
+def first_rows(x: Any, y: Any, sample_weight: Any) -> tuple[dict[str, Any], Any]:
     """Returns a few rows of data that is not of `plan.batches`, to check the model on.
 
     Returns:
-        Dict of `"x"`, `"y"` and `"sample_weight"` of up to three rows; None for a generator, which
-        could not be read again.
+        Dict of `"x"`, `"y"` and `"sample_weight"` of up to three rows; and the data to train on:
+        `x` itself, or a generator of all that the generator `x` yields.
+
+    Raises:
+        ValueError: for data of a kind that cannot be looked at, or without a batch: no model is
+            trained unchecked.
     """
+    data = x
     if isinstance(x, tf.data.Dataset):
-        for batch in x.take(1):
-            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        batch = next(iter(x.take(1)), None)
     elif isinstance(x, keras.utils.PyDataset):
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(x[0])
-    elif not all(hasattr(leaf, "shape") for leaf in keras.tree.flatten(x)):
-        return None
+        batch = x[0]
+    elif isinstance(x, types.GeneratorType):
+        batch = next(x, None)
+        data = (each for each in itertools.chain([batch], x))
+    elif all(hasattr(leaf, "shape") for leaf in keras.tree.flatten(x)):
+        batch = (x, y, sample_weight)
+    else:
+        batch = None
+    if batch is None:
+        raise ValueError(
+            "Expected data with at least one batch, whose first rows the model can be checked on: "
+            "arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset` or a generator. "
+            f"Received: x of type {type(x).__name__}"
+        )
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
 
     def head(leaf: Any) -> np.ndarray | None:
         rows = None if leaf is None else np.asarray(leaf[:3])
@@ -159,4 +203,4 @@ def first_rows(x: Any, y: Any, sample_weight: Any) -> dict[str, Any] | None:
         return rows.astype(keras.config.floatx()) if is_float else rows
 
     parts = {"x": x, "y": y, "sample_weight": sample_weight}
-    return {name: keras.tree.map_structure(head, part) for name, part in parts.items()}
+    return {name: keras.tree.map_structure(head, part) for name, part in parts.items()}, data

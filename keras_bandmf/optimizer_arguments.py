@@ -1,4 +1,4 @@
-"""What BandMFOptimizer accepts: plan, clip norm, seed and inner optimizer."""
+"""What BandMFOptimizer accepts: plan, clip norm, seed, inner optimizer, clipped gradients."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from keras_bandmf.clipping import ClippedGradients, ClippingMode
 from keras_bandmf.plan import TrainingPlan
 
 # Settings of the base optimizer that would act on one replica's share of the noisy sum, or skip
@@ -48,6 +49,32 @@ def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any) -> None:
         raise ValueError(
             "Argument `seed` must be None (a private run) or a non-negative integer (a test). "
             f"Received: seed={seed!r}"
+        )
+
+
+def check_clipped(clipped: Any, l2_norm_clip: float, clipping: ClippingMode) -> None:
+    """Accepts gradients clipped just as the optimizer says, and nothing else.
+
+    Raises:
+        TypeError: if `clipped` is not `ClippedGradients`.
+        ValueError: if they were clipped at another norm or in another mode.
+    """
+    if not isinstance(clipped, ClippedGradients):
+        raise TypeError(
+            "BandMFOptimizer takes gradients only as ClippedGradients, from "
+            "`keras_bandmf.clipped_gradients(model, x, y, l2_norm_clip=...)`. "
+            f"Received: {type(clipped).__name__}"
+        )
+    if clipped.l2_norm_clip != l2_norm_clip:
+        raise ValueError(
+            "The gradients must be clipped at the optimizer's norm: the noise is scaled to "
+            f"l2_norm_clip={l2_norm_clip}. Received: gradients clipped at {clipped.l2_norm_clip}"
+        )
+    if clipped.clipping != clipping:
+        raise ValueError(
+            "The gradients must be clipped in the optimizer's mode, which is fixed for the run and "
+            "named in the statement: pass `clipping=optimizer.clipping` to `clipped_gradients`. "
+            f"Expected: {clipping}. Received: gradients clipped by {clipped.clipping}"
         )
 
 

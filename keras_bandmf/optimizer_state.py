@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import tensorflow as tf
 
-from keras_bandmf.noise import CorrelatedNoise, NoiseRows, normals
+from keras_bandmf.noise import CorrelatedNoise, NoiseRows, normals, workers
 from keras_bandmf.rgp.run import RunCarriers
 
 _FORMAT = 1
@@ -32,11 +34,12 @@ class RunState:
 
     Formal guarantees:
         The run key comes from the operating system unless `seed` is given; noise and sampler use
-        one-way folds of it, and it is not kept. `from_arrays` refuses whatever does not belong to
-        `fingerprint`; by default it draws a new noise key, so the noise after a restore is
-        independent of every row drawn before, given the ring, and `C^-1 Z` keeps its law. The
-        sampler's key is always kept, and `accept_data` refuses other rows or another order: new
-        groups would let an example take part in adjacent steps.
+        one-way folds of it, and it is not kept. With several worker processes the chief's key is
+        that of all, and `check_workers` refuses processes that do not do the same. `from_arrays`
+        refuses whatever does not belong to `fingerprint`; by default it draws a new noise key, so
+        the noise after a restore is independent of every row drawn before, given the ring, and
+        `C^-1 Z` keeps its law. The sampler's key is always kept, and `accept_data` refuses other
+        rows or another order: new groups would let an example take part in adjacent steps.
 
     Args:
         strategy: defines `C` of the noise.
@@ -60,7 +63,10 @@ class RunState:
         self.seeded = seed is not None
         self.restores = 0
         self.replayed = False
+        self._warned = False
+        self._distribution = tf.distribute.get_strategy()
         run_key = normals.key_from_seed(seed) if self.seeded else normals.fresh_key()
+        run_key = workers.from_chief(self._distribution, run_key.view(np.int64)).view(np.uint64)
         self.sampler_key = normals.fold_key(run_key, "sampler")
         self.carriers = carriers or RunCarriers([], strategy)
         self.carriers.start(normals.fold_key(run_key, "carriers"))
@@ -87,6 +93,43 @@ class RunState:
             )
         self._data_digest = digest
         self.seeded = self.seeded or seeded
+
+    def check_workers(self) -> None:
+        """Refuses worker processes that are not at the same step of the same run.
+
+        All of them must call it.
+
+        Raises:
+            ValueError: in every process, if one has another plan, model, data or checkpoint.
+        """
+        # Not the noise key, which the chief sends; the data digest holds the sampler's.
+        own = [self.fingerprint, self._data_digest, self.noise.position, self.seeded]
+        own += [self.sampler_key.tobytes(), self.restores, self.replayed]
+        if not workers.same_everywhere(self._distribution, repr(own).encode()):
+            raise ValueError(
+                "The worker processes do not do the same run: data, plan, model, seed or restored "
+                "checkpoint differ. Each worker must be given the same rows in the same order, "
+                "and all must restore the same checkpoint, or none. Received at this worker: "
+                f"step {self.noise.position} after {self.restores} restores"
+            )
+
+    def warn_of_secrets(self, replay: bool) -> None:
+        """Warns once that what is about to be written must stay secret, naming what it holds."""
+        if self._warned:
+            return
+        self._warned = True
+        key = (
+            ", and by replay=True the noise key, from which all noise of the run can be computed"
+            if replay
+            else "; not the noise key"
+        )
+        warnings.warn(
+            "What is saved holds secrets of a private run: the sampler's key, the last "
+            f"{self.noise.num_slots} rows of its noise, which can be subtracted from released "
+            f"weights, and its step{key}. Keep the file as secret as the data; "
+            "`keras_bandmf.export(model, path)` writes what may be released.",
+            stacklevel=2,
+        )
 
     def to_arrays(self, replay: bool = False) -> dict[str, np.ndarray]:
         """Returns the state, to be kept secret: the ring is part of the noise of released weights.

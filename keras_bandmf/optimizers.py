@@ -13,11 +13,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bandmf.clipping import ClippedGradients
-from keras_bandmf.optimizer_arguments import check_arguments, checked_inner
+from keras_bandmf.clipping import ClippedGradients, ClippingMode, checked_mode
+from keras_bandmf.noise import workers
+from keras_bandmf.optimizer_arguments import check_arguments, check_clipped, checked_inner
 from keras_bandmf.optimizer_state import RunState
 from keras_bandmf.plan import TrainingPlan
-from keras_bandmf.replicas import replica_id
 from keras_bandmf.rgp.run import RunCarriers
 
 
@@ -32,15 +32,18 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     Formal guarantees:
         With batches drawn by `plan.batches` and gradients clipped by `clipped_gradients` at the
         norm `l2_norm_clip`, the weights after each step are a post-processing of the matrix
-        mechanism whose privacy is `plan.epsilon(steps)` at `plan.delta`. Gradients are accepted
-        only as `ClippedGradients` of that very norm, and only while batches of the plan are
-        being consumed (or if the plan declares participations). No step after the plan's last
-        one changes a weight to anything but NaN.
+        mechanism whose privacy is `plan.epsilon(steps)` at `plan.delta`: the noise is scaled to
+        `clipping.sensitivity(l2_norm_clip)`. Gradients are accepted only as `ClippedGradients` of
+        that very norm and mode, and only while batches of the plan are being consumed (or if the
+        plan declares participations). No step after the plan's last one changes a weight to
+        anything but NaN.
 
     Args:
         optimizer: the inner optimizer: a name, a config, or a `keras.optimizers.Optimizer`.
         plan: the `TrainingPlan` of the run.
         l2_norm_clip: the bound on the norm of the gradient of an example. Constant for the run.
+        clipping: "flat" (default), "per_layer", "automatic", or a `keras_bandmf.clipping` mode with
+            settings, such as `clipping.PerLayerClipping({"embedding": 4.0})`.
         seed: an integer, for tests only: the noise can then be recomputed by anyone, and the
             statement says "not private". By default keys come from the operating system.
         replay: keep the noise key when a checkpoint is restored, for a bit-for-bit continuation
@@ -62,6 +65,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         plan: TrainingPlan,
         l2_norm_clip: float = 1.0,
         *,
+        clipping: str | ClippingMode = "flat",
         seed: int | None = None,
         replay: bool = False,
         name: str | None = None,
@@ -71,6 +75,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         self._inner_optimizer = checked_inner(keras.optimizers.get(optimizer))
         self._plan = plan
         self._l2_norm_clip = float(l2_norm_clip)
+        self._clipping = checked_mode(clipping)
         self._seed = seed
         self._replay = bool(replay)
         self._failed_restore = False
@@ -93,6 +98,11 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     def l2_norm_clip(self) -> float:
         """The bound on the norm of the gradient of an example."""
         return self._l2_norm_clip
+
+    @property
+    def clipping(self) -> ClippingMode:
+        """How gradients are brought to that bound."""
+        return self._clipping
 
     @property
     def seed(self) -> int | None:
@@ -118,7 +128,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             carriers = RunCarriers(variables, self.plan.strategy)
             self._run_state = RunState(
                 self.plan.strategy,
-                self.plan.noise_stddev(self.l2_norm_clip),
+                self.plan.noise_stddev(self.clipping.sensitivity(self.l2_norm_clip)),
                 carriers.shapes,
                 self._fingerprint(variables, carriers),
                 self.seed,
@@ -129,6 +139,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         content = {
             "plan": self.plan.fingerprint,
             "l2_norm_clip": self.l2_norm_clip,
+            "clipping": [type(self.clipping).__name__, self.clipping.get_config()],
             "inner_optimizer": type(self.inner_optimizer).__name__,
             "variables": [[list(v.shape), str(v.dtype)] for v in variables],
             "carriers": carriers.description,
@@ -184,10 +195,10 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         if not self.built:
             return
         noise = self.run_state.noise
-        if noise.layout.num_shards != num_replicas:
+        if noise.num_replicas != num_replicas:
             raise ValueError(
                 "The optimizer must be built in the scope of the strategy that trains: its noise "
-                f"is divided over {noise.layout.num_shards} replicas. Received: {num_replicas} "
+                f"is made for {noise.num_replicas} replicas. Received: {num_replicas} "
                 "replicas. Create, build and compile model and optimizer in `strategy.scope()`."
             )
         step = self.steps_done
@@ -215,17 +226,19 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             `penalties`, with the public batch size of the plan, whatever the batch held.
 
         Args:
-            clipped: what `keras_bandmf.clipped_gradients` returned, at this `l2_norm_clip`.
+            clipped: what `keras_bandmf.clipped_gradients` returned, at this `l2_norm_clip` and
+                in this clipping mode.
             trainable_variables: the variables the optimizer was built with, in their order.
             penalties: gradients that depend on no example, such as those of weight
                 regularisers, added after the noise.
 
         Raises:
             TypeError: if `clipped` is anything else.
-            ValueError: if it was clipped at another norm or data is not accounted for, and
+            ValueError: if it was clipped otherwise or data is not accounted for, and
                 (eagerly) if the plan has no step left.
         """
-        self._check_clipped(clipped)
+        check_clipped(clipped, self.l2_norm_clip, self.clipping)
+        self._check_accounted()
         if trainable_variables is None:
             trainable_variables = self._trainable_variables
         trainable_variables = list(trainable_variables)
@@ -239,9 +252,9 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         # Replicas take eager steps one after the other: between them the positions differ.
         eager_step = tf.executing_eagerly() and replicas == 1
-        if eager_step or replicas != self.run_state.noise.layout.num_shards:
+        if eager_step or replicas != self.run_state.noise.num_replicas:
             self.check_ready(replicas)
-        state, replica = self.run_state, replica_id()
+        state, replica = self.run_state, workers.replica_id()
         state.carriers.check_sums(clipped.sums)
         step = tf.convert_to_tensor(self.iterations)
         shares = state.noise.share(step, replica)
@@ -273,19 +286,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             "would exceed the stated epsilon. Make a plan with more steps and train a new model."
         )
 
-    def _check_clipped(self, clipped: Any) -> None:
-        if not isinstance(clipped, ClippedGradients):
-            raise TypeError(
-                "BandMFOptimizer takes gradients only as ClippedGradients, from "
-                "`keras_bandmf.clipped_gradients(model, x, y, l2_norm_clip=...)`. "
-                f"Received: {type(clipped).__name__}"
-            )
-        if clipped.l2_norm_clip != self.l2_norm_clip:
-            raise ValueError(
-                "The gradients must be clipped at the optimizer's norm: the noise is scaled to "
-                f"l2_norm_clip={self.l2_norm_clip}. Received: gradients clipped at "
-                f"{clipped.l2_norm_clip}"
-            )
+    def _check_accounted(self) -> None:
         if self._data_source is None and not self.plan.declares_participations:
             raise ValueError(
                 "The sampling of these gradients is not accounted for. Train with "
@@ -295,11 +296,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             )
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
-        """Refuses gradients that were not clipped per example.
-
-        Raises:
-            ValueError: always.
-        """
+        """Raises `ValueError`, always: plain gradients were not clipped per example."""
         raise ValueError(
             "BandMFOptimizer received plain gradients, which carry no privacy. The model is not "
             "private (or lost it on load or clone): call `keras_bandmf.privatize(model)` before "
@@ -339,6 +336,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     def save_own_variables(self, store: Any) -> None:
         """Writes keys and ring: the file is secret. Use `keras_bandmf.export` to release."""
         if self._run_state is not None:
+            self._run_state.warn_of_secrets(self.replay)
             for name, value in self._run_state.to_arrays(self.replay).items():
                 store[name] = value
 
@@ -363,6 +361,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
                 "A SavedModel of a model compiled with BandMFOptimizer would hold the key and "
                 "the state of its noise. Use `keras_bandmf.export(model, path)`."
             )
+        self.run_state.warn_of_secrets(self.replay)
         arrays = self.run_state.to_arrays(self.replay)
         return {name: tf.constant(value) for name, value in arrays.items()}
 
@@ -376,6 +375,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "plan": self.plan.to_json(),
             "l2_norm_clip": self.l2_norm_clip,
+            "clipping": keras.saving.serialize_keras_object(self.clipping),
             "replay": self.replay,
         }
 
@@ -389,5 +389,6 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         inner = keras.saving.deserialize_keras_object(
             config.pop("optimizer"), custom_objects=custom_objects
         )
+        clipping = keras.saving.deserialize_keras_object(config.pop("clipping"))
         plan = TrainingPlan.from_json(config.pop("plan"))
-        return cls(inner, plan, **config)
+        return cls(inner, plan, clipping=clipping, **config)

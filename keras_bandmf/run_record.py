@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import keras
 
-from keras_bandmf.callbacks import unknown_callbacks
+from keras_bandmf.callbacks import ClippedFraction, unknown_callbacks
 from keras_bandmf.optimizers import BandMFOptimizer
 from keras_bandmf.statement import Statement
 
@@ -24,6 +24,7 @@ class _Fit:
     completed: bool
     monitored: tuple[str, ...]
     unknown_callbacks: tuple[str, ...]
+    reported_clipping: bool
 
 
 class RunRecord:
@@ -55,6 +56,7 @@ class RunRecord:
         monitored: Sequence[str],
         epochs: int,
         steps_per_epoch: int | None,
+        reports_clipping: bool = False,
     ) -> Iterator[None]:
         """Records one call of `fit`, also one that fails.
 
@@ -65,6 +67,7 @@ class RunRecord:
             monitored: those of them that act on validation metrics, in words.
             epochs: how many epochs were asked for.
             steps_per_epoch: of how many steps, None if unknown.
+            reports_clipping: whether the logs hold the fraction of clipped examples.
         """
         first = optimizer.steps_done
         requested = optimizer.plan.num_steps
@@ -85,7 +88,16 @@ class RunRecord:
             completed = completed and (stopped or last == requested)
             unknown = unknown_callbacks(callbacks)
             self._fits.append(
-                _Fit(source, first, last, requested, completed, tuple(monitored), tuple(unknown))
+                _Fit(
+                    source,
+                    first,
+                    last,
+                    requested,
+                    completed,
+                    tuple(monitored),
+                    tuple(unknown),
+                    reports_clipping,
+                )
             )
             if last > first:
                 self._optimizer = optimizer
@@ -133,6 +145,7 @@ class RunRecord:
             mechanism=mechanism,
             steps_run=steps_run,
             l2_norm_clip=optimizer.l2_norm_clip,
+            clipping=optimizer.clipping.describe(optimizer.l2_norm_clip),
             key_origin=origin if state is not None else "none drawn yet",
             data="; ".join(sources) or ("none in this process" if steps_run else "none yet"),
             caveats=tuple(dict.fromkeys(caveats)),
@@ -170,6 +183,11 @@ class RunRecord:
             caveats.append(
                 f"callbacks of the user ran: {', '.join(unknown)}; they must not have acted on "
                 "training metrics or data, which are not private"
+            )
+        if any(fit.reported_clipping for fit in self._fits):
+            caveats.append(
+                f"the logs hold {ClippedFraction.NAME}, computed without noise: it must be neither "
+                "released nor acted on"
             )
         state = optimizer.run_state if optimizer.built else None
         if state is not None and state.restores:

@@ -54,6 +54,7 @@ class Statement:
         noise_multiplier: sigma.
         unit: what the guarantee protects.
         l2_norm_clip: the per-example clip norm; None for a plan.
+        clipping: the clipping mode and its sensitivity, in words; None for a plan.
         accountant: what computed epsilon.
         other_accountants: epsilon by other accountants, by name.
         key_origin: where the run key came from.
@@ -80,6 +81,7 @@ class Statement:
     noise_multiplier: float
     unit: str = "row of the training data"
     l2_norm_clip: float | None = None
+    clipping: str | None = None
     accountant: str = "PLD"
     other_accountants: dict[str, float] = dataclasses.field(default_factory=dict)
     key_origin: str = "none drawn yet"
@@ -108,6 +110,8 @@ class Statement:
         if self.l2_norm_clip is not None:
             clip = checked_float("l2_norm_clip", self.l2_norm_clip, above=0.0)
             self._set("l2_norm_clip", clip)
+        if self.clipping is not None and (not isinstance(self.clipping, str) or not self.clipping):
+            _refuse("clipping", "a non-empty string or None", self.clipping)
         if self.adjacency not in ADJACENCY_IN_WORDS:
             _refuse("adjacency", f"one of {sorted(ADJACENCY_IN_WORDS)}", self.adjacency)
         for name in ("not_covered", "caveats"):
@@ -223,6 +227,7 @@ class Statement:
             ),
             ("noise", f"multiplier {self.noise_multiplier:.6g}, {_bands(self.num_bands)}"),
             ("clip norm", clip),
+            ("clipping", self.clipping or "set when compiled"),
             ("run key", self.key_origin),
             ("data", self.data),
         ]

@@ -9,7 +9,9 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf import callbacks as private_callbacks
-from keras_bandmf import clipping, fit_arguments
+from keras_bandmf import clipping, fit_arguments, keras_faults
+from keras_bandmf.clipping.losses import no_replicas
+from keras_bandmf.clipping.refusals import refuse_microbatch_size
 from keras_bandmf.optimizers import BandMFOptimizer
 from keras_bandmf.run_record import RunRecord
 from keras_bandmf.sampling import PrivateBatches
@@ -18,7 +20,12 @@ from keras_bandmf.statement import Statement
 _ATTRIBUTE = "_keras_bandmf_training"
 
 
-def privatize(model: keras.Model, microbatch_size: int | None = None) -> keras.Model:
+def privatize(
+    model: keras.Model,
+    microbatch_size: int | str | None = None,
+    *,
+    report_clipping: bool = False,
+) -> keras.Model:
     """Makes the training of a model private, in place.
 
     Replaces `train_step` and `fit` on this instance; the class is untouched. It may be called
@@ -27,14 +34,18 @@ def privatize(model: keras.Model, microbatch_size: int | None = None) -> keras.M
 
     Formal guarantees:
         `fit` trains on batches of the optimizer's own plan only, clips the gradient of each
-        example over all trainable variables jointly, and lets nothing but noisy sums and public
-        values reach the weights. Before the first step the clipping is compared with
+        example at the norm and in the mode of the optimizer, and lets nothing but noisy sums and
+        public values reach the weights. Before the first step the clipping is compared with
         one-example-at-a-time gradients on three rows, and models that mix examples are refused.
 
     Args:
         model: any `keras.Model` of Keras 3 that does not override `train_step`.
-        microbatch_size: examples whose gradients are computed at a time, to bound memory. It
-            changes neither the result nor the privacy.
+        microbatch_size: the most examples whose gradients are computed at a time, to bound memory:
+            a number, None for the whole batch, or "auto" for as many as fit into 1 GiB. It changes
+            neither the result nor the privacy.
+        report_clipping: adds `clipped_fraction_not_private` to the logs of each epoch: the fraction
+            of examples whose gradient clipping made smaller. Like other training metrics it is
+            computed without noise; the statement names it.
 
     Returns:
         The same model.
@@ -49,18 +60,10 @@ def privatize(model: keras.Model, microbatch_size: int | None = None) -> keras.M
             "TF_USE_LEGACY_KERAS=1, which `import tensorflow_transform` sets, `tf.keras` is "
             f"Keras 2. Received: {type(model).__module__}.{type(model).__name__}"
         )
-    if microbatch_size is not None and (
-        isinstance(microbatch_size, bool)
-        or not isinstance(microbatch_size, int)
-        or microbatch_size < 1
-    ):
-        raise ValueError(
-            "Argument `microbatch_size` must be None or a positive integer. "
-            f"Received: microbatch_size={microbatch_size!r}"
-        )
+    refuse_microbatch_size(microbatch_size)
     existing = getattr(model, _ATTRIBUTE, None)
     if existing is not None:
-        existing.microbatch_size = microbatch_size
+        existing.set_options(microbatch_size, report_clipping)
         model.train_function = None
         return model
     for name in ("train_step", "make_train_function", "compute_metrics"):
@@ -70,7 +73,7 @@ def privatize(model: keras.Model, microbatch_size: int | None = None) -> keras.M
                 f"not private. Received: {type(model).__name__}.{name}. Use `compile(loss=..., "
                 "metrics=...)`, or write a loop with `clipped_gradients` and `apply_clipped`."
             )
-    training = _PrivateTraining(model, microbatch_size)
+    training = _PrivateTraining(model, microbatch_size, report_clipping)
     setattr(model, _ATTRIBUTE, training)
     model.train_step = training.train_step
     model.make_train_function = training.make_train_function
@@ -115,13 +118,23 @@ def statement(model: keras.Model) -> Statement:
 class _PrivateTraining:
     """The methods that `privatize` puts on a model, and what they remember of the run."""
 
-    def __init__(self, model: keras.Model, microbatch_size: int | None):
+    def __init__(
+        self, model: keras.Model, microbatch_size: int | str | None, report_clipping: bool
+    ):
         self.model = model
-        self.microbatch_size = microbatch_size
+        self.set_options(microbatch_size, report_clipping)
         self.record = RunRecord()
         self._checked: Any = None
         self._needs_mask = False
         self._clip: Callable = self._clipped_gradients
+
+    def set_options(self, microbatch_size: int | str | None, report_clipping: bool) -> None:
+        """Sets the options of `privatize`."""
+        self._microbatch_size = microbatch_size
+        self._report: private_callbacks.ClippedFraction | None = None
+        if report_clipping:
+            with self.model.distribute_strategy.scope():
+                self._report = private_callbacks.ClippedFraction()
 
     @property
     def optimizer(self) -> BandMFOptimizer:
@@ -189,7 +202,8 @@ class _PrivateTraining:
         variables = model.trainable_variables
         penalty, penalties = _regularisation(variables)
         optimizer.apply_clipped(clipped, variables, penalties)
-        return self._metrics(x, y, sample_weight, clipped, penalty)
+        logs = self._metrics(x, y, sample_weight, clipped, penalty)
+        return keras_faults.reducible_logs(model, logs)
 
     def _clipped_gradients(
         self, x: Any, y: Any, sample_weight: Any, mask: Any
@@ -200,8 +214,9 @@ class _PrivateTraining:
             y,
             sample_weight,
             l2_norm_clip=self.optimizer.l2_norm_clip,
+            clipping=self.optimizer.clipping,
             mask=mask,
-            microbatch_size=self.microbatch_size,
+            microbatch_size=self._microbatch_size,
         )
 
     def _metrics(
@@ -220,6 +235,8 @@ class _PrivateTraining:
                 structure,
             )
 
+        if self._report is not None:
+            self._report.metric.update_state(tf.cast(unpadded(clipped.was_clipped), tf.float32))
         losses = unpadded(clipped.losses)
         count = tf.shape(losses)[0]
         mean = tf.reduce_sum(losses) / tf.cast(tf.maximum(count, 1), losses.dtype)
@@ -269,7 +286,7 @@ class _PrivateTraining:
             ValueError: if data or arguments are not accounted for, or no step is left.
         """
         model, optimizer = self.model, self.optimizer
-        fit_arguments.check_distribution(model)
+        fit_arguments.check_distribution(model, x)
         fit_arguments.refuse_changed_data(class_weight, validation_split)
         self.record.check_optimizer(optimizer)
         listed = private_callbacks.flat_callbacks(callbacks)
@@ -286,12 +303,12 @@ class _PrivateTraining:
             batch_size, array_steps = fit_arguments.check_foreign_data(
                 x, optimizer.plan, batch_size, steps_per_epoch
             )
-            sample = fit_arguments.first_rows(x, y, sample_weight)
-            if sample is not None:
-                self._prepare(sample)
+            sample, x = fit_arguments.first_rows(x, y, sample_weight)
+            self._prepare(sample)
             source = "data supplied by the user, in an order declared by the user"
         optimizer.check_ready(model.distribute_strategy.num_replicas_in_sync)
         guard = private_callbacks.StepGuard(optimizer, batches, array_steps)
+        report = [] if self._report is None else [self._report]
         data = (
             x
             if batches is None
@@ -300,13 +317,17 @@ class _PrivateTraining:
         with (
             optimizer.accepting(source),
             self.record.fit(
-                optimizer, source, listed, monitored, epochs - initial_epoch, steps_per_epoch
+                optimizer,
+                source,
+                listed,
+                monitored,
+                epochs - initial_epoch,
+                steps_per_epoch,
+                reports_clipping=bool(report),
             ),
+            keras_faults.worked_around(model, symbolic_build=batches is None),
         ):
             self._needs_mask = batches is not None
-            if batches is not None:
-                # The batches are dicts with a mask, which Keras's symbolic build cannot read.
-                model._maybe_symbolic_build = lambda *args, **kwargs: None
             try:
                 return keras.Model.fit(
                     model,
@@ -315,7 +336,7 @@ class _PrivateTraining:
                     batch_size=batch_size,
                     epochs=epochs,
                     verbose=verbose,
-                    callbacks=[*listed, guard],
+                    callbacks=[*report, *listed, guard],
                     validation_data=validation_data,
                     shuffle=False,
                     sample_weight=sample_weight,
@@ -327,7 +348,6 @@ class _PrivateTraining:
                 )
             finally:
                 self._needs_mask = False
-                model.__dict__.pop("_maybe_symbolic_build", None)
 
     def _prepare(self, sample: dict[str, Any]) -> None:
         """Builds model and optimizer, and checks once that clipping is exact for this model."""
@@ -340,7 +360,8 @@ class _PrivateTraining:
         state = (optimizer, tuple(id(variable) for variable in model.trainable_variables))
         # `compile` drops the train function: loss and layers may be others now.
         if model.train_function is None or self._checked != state:
-            clipping.check_model(model, sample["x"], sample.get("y"), sample.get("sample_weight"))
+            with no_replicas():
+                clipping.check_model(model, *parts, clipping=optimizer.clipping)
             self._checked = state
 
 

@@ -50,24 +50,26 @@ def test_a_model_that_mixes_examples_is_refused_whatever_the_data(kind):
         model.fit(*DATA[kind](plan), verbose=0)
 
 
-def test_a_generator_cannot_be_looked_at():
-    assert fit_arguments.first_rows(iter([(X, Y)]), None, None) is None
+def test_a_generator_is_looked_at_and_gives_every_batch_after_that():
+    batches = [(X[i : i + 4], Y[i : i + 4]) for i in (0, 4, 8)]
+    rows, data = fit_arguments.first_rows((each for each in batches), None, None)
+    np.testing.assert_array_equal(rows["x"], X[:3])
+    assert isinstance(data, types.GeneratorType)  # by which Keras knows it
+    assert [id(each) for each in data] == [id(each) for each in batches]
+
+
+@pytest.mark.parametrize("data", [(each for each in ()), iter([(X, Y)]), [1.0, 2.0]])
+def test_data_that_cannot_be_looked_at_is_refused(data):
+    with pytest.raises(ValueError, match="checked on"):
+        fit_arguments.first_rows(data, None, None)
 
 
 def test_first_rows_are_few_and_as_keras_passes_them():
-    rows = fit_arguments.first_rows({"a": X.astype(np.float64)}, Y.astype(np.int64), None)
+    x = {"a": X.astype(np.float64)}
+    rows, data = fit_arguments.first_rows(x, Y.astype(np.int64), None)
+    assert data is x
     assert rows["x"]["a"].shape == (3, 96) and rows["x"]["a"].dtype == np.float32
     assert rows["y"].dtype == np.int64 and rows["sample_weight"] is None
-
-
-@pytest.mark.parametrize(("replicas", "multi_worker"), [(2, False), (1, True), (2, True)])
-def test_strategies_whose_replicas_are_not_known_are_refused(replicas, multi_worker):
-    """Only those of one process with a static replica id have been shown to add all the noise."""
-    extended = types.SimpleNamespace(_in_multi_worker_mode=lambda: multi_worker)
-    strategy = types.SimpleNamespace(extended=extended, num_replicas_in_sync=replicas)
-    model = types.SimpleNamespace(distribute_strategy=strategy, steps_per_execution=1)
-    with pytest.raises(ValueError, match="MirroredStrategy"):
-        fit_arguments.check_distribution(model)
 
 
 @pytest.mark.parametrize(("rows", "participations"), [(40, 5), (96, 1)], ids=["close", "many"])
@@ -101,3 +103,25 @@ def test_arrays_do_not_start_again_after_an_unfinished_pass():
     with pytest.raises(ValueError, match="first row"):
         model.fit(X, Y, verbose=0)
     assert model.optimizer.steps_done == 5
+
+
+class _Centred(keras.layers.Layer):
+    def call(self, inputs):
+        return inputs - keras.ops.mean(inputs, axis=0, keepdims=True)
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_model_is_checked_on_a_generator(mixes):
+    """Rule 6: whatever brings the data, no model is trained that mixes examples."""
+    plan = runs.make_plan(sampling="fixed_order", max_participations=1, min_separation=24)
+    layers = [keras.Input((3,)), *([_Centred()] if mixes else []), keras.layers.Dense(1)]
+    model = runs.compiled(bandmf.privatize(keras.Sequential(layers)), plan, loss="mse")
+    x = np.random.default_rng(0).normal(size=(24, 8, 3)).astype("float32")
+    data = ((rows, rows[:, :1]) for rows in x)
+    if mixes:
+        with pytest.raises(ValueError, match="mixes examples"):
+            model.fit(data, verbose=0)
+        assert model.optimizer.steps_done == 0
+    else:
+        model.fit(data, verbose=0)
+        assert model.optimizer.steps_done == 24

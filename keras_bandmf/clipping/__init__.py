@@ -3,15 +3,34 @@
 from keras_bandmf.clipping.checks import check_model
 from keras_bandmf.clipping.clipped import ClippedGradients, clipped_gradients
 from keras_bandmf.clipping.explain import Explanation, explain
-from keras_bandmf.clipping.layer_rules import LayerRule
+from keras_bandmf.clipping.factors import Lookup, Outer, Rows
+from keras_bandmf.clipping.layer_rules import LayerRule, constant
+from keras_bandmf.clipping.modes import (
+    AutomaticClipping,
+    ClippingMode,
+    FlatClipping,
+    PerLayerClipping,
+    checked_mode,
+)
 from keras_bandmf.clipping.registry import register_rule
+from keras_bandmf.clipping.rule_checks import check_rule
 
 __all__ = [
+    "AutomaticClipping",
     "ClippedGradients",
+    "ClippingMode",
     "Explanation",
+    "FlatClipping",
     "LayerRule",
+    "Lookup",
+    "Outer",
+    "PerLayerClipping",
+    "Rows",
     "check_model",
+    "check_rule",
+    "checked_mode",
     "clipped_gradients",
+    "constant",
     "explain",
     "register_rule",
 ]

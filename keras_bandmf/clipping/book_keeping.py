@@ -8,18 +8,22 @@ example in memory.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
+from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.coordinates import released_shape
-from keras_bandmf.clipping.factors import Factor, Unsupported, merged
+from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.layer_rules import LayerRule
 from keras_bandmf.clipping.losses import BatchLoss
+from keras_bandmf.clipping.merge import Factor, merged
 from keras_bandmf.clipping.registry import rule_of
 from keras_bandmf.clipping.row_losses import per_example_losses
+from keras_bandmf.clipping.trained import trained_layers
 
 
 class Clipped(NamedTuple):
@@ -28,6 +32,7 @@ class Clipped(NamedTuple):
     sums: list[tf.Tensor]
     norms: tf.Tensor
     losses: tf.Tensor
+    was_clipped: tf.Tensor
     outputs: Any
 
 
@@ -64,32 +69,13 @@ def accumulation_dtype(variables: list[keras.Variable]) -> tf.DType:
     return tf.float64 if wide else tf.float32
 
 
-def clip_factors(
-    squared_norms: tf.Tensor, mask: tf.Tensor, l2_norm_clip: float
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """min(1, clip / norm) per example; exactly zero for masked and non-finite ones.
-
-    Args:
-        squared_norms: (batch,).
-        mask: (batch,) bool, False for padding.
-        l2_norm_clip: the clip norm.
-
-    Returns:
-        (factors, norms), both (batch,).
-    """
-    norms = tf.sqrt(squared_norms)
-    factors = tf.minimum(tf.ones_like(norms), l2_norm_clip / norms)
-    kept = tf.logical_and(mask, tf.math.is_finite(norms))
-    return tf.where(kept, factors, tf.zeros_like(factors)), norms
-
-
 def clip_by_book_keeping(
     model: keras.Model,
     x: Any,
     y: Any,
     sample_weight: Any,
     mask: tf.Tensor,
-    l2_norm_clip: float,
+    clipper: Clipper,
     loss: BatchLoss,
 ) -> Clipped:
     """Clipped sums of a batch by one forward and one backward pass.
@@ -100,7 +86,7 @@ def clip_by_book_keeping(
         y: targets or None.
         sample_weight: weights or None.
         mask: (batch,) bool, False for padding.
-        l2_norm_clip: the clip norm.
+        clipper: of this model.
         loss: from `losses.batch_loss`.
 
     Returns:
@@ -110,36 +96,63 @@ def clip_by_book_keeping(
         Unsupported: the model cannot take this path; the general one is exact for it.
 
     Formal guarantees: if no example influences another example's outputs (`check_model`), each
-    masked-in example adds to `sums` a vector of joint norm at most `l2_norm_clip` up to rounding;
-    masked-out examples and those with a non-finite gradient add exactly zero.
+    masked-in example adds to `sums` a vector of which each group of variables has a norm of at most
+    the group's clip norm, up to rounding; masked-out examples and those with a gradient that is not
+    finite in any variable add exactly zero.
     """
     variables = model.trainable_variables
     values = [v.value for v in variables]
     records: list[_Record] = []
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(values)
-        with _tapped(model, tape, records):
+        with tapped(model, tape, records):
             y_pred = forward(model, x)
-    _check_records(records, tf.convert_to_tensor(mask))
     losses, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight, values)
+    factors = example_gradients(tape, records, variables, outputs, slopes, mask)
+    dtype = accumulation_dtype(variables)
+    squared = [factors[i].squared_norms() if i in factors else None for i in range(len(variables))]
+    weights, norms, was_clipped = clipper.factors(squared, mask)
+    sums = [
+        factors[i].weighted_sum(weights[group])
+        if i in factors
+        else tf.zeros(released_shape(v), dtype)
+        for i, (v, group) in enumerate(zip(variables, clipper.groups, strict=True))
+    ]
+    return Clipped(sums, norms, losses, was_clipped, y_pred)
+
+
+def example_gradients(
+    tape: tf.GradientTape,
+    records: list[_Record],
+    variables: list[keras.Variable],
+    outputs: list[tf.Tensor],
+    slopes: list[tf.Tensor],
+    mask: tf.Tensor,
+) -> dict[int, Factor]:
+    """Every example's gradient, as a factor per variable, from one backward pass.
+
+    Args:
+        tape: on which a forward pass ran inside `tapped`, watching `variables`.
+        records: what `tapped` recorded.
+        variables: those to differentiate by.
+        outputs: tensors of that forward pass, the example on axis 0.
+        slopes: gradients of the summed losses by `outputs`.
+        mask: (batch,) for the number of examples only.
+
+    Returns:
+        Position in `variables` -> factor; those without a gradient are left out.
+
+    Raises:
+        Unsupported: a weight used outside a layer with a rule, or a call that is not by example.
+    """
+    _check_records(records, tf.convert_to_tensor(mask))
     taps, direct = tape.gradient(
-        outputs, ([r.outputs for r in records], values), output_gradients=slopes
+        outputs, ([r.outputs for r in records], [v.value for v in variables]), slopes
     )
     leaks = [v.path for v, g in zip(variables, direct, strict=True) if g is not None]
     if leaks:
         raise Unsupported(f"used outside a layer that has a rule: {', '.join(leaks)}")
-
-    dtype = accumulation_dtype(variables)
-    factors = _by_variable(records, taps, variables, dtype)
-    squared = tf.zeros(tf.shape(mask), dtype)
-    for factor in factors.values():
-        squared += factor.squared_norms()
-    weights, norms = clip_factors(squared, mask, l2_norm_clip)
-    sums = [
-        factors[i].weighted_sum(weights) if i in factors else tf.zeros(released_shape(v), dtype)
-        for i, v in enumerate(variables)
-    ]
-    return Clipped(sums, norms, losses, y_pred)
+    return _by_variable(records, taps, variables, accumulation_dtype(variables))
 
 
 def _by_variable(
@@ -162,45 +175,80 @@ def _by_variable(
 
 
 @contextlib.contextmanager
-def _tapped(model: keras.Model, tape: tf.GradientTape, records: list[_Record]) -> Iterator[None]:
-    """Replace `call` on every layer instance that has a rule and a trainable weight of its own."""
-    tapped = []
+def tapped(
+    model: keras.layers.Layer, tape: tf.GradientTape, records: list[_Record]
+) -> Iterator[None]:
+    """Replace `call` on every layer instance that has a rule and a trainable weight of its own.
+
+    Args:
+        model: a model or a layer: itself and the layers in it.
+        tape: watches every pre-activation.
+        records: filled with a record per call.
+
+    Raises:
+        Unsupported: a layer with trainable weights has no rule.
+    """
+    replaced = []
     try:
-        for layer in trained_layers(model):
+        for layer in [*trained_layers(model), *_using_layers(model)]:
             rule, why = rule_of(layer)
             if rule is None:
                 raise Unsupported(f"{layer.path}: {why}")
             # Past Keras' attribute tracking, and on this instance only.
             vars(layer)["call"] = _recording(layer, rule, tape, records)
-            tapped.append(layer)
+            replaced.append(layer)
         yield
     finally:
-        for layer in tapped:
+        for layer in replaced:
             del vars(layer)["call"]
+
+
+def _using_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Layers with no trainable variable of their own whose rule uses one of a layer inside."""
+    trainable = {id(v) for v in model.trainable_variables}
+    own = {id(layer) for layer in trained_layers(model)}
+    found = []
+    for layer in model._flatten_layers():
+        rule, _ = rule_of(layer)
+        if id(layer) not in own and rule is not None:
+            if any(id(v) in trainable for v in rule.uses(layer)):
+                found.append(layer)
+    return found
 
 
 def _recording(
     layer: keras.layers.Layer, rule: LayerRule, tape: tf.GradientTape, records: list[_Record]
 ) -> Any:
-    def call(inputs: Any, training: Any = None) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        inputs, arguments = _arguments(layer, rule, args, kwargs)
         if not isinstance(inputs, tf.Tensor):
             raise Unsupported(f"{layer.path}: inputs are {type(inputs).__name__}, not a tensor")
-        outputs, saved = rule.forward(layer, inputs)
+        outputs, saved = rule.forward(layer, inputs, **arguments)
         tape.watch(outputs)
         records.append(_Record(layer, rule, saved, outputs))
-        return rule.finish(layer, outputs)
+        return rule.finish(layer, outputs, saved)
 
     return call
 
 
-def trained_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """Layers that own a trainable variable of `model`: the only ones that cost anything."""
-    trainable = {id(v) for v in model.trainable_variables}
-    return [
-        layer
-        for layer in model._flatten_layers()
-        if any(id(v) in trainable for v in layer._trainable_variables)
-    ]
+def _arguments(
+    layer: keras.layers.Layer, rule: LayerRule, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """What `layer` was called with: its inputs, and what else its rule has to know.
+
+    Raises:
+        Unsupported: an argument that is not at its default and that the rule does not name.
+    """
+    signature = inspect.signature(type(layer).call)
+    _, inputs, *rest = signature.bind(layer, *args, **kwargs).arguments.items()
+    named = inspect.signature(rule.forward).parameters
+    arguments = {}
+    for name, value in rest:
+        if name in named:
+            arguments[name] = value
+        elif name != "training" and value is not signature.parameters[name].default:
+            raise Unsupported(f"{layer.path}: called with `{name}`, which its rule does not know")
+    return inputs[1], arguments
 
 
 def _check_records(records: list[_Record], mask: tf.Tensor) -> None:

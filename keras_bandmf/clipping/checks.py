@@ -8,11 +8,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bandmf.clipping.book_keeping import clip_by_book_keeping, clip_factors, forward
+from keras_bandmf.clipping.book_keeping import clip_by_book_keeping, forward
+from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.coordinates import released
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.locate import first_mixing_layer
 from keras_bandmf.clipping.losses import BatchLoss, batch_loss, build_loss
+from keras_bandmf.clipping.modes import ClippingMode, checked_mode
 from keras_bandmf.clipping.refusals import refuse_arguments, refuse_model
 from keras_bandmf.clipping.routes import store_checked, structural_reason, trial_reason
 from keras_bandmf.clipping.row_losses import per_example_losses
@@ -22,7 +24,12 @@ from keras_bandmf.clipping.snapshot import Snapshot
 
 
 def check_model(
-    model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None, loss: Any = None
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    loss: Any = None,
+    clipping: str | ClippingMode = "flat",
 ) -> None:
     """Test on up to three examples that the model can be trained privately, before it is.
 
@@ -37,19 +44,22 @@ def check_model(
         y: targets or None.
         sample_weight: weights or None.
         loss: as for `clipped_gradients`.
+        clipping: likewise.
 
     Raises:
-        ValueError: the model or its loss is refused; the error names the layer, the variable or
-            the loss, and what to use instead.
+        ValueError: the model, its loss or the mode is refused; the error names the layer, the
+            variable or the loss, and what to use instead.
 
     Formal guarantees: a test on a sample, not a proof. A layer that mixes examples for some inputs
     only, or by less than rounding, can pass it.
     """
     refuse_arguments(x, y, sample_weight, 1.0, None)
+    mode = checked_mode(clipping)
     refuse_model(model, sample_weight, loss)
     x, y, sample_weight = three_rows(x, y, sample_weight)
     if not model.built:
         forward(model, x)
+    mode.variable_groups(model)
     snapshot = Snapshot(model, lambda: forward(model, x))
     try:
         y_pred = forward(model, x)
@@ -61,7 +71,7 @@ def check_model(
         _check_loss(row_loss, x, y, forward(model, x), sample_weight)
         general = structural_reason(model, loss) or trial_reason(model, x, y, sample_weight, loss)
         if general is None:
-            general = _disagreement(model, x, y, sample_weight, row_loss, snapshot)
+            general = _disagreement(model, x, y, sample_weight, row_loss, snapshot, mode)
     finally:
         snapshot.restore()
     store_checked(model, general)
@@ -144,7 +154,13 @@ def _alone(output: tf.Tensor) -> tf.Tensor:
 
 
 def _disagreement(
-    model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: BatchLoss, snapshot: Snapshot
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    loss: BatchLoss,
+    snapshot: Snapshot,
+    mode: ClippingMode,
 ) -> str | None:
     """Compare book-keeping with gradients of one example at a time; what differs, or None."""
     variables = model.trainable_variables
@@ -159,8 +175,9 @@ def _disagreement(
 
     snapshot.restore()
     mask = tf.constant([True] * 3)
+    clipper = Clipper.of(model, clip, mode)
     try:
-        got = clip_by_book_keeping(model, x, y, sample_weight, mask, clip, loss)
+        got = clip_by_book_keeping(model, x, y, sample_weight, mask, clipper, loss)
     except Unsupported as reason:
         return str(reason)
     narrow = any(layer.compute_dtype == "bfloat16" for layer in model._flatten_layers())
@@ -169,11 +186,14 @@ def _disagreement(
     difference = np.abs(np.asarray(got.norms)[finite] - norms[finite])
     if not np.all(difference <= tolerance * scale):
         return "book-keeping norms disagree with those of one example at a time"
-    factors = np.asarray(clip_factors(tf.constant(norms**2), mask, clip)[0])
-    for variable, g, total in zip(variables, expected, got.sums, strict=True):
+    squared = [tf.constant(np.sum(np.reshape(g, [3, -1]) ** 2, axis=1)) for g in expected]
+    factors = [np.asarray(weights) for weights in clipper.factors(squared, mask).weights]
+    for variable, group, g, total in zip(
+        variables, clipper.groups, expected, got.sums, strict=True
+    ):
         kept = np.where(finite.reshape([-1] + [1] * (g.ndim - 1)), g, 0)
         if not np.allclose(
-            np.tensordot(factors, kept, 1), np.asarray(total), rtol=0, atol=tolerance * clip
+            np.tensordot(factors[group], kept, 1), np.asarray(total), rtol=0, atol=tolerance * clip
         ):
             return f"book-keeping disagrees with one example at a time on {variable.path}"
     return None

@@ -22,7 +22,7 @@ def clip_in_chunks(
     mask: tf.Tensor,
     size: int,
 ) -> Clipped:
-    """Run `clip_chunk` over chunks of `size` examples, the last one padded and masked.
+    """Run `clip_chunk` over equal chunks of at most `size` examples, the last padded and masked.
 
     Args:
         clip_chunk: (x, y, sample_weight, mask) of one chunk -> `Clipped`.
@@ -30,7 +30,7 @@ def clip_in_chunks(
         y: targets or None.
         sample_weight: weights or None.
         mask: (batch,) bool.
-        size: examples in a chunk.
+        size: the most examples in a chunk.
 
     Returns:
         `Clipped` of the whole batch: the same as that of one chunk of everything.
@@ -39,11 +39,14 @@ def clip_in_chunks(
     batch = dims(mask)[0]
     # An empty batch is one chunk of padding.
     count = -(-batch // size)
-    count = max(count, 1) if isinstance(count, int) else tf.maximum(count, 1)
-    data = on_tensors(lambda t: _padded(t, count * size - batch), data)
+    count = _at_least_one(count)
+    if size > 1:
+        # As few rows of padding as possible: a small batch must not pay for a large chunk.
+        size = _at_least_one(-(-batch // count))
+    parts = on_tensors(lambda t: _parts(_padded(t, count * size - batch), count, size), data)
 
     def chunk(i: Any) -> Clipped:
-        return clip_chunk(*on_tensors(lambda t: _part(t, i, size), data))
+        return clip_chunk(*on_tensors(lambda t: tf.gather(t, i), parts))
 
     # The first chunk, run by itself, shows what the others will return.
     first = chunk(0)
@@ -75,7 +78,7 @@ def clip_at_once(
 
 def _with_rows(clipped: Clipped, rows: list[tf.Tensor]) -> Clipped:
     """`clipped` with everything that has a row per example replaced; the inverse of `_rows`."""
-    norms, losses, *rest = rows
+    norms, losses, was_clipped, *rest = rows
     restored = iter(rest)
     leaves = keras.tree.flatten(clipped.outputs)
     outputs = [next(restored) for _ in leaves]
@@ -83,14 +86,15 @@ def _with_rows(clipped: Clipped, rows: list[tf.Tensor]) -> Clipped:
         if getattr(leaf, "_keras_mask", None) is not None:
             output._keras_mask = next(restored)
     packed = keras.tree.pack_sequence_as(clipped.outputs, outputs)
-    return Clipped(clipped.sums, norms, losses, packed)
+    return Clipped(clipped.sums, norms, losses, was_clipped, packed)
 
 
 def _rows(clipped: Clipped) -> list[tf.Tensor]:
     """Everything that has a row per example."""
     leaves = keras.tree.flatten(clipped.outputs)
     masks = [getattr(t, "_keras_mask", None) for t in leaves]
-    return [clipped.norms, clipped.losses, *leaves, *(m for m in masks if m is not None)]
+    columns = [clipped.norms, clipped.losses, clipped.was_clipped]
+    return [*columns, *leaves, *(m for m in masks if m is not None)]
 
 
 def _sums_and_rows(clipped: Clipped) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
@@ -124,9 +128,10 @@ def _padded(tensor: tf.Tensor, amount: Any) -> tf.Tensor:
     return tf.pad(tensor, [[0, amount]] + [[0, 0]] * (tensor.shape.rank - 1))
 
 
-def _part(tensor: tf.Tensor, i: Any, size: int) -> tf.Tensor:
-    # Not by indexing: XLA needs the size of a slice to be constant.
-    rest = dims(tensor)[1:]
-    part = tf.slice(tensor, [i * size] + [0] * len(rest), [size, *rest])
-    part.set_shape([size, *tensor.shape[1:]])
-    return part
+def _parts(tensor: tf.Tensor, count: Any, size: Any) -> tf.Tensor:
+    # An axis of chunks, not slices: XLA needs the size of a slice to be constant.
+    return tf.reshape(tensor, [count, size, *dims(tensor)[1:]])
+
+
+def _at_least_one(count: Any) -> Any:
+    return max(count, 1) if isinstance(count, int) else tf.maximum(count, 1)

@@ -11,8 +11,11 @@ import tensorflow as tf
 
 from keras_bandmf.clipping.book_keeping import clip_by_book_keeping
 from keras_bandmf.clipping.chunks import clip_at_once, clip_in_chunks
+from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import batch_loss, build_loss
+from keras_bandmf.clipping.microbatches import rows_at_a_time
+from keras_bandmf.clipping.modes import ClippingMode, checked_mode
 from keras_bandmf.clipping.per_example import clip_one_example
 from keras_bandmf.clipping.refusals import refuse_arguments, refuse_model
 from keras_bandmf.clipping.routes import give_up, route_of
@@ -32,37 +35,42 @@ class ClippedGradients:
             float32, or float64 if the model has float64 variables.
         norms: (batch,) gradient norms before clipping. Not private: for tests and diagnosis.
         losses: (batch,) the loss of each example, masked ones included. Not private.
+        was_clipped: (batch,) bool, whether clipping made the gradient smaller or dropped it; False
+            for padding. Not private.
         outputs: what the model returned in the training forward pass. Not private.
         mask: (batch,) bool; False marks padding, which contributed zero.
         l2_norm_clip: the largest norm of one example's contribution.
-        mode: "flat": one norm over all trainable variables jointly.
+        clipping: the clipping mode.
     """
 
     sums: list[tf.Tensor]
     norms: tf.Tensor
     losses: tf.Tensor
+    was_clipped: tf.Tensor
     outputs: Any
     mask: tf.Tensor
     l2_norm_clip: float
-    mode: str = "flat"
+    clipping: ClippingMode
 
     def __tf_flatten__(self) -> tuple:
         """TensorFlow's protocol for structures: (constants, tensors)."""
-        constants = (self.l2_norm_clip, self.mode)
-        return constants, (list(self.sums), self.norms, self.losses, self.outputs, self.mask)
+        constants = (self.l2_norm_clip, self.clipping)
+        rows = (self.norms, self.losses, self.was_clipped, self.outputs, self.mask)
+        return constants, (list(self.sums), *rows)
 
     @classmethod
     def __tf_unflatten__(cls, constants: tuple, tensors: tuple) -> ClippedGradients:
         """The inverse of `__tf_flatten__`."""
-        sums, norms, losses, outputs, mask = tensors
+        sums, norms, losses, was_clipped, outputs, mask = tensors
         return cls(
             sums=list(sums),
             norms=norms,
             losses=losses,
+            was_clipped=was_clipped,
             outputs=outputs,
             mask=mask,
             l2_norm_clip=constants[0],
-            mode=constants[1],
+            clipping=constants[1],
         )
 
 
@@ -74,17 +82,18 @@ def clipped_gradients(
     sample_weight: Any = None,
     *,
     l2_norm_clip: float = 1.0,
+    clipping: str | ClippingMode = "flat",
     mask: Any = None,
-    microbatch_size: int | None = None,
+    microbatch_size: int | str | None = None,
     loss: Any = None,
 ) -> ClippedGradients:
     """Clip the gradient of every example to norm `l2_norm_clip` and sum.
 
     The gradient of example i is that of the loss Keras would compute on a batch holding example i
     alone: sample weights, temporal weights, Keras masks, several outputs and loss weights included;
-    weight regularizers (data-independent) and the factor 1 / replicas of a strategy excluded. Its
-    norm is taken over all trainable variables jointly, and it is multiplied by
-    min(1, l2_norm_clip / norm) (Abadi et al., 2016).
+    weight regularizers (data-independent) and the factor 1 / replicas of a strategy excluded. By
+    default its norm is taken over all trainable variables jointly, and it is multiplied by
+    min(1, l2_norm_clip / norm) (Abadi et al., 2016); `clipping` chooses other factors.
 
     Models whose layers all have a clipping rule take the book-keeping path, one forward and one
     backward pass (Bu et al., 2023); any other goes one example at a time. `explain(model)` tells
@@ -96,8 +105,12 @@ def clipped_gradients(
         y: targets in the same way, or None.
         sample_weight: None, weights of shape (batch,) or (batch, time), or a structure per output.
         l2_norm_clip: largest norm of one example's contribution; a constant of the run.
+        clipping: "flat", "per_layer" (equal shares), "automatic" (normalised gradients), or a
+            mode with settings: `clipping.PerLayerClipping`, `clipping.AutomaticClipping`. The bound
+            is `l2_norm_clip` in each of them.
         mask: (batch,) bool, False for padding; None if every row is an example.
-        microbatch_size: examples worked on at a time; None for all. Changes memory, never the
+        microbatch_size: the most examples worked on at a time; None for all, "auto" for as many as
+            fit into 1 GiB (`microbatches.rows_at_a_time` has the rule). Changes memory, never the
             result (dropout masks apart). Need not divide the batch.
         loss: None for the compiled loss; else a name, a `keras.losses.Loss` or a function
             (y_true, y_pred), for a model with one output.
@@ -106,16 +119,17 @@ def clipped_gradients(
         `ClippedGradients`.
 
     Raises:
-        ValueError: no loss; bad clip norm, microbatch size or mask; ragged or sparse data; a layer
-            that is known to mix examples; float16; `mean_with_sample_weight` with weights.
+        ValueError: no loss; bad clip norm, mode, microbatch size or mask; ragged or sparse data; a
+            layer that is known to mix examples; float16; `mean_with_sample_weight` with weights.
 
     Formal guarantees: if no example influences another example's outputs (`check_model` tests it),
     adding or removing one row, or setting its mask, changes `sums` by a vector of joint norm at
     most `l2_norm_clip`, up to rounding. Rows that are masked out, or whose gradient is not finite,
-    contribute exactly zero and leave the others as they were. `norms`, `losses` and `outputs` carry
-    no guarantee.
+    contribute exactly zero and leave the others as they were. `norms`, `losses`, `was_clipped` and
+    `outputs` carry no guarantee.
     """
     refuse_arguments(x, y, sample_weight, l2_norm_clip, microbatch_size)
+    mode = checked_mode(clipping)
     refuse_model(model, sample_weight, loss)
     x, y, sample_weight = on_tensors(_tensor, (x, y, sample_weight))
     rows = next(t for t in keras.tree.flatten(x) if t is not None)
@@ -130,11 +144,13 @@ def clipped_gradients(
     data = (x, y, sample_weight, mask)
     general = route_of(model, x, y, sample_weight, loss).general
     clip = float(l2_norm_clip)
-    common = {"l2_norm_clip": clip, "loss": row_loss}
+    common = {"clipper": Clipper.of(model, clip, mode), "loss": row_loss}
     result = None
     if general is None:
         by_batch = functools.partial(clip_by_book_keeping, model, **common)
         try:
+            if microbatch_size == "auto":
+                microbatch_size = rows_at_a_time(model, x, y, sample_weight, loss)
             if microbatch_size is None:
                 result = clip_at_once(by_batch, *data)
             else:
@@ -144,7 +160,7 @@ def clipped_gradients(
             give_up(model, str(reason))
     if result is None:
         result = clip_in_chunks(functools.partial(clip_one_example, model, **common), *data, 1)
-    return ClippedGradients(**result._asdict(), mask=mask, l2_norm_clip=clip)
+    return ClippedGradients(**result._asdict(), mask=mask, l2_norm_clip=clip, clipping=mode)
 
 
 def _tensor(leaf: Any) -> tf.Tensor:

@@ -6,9 +6,9 @@ import dataclasses
 
 import keras
 
-from keras_bandmf.clipping.book_keeping import trained_layers
 from keras_bandmf.clipping.registry import rule_of
 from keras_bandmf.clipping.routes import stored, structural_reason
+from keras_bandmf.clipping.trained import trained_layers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,22 +7,48 @@ read. All of them are float32 (float64 for float64 variables), whatever the mode
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import tensorflow as tf
 
 from keras_bandmf.clipping.shapes import dims, over_rows, product, static
 
-Layout = Callable[[tf.Tensor], tf.Tensor]
-
 # Below this share of the largest value it could have, a Gram norm is rounding error.
 _GRAM_FLOOR = 64.0
+# Norms up to the root of this may be lost to squares below the smallest normal number.
+_VANISHING = 1e-14
+# Times the unit of rounding: what the sum of vectors may be off by, as a share of their lengths.
+_SUM_FLOOR = 64.0
 # Positions assumed when their number is unknown before the graph runs.
 _UNKNOWN_POSITIONS = 64
 
 
 class Unsupported(Exception):
     """This layer or model cannot take the book-keeping path; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the entries of a (groups, in, out) sum of products stand in the variable.
+
+    Two products may be joined only if their layouts are equal, hence values and not a function.
+
+    Attributes:
+        shape: of the variable.
+        split: shape the sum is brought to before its axes are permuted; None if it is in order.
+        order: permutation of the axes of `split`.
+    """
+
+    shape: tuple[int, ...]
+    split: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
+
+    def __call__(self, total: tf.Tensor) -> tf.Tensor:
+        """The sum in the variable's shape."""
+        if self.split is not None:
+            total = tf.transpose(tf.reshape(total, self.split), self.order)
+        return tf.reshape(total, self.shape)
 
 
 def _weighted(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
@@ -37,9 +63,12 @@ def _kept(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
 
 
 class Rows:
-    """Gradients themselves: `values` (batch, ...); `layout` maps their sum to the variable."""
+    """Gradients themselves: `values` (batch, ...); `layout` maps their sum to the variable.
 
-    def __init__(self, values: tf.Tensor, layout: Layout | None = None):
+    Layouts are compared when gradients are joined: a `Layout`, or another function with equality.
+    """
+
+    def __init__(self, values: tf.Tensor, layout: Callable[[tf.Tensor], tf.Tensor] | None = None):
         self.values = values
         self.layout = layout
 
@@ -82,16 +111,28 @@ class Outer:
 
     def squared_norms(self) -> tf.Tensor:
         """Squared norms by Gram matrices: sum over positions s, t of (a_s . a_t)(g_s . g_t)."""
+        return floored(*self.gram(), self.a.dtype)
+
+    def gram(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """(squared norms up to rounding, the largest norms they could have), both (batch,)."""
+        a_lengths, g_lengths = _lengths(self.a), _lengths(self.g)
+        bound = tf.reduce_sum(tf.sqrt(a_lengths * g_lengths), axis=[1, 2])
         if static(dims(self.a)[2]) == 1:
-            return tf.reduce_sum(_lengths(self.a) * _lengths(self.g), axis=[1, 2])
-        grams = tf.matmul(self.a, self.a, transpose_b=True)
-        grams *= tf.matmul(self.g, self.g, transpose_b=True)
-        exact = tf.reduce_sum(grams, axis=[1, 2, 3])
-        # Cancelling terms leave only rounding error, which could hide a large gradient: the floor
-        # keeps the norm from being understated, so the clip still holds.
-        bound = tf.reduce_sum(tf.sqrt(_lengths(self.a) * _lengths(self.g)), axis=[1, 2])
-        floor = _GRAM_FLOOR * _epsilon(self.a.dtype)
-        return tf.where(exact > floor * tf.square(bound), exact, _floored(exact, floor, bound))
+            exact = tf.reduce_sum(a_lengths * g_lengths, axis=[1, 2])
+        else:
+            grams = tf.matmul(self.a, self.a, transpose_b=True)
+            grams *= tf.matmul(self.g, self.g, transpose_b=True)
+            exact = tf.reduce_sum(grams, axis=[1, 2, 3])
+        # Squares of one matrix may vanish where the other is so large that the product counts:
+        # then a coarse bound that squares neither, which can only clip more.
+        largest = tf.reduce_max(tf.maximum(a_lengths, g_lengths), axis=[1, 2])
+        coarse = tf.reduce_sum(_sums(self.a) * _sums(self.g), axis=[1, 2])
+        _, groups, count, width = dims(self.a)
+        # Every entry of every position may lose a square of its own.
+        terms = tf.cast(groups * count, self.a.dtype)
+        entries = terms * terms * tf.cast(width + dims(self.g)[-1], self.a.dtype)
+        may_vanish = largest > _VANISHING / _tiny(self.a.dtype) / entries
+        return tf.where(may_vanish, tf.square(coarse), exact), bound
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Sum over examples of weight times a'g, in the variable's shape."""
@@ -121,17 +162,21 @@ class Lookup:
             return tf.reduce_sum(tf.square(self.g), axis=[1, 2])
         order = tf.argsort(self.ids, axis=1)
         ids = tf.gather(self.ids, order, batch_dims=1)
-        g = tf.gather(self.g, order, batch_dims=1)
-        new = tf.cast(ids[:, 1:] != ids[:, :-1], tf.int32)
-        segments = tf.cumsum(tf.pad(new, [[0, 0], [1, 0]]), axis=1)
-        segments += count * tf.range(batch)[:, None]
+        starts = count * tf.range(batch)[:, None]
+        # Compared with the position before, by a roll: it takes an empty sequence, too.
+        new = tf.logical_and(ids != tf.roll(ids, 1, axis=1), tf.range(count) > 0)
+        segments = tf.cumsum(tf.cast(new, tf.int32), axis=1)
+        # Back in the order of the positions: integers are moved, not gradients.
+        back = tf.math.invert_permutation(tf.reshape(order + starts, [batch * count]))
+        segments = tf.gather(tf.reshape(segments + starts, [batch * count]), back)
         width = dims(self.g)[-1]
         added = tf.math.unsorted_segment_sum(
-            tf.reshape(g, [batch * count, width]),
-            tf.reshape(segments, [batch * count]),
-            batch * count,
+            tf.reshape(self.g, [batch * count, width]), segments, batch * count
         )
-        return tf.reduce_sum(tf.square(tf.reshape(added, [batch, count, width])), axis=[1, 2])
+        exact = tf.reduce_sum(tf.square(tf.reshape(added, [batch, count, width])), axis=[1, 2])
+        # `weighted_sum` rounds anew: what is left of large vectors that cancel may differ there.
+        rounding = _SUM_FLOOR * _epsilon(self.g.dtype) * tf.reduce_sum(tf.norm(self.g, axis=-1), 1)
+        return tf.where(tf.math.is_nan(exact), exact, tf.maximum(exact, tf.square(rounding)))
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Sum over examples of weight times gradient, dense: (rows, width)."""
@@ -139,46 +184,6 @@ class Lookup:
         flat = tf.reshape(_weighted(self.g, weights), [sizes[0] * sizes[1], sizes[2]])
         ids = tf.reshape(self.ids, [sizes[0] * sizes[1]])
         return tf.math.unsorted_segment_sum(flat, ids, self.rows)
-
-
-Factor = Rows | Outer | Lookup
-
-
-def merged(factors: list[Factor]) -> Rows | Outer | Lookup:
-    """One factor for a variable used in several calls; they add up before the norm is taken.
-
-    Args:
-        factors: at least one factor of one variable, all over the same examples.
-
-    Returns:
-        A factor ready for `squared_norms` and `weighted_sum`.
-
-    Raises:
-        Unsupported: a table that is read by look-up is also used in another way (tied weights).
-    """
-    if any(hasattr(f, "joined") for f in factors):
-        # A factor from another room, which alone knows how its calls add up.
-        if any(type(f) is not type(factors[0]) for f in factors):
-            raise Unsupported("one variable is used by layers of different kinds (tied weights)")
-        return factors[0].joined(factors)
-    if all(isinstance(f, Outer) for f in factors):
-        first = factors[0]
-        if len(factors) == 1:
-            return first.resolved()
-        a = tf.concat([f.a for f in factors], axis=2)
-        g = tf.concat([f.g for f in factors], axis=2)
-        return Outer(a, g, first.layout).resolved()
-    if all(isinstance(f, Lookup) for f in factors):
-        if len(factors) == 1:
-            return factors[0]
-        ids = tf.concat([f.ids for f in factors], axis=1)
-        return Lookup(ids, tf.concat([f.g for f in factors], axis=1), factors[0].rows)
-    if any(isinstance(f, Lookup) for f in factors):
-        raise Unsupported("a look-up table is also used in another way (tied weights)")
-    rows = [f.as_rows() if isinstance(f, Outer) else f for f in factors]
-    if any(r.values.shape[1:] != rows[0].values.shape[1:] for r in rows):
-        raise Unsupported("one variable is used by layers of different kinds (tied weights)")
-    return Rows(tf.add_n([r.values for r in rows]), rows[0].layout)
 
 
 def prefers_product(count: object, width_in: int, width_out: int) -> bool:
@@ -198,8 +203,28 @@ def prefers_product(count: object, width_in: int, width_out: int) -> bool:
     return width_in * width_out <= 2 * known * (width_in + width_out)
 
 
+def floored(exact: tf.Tensor, bound: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Squared norms that rounding cannot have understated.
+
+    Cancelling terms leave only rounding error, which could hide a large gradient: the floor keeps
+    the norm from being understated, so the clip still holds.
+
+    Args:
+        exact: (batch,) squared norms as a sum of terms that may cancel.
+        bound: (batch,) the norms there would be if nothing cancelled.
+        dtype: what `exact` was computed in.
+    """
+    floor = _GRAM_FLOOR * _epsilon(dtype) * tf.square(bound)
+    # A NaN stays a NaN: the example is dropped, not clipped.
+    return tf.where(tf.logical_or(exact > floor, tf.math.is_nan(exact)), exact, floor)
+
+
 def _lengths(matrix: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(tf.square(matrix), axis=-1)
+
+
+def _sums(matrix: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(tf.abs(matrix), axis=-1)
 
 
 def _flat(stacked: tf.Tensor) -> tf.Tensor:
@@ -207,10 +232,9 @@ def _flat(stacked: tf.Tensor) -> tf.Tensor:
     return tf.reshape(stacked, [batch * count, width])
 
 
-def _floored(exact: tf.Tensor, floor: float, bound: tf.Tensor) -> tf.Tensor:
-    # A NaN stays a NaN: the example is dropped, not clipped.
-    return tf.where(tf.math.is_nan(exact), exact, floor * tf.square(bound))
-
-
 def _epsilon(dtype: tf.DType) -> float:
     return 2.0**-52 if dtype == tf.float64 else 2.0**-23
+
+
+def _tiny(dtype: tf.DType) -> float:
+    return 2.0**-1022 if dtype == tf.float64 else 2.0**-126

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -102,7 +102,7 @@ def _alone(compute: BatchLoss) -> BatchLoss:
 
     def alone(x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
         # Metrics inside the loss would count every example as a step: StatelessScope drops that.
-        with _no_replicas(), keras.StatelessScope():
+        with no_replicas(), keras.StatelessScope():
             value = compute(x, y, y_pred, sample_weight)
         return tf.reduce_sum(tf.convert_to_tensor(value))
 
@@ -110,8 +110,12 @@ def _alone(compute: BatchLoss) -> BatchLoss:
 
 
 @contextlib.contextmanager
-def _no_replicas():
-    """Keras divides mean losses by the number of replicas it finds: let it find one."""
+def no_replicas() -> Iterator[None]:
+    """Lets what is called find one replica, as outside any strategy.
+
+    Keras divides mean losses by the number of replicas it finds; a tape cannot watch a variable
+    of several.
+    """
     if not tf.distribute.has_strategy():
         yield
         return

@@ -7,12 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bandmf.clipping.book_keeping import (
-    Clipped,
-    accumulation_dtype,
-    clip_factors,
-    forward,
-)
+from keras_bandmf.clipping.book_keeping import Clipped, accumulation_dtype, forward
+from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.coordinates import released
 from keras_bandmf.clipping.losses import BatchLoss
 
@@ -23,7 +19,7 @@ def clip_one_example(
     y: Any,
     sample_weight: Any,
     mask: tf.Tensor,
-    l2_norm_clip: float,
+    clipper: Clipper,
     loss: BatchLoss,
 ) -> Clipped:
     """The clipped gradient of a batch that holds one example.
@@ -33,8 +29,9 @@ def clip_one_example(
     Returns:
         `Clipped`; norms and losses have shape (1,).
 
-    Formal guarantees: the joint norm of `sums` is at most `l2_norm_clip` up to rounding, and `sums`
-    is exactly zero if the example is masked out or its gradient is not finite.
+    Formal guarantees: each group of variables in `sums` has a norm of at most the group's clip
+    norm, up to rounding, and `sums` is exactly zero if the example is masked out or its gradient is
+    not finite in any variable.
     """
     variables = model.trainable_variables
     values = [v.value for v in variables]
@@ -48,10 +45,10 @@ def clip_one_example(
         released(v, tf.cast(tf.convert_to_tensor(g), dtype))
         for v, g in zip(variables, gradients, strict=True)
     ]
-    squared = tf.zeros((), dtype)
-    for g in gradients:
-        squared += tf.reduce_sum(tf.square(g))
-    weights, norms = clip_factors(tf.reshape(squared, [1]), mask, l2_norm_clip)
-    weight = weights[0]
-    sums = [tf.where(weight > 0, g * weight, tf.zeros_like(g)) for g in gradients]
-    return Clipped(sums, norms, tf.reshape(value, [1]), y_pred)
+    squared = [tf.reshape(tf.reduce_sum(tf.square(g)), [1]) for g in gradients]
+    weights, norms, was_clipped = clipper.factors(squared, mask)
+    sums = []
+    for g, group in zip(gradients, clipper.groups, strict=True):
+        weight = weights[group][0]
+        sums.append(tf.where(weight > 0, g * weight, tf.zeros_like(g)))
+    return Clipped(sums, norms, tf.reshape(value, [1]), was_clipped, y_pred)

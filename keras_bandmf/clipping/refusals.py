@@ -14,7 +14,7 @@ _USE_INSTEAD = "keras.layers.GroupNormalization or keras.layers.LayerNormalizati
 
 
 def refuse_arguments(
-    x: Any, y: Any, sample_weight: Any, l2_norm_clip: float, microbatch_size: int | None
+    x: Any, y: Any, sample_weight: Any, l2_norm_clip: float, microbatch_size: int | str | None
 ) -> None:
     """Raise ValueError on a clip norm, a microbatch size or data of the wrong kind."""
     number = isinstance(l2_norm_clip, (int, float)) and not isinstance(l2_norm_clip, bool)
@@ -23,12 +23,7 @@ def refuse_arguments(
             "`l2_norm_clip` must be a finite positive Python number, fixed before training. "
             f"Received: l2_norm_clip={l2_norm_clip!r}"
         )
-    whole = isinstance(microbatch_size, int) and not isinstance(microbatch_size, bool)
-    if microbatch_size is not None and (not whole or microbatch_size < 1):
-        raise ValueError(
-            "`microbatch_size` must be None or a positive integer: examples worked on at a time. "
-            f"It changes memory, never the result. Received: microbatch_size={microbatch_size!r}"
-        )
+    refuse_microbatch_size(microbatch_size)
     for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
         for leaf in keras.tree.flatten(part):
             if isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)):
@@ -36,6 +31,19 @@ def refuse_arguments(
                     f"`{name}` must be dense: an example is a row of axis 0. Use `.to_tensor()` or "
                     f"`tf.sparse.to_dense` and a mask. Received: {name}={type(leaf).__name__}"
                 )
+
+
+def refuse_microbatch_size(microbatch_size: Any) -> None:
+    """Raise ValueError on anything but None, "auto" and a positive integer."""
+    if microbatch_size is None or microbatch_size == "auto":
+        return
+    whole = isinstance(microbatch_size, int) and not isinstance(microbatch_size, bool)
+    if not whole or microbatch_size < 1:
+        raise ValueError(
+            '`microbatch_size` must be None, "auto" or a positive integer: examples worked on at a '
+            "time. It changes memory, never the result. "
+            f"Received: microbatch_size={microbatch_size!r}"
+        )
 
 
 def refuse_model(model: keras.Model, sample_weight: Any = None, loss: Any = None) -> None:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import keras
 
-from keras_bandmf.clipping.conv_rules import ConvRule
-from keras_bandmf.clipping.layer_rules import (
-    DenseRule,
-    EinsumDenseRule,
-    EmbeddingRule,
+from keras_bandmf.clipping.conv_rules import (
+    ConvRule,
+    ConvTransposeRule,
+    DepthwiseConvRule,
+    SeparableConvRule,
+)
+from keras_bandmf.clipping.einsum_rules import EinsumDenseRule
+from keras_bandmf.clipping.embedding_rules import EmbeddingRule, ReversibleEmbeddingRule
+from keras_bandmf.clipping.hub_rules import rule_by_name
+from keras_bandmf.clipping.layer_rules import DenseRule, LayerRule
+from keras_bandmf.clipping.scale_rules import (
     GroupNormalizationRule,
     LayerNormalizationRule,
-    LayerRule,
+    PReLURule,
+    RMSNormalizationRule,
 )
 
 _OWN_RULE = "_keras_bandmf_rule"
@@ -22,16 +29,57 @@ _RULES: dict[type, LayerRule] = {
     keras.layers.Embedding: EmbeddingRule(),
     keras.layers.LayerNormalization: LayerNormalizationRule(),
     keras.layers.GroupNormalization: GroupNormalizationRule(),
+    keras.layers.PReLU: PReLURule(),
     keras.layers.Conv1D: ConvRule(),
     keras.layers.Conv2D: ConvRule(),
+    keras.layers.Conv3D: ConvRule(),
+    keras.layers.Conv1DTranspose: ConvTransposeRule(),
+    keras.layers.Conv2DTranspose: ConvTransposeRule(),
+    keras.layers.Conv3DTranspose: ConvTransposeRule(),
+    keras.layers.DepthwiseConv1D: DepthwiseConvRule(),
+    keras.layers.DepthwiseConv2D: DepthwiseConvRule(),
+    keras.layers.SeparableConv1D: SeparableConvRule(),
+    keras.layers.SeparableConv2D: SeparableConvRule(),
 }
+# Layers that the oldest Keras 3 does not have.
+for _name, _rule in (
+    ("RMSNormalization", RMSNormalizationRule()),
+    ("ReversibleEmbedding", ReversibleEmbeddingRule()),
+):
+    if hasattr(keras.layers, _name):
+        _RULES[getattr(keras.layers, _name)] = _rule
 
 
 def register_rule(layer_class: type, rule: LayerRule) -> None:
     """Give layers of exactly `layer_class` a clipping rule.
 
     Subclasses are not covered: they may compute something else. `check_model` still compares the
-    rule with one-example-at-a-time gradients on every model that uses it.
+    rule with one-example-at-a-time gradients on every model that uses it; `check_rule` does so for
+    one layer. A rule for a layer that multiplies its inputs by a vector:
+
+    ```python
+    class Scale(keras.layers.Layer):
+        def build(self, shape):
+            self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+        def call(self, inputs):
+            return inputs * self.scale
+
+    class ScaleRule(clipping.LayerRule):
+        def forward(self, layer, inputs):
+            # The value of a weight without its gradient: that is what `gradients` is for.
+            return inputs * clipping.constant(layer.scale), inputs
+
+        def gradients(self, layer, saved, g):  # (batch, time, features) each
+            products = tf.cast(saved, g.dtype) * g
+            return [(layer.scale, clipping.Rows(tf.reduce_sum(products, axis=1)))]
+
+    clipping.register_rule(Scale, ScaleRule())
+    clipping.check_rule(Scale(), np.random.normal(size=(4, 5, 3)).astype("float32"))
+    ```
+
+    Factors: `Rows` for gradients written out, `Outer` for products x'g, `Lookup` for rows of a
+    table. Axis 0 is the example in all of them; nothing may be summed over it.
 
     Args:
         layer_class: a subclass of `keras.layers.Layer` that has no rule yet.
@@ -50,7 +98,7 @@ def register_rule(layer_class: type, rule: LayerRule) -> None:
             "`rule` must be an instance of a `LayerRule` subclass that defines `forward` and "
             f"`gradients`. Received: rule={rule!r}"
         )
-    if layer_class in _RULES:
+    if _known(layer_class) is not None:
         raise ValueError(
             f"{layer_class.__name__} already has a clipping rule. Register a rule for a subclass "
             f"of your own instead. Received: layer_class={layer_class!r}"
@@ -73,7 +121,7 @@ def rule_of(layer: keras.layers.Layer) -> tuple[LayerRule | None, str]:
     Returns:
         (rule, the rule's name) or (None, the reason there is none).
     """
-    rule = vars(layer).get(_OWN_RULE) or _RULES.get(type(layer))
+    rule = vars(layer).get(_OWN_RULE) or _known(type(layer))
     if rule is None:
         return None, f"no rule for {type(layer).__name__}"
     if "call" in vars(layer):
@@ -82,3 +130,7 @@ def rule_of(layer: keras.layers.Layer) -> tuple[LayerRule | None, str]:
         return None, "it recomputes its activations (remat)"
     reason = rule.refuses(layer)
     return (rule, type(rule).__name__) if reason is None else (None, reason)
+
+
+def _known(layer_class: type) -> LayerRule | None:
+    return _RULES.get(layer_class) or rule_by_name(layer_class)

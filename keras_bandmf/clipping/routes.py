@@ -7,18 +7,17 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_bandmf.clipping.book_keeping import (
-    clip_by_book_keeping,
-    trained_layers,
-)
+from keras_bandmf.clipping.book_keeping import clip_by_book_keeping
+from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import batch_loss, overrides_compute_loss
 from keras_bandmf.clipping.registry import rule_of
 from keras_bandmf.clipping.shapes import on_tensors
+from keras_bandmf.clipping.trained import trained_layers
 
 # Rows of the trial trace: a prime no other axis is likely to have, so that an axis of this size
 # is the example axis and nothing else.
-_TRIAL_ROWS = 1009
+TRIAL_ROWS = 1009
 _ATTRIBUTE = "_bandmf_route"
 
 
@@ -46,7 +45,7 @@ def route_of(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) 
     known = stored(model)
     if known is not None and known.checked and known.key == _variables_key(model):
         return known
-    key = (*_variables_key(model), _data_key((x, y, sample_weight)), _loss_key(loss))
+    key = data_key(model, x, y, sample_weight, loss)
     if known is not None and known.key == key:
         return known
     general = structural_reason(model, loss) or trial_reason(model, x, y, sample_weight, loss)
@@ -85,10 +84,23 @@ def structural_reason(model: keras.Model, loss: Any) -> str | None:
 
 
 def trial_reason(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> str | None:
-    """Trace the book-keeping path on symbolic data of a tell-tale size; why it failed, or None."""
+    """Why the book-keeping path cannot be traced, or None if it can."""
+    try:
+        trial_graph(model, x, y, sample_weight, loss)
+    except Unsupported as reason:
+        return str(reason)
+    return None
+
+
+def trial_graph(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> tf.Graph:
+    """Trace the book-keeping path on `TRIAL_ROWS` symbolic rows: a tell-tale size.
+
+    Raises:
+        Unsupported: the model cannot take this path.
+    """
 
     def spec(t: tf.Tensor) -> tf.TensorSpec:
-        return tf.TensorSpec([_TRIAL_ROWS, *t.shape[1:]], t.dtype)
+        return tf.TensorSpec([TRIAL_ROWS, *t.shape[1:]], t.dtype)
 
     leaves = [t for t in keras.tree.flatten((x, y, sample_weight)) if t is not None]
     row_loss = batch_loss(model, loss)
@@ -96,25 +108,25 @@ def trial_reason(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: A
     def trial(tensors: list[tf.Tensor]) -> None:
         rows = iter(tensors)
         parts = on_tensors(lambda _: next(rows), (x, y, sample_weight))
-        mask = tf.ones([_TRIAL_ROWS], tf.bool)
-        clip_by_book_keeping(model, *parts, mask, 1.0, row_loss)
+        mask = tf.ones([TRIAL_ROWS], tf.bool)
+        clip_by_book_keeping(model, *parts, mask, Clipper.of(model), row_loss)
 
-    try:
-        # Not under `tf.init_scope`, which stops tapes: every gradient would be None.
-        tf.function(trial, autograph=False).get_concrete_function([spec(t) for t in leaves])
-    except Unsupported as reason:
-        return str(reason)
-    return None
+    # Not under `tf.init_scope`, which stops tapes: every gradient would be None.
+    traced = tf.function(trial, autograph=False)
+    return traced.get_concrete_function([spec(t) for t in leaves]).graph
+
+
+def data_key(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> tuple:
+    """What a trial trace depends on."""
+    shapes = tuple(
+        None if t is None else (t.dtype, tuple(t.shape[1:]))
+        for t in keras.tree.flatten((x, y, sample_weight))
+    )
+    return (*_variables_key(model), shapes, _loss_key(loss))
 
 
 def _variables_key(model: keras.Model) -> tuple:
     return tuple(id(v) for v in model.trainable_variables)
-
-
-def _data_key(data: Any) -> tuple:
-    return tuple(
-        None if t is None else (t.dtype, tuple(t.shape[1:])) for t in keras.tree.flatten(data)
-    )
 
 
 def _loss_key(loss: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import numbers
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import tensorflow as tf
 
-from keras_bandmf.noise import normals
+from keras_bandmf.noise import normals, workers
 from keras_bandmf.noise.shards import ShardLayout
 
 
@@ -35,7 +36,8 @@ class CorrelatedNoise:
 
     The state is a ring of the last `b - 1` rows in `tf.Variable`s, so that a compiled training
     loop advances it. Under a `tf.distribute` strategy each replica keeps, and draws, only its own
-    run of the flat gradient vector; the sum of all shares is the row.
+    run of the flat gradient vector; the sum of all shares is the row. (Under a central storage the
+    first replica has it all.)
 
     Formal guarantees:
         The rows `0 .. n-1` are, up to float32 rounding, `C^-1 Z` with `Z[i, j] ~ N(0, stddev^2)`
@@ -71,27 +73,37 @@ class CorrelatedNoise:
         self.num_steps = strategy.num_steps
         self.num_slots = strategy.num_bands - 1
         distribution = tf.distribute.get_strategy()
-        self.layout = ShardLayout(shapes, distribution.num_replicas_in_sync)
+        self.num_replicas = distribution.num_replicas_in_sync
+        # A central storage has one place for state: the first replica draws the whole row.
+        central = isinstance(distribution, tf.distribute.experimental.CentralStorageStrategy)
+        self.layout = ShardLayout(shapes, 1 if central else self.num_replicas)
         self._distribution = distribution
-        rows = np.asarray(strategy.noise_rows(), np.float32)
-        with tf.init_scope(), distribution.scope():
-            self._key = tf.Variable(np.zeros(2, np.int64), trainable=False, name="noise_key")
-            # A table of n rows must not become a constant of the graph.
-            self._rows = tf.Variable(rows, trainable=False, name="noise_rows")
-            self._ring = None
-            if self.num_slots:
-                self._ring = self._per_replica(
-                    tf.zeros((self.num_slots, self.layout.shard_size)), "noise_ring"
-                )
-            self._position = self._per_replica(tf.zeros([], tf.int64), "noise_position")
+        self._first_replica = workers.local_replicas(distribution)[0]
+        if central:
+            # Its variables combine what all replicas assign. A new thread is in no scope.
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                thread.submit(self._make_variables).result()
+        else:
+            with tf.init_scope(), distribution.scope():
+                self._make_variables()
         self._tail = np.asarray(strategy.tail_scale(), np.float32)
         self._advance_ring = tf.function(self._ring_pass, jit_compile=True, autograph=False)
         self.set_key(normals.fresh_key() if seed is None else normals.key_from_seed(seed))
 
+    def _make_variables(self) -> None:
+        rows = np.asarray(self.strategy.noise_rows(), np.float32)
+        self._key = tf.Variable(np.zeros(2, np.int64), trainable=False, name="noise_key")
+        # A table of n rows must not become a constant of the graph.
+        self._rows = tf.Variable(rows, trainable=False, name="noise_rows")
+        self._ring = None
+        if self.num_slots:
+            self._ring = self._per_replica(
+                tf.zeros((self.num_slots, self.layout.shard_size)), "noise_ring"
+            )
+        self._position = self._per_replica(tf.zeros([], tf.int64), "noise_position")
+
     def _per_replica(self, value: tf.Tensor, name: str) -> tf.Variable:
         """Makes a variable of which each replica has, and updates, its own."""
-        if self.layout.num_shards == 1:
-            return tf.Variable(value, trainable=False, name=name)
         return tf.Variable(
             value,
             trainable=False,
@@ -101,8 +113,7 @@ class CorrelatedNoise:
         )
 
     def _local(self, variable: tf.Variable) -> list[tf.Variable]:
-        if self.layout.num_shards == 1:
-            return [variable]
+        """Returns the variables of the replicas of this process."""
         return list(self._distribution.experimental_local_results(variable))
 
     @property
@@ -121,18 +132,23 @@ class CorrelatedNoise:
         return 4 * self.num_slots * self.layout.shard_size
 
     def set_key(self, key: np.ndarray) -> None:
-        """Replaces the key of all rows to come: shape (2,), uint64."""
-        self._key.assign(np.asarray(key, np.uint64).view(np.int64))
+        """Replaces the key of all rows to come: shape (2,), uint64. The chief's key counts."""
+        key = np.asarray(key, np.uint64).view(np.int64)
+        self._key.assign(workers.from_chief(self._distribution, key))
 
     def get_key(self) -> np.ndarray:
         """Returns the secret key, shape (2,), uint64, to be saved beside the ring."""
         return self._key.numpy().view(np.uint64)
 
     def get_ring(self) -> np.ndarray:
-        """Returns the secret ring of all replicas, shape (b - 1, d), float32."""
+        """Returns the secret ring of all replicas, shape (b - 1, d), float32.
+
+        With several worker processes all of them must call it: each sends its share.
+        """
         if not self.num_slots:
             return np.zeros((0, self.layout.size), np.float32)
-        return self.layout.gather([ring.numpy() for ring in self._local(self._ring)])
+        rings = [ring.numpy() for ring in self._local(self._ring)]
+        return self.layout.gather(workers.gather_parts(self._distribution, rings))
 
     def set_ring(self, ring: np.ndarray) -> None:
         """Restores what `get_ring` returned, on any number of replicas.
@@ -149,9 +165,10 @@ class CorrelatedNoise:
                 "plan or number of bands, or the file is damaged; the run cannot go on from it."
             )
         if self.num_slots:
-            parts = self.layout.scatter(ring)
-            for local, part in zip(self._local(self._ring), parts, strict=True):
-                local.assign(part)
+            parts = self.layout.scatter(ring)[self._first_replica :]
+            local = self._local(self._ring)
+            for variable, part in zip(local, parts[: len(local)], strict=True):
+                variable.assign(part)
 
     def next(self) -> list[tf.Tensor]:
         """Advances by one row and returns it, float32, in the shapes given.
@@ -162,12 +179,12 @@ class CorrelatedNoise:
         Raises:
             ValueError: under a strategy with several replicas, or (eagerly) after `n` rows.
         """
-        if self.layout.num_shards > 1:
+        if self.num_replicas > 1:
             raise ValueError(
                 "`next()` returns whole rows and needs a noise made outside a strategy scope. "
-                f"Received: a noise over {self.layout.num_shards} replicas. Call `share(step)`."
+                f"Received: a noise over {self.num_replicas} replicas. Call `share(step)`."
             )
-        step = self._position.read_value()
+        step = self._local(self._position)[0].read_value()
         if tf.executing_eagerly() and int(step) >= self.num_steps:
             raise ValueError(f"All {self.num_steps} rows of the noise have been drawn.")
         return [
@@ -180,15 +197,19 @@ class CorrelatedNoise:
 
         Args:
             step: scalar integer, equal to `position`.
-            replica: the replica in whose context this is called, a Python integer.
+            replica: the replica in whose context this is called, a Python integer; with several
+                worker processes its number among all of them.
 
         Returns:
             For each shape a float32 tensor, zero where another replica owns the elements, or
             None where this replica owns none of them. All NaN for a step of `n` or more, or
             another than `position`; the position does not move then.
         """
+        if replica >= self.layout.num_shards:
+            return [None] * len(self.layout.shapes)
         step = tf.cast(step, tf.int64)
-        position = self._local(self._position)[replica]
+        local = replica - self._first_replica
+        position = self._local(self._position)[local]
         expected = position.read_value()
         in_order = tf.equal(step, expected)
         position.assign(tf.where(in_order, step + 1, expected))
@@ -198,8 +219,8 @@ class CorrelatedNoise:
             self.layout.first_chunk(replica),
             self.layout.chunks_per_shard,
         )
-        row = self._advance_ring(z, step, replica)
-        return self.layout.split(row * self._release_scale(step, in_order), replica)
+        row = self._advance_ring(z, step, self._release_scale(step, in_order), local)
+        return self.layout.split(row, replica)
 
     def _release_scale(self, step: tf.Tensor, in_order: tf.Tensor) -> tf.Tensor:
         scale = tf.constant(self.stddev, tf.float32)
@@ -209,13 +230,13 @@ class CorrelatedNoise:
             scale *= tf.where(position >= 0, tail, 1.0)
         return tf.where(in_order & (step < self.num_steps), scale, np.nan)
 
-    def _ring_pass(self, z: tf.Tensor, step: tf.Tensor, replica: int) -> tf.Tensor:
-        """Computes `x_i` from `z_i` and the ring, and puts it into the ring (XLA, one pass)."""
+    def _ring_pass(self, z: tf.Tensor, step: tf.Tensor, scale: tf.Tensor, local: int) -> tf.Tensor:
+        """Puts `x_i` of `z_i` and the ring into the ring and returns it scaled (XLA, one pass)."""
         last = tf.shape(self._rows, out_type=tf.int64)[0] - 1
         coefficients = tf.gather(self._rows, tf.minimum(step, last))
         if not self.num_slots:
-            return z / coefficients[0]
-        ring = self._local(self._ring)[replica]
+            return z * (scale / coefficients[0])
+        ring = self._local(self._ring)[local]
         slot = step % self.num_slots
         # Slot s holds x_{i-k} for the k in 1 .. b-1 with s = i - k modulo b - 1.
         lags = (slot - 1 - tf.range(self.num_slots, dtype=tf.int64)) % self.num_slots
@@ -223,4 +244,4 @@ class CorrelatedNoise:
         past = tf.linalg.matvec(ring, weights, transpose_a=True)
         row = (z - past) / coefficients[0]
         ring.scatter_nd_update([[slot]], row[tf.newaxis])
-        return row
+        return row * scale

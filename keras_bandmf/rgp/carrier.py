@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf import carriers
-from keras_bandmf.noise import normals
+from keras_bandmf.noise import normals, workers
 from keras_bandmf.rgp.layouts import MatrixLayout
 
 _PARTS = ("start", "left", "right")
@@ -57,6 +57,7 @@ class Carrier:
         self.shape = (rank * sum(layout.sides),)
         self._state: dict[str, tf.Variable] | None = None
         self._distribution: tf.distribute.Strategy | None = None
+        self._first_replica = 0
 
     @property
     def description(self) -> list:
@@ -71,7 +72,17 @@ class Carrier:
             kernel: the Keras variable.
             key: of all carriers of the run, shape (2,), uint64.
             index: of this kernel among those of the run.
+
+        Raises:
+            ValueError: under CentralStorageStrategy, whose replicas share one copy of all state.
         """
+        self._distribution = tf.distribute.get_strategy()
+        if isinstance(self._distribution, tf.distribute.experimental.CentralStorageStrategy):
+            raise ValueError(
+                "Gradient carriers need a copy of themselves on every replica. Received: "
+                "CentralStorageStrategy, which keeps one of everything. Use MirroredStrategy."
+            )
+        self._first_replica = workers.local_replicas(self._distribution)[0]
         m, n = self.layout.sides
         chunks = -(-self.rank * max(m, n) // normals.CHUNK)
         drawn = []
@@ -84,7 +95,6 @@ class Carrier:
             "left": drawn[0],
             "right": tf.transpose(drawn[1]),
         }
-        self._distribution = tf.distribute.get_strategy()
         self._state = {
             name: tf.Variable(value.numpy(), trainable=False, name=f"rgp_{name}")
             for name, value in values.items()
@@ -139,8 +149,11 @@ class Carrier:
         else:
             left, right = self._refreshed(kernel, step)
         for name, value in (("left", left), ("right", right)):
-            copies = self._distribution.experimental_local_results(self._state[name])
-            copies[replica].assign(value)
+            self._copies(name)[replica - self._first_replica].assign(value)
+
+    def _copies(self, name: str) -> list[tf.Variable]:
+        """Those of this process, in the order of its replicas."""
+        return list(self._distribution.experimental_local_results(self._state[name]))
 
     def _refreshed(self, kernel: Any, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         weights = tf.cast(tf.convert_to_tensor(kernel.value), self.dtype)
@@ -182,4 +195,5 @@ class Carrier:
                     f"Received: '{name}' that is not. The file is damaged."
                 )
         for name, value in values.items():
-            self._state[name].assign(value)
+            for copy in self._copies(name):
+                copy.assign(value)

@@ -110,8 +110,8 @@ class ScaledRule(LayerRule):
     def forward(self, layer, inputs):
         return self.rule.forward(layer, inputs)
 
-    def finish(self, layer, outputs):
-        return self.rule.finish(layer, outputs)
+    def finish(self, layer, outputs, saved):
+        return self.rule.finish(layer, outputs, saved)
 
     def gradients(self, layer, saved, g):
         return self.rule.gradients(layer, saved, g * tf.cast(self.scale, g.dtype))

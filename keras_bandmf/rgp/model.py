@@ -10,7 +10,9 @@ import keras
 from keras_bandmf.clipping import register_rule
 from keras_bandmf.clipping.conv_rules import ConvRule
 from keras_bandmf.clipping.coordinates import coordinates_of, set_coordinates
-from keras_bandmf.clipping.layer_rules import DenseRule, EinsumDenseRule, EmbeddingRule
+from keras_bandmf.clipping.einsum_rules import EinsumDenseRule
+from keras_bandmf.clipping.embedding_rules import EmbeddingRule
+from keras_bandmf.clipping.layer_rules import DenseRule
 from keras_bandmf.clipping.registry import set_rule
 from keras_bandmf.rgp.arguments import check_numbers, check_scale, named_layers, within
 from keras_bandmf.rgp.carrier import Carrier

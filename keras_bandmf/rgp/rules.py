@@ -15,8 +15,11 @@ import tensorflow as tf
 from keras_bandmf import carriers
 from keras_bandmf.clipping import LayerRule
 from keras_bandmf.clipping.conv_rules import ConvRule
-from keras_bandmf.clipping.factors import Factor, Outer, merged
-from keras_bandmf.clipping.layer_rules import DenseRule, EinsumDenseRule, EmbeddingRule
+from keras_bandmf.clipping.einsum_rules import EinsumDenseRule
+from keras_bandmf.clipping.embedding_rules import EmbeddingRule
+from keras_bandmf.clipping.factors import Layout, Outer
+from keras_bandmf.clipping.layer_rules import DenseRule
+from keras_bandmf.clipping.merge import Factor, merged
 from keras_bandmf.clipping.shapes import dims, positions, static
 from keras_bandmf.rgp.carrier import Carrier
 from keras_bandmf.rgp.layouts import einsum_labels, kind_of
@@ -69,15 +72,19 @@ class CarrierFactor:
         return CarrierFactor(self.carrier, whole, joined("a"), joined("thin"), joined("g"))
 
     def _right(self) -> Factor:
-        return merged([Outer(self.a, self.g, _only_group)])
+        layout = Layout((self.carrier.rank, self.carrier.layout.sides[1]))
+        return merged([Outer(self.a, self.g, layout)])
+
+    def _inside(self) -> tf.Tensor:
+        """Squared norms of L' dL, never too large: they are subtracted."""
+        if static(dims(self.a)[2]) == 1:
+            return _squared(self.a) * _squared(self.thin)
+        return _squared(tf.matmul(self.a[:, 0], self.thin[:, 0], transpose_a=True))
 
     def squared_norms(self) -> tf.Tensor:
         """Squared norms of the coordinates, (batch,)."""
-        inside = Outer(self.a, self.thin, _only_group)
-        # Written out: a Gram norm may be too large, and this one is subtracted.
-        inside = inside if static(dims(self.a)[2]) == 1 else inside.as_rows()
         left, right = self.whole.squared_norms(), self._right().squared_norms()
-        total = left - inside.squared_norms() + right
+        total = left - self._inside() + right
         # |dR| >= |L' dL|, so the true sum is at least either: rounding cannot hide a gradient.
         # A NaN compares as False and stays.
         floor = tf.maximum(left, right)
@@ -109,8 +116,8 @@ class CarrierRule(LayerRule):
     def forward(self, layer, inputs):
         return self.rule.forward(layer, inputs)
 
-    def finish(self, layer, outputs):
-        return self.rule.finish(layer, outputs)
+    def finish(self, layer, outputs, saved):
+        return self.rule.finish(layer, outputs, saved)
 
     def gradients(self, layer, saved, g):
         kernel = layer._embeddings if hasattr(layer, "_embeddings") else layer._kernel
@@ -183,5 +190,5 @@ def _einsum_split(carrier, layer, kind, left, right, g):
     return through, thin, arranged
 
 
-def _only_group(total: tf.Tensor) -> tf.Tensor:
-    return total[0]
+def _squared(values: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(tf.square(values), axis=list(range(1, values.shape.rank)))

@@ -192,10 +192,15 @@ def fixed_order_maximum(products: Products, fits: int, separation: int) -> float
       separation: the distance of two successive ones.
 
     Returns:
-      The maximum over all patterns of `fits` steps; shorter ones are parts of these.
+      The maximum over all patterns of at most `fits` steps.
     """
     n = len(products[0])
     starts = n - (fits - 1) * separation
+    # A pattern that begins later than these but within the first period takes part once less, and
+    # is no part of a longer one. Every other shorter pattern is.
+    fewer = 0.0
+    if fits > 1 and starts < separation:
+        fewer = fixed_order_maximum(products, fits - 1, separation)
     total = np.zeros(starts)
     for m in range(fits):
         diagonal = products.get(m * separation)
@@ -208,4 +213,4 @@ def fixed_order_maximum(products: Products, fits: int, separation: int) -> float
         sums = np.cumsum(padded.reshape(rows + 1, separation), axis=0).reshape(-1)
         later = sums[(fits - m) * separation :][:starts]
         total += (1.0 if m == 0 else 2.0) * (later - sums[:starts])
-    return float(np.max(total))
+    return max(fewer, float(np.max(total)))

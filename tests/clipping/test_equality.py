@@ -9,7 +9,32 @@ from keras_bandmf.clipping import ClippedGradients, check_model, clipped_gradien
 from tests.clipping import reference, zoo
 
 GENERAL = {"lstm"}
-CASES = pytest.mark.parametrize("make", zoo.ZOO, ids=lambda f: f.__name__)
+HEAVY = {"bert", "resnet"}
+# XLA compiles for seconds: two small models stand for the others in a quick run.
+COMPILED = {"mlp", "transformer"}
+
+
+def cases(*options, quick=lambda name, *option: name not in HEAVY):
+    """Every model with every option; those that are not `quick` are marked slow."""
+    return [
+        pytest.param(
+            make,
+            *option,
+            id="-".join(map(str, (make.__name__, *option))),
+            marks=() if quick(make.__name__, *option) else pytest.mark.slow,
+        )
+        for make in zoo.ZOO
+        for option in (options or [()])
+        if not (True in option and make.__name__ in GENERAL)  # Keras' LSTM has no XLA on CPU
+    ]
+
+
+def quick_compiled(name, *option):
+    return name in COMPILED if True in option else name not in HEAVY
+
+
+ALL = pytest.mark.parametrize("make", cases(quick=lambda name: True))
+CASES = pytest.mark.parametrize("make", cases())
 
 
 def tensors(*data):
@@ -26,7 +51,7 @@ def expectation(make):
     return model, x, y, weight, clip, losses, norms, sums
 
 
-@CASES
+@ALL
 def test_eager(make):
     model, x, y, weight, clip, losses, norms, sums = expectation(make)
     check_model(model, x, y, weight)
@@ -46,11 +71,8 @@ def test_eager(make):
     )
 
 
-@CASES
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(("make", "jit_compile"), cases((False,), (True,), quick=quick_compiled))
 def test_compiled(make, jit_compile):
-    if jit_compile and make.__name__ in GENERAL:
-        pytest.skip("Keras' LSTM does not train under XLA on CPU")
     model, x, y, weight, clip, _, norms, sums = expectation(make)
 
     @tf.function(jit_compile=jit_compile)
@@ -63,11 +85,11 @@ def test_compiled(make, jit_compile):
     np.testing.assert_allclose(found.norms, norms, rtol=1e-5, atol=1e-6 * norms.max())
 
 
-@CASES
-@pytest.mark.parametrize(("size", "jit_compile"), [(1, False), (3, False), (3, True), (20, False)])
+@pytest.mark.parametrize(
+    ("make", "size", "jit_compile"),
+    cases((1, False), (3, False), (3, True), (20, False), quick=quick_compiled),
+)
 def test_microbatches(make, size, jit_compile):
-    if jit_compile and make.__name__ in GENERAL:
-        pytest.skip("Keras' LSTM does not train under XLA on CPU")
     model, x, y, weight, clip, losses, norms, sums = expectation(make)
     data = tensors(x, y, weight)
     outputs = model(data[0], training=True)
@@ -122,7 +144,7 @@ def test_microbatches_and_empty_batches_eagerly(make, size):
     assert found.norms.shape == (0,) and found.losses.shape == (0,)
 
 
-@CASES
+@ALL
 def test_float64(make, float64):
     model, x, y, weight, clip, _, norms, sums = expectation(make)
     check_model(model, x, y, weight)

@@ -4,14 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_bandmf.clipping.factors import (
-    Lookup,
-    Outer,
-    Rows,
-    Unsupported,
-    merged,
-    prefers_product,
-)
+from keras_bandmf.clipping.factors import Layout, Lookup, Outer, Rows, Unsupported, prefers_product
+from keras_bandmf.clipping.merge import merged
+from keras_bandmf.clipping.modes import AutomaticClipping
 
 WEIGHTS = np.array([0.5, 0.0, 1.0], "float32")
 
@@ -37,7 +32,7 @@ def check(factor, dense, tolerance=1e-5):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_gram_and_product_agree(positions, groups):
     a, g, dense = outer(np.random.default_rng(0), positions, groups)
-    factor = Outer(tf.constant(a), tf.constant(g), lambda total: total)
+    factor = Outer(tf.constant(a), tf.constant(g), Layout((groups, 4, 3)))
     check(factor, dense)
     check(factor.as_rows(), dense)
 
@@ -45,7 +40,7 @@ def test_gram_and_product_agree(positions, groups):
 def test_calls_are_joined_before_the_norm():
     rng = np.random.default_rng(1)
     parts = [outer(rng, t) for t in (1, 5)]
-    factors = [Outer(tf.constant(a), tf.constant(g), lambda total: total) for a, g, _ in parts]
+    factors = [Outer(tf.constant(a), tf.constant(g), Layout((4, 3))) for a, g, _ in parts]
     check(merged(factors), sum(p[2] for p in parts))
     check(merged([factors[0], factors[1].as_rows()]), sum(p[2] for p in parts))
 
@@ -78,7 +73,7 @@ def test_dropped_rows_leave_no_trace(bad, where, positions, product):
     """Rule 4: 0 * NaN is NaN, so rows of weight zero are replaced before any product."""
     a, g, dense = outer(np.random.default_rng(3), positions)
     {"a": a, "g": g}[where][1, 0, 0, 0] = bad
-    factor = Outer(tf.constant(a), tf.constant(g), lambda total: total)
+    factor = Outer(tf.constant(a), tf.constant(g), Layout((4, 3)))
     factor = factor.as_rows() if product else factor
     assert not np.isfinite(factor.squared_norms()[1])
     dense[1] = 0
@@ -100,7 +95,7 @@ def test_gram_never_understates_a_cancelling_norm():
         a = a.mean(axis=2, keepdims=True) + np.float32(1e-3) * (a - a.mean(axis=2, keepdims=True))
         exact = np.einsum("bgti,bgto->bgio", a.astype("float64"), g.astype("float64"))
         norm = np.sum(exact**2)
-        factor = Outer(tf.constant(a), tf.constant(g), lambda total: total)
+        factor = Outer(tf.constant(a), tf.constant(g), Layout((4, 3)))
         below += float(factor.squared_norms()[0]) < 0.9 * norm
     assert below == 0
 
@@ -110,3 +105,39 @@ def test_product_only_where_it_is_small():
     assert prefers_product(576, 288, 64)
     assert not prefers_product(16, 4096, 4096)
     assert prefers_product(tf.constant(5), 8, 8)
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize("swap", [False, True])
+def test_squares_that_vanish_do_not_hide_a_gradient(positions, swap):
+    """In float32 the squares of entries below 1e-19 are zero; a factor of 1e18 makes them count."""
+    small, large = (np.full((2, 1, positions, 8), v, "float32") for v in (1e-20, 1e18))
+    a, g = (large, small) if swap else (small, large)
+    factor = Outer(tf.constant(a), tf.constant(g), Layout((1, 8, 8)))
+    norm = np.linalg.norm(np.einsum("bgti,bgto->bgio", a.astype("float64"), g)[0])
+    assert norm > 0.05
+    assert np.all(np.sqrt(factor.squared_norms()) >= norm)
+
+
+@pytest.mark.parametrize("positions,width", [(1, 10_000), (8, 100)])
+def test_many_squares_that_vanish_together_do_not_hide_a_gradient(positions, width):
+    # Each loses less than counts; all of them together were 4 times the clip norm and more.
+    a = np.full((1, 1, positions, width), 1e-19, "float32")
+    g = np.full((1, 1, positions, 1), 5e11, "float32")
+    factor = Outer(tf.constant(a), tf.constant(g), Layout((width, 1)))
+    weights = AutomaticClipping(gamma=0.0).factors(tf.sqrt(factor.squared_norms()), 1.0)
+    assert np.linalg.norm(factor.weighted_sum(weights)) <= 1.0001
+
+
+@pytest.mark.parametrize("size", [1e6, 1e7, 1e8, 1e12])
+def test_look_ups_that_cancel_are_not_understated(size):
+    rng = np.random.default_rng(0)
+    g = (rng.normal(size=(16, 32, 8)) * size).astype("float32")
+    g[:, 1::2] = -g[:, ::2]  # of one row of the table: next to nothing is left
+    g[:, -1] += 10 * rng.normal(size=(16, 8))
+    g = np.stack([example[rng.permutation(32)] for example in g])
+    factor = Lookup(tf.zeros((16, 32), tf.int32), tf.constant(g), 4)
+    weights = np.minimum(1.0, 1.0 / np.sqrt(factor.squared_norms()))
+    for weight, row in zip(weights, np.eye(16, dtype="float32"), strict=True):
+        # Its own rounding would make the contribution up to 2.4 times the clip norm.
+        assert np.linalg.norm(factor.weighted_sum(tf.constant(weight * row))) <= 1.01

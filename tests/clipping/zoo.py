@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 from keras import layers
 
 ROWS = 7
@@ -191,6 +192,48 @@ def einsum():
     return model, floats(4, 6), floats(2), None
 
 
+def bert():
+    keras_hub = pytest.importorskip("keras_hub")
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=50,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=24,
+        max_sequence_length=8,
+        dropout=0.0,
+    )
+    model = keras_hub.models.BertTextClassifier(
+        backbone, num_classes=3, dropout=0.0, preprocessor=None
+    )
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    mask = np.ones((ROWS, 8), "int32")
+    mask[:, 6:] = 0
+    x = {"token_ids": integers(50, 8), "segment_ids": integers(2, 8), "padding_mask": mask}
+    return model, x, integers(3), None
+
+
+def resnet():
+    def block(x, filters, strides):
+        y = layers.Conv2D(filters, 3, strides, padding="same", use_bias=False)(x)
+        y = layers.ReLU()(layers.GroupNormalization(2)(y))
+        y = layers.Conv2D(filters, 3, padding="same", use_bias=False)(y)
+        y = layers.GroupNormalization(2)(y)
+        if strides != 1 or x.shape[-1] != filters:
+            x = layers.Conv2D(filters, 1, strides, use_bias=False)(x)
+            x = layers.GroupNormalization(2)(x)
+        return layers.ReLU()(x + y)
+
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, padding="same", use_bias=False)(inputs)
+    x = layers.ReLU()(layers.GroupNormalization(2)(x))
+    x = block(block(x, 4, 1), 8, 2)
+    outputs = layers.Dense(3)(layers.GlobalAveragePooling2D()(x))
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model, floats(8, 8, 3), integers(3), None
+
+
 ZOO = [
     mlp,
     two_outputs_shared,
@@ -202,4 +245,6 @@ ZOO = [
     autoencoder,
     frozen_and_masked,
     einsum,
+    bert,
+    resnet,
 ]

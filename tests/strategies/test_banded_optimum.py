@@ -33,6 +33,32 @@ def test_table_of_optima_is_met(n, b, expected):
     assert np.sqrt(BandedStrategy.optimize(n, b).loss()) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "n,b,expected",
+    [
+        (2048, 8, 11.685663),
+        (2048, 16, 8.586683),
+        (2048, 32, 6.492694),
+        (4096, 16, 11.847438),
+        (4096, 32, 8.774243),
+    ],
+)
+def test_table_of_optima_is_met_at_many_steps(n, b, expected):
+    assert np.sqrt(BandedStrategy.optimize(n, b).loss()) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "n,b,expected",
+    [(256, 256, 2.524414), (512, 128, 2.922500), (1024, 64, 3.997715), (2048, 64, 5.103662)],
+)
+def test_table_of_optima_is_met_with_many_bands(n, b, expected):
+    # Their iterations are dear, and this gain is enough for the six digits of the table.
+    found = BandedStrategy.optimize(n, b, gain=1e-7)
+    assert np.sqrt(found.loss()) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("n,b,loss", [(500, 8, 36.6374), (1000, 16, 38.8638)])
 def test_design_values(n, b, loss):
     assert BandedStrategy.optimize(n, b).loss() == pytest.approx(loss, abs=6e-5)

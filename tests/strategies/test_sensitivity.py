@@ -201,6 +201,21 @@ def test_signs_never_exceed_what_is_returned():
             assert s.sensitivity(k, separation) >= truth * (1 - 1e-12)
 
 
+def test_a_later_start_with_one_participation_less_can_be_the_worst_in_fixed_order():
+    # Steps 0, 2, 4 share no row of C; steps 1, 3 share row 3 and are no part of a longer pattern.
+    columns = np.array([[1.0, 0, 0], [0.1, 0, 1], [1, 0, 0], [1, 0, 0], [1, 0, 0]])
+    s = BandedStrategy(columns)
+    matrix = s.materialize()
+    truth = np.linalg.norm(matrix[:, 1] + matrix[:, 3])
+    assert truth > 1.1 * np.sqrt(3)
+    for count in (3, 9):
+        assert s.sensitivity(count, 2, fixed_order=True) == pytest.approx(truth, rel=1e-12)
+    got = sensitivity.gram_bound(matrix.T @ matrix, 3, 2, fixed_order=True)
+    assert got == pytest.approx(truth, rel=1e-12)
+    # Where more would fit than take part, every shorter pattern is part of a longer one.
+    assert s.sensitivity(2, 2, fixed_order=True) == pytest.approx(truth, rel=1e-12)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("n,b,k,separation", [(200, 9, 30, 4), (150, 9, 8, 4), (90, 5, 90, 1)])
 def test_fixed_order_of_many_participations(n, b, k, separation, normalize):

@@ -1,0 +1,238 @@
+"""Time and memory of the correlated noise, as ratios in one run.
+
+    python benchmarks/noise.py [--peer_python PATH] [--repeats 20] [--skip_training]
+
+PATH is the interpreter of an environment with `jax` and `jax-privacy`. The ring pass is compared
+with the copy bandwidth of this machine, whole rows with draws alone, two replicas of one thread
+each with one replica of one thread, and a training step at 16 bands with DP-SGD. Steps that are
+compared are interleaved, and medians are shown. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MILLION = 10**6
+
+# One thread an operation, R replicas on R logical devices: seconds a step, ring bytes a replica.
+REPLICAS = """
+import json, sys, time
+import numpy as np
+import tensorflow as tf
+from keras_bandmf.noise import CorrelatedNoise
+from keras_bandmf.strategies import ToeplitzStrategy
+d, b, replicas, repeats = map(int, sys.argv[1:])
+tf.config.threading.set_intra_op_parallelism_threads(1)
+tf.config.threading.set_inter_op_parallelism_threads(replicas)
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * replicas)
+devices = tf.distribute.MirroredStrategy([f"CPU:{r}" for r in range(replicas)])
+with devices.scope():
+    noise = CorrelatedNoise(ToeplitzStrategy.optimize(10_000, b), 1.0, [(d,)], seed=0)
+def share(step):
+    context = tf.distribute.get_replica_context()
+    replica = int(tf.get_static_value(context.replica_id_in_sync_group))
+    return noise.share(step, replica)[0][replica * noise.layout.shard_size]
+@tf.function(autograph=False)
+def take(step):
+    return devices.run(share, (step,))
+seconds = []
+for step in range(repeats + 3):
+    start = time.perf_counter()
+    [part.numpy() for part in devices.experimental_local_results(take(tf.constant(step)))]
+    seconds.append(time.perf_counter() - start)
+print(json.dumps({"seconds": float(np.median(seconds[3:])), "bytes": noise.state_bytes}))
+"""
+
+PEER = """
+import json, sys, time
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax_privacy import noise_addition
+from jax_privacy.matrix_factorization import toeplitz
+d, b, repeats = map(int, sys.argv[1:])
+coefficients = toeplitz.optimize_banded_toeplitz(10_000, b)
+privatizer = noise_addition.matrix_factorization_privatizer(
+    toeplitz.inverse_as_streaming_matrix(coefficients), stddev=1.0, prng_key=0)
+update, gradient = jax.jit(privatizer.update, donate_argnums=1), jnp.zeros(d)
+state, seconds = privatizer.init(gradient), []
+for _ in range(repeats + 3):
+    start = time.perf_counter()
+    noisy, state = jax.block_until_ready(update(gradient, state))
+    seconds.append(time.perf_counter() - start)
+print(json.dumps({"seconds": float(np.median(seconds[3:]))}))
+"""
+
+
+def run(python: str, program: str, *arguments: int) -> dict:
+    """Runs one of the programs above in a fresh process and returns what it printed."""
+    environment = dict(os.environ)
+    if python == sys.executable:
+        environment["PYTHONPATH"] = str(ROOT)
+    command = [python, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{python} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def row(what: str, value: str, target: str = "") -> None:
+    print(f"{what:<66} {value:>22}  {target}", flush=True)
+
+
+def verdict(measured: float, limit: float, at_least: bool = False) -> str:
+    """The target, and whether it is met."""
+    met = measured >= limit if at_least else measured <= limit
+    return f"target {'>=' if at_least else '<='} {limit}: {'met' if met else 'MISSED'}"
+
+
+def interleaved(steps: list, repeats: int) -> np.ndarray:
+    """Median seconds of each of several functions, called in turn."""
+    seconds = np.empty((repeats + 3, len(steps)))
+    for times in seconds:
+        for index, step in enumerate(steps):
+            start = time.perf_counter()
+            step()
+            times[index] = time.perf_counter() - start
+    return np.median(seconds[3:], axis=0)
+
+
+def copier(num_bytes: int, threads: int = os.cpu_count() or 1):
+    """A function that copies an array in as many threads as there are processors."""
+    source, target = (np.full(num_bytes // 4, value, np.float32) for value in (1, 0))
+    pairs = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    return lambda: list(pool.map(lambda pair: np.copyto(*pair), pairs))
+
+
+def noise_steps(size: int, num_bands: int):
+    """(noise, row, draw, pass): functions without arguments that make one of each."""
+    import tensorflow as tf
+
+    from keras_bandmf.noise import CorrelatedNoise, normals
+    from keras_bandmf.strategies import ToeplitzStrategy
+
+    strategy = ToeplitzStrategy.optimize(10_000, num_bands)
+    noise = CorrelatedNoise(strategy, 1.0, [(size,)], seed=0)
+    key = tf.constant(normals.key_from_seed(0).view(np.int64))
+    counter = tf.Variable(0, dtype=tf.int64)
+
+    def draw() -> tf.Tensor:
+        return normals.standard_normals(
+            key, counter.assign_add(1), 0, noise.layout.chunks_per_shard
+        )
+
+    draw, whole = tf.function(draw, autograph=False), tf.function(noise.next, autograph=False)
+    z, step = draw(), tf.constant(0, tf.int64)
+    # The element is read so that the row is made, and not copied out of TensorFlow.
+    return (
+        noise,
+        lambda: whole()[0][0].numpy(),
+        lambda: draw()[0].numpy(),
+        lambda: noise._advance_ring(z, step, tf.constant(1.0), 0)[0].numpy(),
+    )
+
+
+def targets(repeats: int) -> None:
+    """The ring pass against copying, whole rows against draws."""
+    size = 4 * MILLION
+    _, _, _, ring_pass = noise_steps(size, 32)
+    copied = 16 * size
+    pass_seconds, copy_seconds = interleaved([ring_pass, copier(copied)], repeats)
+    # It reads b - 1 rows and z, and writes the new row twice: to the ring and to its caller.
+    moved = 4 * size * (31 + 3)
+    bandwidths = moved / pass_seconds / 1e9, 2 * copied / copy_seconds / 1e9
+    fraction = bandwidths[0] / bandwidths[1]
+    row("ring pass b=32 d=4e6 / copying, GB/s", f"{bandwidths[0]:.1f} / {bandwidths[1]:.1f}")
+    row("ring pass over copy bandwidth", f"{fraction:.2f}", verdict(fraction, 0.6, at_least=True))
+    _, whole, draw, _ = noise_steps(size, 8)
+    both, alone = interleaved([whole, draw], repeats)
+    row("draw and pass / draw alone b=8 d=4e6, ms", f"{both * 1e3:.1f} / {alone * 1e3:.1f}")
+    row("draw and pass over the draw", f"{both / alone:.2f}", verdict(both / alone, 1.3))
+
+
+def sizes(repeats: int, peer_python: str | None) -> None:
+    """Seconds and bytes over b and d, and the peer at the same sizes."""
+    for size in (MILLION, 4 * MILLION, 16 * MILLION):
+        for num_bands in (1, 8, 32):
+            noise, whole, _, _ = noise_steps(size, num_bands)
+            (seconds,) = interleaved([whole], repeats)
+            name = f"b={num_bands} d={size:.0e}"
+            each = f"{seconds * 1e9 / size:.1f} ns/parameter, {noise.state_bytes / 2**20:.0f} MiB"
+            row(f"noise {name}", f"{seconds * 1e3:.1f} ms", each)
+            del noise, whole
+            if peer_python and num_bands > 1 and size <= 4 * MILLION:
+                peer = run(peer_python, PEER, size, num_bands, repeats)["seconds"]
+                times = f"{peer / seconds:.1f} times ours"
+                row(f"noise {name}, jax-privacy", f"{peer * 1e3:.1f} ms", times)
+    if not peer_python:
+        row("jax-privacy", "peer not given", "(--peer_python PATH)")
+
+
+def replicas(repeats: int) -> None:
+    """One thread a replica: time falls and memory halves."""
+    size, num_bands = 4 * MILLION, 16
+    found = {r: run(sys.executable, REPLICAS, size, num_bands, r, repeats) for r in (1, 2, 4)}
+    for count, figures in found.items():
+        name = f"noise b={num_bands} d={size:.0e}, R={count}, one thread each"
+        ring = f"{figures['bytes'] / 2**20:.1f} MiB of ring a replica"
+        row(name, f"{figures['seconds'] * 1e3:.1f} ms", ring)
+    time_ratio = found[2]["seconds"] / found[1]["seconds"]
+    row("time of two replicas over one", f"{time_ratio:.2f}", verdict(time_ratio, 0.65))
+    memory_ratio = found[2]["bytes"] / found[1]["bytes"]
+    row("ring of a replica of two over one", f"{memory_ratio:.3f}", verdict(memory_ratio, 0.501))
+
+
+def training(repeats: int) -> None:
+    """A whole private training step of ten million parameters, BandMF over DP-SGD."""
+    import keras
+    import private_step
+
+    def model() -> keras.Model:
+        return keras.Sequential(
+            [
+                keras.Input((784,)),
+                keras.layers.Dense(2800, "relu"),
+                keras.layers.Dense(2800, "relu"),
+                keras.layers.Dense(10),
+            ]
+        )
+
+    (_, correlated, _), parameters = private_step.make_steps(model, 1024, 16)
+    (_, independent, _), _ = private_step.make_steps(model, 1024, 1)
+    banded, plain = interleaved([correlated, independent], repeats)
+    name = f"training step of {parameters / 1e6:.1f}M parameters, batch 1024"
+    row(f"{name}, b=16 / b=1, ms", f"{banded * 1e3:.0f} / {plain * 1e3:.0f}")
+    row("BandMF at b=16 over DP-SGD", f"{banded / plain:.2f}", verdict(banded / plain, 1.2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peer_python", help="interpreter with jax and jax-privacy installed")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--skip_training", action="store_true", help="leave out the model")
+    options = parser.parse_args()
+    targets(options.repeats)
+    replicas(options.repeats)
+    if not options.skip_training:
+        training(options.repeats)
+    sizes(options.repeats, options.peer_python)
+
+
+if __name__ == "__main__":
+    main()

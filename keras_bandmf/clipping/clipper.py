@@ -1,0 +1,72 @@
+"""A clipping mode applied to one model: from squared norms to what gradients are multiplied by."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf.clipping.modes import ClippingMode, FlatClipping
+
+
+class Factors(NamedTuple):
+    """What clipping does to every example.
+
+    Attributes:
+        weights: one tensor (batch,) per group of variables: what its gradients are multiplied by.
+        norms: (batch,) norms before clipping, over all variables jointly.
+        was_clipped: (batch,) bool, whether any weight of an unmasked example is below one.
+    """
+
+    weights: list[tf.Tensor]
+    norms: tf.Tensor
+    was_clipped: tf.Tensor
+
+
+class Clipper(NamedTuple):
+    """A mode, the group of every trainable variable, and the clip norm of every group."""
+
+    mode: ClippingMode
+    groups: list[int]
+    clip_norms: list[float]
+
+    @classmethod
+    def of(
+        cls, model: keras.Model, l2_norm_clip: float = 1.0, mode: ClippingMode | None = None
+    ) -> Clipper:
+        """The clipper of `model`'s trainable variables.
+
+        Raises:
+            ValueError: the mode does not fit the model.
+        """
+        mode = mode or FlatClipping()
+        groups, shares = mode.variable_groups(model)
+        return cls(mode, groups, [l2_norm_clip * math.sqrt(share) for share in shares])
+
+    def factors(self, squared_norms: list[tf.Tensor], mask: tf.Tensor) -> Factors:
+        """Weights of every example.
+
+        Args:
+            squared_norms: a tensor (batch,) for each trainable variable that has a gradient, else
+                None, in the order of the variables.
+            mask: (batch,) bool, False for padding.
+
+        Formal guarantees: weight times norm is at most the clip norm of the group. Every weight of
+        an example is exactly zero if it is masked out or its gradient is not finite in any group.
+        """
+        dtype = next((s.dtype for s in squared_norms if s is not None), tf.float32)
+        by_group = [tf.zeros(tf.shape(mask), dtype) for _ in self.clip_norms]
+        for group, squared in zip(self.groups, squared_norms, strict=True):
+            if squared is not None:
+                by_group[group] += squared
+        norms = tf.sqrt(tf.add_n(by_group))
+        kept = tf.logical_and(mask, tf.math.is_finite(norms))
+        weights = []
+        for squared, clip_norm in zip(by_group, self.clip_norms, strict=True):
+            factors = self.mode.factors(tf.sqrt(squared), clip_norm)
+            weights.append(tf.where(kept, factors, tf.zeros_like(factors)))
+        smaller = functools.reduce(tf.logical_or, [weight < 1 for weight in weights])
+        return Factors(weights, norms, tf.logical_and(mask, smaller))

@@ -1,0 +1,51 @@
+"""Faults of Keras under `tf.distribute`, worked around on one model instance.
+
+Each has a test that fails when Keras no longer needs the workaround.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf.noise import workers
+
+
+@contextlib.contextmanager
+def worked_around(model: keras.Model, symbolic_build: bool) -> Iterator[None]:
+    """Replaces, for the time of a `fit`, what fails in Keras.
+
+    Args:
+        model: the model, built.
+        symbolic_build: False where Keras's symbolic build fails: it cannot read batches that are
+            dicts with a mask, nor any batch of several worker processes.
+    """
+    replaced: dict[str, Any] = {}
+    if not symbolic_build:
+        replaced["_maybe_symbolic_build"] = lambda *args, **kwargs: None
+    if workers.is_multi_worker(model.distribute_strategy):
+        step = model.test_step
+        replaced["test_step"] = lambda data: reducible_logs(model, step(data))
+        model.test_function = None
+    previous = {name: model.__dict__[name] for name in replaced if name in model.__dict__}
+    for name, replacement in replaced.items():
+        setattr(model, name, replacement)
+    try:
+        yield
+    finally:
+        for name in replaced:
+            del model.__dict__[name]
+        model.__dict__.update(previous)
+        if "test_step" in replaced:
+            model.test_function = None
+
+
+def reducible_logs(model: keras.Model, logs: dict[str, Any]) -> dict[str, Any]:
+    """Gives logs the axis over which Keras takes their mean when there are several workers."""
+    if not workers.is_multi_worker(model.distribute_strategy):
+        return logs
+    return keras.tree.map_structure(lambda value: tf.reshape(value, [1]), logs)

@@ -1,0 +1,87 @@
+"""Examples: the paper's figures at sizes that take seconds, against values known by other means."""
+
+import importlib
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from keras_bandmf.strategies import BandedStrategy
+from tests.strategies import reference
+
+pytest.importorskip("matplotlib")
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+SMALL = ["--max_steps", "16", "--num_steps", "32", "--epochs", "4", "--epsilons", "4", "8"]
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module
+
+
+def test_every_figure_is_drawn_and_tabulated(example, tmp_path, capsys):
+    example("paper_figures").main(["--output", str(tmp_path), *SMALL])
+    printed = capsys.readouterr().out
+    for name in ("toeplitz_gap", "bands", "mechanisms", "full_batch"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        table = (tmp_path / f"{name}.md").read_text()
+        assert table in printed
+        widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+        assert len(widths) == 1
+        assert "nan" not in table
+
+
+def test_gaps_are_those_of_dense_matrices(example):
+    numbers = example("paper_numbers")
+    (found,) = (gap for gap in numbers.gaps(16) if gap.num_bands == 4)
+    assert (found.num_steps, found.exact) == (16, pytest.approx(1.902896, rel=1e-6))
+    # From the reference table of raw and column-normalised strategies.
+    assert (found.raw, found.normalized) == (
+        pytest.approx(1.820, abs=1e-3),
+        pytest.approx(1.085, abs=1e-3),
+    )
+
+
+def test_points_are_bounded(example):
+    points = example("paper_numbers").gap_points(10**6)
+    assert {(10**6, 16), (100_000, 32), (16, 16), (64, 64)} <= set(points)
+    assert max(n * b for n, b in points) <= 16 * 10**6
+    assert not [(n, b) for n, b in points if b > n]
+
+
+def test_fixed_order_errors_are_those_of_dense_matrices(example):
+    numbers = example("paper_numbers")
+    n, k = 32, 4
+    found = numbers.fixed_order_errors(n, k)
+    root = np.linalg.inv(np.tri(n))  # its inverse square root: the square root of this
+    column = np.cumprod(np.append(1.0, (2 * np.arange(1, n) - 1) / (2 * np.arange(1, n))))
+    c = sum(np.diag(np.full(n - lag, column[lag]), -lag) for lag in range(n))
+    np.testing.assert_allclose(c @ c @ root, np.eye(n), atol=1e-12)
+    error = np.mean(np.sum(np.square(np.tri(n) @ np.linalg.inv(c)), axis=1))
+    sensitivity = np.linalg.norm(np.sum(c[:, :: n // k], axis=1))
+    assert found["square root"] == pytest.approx(sensitivity * math.sqrt(error) / k, rel=1e-9)
+    # BandMF is the optimum of the least restricted class: the others are above it.
+    assert min(found, key=found.get) == "BandMF, fixed order"
+    banded = BandedStrategy.optimize(n, n // k)
+    dense = reference.dense_errors(banded.materialize())
+    assert found["BandMF, fixed order"] >= math.sqrt(np.mean(dense) / k)
+
+
+def test_full_batches_are_one_gaussian(example):
+    numbers = example("paper_numbers")
+    # notes: the analytic Gaussian's noise multiplier; RMSE = sigma sqrt((n + 1) / (2 n)).
+    expected = 4.22468 * math.sqrt(33 / 64)
+    assert numbers.full_batch(32, 1.0, 1e-6) == pytest.approx(expected, rel=2e-3)
+    # The last of the epochs is the full batch, whatever the sampling is called.
+    swept = numbers.sweep(32, 32, 1.0, 1e-6)
+    assert swept.choice.dp_sgd.expected_rmse == pytest.approx(expected, rel=2e-3)
+    assert swept.unamplified == pytest.approx(expected, rel=2e-3)
+
+
+def test_the_rule_is_judged_at_the_nearest_candidate(example):
+    swept = example("paper_numbers").sweep(64, 2, 1.0, 1e-5)
+    assert swept.rule == 4.0
+    (four,) = (row for row in swept.choice.candidates if row.num_bands == 4)
+    assert swept.rmse_by_rule == four.expected_rmse >= swept.choice.best.expected_rmse
