@@ -52,14 +52,15 @@ class Layout:
 
 
 def _weighted(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Rows of `values` times `weights`; exactly zero where the weight is (0 * NaN is NaN)."""
-    weights = over_rows(weights, values)
-    return tf.where(weights > 0, values * weights, tf.zeros_like(values))
+    """Rows of `values` times `weights`; exactly zero where the weight is not positive."""
+    weights = tf.where(weights > 0, weights, tf.zeros_like(weights))
+    # 0 * NaN is zero here. A selection by example, broadcast over the row, takes twice the time.
+    return tf.math.multiply_no_nan(values, over_rows(weights, values))
 
 
 def _kept(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Rows of `values` whose weight is not zero; the others replaced by zeros."""
-    return tf.where(over_rows(weights, values) > 0, values, tf.zeros_like(values))
+    """Rows of `values` whose weight is positive; the others replaced by zeros."""
+    return _weighted(values, tf.cast(weights > 0, values.dtype))
 
 
 class Rows:

@@ -48,9 +48,11 @@ class PositionEmbeddingRule(LayerRule):
         sizes = dims(inputs)
         if positions is None:
             return tf.broadcast_to(table[: sizes[-2]], sizes), None
+        positions = tf.convert_to_tensor(positions)
         if positions.shape.rank != 2 or inputs.shape.rank != 3:
             raise Unsupported(f"{layer.path}: `positions` without an example axis")
         ids = tf.where(positions < 0, positions + layer.sequence_length, positions)
+        ids = tf.broadcast_to(ids, sizes[:-1])  # one row of positions serves every example
         return tf.broadcast_to(tf.gather(table, ids), sizes), ids
 
     def gradients(self, layer, saved, g):

@@ -74,6 +74,20 @@ def test_position_embedding():
         clipping.check_rule(layer, x, positions=np.arange(5))
 
 
+class SharedPositions(keras.layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.table = keras_hub.layers.PositionEmbedding(8)
+
+    def call(self, inputs):
+        return self.table(inputs, positions=np.array([[0, 1, 1, 2, -1]]))
+
+
+def test_one_row_of_positions_for_every_example():
+    x = floats(5, 3)
+    assert clipping.check_rule(randomised(SharedPositions(), x), x) < 1e-6
+
+
 def test_token_and_position_embedding():
     layer = keras_hub.layers.TokenAndPositionEmbedding(9, 6, 4)
     x = integers(0, 9, 5)
