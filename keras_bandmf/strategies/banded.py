@@ -24,6 +24,7 @@ from keras_bandmf.strategies.arguments import (
 from keras_bandmf.strategies.banded_search import normalize_columns, search
 from keras_bandmf.strategies.checkpoints import Checkpoints
 from keras_bandmf.strategies.covariance import BandedErrors, block_size
+from keras_bandmf.strategies.long_start import is_long, long_start
 from keras_bandmf.strategies.minimize import Progress
 from keras_bandmf.strategies.sensitivity import banded_sensitivity
 from keras_bandmf.strategies.store import Record, Store, digest
@@ -76,7 +77,7 @@ class BandedStrategy:
         cache_dir: str | os.PathLike[str] | None = None,
         checkpoint_seconds: float = 300.0,
     ) -> BandedStrategy:
-        """Finds the columns with the lowest error, by L-BFGS from the optimal Toeplitz strategy.
+        """Finds the columns with the lowest error, by L-BFGS from one no worse than Toeplitz.
 
         One iteration costs O(n b^2) and about 20 n b numbers are kept. What is found is an upper
         bound on the optimum of all strategies with these bands; how far above it, is estimated in
@@ -97,7 +98,8 @@ class BandedStrategy:
           callback: called after every iteration with a `Progress` whose `value` is the logarithm
             of the loss (of the power mean, for "max").
           start: where to begin, of the same n and b, for instance what an earlier search found;
-            by default the column-normalised Toeplitz optimum.
+            by default the column-normalised Toeplitz optimum or, for the mean error of many prefix
+            sums, what three short problems make of it, whichever is better.
           gain: ends where an iteration lowers the loss by less than this share of it ("max": by
             less than a hundred times that share).
           max_iterations: iterations after which the best strategy so far is returned, with a
@@ -146,8 +148,7 @@ class BandedStrategy:
             checkpoints = Checkpoints(store, float(checkpoint_seconds))
             start = start if checkpoints.start is None else checkpoints.start
         if start is None:
-            toeplitz = ToeplitzStrategy.optimize(num_steps, num_bands, error, workload=workload)
-            start = _start_columns(toeplitz, num_steps, num_bands)
+            start = _default_start(num_steps, num_bands, error, workload, gain)
         if num_bands == 1:
             return cls(start, workload)
         blocks = blocks_of(workload, num_steps, block_size(num_bands))
@@ -337,6 +338,20 @@ def _start_columns(start: object, num_steps: int, num_bands: int) -> np.ndarray:
     if isinstance(start, BandedStrategy):
         return start.columns
     return normalize_columns(np.tile(start.coefficients, (num_steps, 1)))
+
+
+def _default_start(
+    num_steps: int, num_bands: int, error: str, workload: Workload | None, gain: float
+) -> np.ndarray:
+    toeplitz = ToeplitzStrategy.optimize(num_steps, num_bands, error, workload=workload)
+    start = _start_columns(toeplitz, num_steps, num_bands)
+    if error != "mean" or workload is not None or not is_long(num_steps, num_bands):
+        return start
+    composed = long_start(num_steps, num_bands, gain)
+    blocks = blocks_of(None, num_steps, block_size(num_bands))
+    errors = BandedErrors(num_steps, num_bands, blocks)
+    better = np.mean(errors.evaluate(composed)) < np.mean(errors.evaluate(start))
+    return composed if better else start
 
 
 def _checked_columns(columns: object) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -18,9 +19,9 @@ from keras_bandmf.strategies.preconditioner import Preconditioner, preconditione
 _MAX_ERROR_POWERS = (16.0, 256.0, 4096.0)
 _GAIN_ON_THE_WAY = 1e-6
 _MAX_ERROR_GAIN = 100.0
-_FIRST_STEP = 0.3
+FIRST_STEP = 0.3
 # Pairs of vectors the search keeps; fewer where a vector is long.
-_MEMORY, _SHORT_MEMORY, _LONG_VECTOR = 10, 5, 4_000_000
+MEMORY, _SHORT_MEMORY, _LONG_VECTOR = 10, 5, 4_000_000
 
 
 def normalize_columns(columns: np.ndarray) -> np.ndarray:
@@ -62,6 +63,20 @@ def power_mean(errors: np.ndarray, power: float) -> tuple[float, np.ndarray]:
     return float(value), powers / (total * largest)
 
 
+def weighted_mean(errors: np.ndarray, weights: np.ndarray) -> tuple[float, np.ndarray]:
+    """Returns the logarithm of a weighted mean and its gradient.
+
+    Args:
+      errors: `(n,)` float64, not negative, not all zero, finite.
+      weights: `(n,)` float64, positive; their sum does not matter.
+
+    Returns:
+      The logarithm, and its `(n,)` derivatives with respect to `errors`.
+    """
+    total = float(weights @ errors)
+    return float(np.log(total / np.sum(weights))), weights / total
+
+
 def stages(error: str, gain: float) -> list[tuple[float, float]]:
     """Returns the orders of the power means to minimise in turn, each with the gain to end at."""
     if error == "mean":
@@ -71,25 +86,35 @@ def stages(error: str, gain: float) -> list[tuple[float, float]]:
     return [*early, (last, _MAX_ERROR_GAIN * gain)]
 
 
-class _LogLoss:
-    """log of the power mean of the errors, as a function of the columns' distance from `origin`.
+class LogLoss:
+    """log of a mean of the errors, as a function of the columns' distance from `origin`.
 
-    The order 1 gives the mean. Columns are divided by their norms inside. Unknowns of column j are
-    in units of `(n / (n - j))^(1/4)`: a late column moves fewer errors, and with all in equal units
-    the search takes a quarter more iterations. A preconditioner is applied before that.
+    Columns are divided by their norms inside. Unknowns of column j are in units of `share^(-1/4)`,
+    the share of its errors, by weight, that it can move, `(n - j) / n` if all weigh the same: with
+    all columns in equal units the search takes a quarter more iterations. A preconditioner is
+    applied before that.
+
+    Args:
+      origin: `(n, b)` float64, columns of norm 1.
+      errors: of n steps and b bands.
+      mean: errors `(n,)` -> (logarithm of a mean of them, its derivatives `(n,)`).
+      preconditioner: of the columns; None for none.
+      weights: `(n,)` float64, of the errors in the mean; None if they weigh the same.
     """
 
     def __init__(
         self,
         origin: np.ndarray,
         errors: BandedErrors,
-        power: float,
+        mean: Callable[[np.ndarray], tuple[float, np.ndarray]],
         preconditioner: Preconditioner | None = None,
+        weights: np.ndarray | None = None,
     ):
         n = len(origin)
-        self._origin, self._errors, self._power = origin, errors, power
+        self._origin, self._errors, self._mean = origin, errors, mean
         self._precondition = preconditioner or np.asarray
-        self._units = ((n / (n - np.arange(n))) ** 0.25)[:, None]
+        moved = n - np.arange(n) if weights is None else np.cumsum(weights[::-1])[::-1]
+        self._units = ((moved[0] / moved) ** 0.25)[:, None]
         self._columns = np.empty_like(origin)
 
     def columns(self, point: np.ndarray) -> np.ndarray:
@@ -111,7 +136,7 @@ class _LogLoss:
         errors = self._errors.evaluate(columns)
         if not 0.0 < np.max(errors) < np.inf:
             return np.inf, point
-        value, weights = power_mean(errors, self._power)
+        value, weights = self._mean(errors)
         gradient = self._errors.gradient(weights)
         # Along a column nothing changes: its norm is divided out.
         columns *= np.einsum("ij,ij->i", gradient, columns)[:, None]
@@ -159,9 +184,10 @@ def search(
     stage, before, origin, best, resume = at
     best_loss = float(reduce(errors.evaluate(best)))
     preconditioner = preconditioner_of(start, workload)
-    memory = _MEMORY if start.size <= _LONG_VECTOR else _SHORT_MEMORY
+    memory = MEMORY if start.size <= _LONG_VECTOR else _SHORT_MEMORY
     for power, enough in stages(error, gain)[stage:]:
-        objective = _LogLoss(origin, errors, power, preconditioner)
+        mean = functools.partial(power_mean, power=power)
+        objective = LogLoss(origin, errors, mean, preconditioner)
 
         def report(progress: Progress, before: int = before) -> None:
             if callback is not None:
@@ -174,7 +200,7 @@ def search(
         found = descend(
             objective,
             np.zeros(start.size),
-            _FIRST_STEP,
+            FIRST_STEP,
             enough,
             max_iterations - before,
             memory,
