@@ -65,11 +65,14 @@ def main() -> None:
         parser,
         epochs=3,
         batch_size=256,
-        learning_rate=1e-3,
+        learning_rate=5e-4,
         plain_learning_rate=1e-4,
         l2_norm_clip=0.1,
         rank=8,
         epsilon=8.0,
+        refresh_every=32,
+        carriers_of="weights",
+        head_scale=0.1,
     )
     parser.add_argument("--train", type=pathlib.Path)
     parser.add_argument("--dev", type=pathlib.Path)

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
     Args:
         parser: of the example.
         defaults: epochs, batch_size, learning_rate, plain_learning_rate, l2_norm_clip, rank,
-            epsilon.
+            epsilon, refresh_every, carriers_of, head_scale.
     """
     parser.add_argument("--method", choices=METHODS, help="what to train; without it: report")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of results")
@@ -45,7 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
     parser.add_argument("--l2_norm_clip", type=float, default=defaults["l2_norm_clip"])
     parser.add_argument("--rank", type=int, default=defaults["rank"])
     parser.add_argument("--num_bands", type=int, default=4, help="of rgp_banded")
-    parser.add_argument("--refresh_every", type=int, default=8, help="steps, of rgp_banded")
+    parser.add_argument(
+        "--refresh_every",
+        type=int,
+        default=defaults["refresh_every"],
+        help="steps between two refreshes of the carriers, of rgp_banded",
+    )
+    parser.add_argument(
+        "--carriers_of",
+        choices=["weights", "updates"],
+        default=defaults["carriers_of"],
+        help="what the carriers follow: the weights W_t (pre-trained), or W_t - W_0",
+    )
+    parser.add_argument("--head_scale", type=float, default=defaults["head_scale"])
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights only")
 
 
@@ -101,8 +113,13 @@ def run(
         plan = make_plan(options, num_examples)
         print(plan)
         if options.method.startswith("rgp"):
-            refresh = options.refresh_every if options.method == "rgp_banded" else 1
-            bandmf.enable_rgp(model, options.rank, refresh_every=refresh)
+            bandmf.enable_rgp(
+                model,
+                options.rank,
+                refresh_every=options.refresh_every if options.method == "rgp_banded" else 1,
+                warmup_steps=plan.num_steps if options.carriers_of == "weights" else 0,
+                head_scale=options.head_scale,
+            )
         bandmf.privatize(model)
         optimizer = bandmf.BandMFOptimizer(optimizer, plan, options.l2_norm_clip)
         data = {"x": plan.batches(*train)}

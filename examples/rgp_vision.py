@@ -53,6 +53,9 @@ def main() -> None:
         l2_norm_clip=1.0,
         rank=4,
         epsilon=2.0,
+        refresh_every=8,
+        carriers_of="updates",
+        head_scale=1.0,
     )
     parser.add_argument("--num_train", type=int, default=60_000, help="fewer for a quick look")
     parser.add_argument("--data", type=pathlib.Path, help="x_train, y_train, x_test, y_test")

@@ -32,7 +32,7 @@ class Carrier:
         rank: r, at most the shorter side of the matrix.
         refresh_every: steps between two refreshes.
         power_iterations: of each refresh.
-        warmup_steps: steps during which the history is W_t itself, not W_t - W_0.
+        warmup_steps: steps, the start included, at which the history is W_t itself, not W_t - W_0.
         path: of the kernel, for messages.
         dtype: float32, or float64 for a float64 kernel.
     """
@@ -68,6 +68,8 @@ class Carrier:
     def start(self, kernel: Any, key: np.ndarray, index: int) -> None:
         """Draws random carriers and remembers the kernel: in the scope of the strategy.
 
+        With warm-up steps they are turned towards the weights as they are now, which are public.
+
         Args:
             kernel: the Keras variable.
             key: of all carriers of the run, shape (2,), uint64.
@@ -90,11 +92,12 @@ class Carrier:
             row = normals.standard_normals(tf.constant(key), tf.constant(step), 0, chunks)
             columns = tf.reshape(row[: side * self.rank], (side, self.rank))
             drawn.append(carriers.orthonormal(tf.cast(columns, self.dtype)))
-        values = {
-            "start": tf.cast(kernel.value, self.dtype),
-            "left": drawn[0],
-            "right": tf.transpose(drawn[1]),
-        }
+        weights = tf.cast(kernel.value, self.dtype)
+        left, right = drawn[0], tf.transpose(drawn[1])
+        if self.warmup_steps:
+            matrix = self.layout.matrix(weights)
+            left, right = carriers.refined(matrix, left, right, self.power_iterations)
+        values = {"start": weights, "left": left, "right": right}
         self._state = {
             name: tf.Variable(value.numpy(), trainable=False, name=f"rgp_{name}")
             for name, value in values.items()

@@ -54,8 +54,9 @@ def enable_rgp(
             such a block only: the plan's strategy must be a `BlockDiagonalStrategy` of this block,
             or have one band.
         power_iterations: of each refresh; the paper's code takes 1.
-        warmup_steps: steps in which the carriers follow the weights W_t themselves; after that the
-            historical update W_t - W_0.
+        warmup_steps: steps in which the carriers follow the weights W_t themselves, from W_0 on;
+            after that the historical update W_t - W_0. For a pre-trained model take all steps, as
+            the paper's code does: what it has learnt says more than the first noisy updates.
         head_scale: factor of the head's per-example gradients before clipping, not undone after;
             the paper's code takes 0.1 for language and 0.01 for images.
 

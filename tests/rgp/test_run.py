@@ -41,6 +41,21 @@ def small_data():
     return x, np.sign(x[:, 0]).astype(np.float32)
 
 
+@pytest.mark.parametrize(("warmup_steps", "at_least", "at_most"), [(0, 0.0, 0.98), (5, 0.99, 1.01)])
+def test_with_warmup_the_first_carriers_follow_the_weights(warmup_steps, at_least, at_most):
+    model = small_model(2, warmup_steps=warmup_steps)
+    kernel = model.trainable_variables[0]
+    u, v = np.linspace(1, 2, 6), np.linspace(-1, 1, 5)
+    noise = np.random.default_rng(0).normal(size=(6, 5))
+    kernel.assign(np.outer(u, v) + 1e-3 * noise)
+    runs.compiled(model, runs.make_plan(num_bands=1), loss="mse").optimizer.build(
+        model.trainable_variables
+    )
+    left, right = (c.numpy() for c in coordinates_of(kernel).pair())
+    for inside in (left.T @ (u / np.linalg.norm(u)), right @ (v / np.linalg.norm(v))):
+        assert at_least < np.linalg.norm(inside) < at_most
+
+
 class CarriersOfEachStep(keras.callbacks.Callback):
     """Records L and R of the first variable before each step."""
 
