@@ -32,6 +32,7 @@ setup(
         "nlp": [
             'keras-nlp>=0.32; python_version>="3.11"',
             'keras-nlp>=0.19,<0.26; python_version<"3.11"',
+            "safetensors>=0.4",
         ],
         "tf-privacy": ['tensorflow-privacy==0.9.0; python_version<"3.12"'],
         "test": [*EXAMPLES, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.6"],

@@ -76,7 +76,19 @@ def embedding(sizes: Sizes = FULL) -> keras.Model:
     )
 
 
-BUILDERS = {"mlp": mlp, "cnn": cnn, "bert": bert, "embedding": embedding}
+def wide(sizes: Sizes = FULL) -> keras.Model:
+    """A multi-layer perceptron of ten million parameters."""
+    return keras.Sequential(
+        [
+            keras.Input((784,)),
+            layers.Dense(2800, "relu"),
+            layers.Dense(2800, "relu"),
+            layers.Dense(10),
+        ]
+    )
+
+
+BUILDERS = {"mlp": mlp, "wide": wide, "cnn": cnn, "bert": bert, "embedding": embedding}
 
 
 def compiled(name: str, sizes: Sizes = FULL) -> keras.Model:

@@ -28,7 +28,8 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MILLION = 10**6
 
-# One thread an operation, R replicas on R logical devices: seconds a step, ring bytes a replica.
+# One thread an operation, R replicas on R logical devices, sixteen variables: seconds a step, ring
+# bytes a replica.
 REPLICAS = """
 import json, sys, time
 import numpy as np
@@ -37,16 +38,16 @@ from keras_bandmf.noise import CorrelatedNoise
 from keras_bandmf.strategies import ToeplitzStrategy
 d, b, replicas, repeats = map(int, sys.argv[1:])
 tf.config.threading.set_intra_op_parallelism_threads(1)
-tf.config.threading.set_inter_op_parallelism_threads(replicas)
+tf.config.threading.set_inter_op_parallelism_threads(4)
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * replicas)
 devices = tf.distribute.MirroredStrategy([f"CPU:{r}" for r in range(replicas)])
 with devices.scope():
-    noise = CorrelatedNoise(ToeplitzStrategy.optimize(10_000, b), 1.0, [(d,)], seed=0)
+    noise = CorrelatedNoise(ToeplitzStrategy.optimize(10_000, b), 1.0, [(d // 16,)] * 16, seed=0)
 def share(step):
     context = tf.distribute.get_replica_context()
     replica = int(tf.get_static_value(context.replica_id_in_sync_group))
-    return noise.share(step, replica)[0][replica * noise.layout.shard_size]
+    return tf.add_n([part[0] for part in noise.share(step, replica) if part is not None])
 @tf.function(autograph=False)
 def take(step):
     return devices.run(share, (step,))
@@ -200,21 +201,10 @@ def replicas(repeats: int) -> None:
 
 def training(repeats: int) -> None:
     """A whole private training step of ten million parameters, BandMF over DP-SGD."""
-    import keras
     import private_step
 
-    def model() -> keras.Model:
-        return keras.Sequential(
-            [
-                keras.Input((784,)),
-                keras.layers.Dense(2800, "relu"),
-                keras.layers.Dense(2800, "relu"),
-                keras.layers.Dense(10),
-            ]
-        )
-
-    (_, correlated, _), parameters = private_step.make_steps(model, 1024, 16)
-    (_, independent, _), _ = private_step.make_steps(model, 1024, 1)
+    (_, correlated, _), parameters = private_step.make_steps("wide", 1024, 16)
+    (_, independent, _), _ = private_step.make_steps("wide", 1024, 1)
     banded, plain = interleaved([correlated, independent], repeats)
     name = f"training step of {parameters / 1e6:.1f}M parameters, batch 1024"
     row(f"{name}, b=16 / b=1, ms", f"{banded * 1e3:.0f} / {plain * 1e3:.0f}")

@@ -25,8 +25,9 @@ CASES = [
     ("cnn", 256, 16, None),
     ("mlp", 1024, 1, 1.35),
     ("mlp", 1024, 16, None),
-    ("bert", 32, 1, 1.25),
-    ("bert", 32, 16, None),
+    ("bert", 32, 1, None),
+    ("bert", 128, 1, 1.25),
+    ("bert", 128, 16, None),
     ("embedding", 256, 1, None),
 ]
 

@@ -20,6 +20,8 @@ _GRAM_FLOOR = 64.0
 _VANISHING = 1e-14
 # Times the unit of rounding: what the sum of vectors may be off by, as a share of their lengths.
 _SUM_FLOOR = 64.0
+# Up to so many positions, comparing all pairs of them is faster than sorting.
+_FEW_POSITIONS = 64
 # Positions assumed when their number is unknown before the graph runs.
 _UNKNOWN_POSITIONS = 64
 
@@ -158,9 +160,26 @@ class Lookup:
 
     def squared_norms(self) -> tf.Tensor:
         """Squared norms; positions that read the same row are added up first."""
-        batch, count = dims(self.ids)
+        count = dims(self.ids)[1]
         if static(count) == 1:
             return tf.reduce_sum(tf.square(self.g), axis=[1, 2])
+        if static(count) is not None and static(count) <= _FEW_POSITIONS:
+            exact = self._by_pairs()
+        else:
+            exact = self._by_order()
+        # `weighted_sum` rounds anew: what is left of large vectors that cancel may differ there.
+        rounding = _SUM_FLOOR * _epsilon(self.g.dtype) * tf.reduce_sum(tf.norm(self.g, axis=-1), 1)
+        return tf.where(tf.math.is_nan(exact), exact, tf.maximum(exact, tf.square(rounding)))
+
+    def _by_pairs(self) -> tf.Tensor:
+        """Every position adds up all that read its row; c of them count that row once."""
+        same = tf.cast(self.ids[:, :, None] == self.ids[:, None, :], self.g.dtype)
+        added = tf.reduce_sum(tf.square(tf.matmul(same, self.g)), axis=2)
+        return tf.reduce_sum(added / tf.reduce_sum(same, axis=2), axis=1)
+
+    def _by_order(self) -> tf.Tensor:
+        """Positions are sorted by row, and neighbours added up."""
+        batch, count = dims(self.ids)
         order = tf.argsort(self.ids, axis=1)
         ids = tf.gather(self.ids, order, batch_dims=1)
         starts = count * tf.range(batch)[:, None]
@@ -174,10 +193,7 @@ class Lookup:
         added = tf.math.unsorted_segment_sum(
             tf.reshape(self.g, [batch * count, width]), segments, batch * count
         )
-        exact = tf.reduce_sum(tf.square(tf.reshape(added, [batch, count, width])), axis=[1, 2])
-        # `weighted_sum` rounds anew: what is left of large vectors that cancel may differ there.
-        rounding = _SUM_FLOOR * _epsilon(self.g.dtype) * tf.reduce_sum(tf.norm(self.g, axis=-1), 1)
-        return tf.where(tf.math.is_nan(exact), exact, tf.maximum(exact, tf.square(rounding)))
+        return tf.reduce_sum(tf.square(tf.reshape(added, [batch, count, width])), axis=[1, 2])
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Sum over examples of weight times gradient, dense: (rows, width)."""

@@ -45,6 +45,14 @@ def test_calls_are_joined_before_the_norm():
     check(merged([factors[0], factors[1].as_rows()]), sum(p[2] for p in parts))
 
 
+@pytest.fixture(params=["by pairs", "by order"])
+def lookup_route(request, monkeypatch):
+    """Short sequences compare all pairs of positions, long ones are sorted."""
+    limit = 64 if request.param == "by pairs" else 0
+    monkeypatch.setattr("keras_bandmf.clipping.factors._FEW_POSITIONS", limit)
+
+
+@pytest.mark.usefixtures("lookup_route")
 def test_lookup_adds_repeated_rows_first():
     rng = np.random.default_rng(2)
     ids = np.array([[3, 1, 3, 3], [0, 0, 0, 0], [2, 1, 0, 4]], "int32")
@@ -129,6 +137,7 @@ def test_many_squares_that_vanish_together_do_not_hide_a_gradient(positions, wid
     assert np.linalg.norm(factor.weighted_sum(weights)) <= 1.0001
 
 
+@pytest.mark.usefixtures("lookup_route")
 @pytest.mark.parametrize("size", [1e6, 1e7, 1e8, 1e12])
 def test_look_ups_that_cancel_are_not_understated(size):
     rng = np.random.default_rng(0)
