@@ -64,13 +64,14 @@ def main() -> None:
     configurations.add_arguments(
         parser,
         epochs=3,
-        batch_size=256,
+        batch_size=512,
         learning_rate=5e-4,
         plain_learning_rate=1e-4,
+        plain_batch_size=64,
         l2_norm_clip=0.1,
         rank=8,
         epsilon=8.0,
-        refresh_every=32,
+        refresh_every=26,
         carriers_of="weights",
         head_scale=0.1,
     )

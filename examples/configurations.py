@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
 
     Args:
         parser: of the example.
-        defaults: epochs, batch_size, learning_rate, plain_learning_rate, l2_norm_clip, rank,
-            epsilon, refresh_every, carriers_of, head_scale.
+        defaults: epochs, batch_size, learning_rate, plain_learning_rate,
+            plain_batch_size, l2_norm_clip, rank, epsilon, refresh_every, carriers_of, head_scale.
     """
     parser.add_argument("--method", choices=METHODS, help="what to train; without it: report")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of results")
@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
         type=float,
         default=defaults["plain_learning_rate"],
         help="of non_private, whose gradients are not clipped",
+    )
+    parser.add_argument(
+        "--plain_batch_size",
+        type=int,
+        default=defaults["plain_batch_size"],
+        help="of non_private, which no noise asks for large batches",
     )
     parser.add_argument("--l2_norm_clip", type=float, default=defaults["l2_norm_clip"])
     parser.add_argument("--rank", type=int, default=defaults["rank"])
@@ -82,7 +88,7 @@ def make_plan(options: argparse.Namespace, num_examples: int) -> bandmf.Training
 def run(
     options: argparse.Namespace,
     make_model: Callable[[], keras.Model],
-    make_optimizer: Callable[[float], keras.optimizers.Optimizer],
+    make_optimizer: Callable[..., keras.optimizers.Optimizer],
     train: Arrays,
     test: Arrays,
 ) -> None:
@@ -91,7 +97,7 @@ def run(
     Args:
         options: of the command line; `options.method` is one of `METHODS`.
         make_model: a fresh model that returns logits.
-        make_optimizer: the inner optimizer of a learning rate.
+        make_optimizer: the inner optimizer of a learning rate, which falls to zero.
         train: inputs and labels.
         test: inputs and labels, public: the accuracy on them is printed.
     """
@@ -104,11 +110,14 @@ def run(
     model = make_model()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     plain = options.method == "non_private"
-    optimizer = make_optimizer(options.plain_learning_rate if plain else options.learning_rate)
     num_examples = len(train[1])
+    batch_size = options.plain_batch_size if plain else options.batch_size
+    rate = options.plain_learning_rate if plain else options.learning_rate
+    num_steps = options.epochs * (num_examples // batch_size)
+    optimizer = make_optimizer(keras.optimizers.schedules.PolynomialDecay(rate, num_steps, 0.0))
     facts = {"method": options.method, "parameters": _trained(model)}
     if plain:
-        data = {"x": train[0], "y": train[1], "batch_size": options.batch_size}
+        data = {"x": train[0], "y": train[1], "batch_size": batch_size}
     else:
         plan = make_plan(options, num_examples)
         print(plan)

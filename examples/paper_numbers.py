@@ -26,8 +26,8 @@ from keras_bandmf.strategies import (
 STEPS = (16, 64, 256, 1024, 4096, 10_000, 16_384, 100_000, 1_000_000)
 BANDS = (2, 4, 8, 16, 32, 64)
 # Short matrices may be full, as iterations are cheap; long ones have at most so many numbers that
-# the search fits 8 GiB.
-FEW_BANDS, FEW_NUMBERS, MOST_NUMBERS = 32, 2**14, 16 * 10**6
+# the search fits 10 GiB.
+FEW_BANDS, FEW_NUMBERS, MOST_NUMBERS = 32, 2**14, 32 * 10**6
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,7 @@ def main() -> None:
         batch_size=500,
         learning_rate=0.5,
         plain_learning_rate=0.05,
+        plain_batch_size=100,
         l2_norm_clip=1.0,
         rank=4,
         epsilon=2.0,

@@ -193,6 +193,11 @@ def test_no_layer_of_the_model_is_on_the_general_path(make):
     explanation = clipping.explain(model)
     assert explanation.route == "book-keeping", str(explanation)
     assert {route for _, _, route, _ in explanation.rows} <= {"book-keeping", "none"}
+    # Every variable, tied tables and position tables too, has a share of the budget.
+    groups, shares = clipping.PerLayerClipping().variable_groups(model)
+    assert len(groups) == len(model.trainable_variables)
+    assert sorted(set(groups)) == list(range(len(shares)))
+    np.testing.assert_allclose(sum(shares), 1.0)
 
 
 def test_tied_embeddings_of_a_masked_language_model():
