@@ -15,7 +15,7 @@ from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.locate import first_mixing_layer
 from keras_bandmf.clipping.losses import BatchLoss, batch_loss, build_loss
 from keras_bandmf.clipping.modes import ClippingMode, checked_mode
-from keras_bandmf.clipping.refusals import refuse_arguments, refuse_model
+from keras_bandmf.clipping.refusals import refuse_arguments, refuse_model, refuse_short_products
 from keras_bandmf.clipping.routes import store_checked, structural_reason, trial_reason
 from keras_bandmf.clipping.row_losses import per_example_losses
 from keras_bandmf.clipping.rows import each_row_repeated, three_rows
@@ -54,6 +54,7 @@ def check_model(
     only, or by less than rounding, can pass it.
     """
     refuse_arguments(x, y, sample_weight, 1.0, None)
+    refuse_short_products()
     mode = checked_mode(clipping)
     refuse_model(model, sample_weight, loss)
     x, y, sample_weight = three_rows(x, y, sample_weight)

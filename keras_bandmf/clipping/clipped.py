@@ -17,7 +17,7 @@ from keras_bandmf.clipping.losses import batch_loss, build_loss
 from keras_bandmf.clipping.microbatches import rows_at_a_time
 from keras_bandmf.clipping.modes import ClippingMode, checked_mode
 from keras_bandmf.clipping.per_example import clip_one_example
-from keras_bandmf.clipping.refusals import refuse_arguments, refuse_model
+from keras_bandmf.clipping.refusals import refuse_arguments, refuse_model, refuse_short_products
 from keras_bandmf.clipping.routes import give_up, route_of
 from keras_bandmf.clipping.shapes import on_tensors
 
@@ -120,7 +120,8 @@ def clipped_gradients(
 
     Raises:
         ValueError: no loss; bad clip norm, mode, microbatch size or mask; ragged or sparse data; a
-            layer that is known to mix examples; float16; `mean_with_sample_weight` with weights.
+            layer that is known to mix examples; float16; `mean_with_sample_weight` with weights;
+            a GPU that may round float32 products to TensorFloat-32.
 
     Formal guarantees: if no example influences another example's outputs (`check_model` tests it),
     adding or removing one row, or setting its mask, changes `sums` by a vector of joint norm at
@@ -129,6 +130,7 @@ def clipped_gradients(
     `outputs` carry no guarantee.
     """
     refuse_arguments(x, y, sample_weight, l2_norm_clip, microbatch_size)
+    refuse_short_products()
     mode = checked_mode(clipping)
     refuse_model(model, sample_weight, loss)
     x, y, sample_weight = on_tensors(_tensor, (x, y, sample_weight))

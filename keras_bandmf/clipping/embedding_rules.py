@@ -78,8 +78,18 @@ class ReversibleEmbeddingRule(EmbeddingRule):
         ]
 
 
+def nearest_ids(ids: tf.Tensor, rows: int) -> tf.Tensor:
+    """Ids that no table of `rows` rows has, replaced by the nearest it has, as XLA reads them.
+
+    Elsewhere the forward pass refuses them on a CPU and reads zeros on a GPU; norms and sums must
+    not disagree on which row they belong to.
+    """
+    return tf.clip_by_value(ids, 0, rows - 1)
+
+
 def lookup(ids: tf.Tensor, g: tf.Tensor, rows: int) -> Lookup:
     """The gradient of a table of `rows` rows, read at `ids` (batch, ...), g (batch, ..., width)."""
     sizes = dims(ids)
-    flat = tf.cast(tf.reshape(ids, [sizes[0], product(sizes[1:])]), tf.int32)
+    flat = tf.reshape(nearest_ids(ids, rows), [sizes[0], product(sizes[1:])])
+    flat = tf.cast(flat, tf.int32)
     return Lookup(flat, positions(g)[:, 0], rows)

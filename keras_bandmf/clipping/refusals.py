@@ -46,6 +46,25 @@ def refuse_microbatch_size(microbatch_size: Any) -> None:
         )
 
 
+def refuse_short_products() -> None:
+    """Raise ValueError where products of float32 matrices may keep only 10 binary digits.
+
+    By default NVIDIA's GPUs since Ampere round factors so (TensorFloat-32). What is left of terms
+    that cancel is then far from the norm of what is summed, beyond what the floors of norms cover.
+    """
+    if not tf.config.experimental.tensor_float_32_execution_enabled():
+        return
+    for device in tf.config.get_visible_devices("GPU"):
+        details = tf.config.experimental.get_device_details(device)
+        if details.get("compute_capability", (8, 0)) >= (8, 0):
+            raise ValueError(
+                "Norms of float32 gradients need float32 products: rounded as TensorFloat-32 they "
+                "can be understated. Call "
+                "`tf.config.experimental.enable_tensor_float_32_execution(False)` first. Received: "
+                f"TensorFloat-32 enabled on {details.get('device_name', device.name)}"
+            )
+
+
 def refuse_model(model: keras.Model, sample_weight: Any = None, loss: Any = None) -> None:
     """Raise ValueError on a model whose per-example gradients do not exist or are not private.
 

@@ -16,8 +16,8 @@ from keras_bandmf import carriers
 from keras_bandmf.clipping import LayerRule
 from keras_bandmf.clipping.conv_rules import ConvRule
 from keras_bandmf.clipping.einsum_rules import EinsumDenseRule
-from keras_bandmf.clipping.embedding_rules import EmbeddingRule
-from keras_bandmf.clipping.factors import Layout, Outer
+from keras_bandmf.clipping.embedding_rules import EmbeddingRule, nearest_ids
+from keras_bandmf.clipping.factors import Layout, Outer, Rows
 from keras_bandmf.clipping.layer_rules import DenseRule
 from keras_bandmf.clipping.merge import Factor, merged
 from keras_bandmf.clipping.shapes import dims, positions, static
@@ -77,6 +77,12 @@ class CarrierFactor:
 
     def _inside(self) -> tf.Tensor:
         """Squared norms of L' dL, never too large: they are subtracted."""
+        if isinstance(self.whole, Rows):
+            # Of the very numbers that are summed: where positions cancel, little but rounding is
+            # left of them, and another product rounds in another way.
+            left, _ = self.carrier.pair(self.g.dtype)
+            values = tf.reshape(self.whole.values, [-1, *left.shape])  # no layout permutes them
+            return _squared(tf.matmul(left[None], values, transpose_a=True))
         if static(dims(self.a)[2]) == 1:
             return _squared(self.a) * _squared(self.thin)
         return _squared(tf.matmul(self.a[:, 0], self.thin[:, 0], transpose_a=True))
@@ -131,7 +137,8 @@ class CarrierRule(LayerRule):
     def _factor(self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor) -> CarrierFactor:
         left, right = self.carrier.pair(g.dtype)
         kind = kind_of(layer)
-        inputs = saved if kind is keras.layers.Embedding else tf.cast(saved, g.dtype)
+        table = kind is keras.layers.Embedding
+        inputs = nearest_ids(saved, layer.input_dim) if table else tf.cast(saved, g.dtype)
         split = _einsum_split if kind is keras.layers.EinsumDense else _split
         through, thin, arranged = split(self.carrier, layer, kind, left, right, g)
         a, _ = self.rule.forward(through, inputs)

@@ -66,11 +66,29 @@ class RunCarriers:
             )
 
     def gradients(self, coordinates: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Gradients of the variables, in their shapes, from noisy coordinates."""
-        return [
-            values if carrier is None else carrier.reconstruct(values)
-            for values, carrier in zip(coordinates, self._carriers, strict=True)
-        ]
+        """Gradients of the variables, in their shapes, from this replica's share of coordinates.
+
+        Formal guarantees:
+            The sum over replicas of what is returned depends on the sum of their coordinates
+            alone, which has the whole noise: also where copies of the carriers differ, as rounding
+            may differ between devices. A share has the noise of some coordinates only.
+
+        Args:
+            coordinates: this replica's clipped sums with its share of the noise.
+
+        Returns:
+            Gradients whose sum over replicas is to be applied.
+        """
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        found = list(coordinates)
+        for index, carrier in enumerate(self._carriers):
+            if carrier is None:
+                continue
+            if replicas > 1 and isinstance(carrier, Carrier):
+                context = tf.distribute.get_replica_context()
+                found[index] = context.all_reduce("SUM", found[index]) / replicas
+            found[index] = carrier.reconstruct(found[index])
+        return found
 
     def refresh(self, step: tf.Tensor, replica: int) -> None:
         """Refreshes the carriers that are due before step `step`, in a replica context."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_bandmf.clipping.embedding_rules import lookup
 from keras_bandmf.clipping.factors import Layout, Lookup, Outer, Rows, Unsupported, prefers_product
 from keras_bandmf.clipping.merge import merged
 from keras_bandmf.clipping.modes import AutomaticClipping
@@ -150,3 +151,21 @@ def test_look_ups_that_cancel_are_not_understated(size):
     for weight, row in zip(weights, np.eye(16, dtype="float32"), strict=True):
         # Its own rounding would make the contribution up to 2.4 times the clip norm.
         assert np.linalg.norm(factor.weighted_sum(tf.constant(weight * row))) <= 1.01
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ids_that_no_row_has_are_not_understated(compiled):
+    """XLA reads the nearest row of a table but drops what is scattered past its end."""
+    g = tf.random.stateless_normal([3, 2, 4], [0, 1])
+    a = tf.one_hot([[[4, 0]]] * 3, 5)
+    ids = tf.constant([[9, 7], [9, -3], [2**40, 4]], tf.int64)
+
+    @tf.function(jit_compile=compiled, autograph=False)
+    def norms():
+        # The matrix undoes what was read: at the nearest rows they cancel.
+        tied = merged([lookup(ids, g, 5), Outer(a, -g[:, None], Layout((5, 4)))])
+        sums = [tied.weighted_sum(tf.one_hot(i, 3)) for i in range(3)]
+        return tied.squared_norms(), [tf.reduce_sum(tf.square(s)) for s in sums]
+
+    squared, released = norms()
+    assert (np.array(released) <= squared.numpy() * (1 + 1e-5)).all()

@@ -1,5 +1,7 @@
 """One test or more per privacy rule of this room; each fails when the rule is broken."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -203,3 +205,24 @@ def test_rule_12_float16_is_refused():
     for call in (clipped_gradients, check_model):
         with pytest.raises(ValueError, match="mixed_bfloat16"):
             call(model, np.ones((3, 2)), np.ones((3, 1)))
+
+
+@pytest.mark.parametrize("capability, refused", [((8, 0), True), (None, True), ((7, 5), False)])
+def test_rule_12_float32_products_of_ten_bits_are_refused(monkeypatch, capability, refused):
+    """TensorFloat-32, the default: a norm of vectors that cancel came out a sixteenth."""
+    details = {} if capability is None else {"compute_capability": capability}
+    gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [gpu])
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda device: details)
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    model.compile(loss="mse")
+    for call in (clipped_gradients, check_model):
+        with contextlib.ExitStack() as stack:
+            if refused:
+                stack.enter_context(pytest.raises(ValueError, match="TensorFloat-32"))
+            call(model, np.ones((3, 2)), np.ones((3, 1)))
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        clipped_gradients(model, np.ones((3, 2)), np.ones((3, 1)))
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(True)

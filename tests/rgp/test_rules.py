@@ -7,7 +7,11 @@ import tensorflow as tf
 
 import keras_bandmf as bandmf
 from keras_bandmf.clipping.coordinates import coordinates_of
+from keras_bandmf.clipping.factors import Layout, Outer, Rows
+from keras_bandmf.rgp.carrier import Carrier
 from keras_bandmf.rgp.head import HeadScale
+from keras_bandmf.rgp.layouts import MatrixLayout
+from keras_bandmf.rgp.rules import CarrierFactor
 from keras_bandmf.rgp.run import RunCarriers
 
 RANK = 2
@@ -179,6 +183,28 @@ def test_every_contribution_is_bounded_and_bad_rows_contribute_nothing():
     got = bandmf.clipped_gradients(model, x, y, l2_norm_clip=1e-3, mask=mask, loss="mse").sums
     for a, b in zip(got, alone, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_contributions_are_bounded_where_positions_cancel():
+    """In float32, where the product is rounding error: still no longer than its norm."""
+    m, n, rank, count = 8, 8, 4, 12
+    rng = np.random.default_rng(0)
+    carrier = Carrier(MatrixLayout((m, n), (0,), (1,)), rank, 1, 1, 0, "kernel", "float32")
+    carrier.start(keras.Variable(np.zeros((m, n)), dtype="float32"), np.zeros(2, np.uint64), 0)
+    left, right = carrier.pair()
+    g = rng.normal(size=(count, n)).astype(np.float32)
+    zero = np.linalg.svd(g.T.astype(np.float64))[2][n:]  # x'g = 0 for all x of these rows
+    x = np.einsum("bmk,kt->btm", rng.normal(size=(100, m, count - n)), zero) * 1e9
+    x, g = tf.constant(x, tf.float32), tf.constant(np.broadcast_to(g, (100, count, n)))
+    thin, a = tf.matmul(g, right[None], transpose_b=True), tf.matmul(x, left[None])
+    whole = Outer(x[:, None], thin[:, None], Layout((m, rank)))
+    factor = CarrierFactor(carrier, whole, a[:, None], thin[:, None], g[:, None])
+    factor = factor.joined([factor])
+    norms = np.sqrt(factor.squared_norms())
+    assert isinstance(factor.whole, Rows)
+    released = [np.linalg.norm(factor.weighted_sum(tf.one_hot(i, 100))) for i in range(100)]
+    assert np.min(released) > 1.0
+    assert np.max(released / norms) < 1 + 1e-5
 
 
 def test_microbatches_and_graphs_give_the_same():

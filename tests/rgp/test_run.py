@@ -8,6 +8,7 @@ import tensorflow as tf
 
 import keras_bandmf as bandmf
 from keras_bandmf.clipping.coordinates import coordinates_of
+from keras_bandmf.rgp.run import RunCarriers
 from tests import runs
 
 
@@ -180,6 +181,38 @@ def test_two_replicas_take_the_steps_of_one_with_equal_carriers():
     for name in ("left", "right"):
         one, two = runs.mirrored(2).experimental_local_results(carrier._state[name])
         np.testing.assert_array_equal(one.numpy(), two.numpy())
+
+
+def test_what_is_applied_is_a_function_of_the_sum_over_replicas():
+    """Also where copies of the carriers came apart: a replica's share lacks most of the noise."""
+    strategy = runs.mirrored(2)
+    with strategy.scope():
+        model = small_model(2)
+        carriers = RunCarriers(
+            model.trainable_variables[:1], bandmf.strategies.ToeplitzStrategy.optimize(4, 1)
+        )
+        carriers.start(np.array([5, 6], np.uint64))
+    carrier = coordinates_of(model.trainable_variables[0])
+    rng = np.random.default_rng(0)
+    carrier._copies("left")[1].assign(np.linalg.qr(rng.normal(size=(6, 2)))[0])
+    lefts, rights = ([c.numpy() for c in carrier._copies(name)] for name in ("left", "right"))
+    shares = rng.normal(size=(2, *carriers.shapes[0])).astype(np.float32)
+
+    @tf.function(autograph=False)
+    def applied():
+        def gradient():
+            own = tf.distribute.get_replica_context().replica_id_in_sync_group
+            return carriers.gradients([tf.gather(shares, own)])[0]
+
+        return strategy.reduce("SUM", strategy.run(gradient), axis=None)
+
+    d_left, d_right = np.split(shares.sum(axis=0), [12])
+    d_left, d_right = d_left.reshape(6, 2), d_right.reshape(2, 5)
+    expected = [
+        left @ d_right + (d_left - left @ (left.T @ d_left)) @ right
+        for left, right in zip(lefts, rights, strict=True)
+    ]
+    np.testing.assert_allclose(applied(), np.mean(expected, axis=0), atol=1e-5)
 
 
 def built(model, plan, **options):
