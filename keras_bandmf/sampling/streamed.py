@@ -107,10 +107,10 @@ class StreamedBatches(PrivateBatches):
             batch = next(again, None)
             if batch is None or batch.digest(b"") != expected:
                 raise ValueError(
-                    "`stream` must have the same order whenever it is read. Received: on the "
-                    f"second reading another batch {position}. Use no `.shuffle()` and one "
-                    "reader; of TFXIO, shuffle=False, reader_num_threads=1 and "
-                    "sloppy_ordering=False, as `tfx_input.stream_options` says."
+                    "`stream` must be the same whenever it is read. Received: on the second "
+                    f"reading another batch {position}. Use no `.shuffle()`, no random "
+                    "augmentation and one reader; of TFXIO, shuffle=False, reader_num_threads=1 "
+                    "and sloppy_ordering=False, as `tfx_input.stream_options` says."
                 )
 
     def _batches_from(self, position: int) -> Iterator[ExampleStore]:

@@ -13,7 +13,6 @@ import tensorflow as tf
 
 import keras_bandmf as bandmf
 from tests import runs
-from tests.test_release import all_bytes, secrets
 
 if importlib.util.find_spec("tfx") is None:
     pytest.skip("TFX is not installed: see examples/tfx_pipeline", allow_module_level=True)
@@ -114,8 +113,8 @@ def test_the_statement_lies_beside_the_model(pipeline, direct):
 
 def test_the_pushed_folder_holds_neither_ring_nor_key(pipeline, direct, tmp_path):
     """Those of the same run made directly; the same scan finds them in saved weights."""
-    content = all_bytes(pushed(pipeline[0]))
-    found = secrets(direct)
+    content = runs.all_bytes(pushed(pipeline[0]))
+    found = runs.secrets(direct)
     assert direct.optimizer.plan.num_bands > 1 and len(found) > 4
     assert not [secret for secret in found if secret in content]
     for name in (b"bandmf", b"BandMF", b"noise_ring", b"sampler_key", b"run_key"):
