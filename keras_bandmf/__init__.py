@@ -1,6 +1,6 @@
 """Differentially private training of Keras models with correlated noise."""
 
-from keras_bandmf import callbacks, clipping, noise, strategies
+from keras_bandmf import callbacks, clipping, noise, strategies, tfx_input
 from keras_bandmf.band_choice import max_bands
 from keras_bandmf.calibration import compare_bands
 from keras_bandmf.clipping import ClippedGradients, clipped_gradients
@@ -44,5 +44,6 @@ __all__ = [
     "privatize",
     "statement",
     "strategies",
+    "tfx_input",
     "workload_from_optimizer",
 ]

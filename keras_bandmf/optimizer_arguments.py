@@ -78,12 +78,20 @@ def check_clipped(clipped: Any, l2_norm_clip: float, clipping: ClippingMode) -> 
         )
 
 
-def checked_inner(inner: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+def checked_inner(optimizer: str | dict | keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """Returns an inner optimizer that acts on the noisy sum alone.
 
     Raises:
+        TypeError: if `optimizer` is no name, config or Keras 3 optimizer.
         ValueError: naming the setting that does not.
     """
+    if not isinstance(optimizer, (str, dict, keras.optimizers.Optimizer)):
+        raise TypeError(
+            "Argument `optimizer` must be a name, a config, or a keras.optimizers.Optimizer of "
+            "Keras 3 (`import keras`, not `tf.keras`, which `import tensorflow_transform` makes "
+            f"Keras 2). Received: {type(optimizer).__module__}.{type(optimizer).__name__}"
+        )
+    inner = keras.optimizers.get(optimizer)
     wraps = hasattr(inner, "inner_optimizer")  # LossScaleOptimizer, and a second BandMFOptimizer
     if wraps:
         raise ValueError(

@@ -72,7 +72,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     ):
         check_arguments(plan, l2_norm_clip, seed)
         super().__init__(learning_rate=0.0, name=name or "bandmf")
-        self._inner_optimizer = checked_inner(keras.optimizers.get(optimizer))
+        self._inner_optimizer = checked_inner(optimizer)
         self._plan = plan
         self._l2_norm_clip = float(l2_norm_clip)
         self._clipping = checked_mode(clipping)

@@ -108,7 +108,8 @@ def resolve_workload(workload: Any, num_steps: int) -> Workload | None:
         return None
     if type(workload) is not Workload:
         raise TypeError(
-            "Expected `workload` to be a `strategies.Workload`, a `keras.optimizers.SGD`, or None "
+            "Expected `workload` to be a `strategies.Workload`, a `keras.optimizers.SGD` of Keras "
+            "3 (`import keras`; `import tensorflow_transform` makes `tf.keras` Keras 2), or None "
             f"for prefix sums. Received: workload={workload!r}. Leave it out if unsure."
         )
     if workload.num_steps != num_steps:

@@ -27,7 +27,9 @@ def export(model: keras.Model, path: str | os.PathLike, **options: Any) -> None:
     """
     if not isinstance(model, keras.Model):
         raise TypeError(
-            f"Argument `model` must be a keras.Model of Keras 3. Received: {type(model)}"
+            "Argument `model` must be a keras.Model of Keras 3 (`import keras`, not `tf.keras`, "
+            "which `import tensorflow_transform` makes Keras 2). Received: "
+            f"{type(model).__module__}.{type(model).__name__}"
         )
     if not model.built:
         raise ValueError(

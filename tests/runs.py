@@ -1,6 +1,7 @@
 """Small private runs whose weights show exactly what the mechanism did."""
 
 import functools
+import pathlib
 
 import keras
 import numpy as np
@@ -128,3 +129,16 @@ def whitened_statistic(plan, updates, clip=1.0):
     scores = np.sqrt(count) * (white @ white.T / count - np.eye(steps))[lower]
     variances = np.where(lower[0] == lower[1], 2.0, 1.0)
     return (scores**2 / variances).sum(), scores.size
+
+
+def secrets(model):
+    """The bytes that must not leave: keys, and rows of the ring."""
+    state = model.optimizer.run_state
+    rows = [row[:8].tobytes() for row in state.noise.get_ring()]
+    words = np.concatenate([state.sampler_key, state.noise.get_key()])
+    return [*rows, *[word.tobytes() for word in words]]
+
+
+def all_bytes(folder):
+    """Every byte below a folder."""
+    return b"".join(p.read_bytes() for p in pathlib.Path(folder).rglob("*") if p.is_file())

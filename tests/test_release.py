@@ -1,7 +1,5 @@
 """An exported model holds no key and no noise ring."""
 
-import pathlib
-
 import keras
 import numpy as np
 import pytest
@@ -19,31 +17,18 @@ def trained(num_bands=4):
     return model
 
 
-def secrets(model):
-    """The bytes that must not leave: keys, and rows of the ring."""
-    state = model.optimizer.run_state
-    rows = [row[:8].tobytes() for row in state.noise.get_ring()]
-    words = np.concatenate([state.sampler_key, state.noise.get_key()])
-    return [*rows, *[word.tobytes() for word in words]]
-
-
-def all_bytes(folder):
-    """Every byte below a folder."""
-    return b"".join(p.read_bytes() for p in pathlib.Path(folder).rglob("*") if p.is_file())
-
-
 def test_export_holds_neither_key_nor_ring(tmp_path):
     """Rule 10; the same scan finds them in a file of `model.save_weights`."""
     model = trained()
     bandmf.export(model, tmp_path / "served")
-    content = all_bytes(tmp_path / "served")
+    content = runs.all_bytes(tmp_path / "served")
     assert content
-    assert not [secret for secret in secrets(model) if secret in content]
+    assert not [secret for secret in runs.secrets(model) if secret in content]
     for name in (b"bandmf", b"BandMF", b"noise_ring", b"sampler_key"):
         assert name not in content
     model.save_weights(tmp_path / "secret.weights.h5")
     kept = (tmp_path / "secret.weights.h5").read_bytes()
-    assert any(secret in kept for secret in secrets(model))
+    assert any(secret in kept for secret in runs.secrets(model))
 
 
 def test_the_exported_model_answers_as_the_trained_one(tmp_path):

@@ -73,7 +73,8 @@ def refuse_model(model: keras.Model, sample_weight: Any = None, loss: Any = None
     """
     if not isinstance(model, keras.Model):
         raise ValueError(
-            "`model` must be a Keras 3 `keras.Model` (`import keras`, not `tf.keras`). "
+            "`model` must be a Keras 3 `keras.Model` (`import keras`, not `tf.keras`, which "
+            "`import tensorflow_transform` makes Keras 2). "
             f"Received: model of type {type(model).__module__}.{type(model).__name__}"
         )
     for layer in model._flatten_layers():

@@ -72,18 +72,24 @@ class PrivateBatches:
         preprocess: Any = None,
         seed: int | None = None,
     ):
-        self._rule = SamplingRule(num_examples, batch_size, num_steps, num_bands, sampling)
+        rule = SamplingRule(num_examples, batch_size, num_steps, num_bands, sampling)
+        seed_key = None if seed is None else _key_from_seed(seed)
+        store = ExampleStore.read(x, y, sample_weight, rule.num_examples, class_weight, preprocess)
+        self._begin(rule, store, plan_fingerprint, seed)
+        if seed_key is not None:
+            self._set_key(seed_key)
+
+    def _begin(
+        self, rule: SamplingRule, store: ExampleStore, plan_fingerprint: str, seed: int | None
+    ) -> None:
+        """Sets the fields of a run that has no key yet."""
+        self._rule = rule
+        self._store = store
         self._plan_fingerprint = plan_fingerprint
         self._seed = seed
         self._key: np.ndarray | None = None
         self._draws: Any = None
         self._cursor = 0
-        seed_key = None if seed is None else _key_from_seed(seed)
-        self._store = ExampleStore.read(
-            x, y, sample_weight, self._rule.num_examples, class_weight, preprocess
-        )
-        if seed_key is not None:
-            self._set_key(seed_key)
 
     @property
     def plan_fingerprint(self) -> str:
@@ -207,6 +213,9 @@ class PrivateBatches:
             ValueError: t is not a step of the plan.
         """
         draws = self._bound_draws()
+        return draws.indices(self._checked_step(t))
+
+    def _checked_step(self, t: int) -> int:
         if isinstance(t, bool) or not isinstance(t, (int, np.integer)):
             raise TypeError(f"`t` must be an integer. Received: t={t!r}")
         if not 0 <= t < self.num_steps:
@@ -214,7 +223,7 @@ class PrivateBatches:
                 f"`t` must be a step of the plan, 0 <= t < {self.num_steps}. Received: t={t}. "
                 "Make a plan with more steps: the privacy statement covers no further one."
             )
-        return draws.indices(int(t))
+        return int(t)
 
     def rows(self, indices: np.ndarray) -> dict[str, Any]:
         """Rows by number, without padding.
@@ -273,12 +282,9 @@ class PrivateBatches:
         """
         padded_size = self.padded_size(num_replicas)
 
-        def from_cursor() -> Iterator[dict[str, Any]]:
-            for t in range(self._cursor, self.num_steps):
-                yield self._padded(self.indices(t), padded_size)
-
         dataset = tf.data.Dataset.from_generator(
-            from_cursor, output_signature=self.element_spec(num_replicas)
+            lambda: self._from_cursor(padded_size),
+            output_signature=self.element_spec(num_replicas),
         )
         options = tf.data.Options()
         options.deterministic = True
@@ -286,6 +292,10 @@ class PrivateBatches:
             tf.data.experimental.AutoShardPolicy.DATA
         )
         return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+    def _from_cursor(self, padded_size: int) -> Iterator[dict[str, Any]]:
+        for t in range(self._cursor, self.num_steps):
+            yield self._padded(self.indices(t), padded_size)
 
     def __iter__(self) -> Iterator[dict[str, tf.Tensor]]:
         self._bound_draws()

@@ -156,15 +156,7 @@ def read_dataset(dataset: tf.data.Dataset, num_examples: int) -> dict[str, Any]:
         ValueError: Another number of examples, or examples of several shapes.
     """
 
-    def refuse_composite(spec: Any, name: str) -> None:
-        if not isinstance(spec, tf.TensorSpec):
-            raise TypeError(
-                f"`{name}` of the dataset must be a dense tensor. Received: {type(spec).__name__}. "
-                "Map the dataset to dense tensors first (`.to_tensor()`, `tf.sparse.to_dense`)."
-            )
-
-    for name, column in _unpacked(dataset.element_spec, "the dataset").items():
-        map_leaves(refuse_composite, column, name)
+    refuse_composites(dataset.element_spec, "the dataset")
     advice = (
         " The dataset must yield single examples, and exactly the plan's number of them: use "
         "`dataset.unbatch()` if it yields batches, and no `.repeat()`."
@@ -180,7 +172,7 @@ def read_dataset(dataset: tf.data.Dataset, num_examples: int) -> dict[str, Any]:
     options = tf.data.Options()
     options.deterministic = True
     chunks = dataset.with_options(options).take(num_examples + 1).batch(_CHUNK_ROWS)
-    elements = (_unpacked(chunk, "the dataset") for chunk in chunks)
+    elements = (unpacked(chunk, "the dataset") for chunk in chunks)
     try:
         return _stacked(elements, num_examples, "the dataset", advice)
     except tf.errors.InvalidArgumentError as error:
@@ -188,6 +180,20 @@ def read_dataset(dataset: tf.data.Dataset, num_examples: int) -> dict[str, Any]:
             "`x` must yield examples of one shape, padded to one length. Received: a dataset "
             f"that could not be read: {error.message}"
         ) from error
+
+
+def refuse_composites(element_spec: Any, source: str) -> None:
+    """Raises `TypeError` for elements that are ragged or sparse."""
+
+    def refuse(spec: Any, name: str) -> None:
+        if not isinstance(spec, tf.TensorSpec):
+            raise TypeError(
+                f"`{name}` of {source} must be a dense tensor. Received: {type(spec).__name__}. "
+                "Map it to dense tensors first (`.to_tensor()`, `tf.sparse.to_dense`)."
+            )
+
+    for name, column in unpacked(element_spec, source).items():
+        map_leaves(refuse, column, name)
 
 
 def preprocessed(columns: dict[str, Any], preprocess: Callable[..., Any]) -> dict[str, Any]:
@@ -213,7 +219,7 @@ def preprocessed(columns: dict[str, Any], preprocess: Callable[..., Any]) -> dic
             map_leaves(lambda array, _: tf.convert_to_tensor(array[start:stop]), column, "")
             for column in given
         ]
-        result = _unpacked(preprocess(*arguments), "`preprocess`")
+        result = unpacked(preprocess(*arguments), "`preprocess`")
         if "y" in columns and "y" not in result:
             raise ValueError(
                 "`preprocess` must return (x, y) when there is a `y`. Received: only x from "
@@ -264,7 +270,7 @@ def _check_first_row(chunk: dict[str, Any], alone: dict[str, Any]) -> None:
         )
 
 
-def _unpacked(element: Any, source: str) -> dict[str, Any]:
+def unpacked(element: Any, source: str) -> dict[str, Any]:
     """Columns of `x`, `(x,)`, `(x, y)` or `(x, y, sample_weight)`, as Keras unpacks them."""
     if not isinstance(element, tuple) or hasattr(element, "_fields"):
         element = (element,)

@@ -72,6 +72,11 @@ class ExampleStore:
             columns["sample_weight"] = product_of_weights(*weights)
         return cls(columns, num_examples)
 
+    @property
+    def num_examples(self) -> int:
+        """Number of rows."""
+        return self._num_examples
+
     def rows(self, indices: np.ndarray, size: int | None = None) -> dict[str, Any]:
         """Gathers rows.
 

@@ -48,8 +48,11 @@ def checked_coefficients(coefficients: object) -> np.ndarray:
             f"Received: coefficients={coefficients!r}. Change the sign of all, or drop leading "
             "zeros."
         )
-    if not 0.5 < np.max(np.abs(vector)) <= 1.0:  # squares of very large entries would overflow
-        vector = vector / np.max(np.abs(vector))
+    largest = np.max(np.abs(vector))
+    # Squares of extreme entries would overflow or vanish. Others are not touched here: a column of
+    # norm 1 may have none above 1/2, and has to come back to the last bit.
+    if not 1e-100 < largest < 1e100:
+        vector = vector / largest
     norm = math.sqrt(math.fsum(np.square(vector).tolist()))
     # What is of norm 1 to rounding is left alone: scaling it again would move its last bits.
     if abs(norm - 1.0) > 4.0 * np.finfo(np.float64).eps:

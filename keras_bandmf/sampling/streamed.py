@@ -1,0 +1,160 @@
+"""Batches in the order of a stream too large to hold: read anew in each epoch, and checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_bandmf.sampling.batches import PrivateBatches
+from keras_bandmf.sampling.draws import FIXED_ORDER, SamplingRule
+from keras_bandmf.sampling.sources import leaves, refuse_composites, unpacked
+from keras_bandmf.sampling.store import ExampleStore
+
+_PROBED_BATCHES = 8
+
+
+class StreamedBatches(PrivateBatches):
+    """The batches of a fixed-order plan as a `tf.data.Dataset` delivers them, epoch after epoch.
+
+    The stream is read once when this object is made, and once more in each epoch of training.
+    Memory holds a few batches and 32 bytes for each.
+
+    Formal guarantees:
+        * Batch t is batch `t mod steps_per_epoch` of the first reading, bit for bit: every batch
+          is compared with its hash, and another one ends training before its step. Two
+          participations of a row are therefore a multiple of `steps_per_epoch` steps apart, as
+          the accounting assumes; the rows of an incomplete last batch never take part.
+        * What it assumes: each row of the data stands in the stream once, and what was done to
+          it there does not depend on the others.
+
+    Args:
+        stream: Yields batches `x`, `(x, y)` or `(x, y, sample_weight)` of `batch_size` rows, and
+            at the end the rest; in the same order whenever it is read.
+        num_examples: The plan's public number of examples; the stream must hold exactly as many.
+        batch_size: The plan's batch size.
+        num_steps: The plan's number of steps.
+        num_bands: The plan's number of bands.
+        plan_fingerprint: Fingerprint of the plan, by which `fit` knows its own batches.
+
+    Raises:
+        TypeError: The stream is no `tf.data.Dataset` of dense tensors.
+        ValueError: It is endless, shuffled, cut short, or of other batches than the plan's.
+    """
+
+    # Not that of the base, which reads all rows into memory.
+    def __init__(
+        self,
+        stream: tf.data.Dataset,
+        *,
+        num_examples: int,
+        batch_size: int,
+        num_steps: int,
+        num_bands: int,
+        plan_fingerprint: str,
+    ):
+        rule = SamplingRule(num_examples, batch_size, num_steps, num_bands, FIXED_ORDER)
+        if not isinstance(stream, tf.data.Dataset):
+            raise TypeError(
+                "`stream` must be a tf.data.Dataset of batches. Received: stream of type "
+                f"{type(stream).__name__}"
+            )
+        refuse_composites(stream.element_spec, "the stream")
+        if int(stream.cardinality()) == tf.data.INFINITE_CARDINALITY:
+            raise ValueError(
+                "`stream` must end after one pass over the data. Received: infinite cardinality. "
+                "Use no `.repeat()`; of TFXIO, num_epochs=1."
+            )
+        options = tf.data.Options()
+        options.deterministic = True
+        self._stream = stream.with_options(options)
+        first, self._digests = self._read(rule)
+        self._begin(rule, first, plan_fingerprint, None)
+        self._probe()
+
+    def _read(self, rule: SamplingRule) -> tuple[ExampleStore, list[bytes]]:
+        """The first batch, and the digests of all full ones."""
+        first, digests = None, []
+        found = 0
+        for batch in self._batches_from(0):
+            if batch.num_examples > rule.batch_size or found % rule.batch_size:
+                raise ValueError(
+                    f"`stream` must yield batches of batch_size={rule.batch_size} rows, and fewer "
+                    f"only at its end. Received: {batch.num_examples} rows after {found}."
+                )
+            found += batch.num_examples
+            if found > rule.num_examples:
+                break
+            first = first or batch
+            if batch.num_examples == rule.batch_size:
+                digests.append(batch.digest(b""))
+        if found != rule.num_examples:
+            raise ValueError(
+                f"`stream` must yield num_examples={rule.num_examples} rows. Received: "
+                f"{'more' if found > rule.num_examples else found}. num_examples is a public "
+                "constant of the plan: make the plan for the rows there are, and cut nothing off "
+                "(no `.take`; of TFXIO, drop_final_batch=False: the rest is left out here)."
+            )
+        return first, digests
+
+    def _probe(self) -> None:
+        """Reads the first batches again: a shuffled stream gives others."""
+        again = self._batches_from(0)
+        for position, expected in enumerate(self._digests[:_PROBED_BATCHES]):
+            batch = next(again, None)
+            if batch is None or batch.digest(b"") != expected:
+                raise ValueError(
+                    "`stream` must be the same whenever it is read. Received: on the second "
+                    f"reading another batch {position}. Use no `.shuffle()`, no random "
+                    "augmentation and one reader; of TFXIO, shuffle=False, reader_num_threads=1 "
+                    "and sloppy_ordering=False, as `tfx_input.stream_options` says."
+                )
+
+    def _batches_from(self, position: int) -> Iterator[ExampleStore]:
+        """The batches of one pass, from a position on."""
+        for element in self._stream.skip(position):
+            columns = unpacked(element, "the stream")
+            shape = leaves(columns)[0].shape
+            rows = shape[0] if shape.rank else 0
+            parts = (columns.get(name) for name in ("x", "y", "sample_weight"))
+            yield ExampleStore.read(*parts, rows)
+
+    def _from_cursor(self, padded_size: int) -> Iterator[dict[str, Any]]:
+        step = self.cursor
+        while step < self.num_steps:
+            position = step % self.steps_per_epoch
+            batches = self._batches_from(position)
+            for expected in self._digests[position : position + self.num_steps - step]:
+                batch = next(batches, None)
+                if batch is None or batch.digest(b"") != expected:
+                    raise ValueError(
+                        f"The stream must deliver in step {step} the batch that it delivered first:"
+                        " rows could else take part closer together than the plan accounts for. "
+                        "Received: another. Is it shuffled, or did its files change?"
+                    )
+                yield self._padded_batch(batch, padded_size)
+                step += 1
+
+    def _padded_batch(self, batch: ExampleStore, size: int) -> dict[str, Any]:
+        rows = np.arange(self.batch_size)
+        return batch.rows(rows, size) | {"mask": np.arange(size) < self.batch_size}
+
+    def indices(self, t: int) -> np.ndarray:
+        """Positions in the stream of the rows of step t: (batch_size,) int64."""
+        start = (self._checked_step(t) % self.steps_per_epoch) * self.batch_size
+        return np.arange(start, start + self.batch_size)
+
+    def batch(self, t: int, num_replicas: int = 1) -> dict[str, Any]:
+        """As of `PrivateBatches`; reads the stream up to there."""
+        position = self._checked_step(t) % self.steps_per_epoch
+        batch = next(self._batches_from(position))
+        return self._padded_batch(batch, self.padded_size(num_replicas))
+
+    def digest(self) -> bytes:
+        """As of `PrivateBatches`."""
+        self._bound_draws()
+        rows = b"".join(self._digests)
+        return hashlib.blake2b(rows, key=self._key.tobytes(), digest_size=32).digest()
