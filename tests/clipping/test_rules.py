@@ -177,7 +177,13 @@ def test_a_bad_example_contributes_nothing(name):
 def test_convolutions(case, float64):
     make, shape = case
     x = floats(*shape)
-    layer = randomised(make(), x)
+    layer = make()
+    try:
+        randomised(layer, x)
+    except tf.errors.UnimplementedError:
+        if layer.data_format != "channels_first":
+            raise
+        pytest.skip(f"Keras {keras.__version__} has no channels_first {layer.name} on CPU")
     assert clipping.check_rule(layer, x) < (1e-6 if layer.__class__ is layers.Conv1D else 1e-9)
 
 
@@ -213,7 +219,7 @@ def test_reversible_embedding_keeps_its_mask():
     x = layers.ReversibleEmbedding(7, 4, mask_zero=True)(inputs)
     model = keras.Model(inputs, layers.Dense(2)(x))
     model.compile(loss="mse")
-    x, y = np.abs(integers(5)), floats(5, 2)
+    x, y = integers(5) % 7, floats(5, 2)
     x[:, 3:] = 0
     clip, norms, sums = expectation(model, x, y)
     found = clipping.clipped_gradients(model, x, y, l2_norm_clip=clip)
