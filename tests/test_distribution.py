@@ -32,6 +32,7 @@ def test_central_storage_trains_to_the_weights_of_one_device():
     np.testing.assert_array_equal(noises[1].get_ring(), noises[0].get_ring())
 
 
+@pytest.mark.slow
 def test_noise_of_central_storage_has_the_covariance_of_the_mechanism():
     """Chi-square over all pairs of 64 steps in a compiled `fit`; false-alarm rate 1e-4."""
     plan = worker_job.covariance_plan()

@@ -46,8 +46,8 @@ def test_gaps_are_those_of_dense_matrices(example):
 
 def test_points_are_bounded(example):
     points = example("paper_numbers").gap_points(10**6)
-    assert {(10**6, 16), (100_000, 32), (16, 16), (64, 64)} <= set(points)
-    assert max(n * b for n, b in points) <= 16 * 10**6
+    assert {(10**6, 32), (100_000, 32), (16, 16), (64, 64)} <= set(points)
+    assert max(n * b for n, b in points) <= 32 * 10**6
     assert not [(n, b) for n, b in points if b > n]
 
 
