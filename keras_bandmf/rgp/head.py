@@ -13,7 +13,7 @@ from keras_bandmf.clipping import LayerRule
 from keras_bandmf.clipping.coordinates import set_coordinates
 from keras_bandmf.clipping.registry import set_rule
 from keras_bandmf.rgp.layouts import carried_kernel
-from keras_bandmf.rgp.rules import type_rule
+from keras_bandmf.rgp.rules import ForwardedRule, type_rule
 
 
 def head_layers(model: keras.Model) -> list[keras.layers.Layer]:
@@ -97,21 +97,12 @@ class HeadScale:
         """No state."""
 
 
-class ScaledRule(LayerRule):
+class ScaledRule(ForwardedRule):
     """The rule of a head: factors are linear in the gradient of the pre-activation."""
 
     def __init__(self, rule: LayerRule, scale: float):
-        self.rule = rule
+        super().__init__(rule)
         self.scale = scale
-
-    def refuses(self, layer):
-        return self.rule.refuses(layer)
-
-    def forward(self, layer, inputs):
-        return self.rule.forward(layer, inputs)
-
-    def finish(self, layer, outputs, saved):
-        return self.rule.finish(layer, outputs, saved)
 
     def gradients(self, layer, saved, g):
         return self.rule.gradients(layer, saved, g * tf.cast(self.scale, g.dtype))

@@ -104,17 +104,15 @@ class CarrierFactor:
         return self.carrier.joined(total, self._right().weighted_sum(weights))
 
 
-class CarrierRule(LayerRule):
-    """The rule of a layer whose kernel has carriers.
+class ForwardedRule(LayerRule):
+    """A rule that leaves everything but the gradients to that of the layer's type.
 
     Args:
-        rule: of the layer's type; everything but the kernel is left to it.
-        carrier: of the kernel.
+        rule: of the layer's type.
     """
 
-    def __init__(self, rule: LayerRule, carrier: Carrier):
+    def __init__(self, rule: LayerRule):
         self.rule = rule
-        self.carrier = carrier
 
     def refuses(self, layer):
         return self.rule.refuses(layer)
@@ -124,6 +122,19 @@ class CarrierRule(LayerRule):
 
     def finish(self, layer, outputs, saved):
         return self.rule.finish(layer, outputs, saved)
+
+
+class CarrierRule(ForwardedRule):
+    """The rule of a layer whose kernel has carriers.
+
+    Args:
+        rule: of the layer's type; everything but the kernel is left to it.
+        carrier: of the kernel.
+    """
+
+    def __init__(self, rule: LayerRule, carrier: Carrier):
+        super().__init__(rule)
+        self.carrier = carrier
 
     def gradients(self, layer, saved, g):
         kernel = layer._embeddings if hasattr(layer, "_embeddings") else layer._kernel

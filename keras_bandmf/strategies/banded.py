@@ -348,10 +348,7 @@ def _default_start(
     if error != "mean" or workload is not None or not is_long(num_steps, num_bands):
         return start
     composed = long_start(num_steps, num_bands, gain)
-    blocks = blocks_of(None, num_steps, block_size(num_bands))
-    errors = BandedErrors(num_steps, num_bands, blocks)
-    better = np.mean(errors.evaluate(composed)) < np.mean(errors.evaluate(start))
-    return composed if better else start
+    return composed if BandedStrategy(composed).loss() < BandedStrategy(start).loss() else start
 
 
 def _checked_columns(columns: object) -> np.ndarray:

@@ -29,7 +29,6 @@ from keras_bandmf.strategies.banded_search import (
     MEMORY,
     LogLoss,
     normalize_columns,
-    power_mean,
     weighted_mean,
 )
 from keras_bandmf.strategies.covariance import BandedErrors, block_size
@@ -101,8 +100,6 @@ def _solved(start: np.ndarray, weights: np.ndarray, gain: float) -> np.ndarray:
     n, b = start.shape
     blocks = blocks_of(None, n, block_size(b))
     mean = functools.partial(weighted_mean, weights=weights)
-    if np.ptp(weights) == 0.0:
-        mean = functools.partial(power_mean, power=1.0)
     objective = LogLoss(
         start, BandedErrors(n, b, blocks), mean, preconditioner_of(start, blocks), weights
     )
