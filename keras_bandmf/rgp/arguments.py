@@ -31,6 +31,20 @@ def check_numbers(**values: Any) -> None:
             )
 
 
+def check_flag(**values: Any) -> None:
+    """Refuses anything but True and False.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(
+                f"Argument `{name}` must be True or False. Received: {name}={value!r} of type "
+                f"{type(value).__name__}"
+            )
+
+
 def check_scale(head_scale: Any) -> None:
     """Refuses a scale that is not a positive finite number.
 

@@ -12,7 +12,8 @@ from keras_bandmf import carriers
 from keras_bandmf.noise import normals, workers
 from keras_bandmf.rgp.layouts import MatrixLayout
 
-_PARTS = ("start", "left", "right")
+# Rows of the carriers' random stream between one step and the next: more than a model has kernels.
+_ROWS_PER_STEP = 2**20
 
 
 class Carrier:
@@ -33,6 +34,7 @@ class Carrier:
         refresh_every: steps between two refreshes.
         power_iterations: of each refresh.
         warmup_steps: steps, the start included, at which the history is W_t itself, not W_t - W_0.
+        restart: whether a refresh begins at new random carriers, or at those before it.
         path: of the kernel, for messages.
         dtype: float32, or float64 for a float64 kernel.
     """
@@ -44,6 +46,7 @@ class Carrier:
         refresh_every: int,
         power_iterations: int,
         warmup_steps: int,
+        restart: bool,
         path: str,
         dtype: str,
     ):
@@ -52,9 +55,11 @@ class Carrier:
         self.refresh_every = refresh_every
         self.power_iterations = power_iterations
         self.warmup_steps = warmup_steps
+        self.restart = restart
         self.path = path
         self.dtype = tf.as_dtype(dtype)
         self.shape = (rank * sum(layout.sides),)
+        self._index = 0
         self._state: dict[str, tf.Variable] | None = None
         self._distribution: tf.distribute.Strategy | None = None
         self._first_replica = 0
@@ -63,6 +68,7 @@ class Carrier:
     def description(self) -> list:
         """What must be equal for a checkpoint to fit, for JSON."""
         schedule = [self.refresh_every, self.power_iterations, self.warmup_steps]
+        schedule += ["restart"] * self.restart
         return [list(self.layout.rows), list(self.layout.columns), self.rank, schedule]
 
     def start(self, kernel: Any, key: np.ndarray, index: int) -> None:
@@ -85,23 +91,31 @@ class Carrier:
                 "CentralStorageStrategy, which keeps one of everything. Use MirroredStrategy."
             )
         self._first_replica = workers.local_replicas(self._distribution)[0]
-        m, n = self.layout.sides
-        chunks = -(-self.rank * max(m, n) // normals.CHUNK)
-        drawn = []
-        for side, step in ((m, 2 * index), (n, 2 * index + 1)):
-            row = normals.standard_normals(tf.constant(key), tf.constant(step), 0, chunks)
-            columns = tf.reshape(row[: side * self.rank], (side, self.rank))
-            drawn.append(carriers.orthonormal(tf.cast(columns, self.dtype)))
+        self._index = index
+        key = np.asarray(key, np.uint64).view(np.int64)
         weights = tf.cast(kernel.value, self.dtype)
-        left, right = drawn[0], tf.transpose(drawn[1])
+        left, right = self._drawn(tf.constant(key), tf.constant(0, tf.int64))
         if self.warmup_steps:
             matrix = self.layout.matrix(weights)
             left, right = carriers.refined(matrix, left, right, self.power_iterations)
         values = {"start": weights, "left": left, "right": right}
+        if self.restart:
+            values["key"] = tf.constant(key)
         self._state = {
             name: tf.Variable(value.numpy(), trainable=False, name=f"rgp_{name}")
             for name, value in values.items()
         }
+
+    def _drawn(self, key: tf.Tensor, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Random carriers for step `step`: those of no other step or kernel."""
+        m, n = self.layout.sides
+        chunks = -(-self.rank * max(m, n) // normals.CHUNK)
+        first, drawn = step * _ROWS_PER_STEP + 2 * self._index, []
+        for side, row in ((m, first), (n, first + 1)):
+            values = normals.standard_normals(key, row, 0, chunks)
+            columns = tf.reshape(values[: side * self.rank], (side, self.rank))
+            drawn.append(carriers.orthonormal(tf.cast(columns, self.dtype)))
+        return drawn[0], tf.transpose(drawn[1])
 
     def pair(self, dtype: tf.DType | None = None) -> tuple[tf.Tensor, tf.Tensor]:
         """L and R as tensors of `dtype`.
@@ -162,12 +176,15 @@ class Carrier:
         weights = tf.cast(tf.convert_to_tensor(kernel.value), self.dtype)
         begun = tf.cast(step >= self.warmup_steps, self.dtype)
         history = weights - begun * tf.convert_to_tensor(self._state["start"])
-        return carriers.refined(self.layout.matrix(history), *self.pair(), self.power_iterations)
+        begin = self.pair()
+        if self.restart:
+            begin = self._drawn(tf.convert_to_tensor(self._state["key"]), step)
+        return carriers.refined(self.layout.matrix(history), *begin, self.power_iterations)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The state, to be saved with the run."""
         self.pair()
-        return {name: np.asarray(self._state[name].numpy()) for name in _PARTS}
+        return {name: np.asarray(self._state[name].numpy()) for name in self._state}
 
     def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes over what `to_arrays` returned.
@@ -177,14 +194,14 @@ class Carrier:
         """
         self.pair()
         values = {}
-        for name in _PARTS:
-            expected = tuple(self._state[name].shape)
+        for name, variable in self._state.items():
+            expected, dtype = tuple(variable.shape), variable.dtype
             value = np.asarray(arrays[name]) if name in arrays else np.zeros(0)
-            good = value.shape == expected and value.dtype == self.dtype.as_numpy_dtype
+            good = value.shape == expected and value.dtype == dtype.as_numpy_dtype
             if not good or not np.isfinite(value).all():
                 raise ValueError(
                     f"The carriers of {self.path} in the checkpoint must be finite, "
-                    f"{self.dtype.name}, '{name}' of shape {expected}. Received: "
+                    f"{dtype.name}, '{name}' of shape {expected}. Received: "
                     f"{value.dtype.name} of shape {value.shape}. They are of another rank or "
                     "model, or the file is damaged."
                 )

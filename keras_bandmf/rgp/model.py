@@ -14,7 +14,7 @@ from keras_bandmf.clipping.einsum_rules import EinsumDenseRule
 from keras_bandmf.clipping.embedding_rules import EmbeddingRule
 from keras_bandmf.clipping.layer_rules import DenseRule
 from keras_bandmf.clipping.registry import set_rule
-from keras_bandmf.rgp.arguments import check_numbers, check_scale, named_layers, within
+from keras_bandmf.rgp.arguments import check_flag, check_numbers, check_scale, named_layers, within
 from keras_bandmf.rgp.carrier import Carrier
 from keras_bandmf.rgp.head import head_layers, scale_head
 from keras_bandmf.rgp.layouts import carried_kernel
@@ -30,6 +30,7 @@ def enable_rgp(
     power_iterations: int = 1,
     warmup_steps: int = 0,
     head_scale: float = 1.0,
+    restart: bool = False,
 ) -> keras.Model:
     """Makes the private training of a model release low-rank coordinates of its gradients.
 
@@ -59,6 +60,10 @@ def enable_rgp(
             the paper's code does: what it has learnt says more than the first noisy updates.
         head_scale: factor of the head's per-example gradients before clipping, not undone after;
             the paper's code takes 0.1 for language and 0.01 for images.
+        restart: whether a refresh begins at new random carriers, as the paper's algorithm 2, or at
+            those before it. Weights of a pre-trained model hardly move, so carriers that go on from
+            each other settle in the same few directions, and no others are ever trained: restart
+            them where they follow weights. Updates are followed best from where they were.
 
     Returns:
         The same model.
@@ -75,6 +80,7 @@ def enable_rgp(
         warmup_steps=warmup_steps,
     )
     check_scale(head_scale)
+    check_flag(restart=restart)
     if not isinstance(model, keras.Model):
         raise TypeError(
             "Argument `model` must be a keras.Model of Keras 3. "
@@ -100,7 +106,7 @@ def enable_rgp(
     if head_scale != 1:
         scale_head(head_layers(model), candidates, float(head_scale))
     for layer in candidates:
-        _carry(layer, rank, refresh_every, power_iterations, warmup_steps)
+        _carry(layer, rank, refresh_every, power_iterations, warmup_steps, restart)
     return model
 
 
@@ -207,11 +213,12 @@ def _carry(
     refresh_every: int,
     power_iterations: int,
     warmup_steps: int,
+    restart: bool,
 ) -> None:
     kernel, layout = carried_kernel(layer)
     dtype = "float64" if keras.backend.standardize_dtype(kernel.dtype) == "float64" else "float32"
     carrier = Carrier(
-        layout, rank, refresh_every, power_iterations, warmup_steps, kernel.path, dtype
+        layout, rank, refresh_every, power_iterations, warmup_steps, restart, kernel.path, dtype
     )
     set_rule(layer, CarrierRule(type_rule(layer), carrier))
     set_coordinates(kernel, carrier)
@@ -248,7 +255,7 @@ class _Thin:
         if isinstance(found, str):
             raise ValueError(f"The layer cannot have carriers: {found}. Received: '{self.path}'.")
         _check_kernel(self, *found, self.rgp["rank"])
-        _carry(self, **self.rgp, warmup_steps=0)
+        _carry(self, **self.rgp, warmup_steps=0, restart=False)
 
     def get_config(self) -> dict[str, Any]:
         """The config of the Keras layer, and rank and refreshes."""

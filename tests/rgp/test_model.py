@@ -263,6 +263,12 @@ def test_a_rank_that_is_no_integer_is_refused(rank):
         bandmf.enable_rgp(make_model(), rank)
 
 
+@pytest.mark.parametrize("restart", [1, None, "previous"])
+def test_restart_is_a_flag(restart):
+    with pytest.raises(TypeError, match="`restart`"):
+        bandmf.enable_rgp(make_model(), 2, restart=restart)
+
+
 def test_a_block_stands_for_the_layers_within_it():
     """Norms, frozen and small kernels inside are passed over; the nested head is the last one."""
     block = keras.Sequential(

@@ -170,11 +170,43 @@ def test_warm_up_follows_the_weights_themselves():
         np.testing.assert_allclose(left @ left.T, expected @ expected.T, atol=1e-3)
 
 
-def test_two_replicas_take_the_steps_of_one_with_equal_carriers():
+@pytest.mark.parametrize("restart", [False, True])
+def test_carriers_of_the_weights_settle_unless_they_restart(restart):
+    """The weights stand still: from step to step the carriers turn only where they are redrawn."""
+    plan = runs.make_plan(num_bands=1, noise_multiplier=0.0)
+    inner = keras.optimizers.SGD(0.0)
+    model = small_model(2, warmup_steps=plan.num_steps, restart=restart)
+    runs.compiled(model, plan, loss="mse", inner=inner)
+    recorder = CarriersOfEachStep()
+    model.fit(plan.batches(*small_data()), epochs=2, verbose=0, callbacks=[recorder])
+    carrier = coordinates_of(model.trainable_variables[0])
+    weights = model.trainable_variables[0].numpy()
+    lefts = np.array([left for left, _ in recorder.pairs])
+    for left in lefts:
+        np.testing.assert_allclose(left.T @ left, np.eye(2), atol=1e-5)
+    # Cosines of the angles between the planes of one step and the next.
+    cosines = np.linalg.svd(np.swapaxes(lefts[:-1], 1, 2) @ lefts[1:], compute_uv=False)
+    if not restart:
+        assert cosines[-4:].min() > 0.999
+        return
+    assert np.median(cosines[:, 1]) < 0.9
+    key = tf.constant(carrier.to_arrays()["key"])
+    for step in (1, 7, 20):
+        _, right = carrier._drawn(key, tf.constant(step, tf.int64))
+        expected = np.linalg.qr(weights @ right.numpy().T)[0]
+        np.testing.assert_allclose(lefts[step] @ lefts[step].T, expected @ expected.T, atol=1e-3)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_two_replicas_take_the_steps_of_one_with_equal_carriers(restart):
     plan = block_plan(3, 4, noise_multiplier=1.0)
     updates = []
+
+    def make():
+        return small_model(2, 4, restart=restart)
+
     for replicas in (1, 2):
-        model = runs.compiled_in_scope(replicas, lambda: small_model(2, 4), plan, loss="mse")
+        model = runs.compiled_in_scope(replicas, make, plan, loss="mse")
         updates.append(runs.fit(model, plan.batches(*small_data(), seed=5)))
     np.testing.assert_allclose(updates[1], updates[0], atol=2e-4)
     carrier = coordinates_of(model.trainable_variables[0])
@@ -222,13 +254,18 @@ def built(model, plan, **options):
     return model
 
 
+@pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("road", ["weights", "checkpoint"])
-def test_a_restored_run_goes_on_with_its_carriers(road, tmp_path):
+def test_a_restored_run_goes_on_with_its_carriers(road, restart, tmp_path):
     """Interrupted within a block: with replay nothing differs from a run in one go."""
     plan = block_plan(3, 4, noise_multiplier=1.0)
-    model = built(small_model(2, 4), plan, replay=True)
+
+    def make():
+        return small_model(2, 4, restart=restart)
+
+    model = built(make(), plan, replay=True)
     runs.fit(model, plan.batches(*small_data()), epochs=1, steps_per_epoch=9)
-    other = built(small_model(2, 4), plan, replay=True, seed=9)
+    other = built(make(), plan, replay=True, seed=9)
     before = coordinates_of(other.trainable_variables[0]).to_arrays()
     if road == "weights":
         model.save_weights(tmp_path / "run.weights.h5")
@@ -241,9 +278,7 @@ def test_a_restored_run_goes_on_with_its_carriers(road, tmp_path):
         np.testing.assert_array_equal(after[name], value)
     assert not np.allclose(before["left"], after["left"])
     if road == "weights":
-        expected = runs.fit(
-            built(small_model(2, 4), plan, replay=True), plan.batches(*small_data())
-        )
+        expected = runs.fit(built(make(), plan, replay=True), plan.batches(*small_data()))
         updates = runs.fit(other, plan.batches(*small_data()), epochs=2)
         np.testing.assert_allclose(updates, expected[9:], atol=1e-6)
 
@@ -254,9 +289,10 @@ def test_a_restored_run_goes_on_with_its_carriers(road, tmp_path):
         lambda: small_model(3, 4),
         lambda: small_model(2, 4, power_iterations=2),
         lambda: small_model(2, 4, warmup_steps=1),
+        lambda: small_model(2, 4, restart=True),
         small_model,
     ],
-    ids=["rank", "power_iterations", "warmup", "no_carriers"],
+    ids=["rank", "power_iterations", "warmup", "restart", "no_carriers"],
 )
 def test_a_checkpoint_with_other_carriers_is_refused(make_other):
     plan = block_plan(3, 4)
