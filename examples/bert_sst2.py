@@ -43,7 +43,11 @@ def read_table(path: pathlib.Path) -> tuple[list[str], np.ndarray]:
 
 
 def make_model(preset: pathlib.Path, length: int) -> keras.Model:
-    """The encoder, the mean over tokens, and a head of two logits."""
+    """The encoder, the mean over tokens, and a head of two logits.
+
+    The head starts at zero and sees features of standard deviation 10: Adam moves every weight by
+    about the learning rate a step, and a head must move by more than an encoder that is tuned.
+    """
     encoder = keras_nlp.models.BertBackbone.from_preset(str(preset), dropout=0.0)
     # Embeddings as in the paper; the pooler because nothing here uses it.
     for name in ("token_embedding", "position_embedding", "segment_embedding", "pooled_dense"):
@@ -55,7 +59,9 @@ def make_model(preset: pathlib.Path, length: int) -> keras.Model:
     hidden = encoder(inputs)["sequence_output"]
     mask = keras.ops.expand_dims(keras.ops.cast(inputs["padding_mask"], hidden.dtype), -1)
     mean = keras.ops.sum(hidden * mask, axis=1) / keras.ops.sum(mask, axis=1)
-    return keras.Model(inputs, keras.layers.Dense(2, name="head")(mean))
+    features = 10.0 * keras.layers.LayerNormalization(center=False, scale=False)(mean)
+    head = keras.layers.Dense(2, kernel_initializer="zeros", name="head")
+    return keras.Model(inputs, head(features))
 
 
 def main() -> None:
@@ -68,12 +74,12 @@ def main() -> None:
         learning_rate=5e-4,
         plain_learning_rate=1e-4,
         plain_batch_size=64,
-        l2_norm_clip=0.1,
+        l2_norm_clip=10.0,
         rank=8,
         epsilon=8.0,
-        refresh_every=26,
+        refresh_every=13,
         carriers_of="weights",
-        head_scale=0.1,
+        head_scale=0.02,
     )
     parser.add_argument("--train", type=pathlib.Path)
     parser.add_argument("--dev", type=pathlib.Path)

@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
         "--carriers_of",
         choices=["weights", "updates"],
         default=defaults["carriers_of"],
-        help="what the carriers follow: the weights W_t (pre-trained), or W_t - W_0",
+        help="what the carriers follow: the weights W_t (pre-trained; each refresh begins at new "
+        "random carriers), or W_t - W_0",
     )
     parser.add_argument("--head_scale", type=float, default=defaults["head_scale"])
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights only")
@@ -128,6 +129,7 @@ def run(
                 refresh_every=options.refresh_every if options.method == "rgp_banded" else 1,
                 warmup_steps=plan.num_steps if options.carriers_of == "weights" else 0,
                 head_scale=options.head_scale,
+                restart=options.carriers_of == "weights",
             )
         bandmf.privatize(model)
         optimizer = bandmf.BandMFOptimizer(optimizer, plan, options.l2_norm_clip)
