@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from keras_bandmf.clipping.coordinates import coordinates_of
 from tests import runs, worker_job, workers
 
 
@@ -31,6 +32,21 @@ def check_weights_and_metrics(results):
             np.testing.assert_allclose(result[f"train.history_{name}"], values, rtol=1e-3)
         chunks = -(-4 // len(results))
         assert result["train.ring_bytes"] == whole_ring * chunks // 4
+
+
+def check_carriers(results):
+    """Every worker has the carriers, and takes the steps, of one device."""
+    model = worker_job.carriers_model()
+    batches = worker_job.carriers_plan().batches(*worker_job.regression_data())
+    model.fit(batches, epochs=2, verbose=0)
+    expected = {f"weight{i}": w.numpy() for i, w in enumerate(model.trainable_variables)}
+    expected |= coordinates_of(model.trainable_variables[0]).to_arrays()
+    for result in results:
+        for name, value in expected.items():
+            np.testing.assert_allclose(result[f"carriers.{name}"], value, atol=1e-3)
+            np.testing.assert_array_equal(
+                result[f"carriers.{name}"], results[0][f"carriers.{name}"]
+            )
 
 
 def check_covariance(results):
@@ -73,6 +89,7 @@ def test_two_workers_do_what_one_device_does(tmp_path):
     """One job for all checks: the processes take longer to start than to train."""
     results = results_of("together", tmp_path, 2)
     check_weights_and_metrics(results)
+    check_carriers(results)
     check_covariance(results)
     check_keras_needs_the_workarounds(results)
     check_refusals(results)

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_bandmf as bandmf
+from keras_bandmf.clipping.coordinates import coordinates_of
 from tests import runs
 
 EPOCHS = 4
@@ -44,6 +45,21 @@ def regression_model():
     return runs.compiled(
         bandmf.privatize(model), regression_plan(), inner="adam", loss="mse", metrics=["mae"]
     )
+
+
+def carriers_plan():
+    """Noise independent from step to step, as carriers of every step need it."""
+    return runs.make_plan(num_bands=1)
+
+
+def carriers_model():
+    """Low-rank carriers that are redrawn in every step."""
+    keras.utils.set_random_seed(4)
+    model = keras.Sequential(
+        [keras.Input((5,)), keras.layers.Dense(40, activation="tanh"), keras.layers.Dense(1)]
+    )
+    bandmf.enable_rgp(model, 2, restart=True, warmup_steps=carriers_plan().num_steps)
+    return runs.compiled(bandmf.privatize(model), carriers_plan(), loss="mse")
 
 
 def covariance_plan():
@@ -120,6 +136,15 @@ def train(strategy, folder, worker):
     }
 
 
+def carriers(strategy, folder, worker):
+    """A run in low-rank coordinates: its weights and its carriers."""
+    with strategy.scope():
+        model = carriers_model()
+    model.fit(carriers_plan().batches(*regression_data()), epochs=2, verbose=0)
+    weights = {f"weight{i}": w.numpy() for i, w in enumerate(model.trainable_variables)}
+    return {**weights, **coordinates_of(model.trainable_variables[0]).to_arrays()}
+
+
 def covariance(strategy, folder, worker):
     """The weights of a run whose gradients are zero are its noise."""
     with strategy.scope():
@@ -174,7 +199,7 @@ def dies(strategy, folder, worker):
 
 
 JOBS = {
-    "together": (keras_alone, train, covariance, save, refusals),
+    "together": (keras_alone, train, carriers, covariance, save, refusals),
     "three": (train, covariance),
     "dies": (dies,),
     "resumed": (resumed,),
