@@ -77,7 +77,7 @@ def main() -> None:
         l2_norm_clip=10.0,
         rank=8,
         epsilon=8.0,
-        refresh_every=13,
+        refresh_every=8,
         carriers_of="weights",
         head_scale=0.02,
     )

@@ -181,6 +181,7 @@ def report(folder: pathlib.Path, title: str) -> None:
     for facts in results:
         curve = facts["accuracy"]
         axes.plot(range(1, len(curve) + 1), curve, marker="o", label=facts["method"])
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="epoch", ylabel="accuracy on the test set", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
