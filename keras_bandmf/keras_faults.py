@@ -1,4 +1,4 @@
-"""Faults of Keras under `tf.distribute`, worked around on one model instance.
+"""Faults of Keras, worked around on one model instance for the time of a `fit`.
 
 Each has a test that fails when Keras no longer needs the workaround.
 """
@@ -6,7 +6,8 @@ Each has a test that fails when Keras no longer needs the workaround.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -24,7 +25,10 @@ def worked_around(model: keras.Model, symbolic_build: bool) -> Iterator[None]:
         symbolic_build: False where Keras's symbolic build fails: it cannot read batches that are
             dicts with a mask, nor any batch of several worker processes.
     """
-    replaced: dict[str, Any] = {}
+    load = model.load_weights
+    replaced: dict[str, Any] = {
+        "load_weights": lambda *args, **kwargs: _load_readable(load, *args, **kwargs)
+    }
     if not symbolic_build:
         replaced["_maybe_symbolic_build"] = lambda *args, **kwargs: None
     if workers.is_multi_worker(model.distribute_strategy):
@@ -42,6 +46,22 @@ def worked_around(model: keras.Model, symbolic_build: bool) -> Iterator[None]:
         model.__dict__.update(previous)
         if "test_step" in replaced:
             model.test_function = None
+
+
+def _load_readable(load: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Loads weights; a file cut off while it was written is an OSError, whatever h5py calls it.
+
+    `BackupAndRestore(double_checkpoint=True)` goes back to the file before upon OSError only, and a
+    job killed while it saved would never start again.
+    """
+    try:
+        return load(*args, **kwargs)
+    except (RuntimeError, KeyError) as error:
+        damage = str(error)
+    # Not from the error: what it refers to keeps the file open, and HDF5 would take the next file
+    # of this name for the damaged one.
+    gc.collect()
+    raise OSError(f"The weights cannot be read, the file is damaged: {damage}")
 
 
 def reducible_logs(model: keras.Model, logs: dict[str, Any]) -> dict[str, Any]:

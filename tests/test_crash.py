@@ -66,6 +66,25 @@ def test_a_truncated_backup_is_an_error_or_the_one_before_it_is_used(kept, tmp_p
                 backed_up(folder, 3)
 
 
+def test_a_file_cut_off_before_its_index_is_complete_does_not_stop_a_restart(tmp_path):
+    """What a kill may leave: h5py opens it, and fails within (RuntimeError, not OSError)."""
+    whole = backed_up(tmp_path / "whole", 3).get_weights()[0]
+    for double in (False, True):
+        folder = tmp_path / f"double{double}"
+        backed_up(folder, 2, double_checkpoint=double)
+        latest = folder / "latest.weights.h5"
+        content = bytearray(latest.read_bytes())
+        content[40:48] = (2048).to_bytes(8, "little")  # the file's end, as its superblock has it
+        latest.write_bytes(content)
+        if double:
+            model = backed_up(folder, 3, double_checkpoint=True)
+            np.testing.assert_array_equal(model.get_weights()[0], whole)
+            assert model.optimizer.run_state.restores == 1
+        else:
+            with pytest.raises(OSError, match="damaged"):
+                backed_up(folder, 3)
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
 def test_a_truncated_model_file_is_an_error(kept, tmp_path):
     model = backed_up(tmp_path / "backup", 1)
