@@ -68,6 +68,8 @@ def test_a_truncated_backup_is_an_error_or_the_one_before_it_is_used(kept, tmp_p
 
 def test_a_file_cut_off_before_its_index_is_complete_does_not_stop_a_restart(tmp_path):
     """What a kill may leave: h5py opens it, and fails within (RuntimeError, not OSError)."""
+    if tuple(map(int, keras.__version__.split(".")[:2])) < (3, 13):
+        pytest.skip("older versions of Keras report damage and another model alike: ValueError")
     whole = backed_up(tmp_path / "whole", 3).get_weights()[0]
     for double in (False, True):
         folder = tmp_path / f"double{double}"
