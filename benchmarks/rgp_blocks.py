@@ -18,7 +18,7 @@ RUNS = [
     ("SST-2, a fifth", 13_469, 512, 3, 8.0),
     ("MNIST", 60_000, 500, 5, 2.0),
 ]
-BLOCKS = (4, 6, 8, 16, 32)
+BLOCKS = (4, 8, 13, 16)
 
 
 def expected_error(run, strategy):

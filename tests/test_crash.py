@@ -48,43 +48,41 @@ def backed_up(folder, stop_after, **options):
     return model
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
-def test_a_truncated_backup_is_an_error_or_the_one_before_it_is_used(kept, tmp_path):
+def cut(kept):
+    """The first part of a file."""
+    return lambda content: content[: int(kept * len(content))]
+
+
+def with_its_end_unwritten(content):
+    """What HDF5 opens and fails within: the end of the file, in its superblock, is too low."""
+    return content[:40] + (2048).to_bytes(8, "little") + content[48:]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(cut(0.0), None), (cut(0.5), None), (cut(0.999), None), (with_its_end_unwritten, "damaged")],
+)
+def test_a_damaged_backup_is_an_error_or_the_one_before_it_is_used(damage, message, tmp_path):
     """Keras writes weights in place: `double_checkpoint=True` keeps the file before."""
+    if damage is with_its_end_unwritten and keras.__version__.startswith("3.12."):
+        pytest.skip("this version of Keras reports it as it does another model: ValueError")
     whole = backed_up(tmp_path / "whole", 3).get_weights()[0]
     for double in (False, True):
         folder = tmp_path / f"double{double}"
-        backed_up(folder, 2, double_checkpoint=double)
+        model = backed_up(folder, 2, double_checkpoint=double)
         latest = folder / "latest.weights.h5"
-        latest.write_bytes(latest.read_bytes()[: int(kept * latest.stat().st_size)])
+        latest.write_bytes(damage(latest.read_bytes()))
         if double:
             model = backed_up(folder, 3, double_checkpoint=True)
             np.testing.assert_array_equal(model.get_weights()[0], whole)
             assert model.optimizer.run_state.restores == 1
-        else:
-            with pytest.raises(OSError):
-                backed_up(folder, 3)
-
-
-def test_a_file_cut_off_before_its_index_is_complete_does_not_stop_a_restart(tmp_path):
-    """What a kill may leave: h5py opens it, and fails within (RuntimeError, not OSError)."""
-    if tuple(map(int, keras.__version__.split(".")[:2])) < (3, 13):
-        pytest.skip("older versions of Keras report damage and another model alike: ValueError")
-    whole = backed_up(tmp_path / "whole", 3).get_weights()[0]
-    for double in (False, True):
-        folder = tmp_path / f"double{double}"
-        backed_up(folder, 2, double_checkpoint=double)
-        latest = folder / "latest.weights.h5"
-        content = bytearray(latest.read_bytes())
-        content[40:48] = (2048).to_bytes(8, "little")  # the file's end, as its superblock has it
-        latest.write_bytes(content)
-        if double:
-            model = backed_up(folder, 3, double_checkpoint=True)
-            np.testing.assert_array_equal(model.get_weights()[0], whole)
-            assert model.optimizer.run_state.restores == 1
-        else:
-            with pytest.raises(OSError, match="damaged"):
-                backed_up(folder, 3)
+            continue
+        with pytest.raises(OSError, match=message):
+            backed_up(folder, 3)
+        if damage is with_its_end_unwritten:
+            # If this fails, remove the workaround in `keras_faults.py`: Keras says OSError itself.
+            with pytest.raises(RuntimeError):
+                model.load_weights(latest)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])

@@ -39,7 +39,7 @@ def check_carriers(results):
     model = worker_job.carriers_model()
     batches = worker_job.carriers_plan().batches(*worker_job.regression_data())
     model.fit(batches, epochs=2, verbose=0)
-    expected = {f"weight{i}": w.numpy() for i, w in enumerate(model.trainable_variables)}
+    expected = worker_job.weights_of(model)
     expected |= coordinates_of(model.trainable_variables[0]).to_arrays()
     for result in results:
         for name, value in expected.items():

@@ -121,6 +121,11 @@ def keras_alone(strategy, folder, worker):
     return found
 
 
+def weights_of(model):
+    """The trained weights by name, for a result file."""
+    return {f"weight{i}": w.numpy() for i, w in enumerate(model.trainable_variables)}
+
+
 def train(strategy, folder, worker):
     """A model with regulariser, metrics and validation data, then its evaluation by Keras."""
     x, y = regression_data()
@@ -128,10 +133,9 @@ def train(strategy, folder, worker):
         model = regression_model()
     batches = regression_plan().batches(x, y)
     history = model.fit(batches, epochs=2, verbose=0, validation_data=(x[:32], y[:32])).history
-    weights = {f"weight{i}": w.numpy() for i, w in enumerate(model.trainable_variables)}
     return {
         "ring_bytes": model.optimizer.run_state.noise.state_bytes,
-        **weights,
+        **weights_of(model),
         **{f"history_{name}": values for name, values in history.items()},
     }
 
@@ -141,8 +145,7 @@ def carriers(strategy, folder, worker):
     with strategy.scope():
         model = carriers_model()
     model.fit(carriers_plan().batches(*regression_data()), epochs=2, verbose=0)
-    weights = {f"weight{i}": w.numpy() for i, w in enumerate(model.trainable_variables)}
-    return {**weights, **coordinates_of(model.trainable_variables[0]).to_arrays()}
+    return {**weights_of(model), **coordinates_of(model.trainable_variables[0]).to_arrays()}
 
 
 def covariance(strategy, folder, worker):

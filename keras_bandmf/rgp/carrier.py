@@ -30,25 +30,25 @@ class Carrier:
 
     Args:
         layout: of the kernel.
+        path: of the kernel, for messages.
+        dtype: float32, or float64 for a float64 kernel.
         rank: r, at most the shorter side of the matrix.
         refresh_every: steps between two refreshes.
         power_iterations: of each refresh.
         warmup_steps: steps, the start included, at which the history is W_t itself, not W_t - W_0.
         restart: whether a refresh begins at new random carriers, or at those before it.
-        path: of the kernel, for messages.
-        dtype: float32, or float64 for a float64 kernel.
     """
 
     def __init__(
         self,
         layout: MatrixLayout,
-        rank: int,
-        refresh_every: int,
-        power_iterations: int,
-        warmup_steps: int,
-        restart: bool,
         path: str,
         dtype: str,
+        rank: int,
+        refresh_every: int = 1,
+        power_iterations: int = 1,
+        warmup_steps: int = 0,
+        restart: bool = False,
     ):
         self.layout = layout
         self.rank = rank
@@ -184,7 +184,7 @@ class Carrier:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The state, to be saved with the run."""
         self.pair()
-        return {name: np.asarray(self._state[name].numpy()) for name in self._state}
+        return {name: np.asarray(value.numpy()) for name, value in self._state.items()}
 
     def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes over what `to_arrays` returned.

@@ -73,12 +73,13 @@ def enable_rgp(
         ValueError: if the model is not built or is compiled, has carriers already, or an argument
             or a layer does not fit.
     """
-    check_numbers(
-        rank=rank,
-        refresh_every=refresh_every,
-        power_iterations=power_iterations,
-        warmup_steps=warmup_steps,
-    )
+    numbers = {
+        "rank": rank,
+        "refresh_every": refresh_every,
+        "power_iterations": power_iterations,
+        "warmup_steps": warmup_steps,
+    }
+    check_numbers(**numbers)
     check_scale(head_scale)
     check_flag(restart=restart)
     if not isinstance(model, keras.Model):
@@ -106,7 +107,7 @@ def enable_rgp(
     if head_scale != 1:
         scale_head(head_layers(model), candidates, float(head_scale))
     for layer in candidates:
-        _carry(layer, rank, refresh_every, power_iterations, warmup_steps, restart)
+        _carry(layer, **numbers, restart=restart)
     return model
 
 
@@ -207,19 +208,11 @@ def _check_kernel(layer: keras.layers.Layer, kernel: Any, layout: Any, rank: int
         )
 
 
-def _carry(
-    layer: keras.layers.Layer,
-    rank: int,
-    refresh_every: int,
-    power_iterations: int,
-    warmup_steps: int,
-    restart: bool,
-) -> None:
+def _carry(layer: keras.layers.Layer, **options: Any) -> None:
+    """Puts carriers on a layer's kernel; `options` are those of `Carrier`."""
     kernel, layout = carried_kernel(layer)
     dtype = "float64" if keras.backend.standardize_dtype(kernel.dtype) == "float64" else "float32"
-    carrier = Carrier(
-        layout, rank, refresh_every, power_iterations, warmup_steps, restart, kernel.path, dtype
-    )
+    carrier = Carrier(layout, kernel.path, dtype, **options)
     set_rule(layer, CarrierRule(type_rule(layer), carrier))
     set_coordinates(kernel, carrier)
 
@@ -255,7 +248,7 @@ class _Thin:
         if isinstance(found, str):
             raise ValueError(f"The layer cannot have carriers: {found}. Received: '{self.path}'.")
         _check_kernel(self, *found, self.rgp["rank"])
-        _carry(self, **self.rgp, warmup_steps=0, restart=False)
+        _carry(self, **self.rgp)
 
     def get_config(self) -> dict[str, Any]:
         """The config of the Keras layer, and rank and refreshes."""

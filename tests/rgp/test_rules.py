@@ -189,7 +189,7 @@ def test_contributions_are_bounded_where_positions_cancel():
     """In float32, where the product is rounding error: still no longer than its norm."""
     m, n, rank, count = 8, 8, 4, 12
     rng = np.random.default_rng(0)
-    carrier = Carrier(MatrixLayout((m, n), (0,), (1,)), rank, 1, 1, 0, False, "kernel", "float32")
+    carrier = Carrier(MatrixLayout((m, n), (0,), (1,)), "kernel", "float32", rank)
     carrier.start(keras.Variable(np.zeros((m, n)), dtype="float32"), np.zeros(2, np.uint64), 0)
     left, right = carrier.pair()
     g = rng.normal(size=(count, n)).astype(np.float32)
