@@ -14,7 +14,7 @@ from keras_bandmf.noise import normals, workers
 from keras_bandmf.noise.shards import ShardLayout
 
 # A sum of so few rows is part of one loop with all that follows; of more, a product is faster.
-_FUSED_SLOTS = 8
+_FUSED_SLOTS = 16
 
 
 class NoiseRows(Protocol):
@@ -90,7 +90,7 @@ class CorrelatedNoise:
             with tf.init_scope(), distribution.scope():
                 self._make_variables()
         self._tail = np.asarray(strategy.tail_scale(), np.float32)
-        self._advance_ring = tf.function(self._ring_pass, jit_compile=True, autograph=False)
+        self._next_row = tf.function(self._draw_and_pass, jit_compile=True, autograph=False)
         self.set_key(normals.fresh_key() if seed is None else normals.key_from_seed(seed))
 
     def _make_variables(self) -> None:
@@ -216,14 +216,7 @@ class CorrelatedNoise:
         expected = position.read_value()
         in_order = tf.equal(step, expected)
         position.assign(tf.where(in_order, step + 1, expected))
-        z = normals.standard_normals(
-            self._key.read_value(),
-            step,
-            self.layout.first_chunk(replica),
-            self.layout.chunks_per_shard,
-        )
-        row = self._advance_ring(z, step, self._release_scale(step, in_order), local)
-        return self.layout.split(row, replica)
+        return self._next_row(step, self._release_scale(step, in_order), replica)
 
     def _release_scale(self, step: tf.Tensor, in_order: tf.Tensor) -> tf.Tensor:
         scale = tf.constant(self.stddev, tf.float32)
@@ -233,12 +226,25 @@ class CorrelatedNoise:
             scale *= tf.where(position >= 0, tail, 1.0)
         return tf.where(in_order & (step < self.num_steps), scale, np.nan)
 
-    def _ring_pass(self, z: tf.Tensor, step: tf.Tensor, scale: tf.Tensor, local: int) -> tf.Tensor:
-        """Puts `x_i` of `z_i` and the ring into the ring and returns it scaled (XLA, one pass)."""
+    def _draw_and_pass(
+        self, step: tf.Tensor, scale: tf.Tensor, replica: int
+    ) -> list[tf.Tensor | None]:
+        """All of `share` that touches whole rows, as one XLA program."""
+        z = normals.standard_normals(
+            self._key.read_value(),
+            step,
+            self.layout.first_chunk(replica),
+            self.layout.chunks_per_shard,
+        )
+        row = self._ring_pass(z, step, replica - self._first_replica)
+        return self.layout.split(row * scale, replica)
+
+    def _ring_pass(self, z: tf.Tensor, step: tf.Tensor, local: int) -> tf.Tensor:
+        """Computes `x_i` from `z_i` and the ring, and puts it into the ring."""
         last = tf.shape(self._rows, out_type=tf.int64)[0] - 1
         coefficients = tf.gather(self._rows, tf.minimum(step, last))
         if not self.num_slots:
-            return z * (scale / coefficients[0])
+            return z / coefficients[0]
         ring = self._local(self._ring)[local]
         slot = step % self.num_slots
         # Slot s holds x_{i-k} for the k in 1 .. b-1 with s = i - k modulo b - 1.
@@ -250,4 +256,4 @@ class CorrelatedNoise:
             past = tf.linalg.matvec(ring, weights, transpose_a=True)
         row = (z - past) / coefficients[0]
         ring.scatter_nd_update([[slot]], row[tf.newaxis])
-        return row * scale
+        return row

@@ -1,4 +1,4 @@
-"""The counter-based normal stream: Philox bits turned into normals by Box-Muller.
+"""The counter-based normal stream: Philox words turned into normals by Box-Muller.
 
 Element `j` of row `step` depends on `(key, step, j)` alone, so a stream may be drawn in parts, by
 any number of replicas and in any order, and is always the same stream.
@@ -13,12 +13,18 @@ import os
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf.noise import philox
+
 #: Elements drawn as one unit. A shard of the stream is a whole number of chunks.
 CHUNK = 1024
 
-#: Philox makes four 32-bit words for each value of its counter.
-_WORDS_PER_COUNTER = 4
-_PHILOX = 1
+#: Two words of each value of Philox's counter make two normals.
+_COUNTERS_PER_CHUNK = CHUNK // 2
+
+#: Taylor coefficients in powers of the squared angle: up to pi / 4 what they leave out is 2e-9
+#: (sine) and 3e-8 (cosine), below the last place of float32.
+_SINE = [(-1) ** k / math.factorial(2 * k + 1) for k in range(5)]
+_COSINE = [(-1) ** k / math.factorial(2 * k) for k in range(5)]
 
 
 def fresh_key() -> np.ndarray:
@@ -54,12 +60,12 @@ def standard_normals(
     """Draws part of row `step` of the stream of independent standard normals.
 
     The 128 bits of `key` are Philox's 64-bit key and an offset of the half of its counter that
-    holds the step; the other half numbers the blocks of four words. A magnitude has 31 random
-    bits, so the largest value is sqrt(2 * 32 * ln 2) = 6.66.
+    numbers the pairs of normals; the other half holds the step. A magnitude has 31 random bits, so
+    the largest value is sqrt(2 * 32 * ln 2) = 6.66.
 
     Formal guarantees:
         Distinct `(key, step, element)` use distinct Philox outputs as long as fewer than 2**64
-        steps and 2**66 elements are drawn. Philox is a statistical generator, not a proven
+        steps and 2**65 elements are drawn. Philox is a statistical generator, not a proven
         cipher, and normals are rounded to float32.
 
     Args:
@@ -72,16 +78,54 @@ def standard_normals(
         Shape (num_chunks * CHUNK,), float32.
     """
     key = tf.bitcast(key, tf.uint64)
-    block = tf.constant(first_chunk * CHUNK // _WORDS_PER_COUNTER, tf.uint64)
-    counter = tf.stack([block, key[1] + tf.cast(step, tf.uint64)])
-    words = tf.raw_ops.StatelessRandomUniformFullIntV2(
-        shape=[num_chunks * CHUNK], key=key[:1], counter=counter, alg=_PHILOX, dtype=tf.int32
-    )
-    words = tf.reshape(words, [num_chunks, 2, CHUNK // 2])
+    # The offset also keeps compilers from embedding, as a constant, what depends on `low` alone.
+    low = tf.constant(first_chunk * _COUNTERS_PER_CHUNK, tf.uint64) + key[1]
+    pairs = _packed_pairs(low, tf.cast(step, tf.uint64), key[0], num_chunks)
+    return tf.reshape(tf.bitcast(pairs, tf.float32), [num_chunks * CHUNK])
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _packed_pairs(low: tf.Tensor, high: tf.Tensor, key: tf.Tensor, num_chunks: int) -> tf.Tensor:
+    """Normals of the counters from `low` on, two in each uint64, shape (num_chunks * CHUNK / 2,).
+
+    All of it is one loop, with one array that it writes: XLA makes a loop for each array, or
+    computes the words again. Hence the packing, and hence two words of each counter are dropped.
+    """
+    counters = tf.range(num_chunks * _COUNTERS_PER_CHUNK, dtype=tf.int32)
+    magnitude, angle, _, _ = philox.words(tf.cast(counters, tf.uint64) + low, high, key)
+    return _pack(*box_muller(magnitude, angle))
+
+
+def box_muller(magnitude: tf.Tensor, angle: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Turns pairs of random uint32 words into pairs of independent standard normals, float32.
+
+    Of `angle` 30 bits are an angle within pi / 4 of the first axis, where short polynomials give
+    cosine and sine and compilers vectorize all of it; the last bit swaps them, the one before it
+    is the cosine's sign: so all directions are equally likely.
+    """
     # Signed words convert to float far faster than unsigned ones. The half unit keeps log finite.
-    magnitude_bits = tf.bitwise.bitwise_and(words[:, 0], 0x7FFFFFFF)
-    uniform = tf.cast(magnitude_bits, tf.float32) * 2.0**-31 + 2.0**-32
+    bits = tf.bitcast(tf.bitwise.right_shift(magnitude, tf.constant(1, tf.uint32)), tf.int32)
+    uniform = tf.cast(bits, tf.float32) * 2.0**-31 + 2.0**-32
     radius = tf.sqrt(-2.0 * tf.math.log(uniform))
-    angle = tf.cast(words[:, 1], tf.float32) * (math.pi * 2.0**-31)
-    pairs = tf.stack([radius * tf.cos(angle), radius * tf.sin(angle)], axis=1)
-    return tf.reshape(pairs, [num_chunks * CHUNK])
+    angle = tf.bitcast(angle, tf.int32)
+    swap = tf.equal(tf.bitwise.bitwise_and(angle, 1), 1)
+    radius_of_cosine = tf.where(tf.equal(tf.bitwise.bitwise_and(angle, 2), 2), -radius, radius)
+    turn = tf.cast(tf.bitwise.right_shift(angle, 2), tf.float32) * (math.pi / 4 * 2.0**-29)
+    square = turn * turn
+    cosine = radius_of_cosine * _polynomial(_COSINE, square)
+    sine = radius * turn * _polynomial(_SINE, square)
+    return tf.where(swap, sine, cosine), tf.where(swap, cosine, sine)
+
+
+def _polynomial(coefficients: list[float], x: tf.Tensor) -> tf.Tensor:
+    """Horner's rule, coefficients from the constant on."""
+    value = coefficients[-1]
+    for coefficient in coefficients[-2::-1]:
+        value = value * x + coefficient
+    return value
+
+
+def _pack(low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:
+    """Two float32 tensors as the halves of uint64 values."""
+    low, high = (tf.cast(tf.bitcast(value, tf.uint32), tf.uint64) for value in (low, high))
+    return tf.bitwise.bitwise_or(low, tf.bitwise.left_shift(high, tf.constant(32, tf.uint64)))
