@@ -144,7 +144,7 @@ def noise_steps(size: int, num_bands: int):
         return tf.random.stateless_normal((size,), seed, alg="philox")
 
     def ring_pass(z: tf.Tensor) -> tf.Tensor:
-        return noise._ring_pass(z, counter.read_value(), 0)
+        return noise._ring_pass(z, counter.read_value(), tf.constant(True), 0)
 
     draw, builtin, whole = (
         tf.function(function, autograph=False) for function in (draw, builtin, noise.next)

@@ -56,7 +56,7 @@ class CorrelatedNoise:
         seed: an integer for tests only. By default the key comes from the operating system.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or a replica would draw 2**31 values or more.
     """
 
     def __init__(
@@ -80,6 +80,12 @@ class CorrelatedNoise:
         # A central storage has one place for state: the first replica draws the whole row.
         central = isinstance(distribution, tf.distribute.experimental.CentralStorageStrategy)
         self.layout = ShardLayout(shapes, 1 if central else self.num_replicas)
+        if self.layout.shard_size >= 2**31:
+            raise ValueError(
+                "A replica can draw the noise of fewer than 2**31 parameters. Received: a model of "
+                f"{self.layout.size} parameters on {self.layout.num_shards} replicas. Train on "
+                "more replicas, or fewer of its variables."
+            )
         self._distribution = distribution
         self._first_replica = workers.local_replicas(distribution)[0]
         if central:
@@ -214,33 +220,33 @@ class CorrelatedNoise:
         local = replica - self._first_replica
         position = self._local(self._position)[local]
         expected = position.read_value()
-        in_order = tf.equal(step, expected)
-        position.assign(tf.where(in_order, step + 1, expected))
-        return self._next_row(step, self._release_scale(step, in_order), replica)
+        allowed = tf.equal(step, expected) & (step < self.num_steps)
+        position.assign(tf.where(allowed, step + 1, expected))
+        return self.layout.split(self._next_row(step, allowed, replica), replica)
 
-    def _release_scale(self, step: tf.Tensor, in_order: tf.Tensor) -> tf.Tensor:
+    def _release_scale(self, step: tf.Tensor) -> tf.Tensor:
         scale = tf.constant(self.stddev, tf.float32)
         if self._tail.size:
             position = step - (self.num_steps - self._tail.size)
             tail = tf.gather(self._tail, tf.clip_by_value(position, 0, self._tail.size - 1))
             scale *= tf.where(position >= 0, tail, 1.0)
-        return tf.where(in_order & (step < self.num_steps), scale, np.nan)
+        return scale
 
-    def _draw_and_pass(
-        self, step: tf.Tensor, scale: tf.Tensor, replica: int
-    ) -> list[tf.Tensor | None]:
-        """All of `share` that touches whole rows, as one XLA program."""
+    def _draw_and_pass(self, step: tf.Tensor, allowed: tf.Tensor, replica: int) -> tf.Tensor:
+        """A replica's part of the row, drawn and passed through the ring: one XLA program."""
         z = normals.standard_normals(
             self._key.read_value(),
             step,
             self.layout.first_chunk(replica),
             self.layout.chunks_per_shard,
         )
-        row = self._ring_pass(z, step, replica - self._first_replica)
-        return self.layout.split(row * scale, replica)
+        row = self._ring_pass(z, step, allowed, replica - self._first_replica)
+        return row * tf.where(allowed, self._release_scale(step), np.nan)
 
-    def _ring_pass(self, z: tf.Tensor, step: tf.Tensor, local: int) -> tf.Tensor:
-        """Computes `x_i` from `z_i` and the ring, and puts it into the ring."""
+    def _ring_pass(
+        self, z: tf.Tensor, step: tf.Tensor, allowed: tf.Tensor, local: int
+    ) -> tf.Tensor:
+        """Computes `x_i` from `z_i` and the ring, and puts it into the ring if that is allowed."""
         last = tf.shape(self._rows, out_type=tf.int64)[0] - 1
         coefficients = tf.gather(self._rows, tf.minimum(step, last))
         if not self.num_slots:
@@ -255,5 +261,6 @@ class CorrelatedNoise:
         else:
             past = tf.linalg.matvec(ring, weights, transpose_a=True)
         row = (z - past) / coefficients[0]
-        ring.scatter_nd_update([[slot]], row[tf.newaxis])
+        kept = tf.where(allowed, row, tf.gather(ring, slot))
+        ring.scatter_nd_update([[slot]], kept[tf.newaxis])
         return row

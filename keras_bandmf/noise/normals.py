@@ -26,6 +26,10 @@ _COUNTERS_PER_CHUNK = CHUNK // 2
 _SINE = [(-1) ** k / math.factorial(2 * k + 1) for k in range(5)]
 _COSINE = [(-1) ** k / math.factorial(2 * k) for k in range(5)]
 
+#: Those of -log(1 - x) / x. Up to x = 1 / 16, where they serve, they leave out 9e-9.
+_LOGARITHM = [1 / (k + 1) for k in range(6)]
+_LOGARITHM_LIMIT = 1 / 16
+
 
 def fresh_key() -> np.ndarray:
     """Returns 128 secret bits of the operating system: shape (2,), uint64."""
@@ -61,7 +65,7 @@ def standard_normals(
 
     The 128 bits of `key` are Philox's 64-bit key and an offset of the half of its counter that
     numbers the pairs of normals; the other half holds the step. A magnitude has 31 random bits, so
-    the largest value is sqrt(2 * 32 * ln 2) = 6.66.
+    the largest value is sqrt(2 * 32 * ln 2) = 6.66; no value is 0.
 
     Formal guarantees:
         Distinct `(key, step, element)` use distinct Philox outputs as long as fewer than 2**64
@@ -88,8 +92,8 @@ def standard_normals(
 def _packed_pairs(low: tf.Tensor, high: tf.Tensor, key: tf.Tensor, num_chunks: int) -> tf.Tensor:
     """Normals of the counters from `low` on, two in each uint64, shape (num_chunks * CHUNK / 2,).
 
-    All of it is one loop, with one array that it writes: XLA makes a loop for each array, or
-    computes the words again. Hence the packing, and hence two words of each counter are dropped.
+    XLA makes a loop for each array that is written, and may compute the words again in each. So
+    two words of each counter are dropped, and the two normals are packed into one array.
     """
     counters = tf.range(num_chunks * _COUNTERS_PER_CHUNK, dtype=tf.int32)
     magnitude, angle, _, _ = philox.words(tf.cast(counters, tf.uint64) + low, high, key)
@@ -106,11 +110,18 @@ def box_muller(magnitude: tf.Tensor, angle: tf.Tensor) -> tuple[tf.Tensor, tf.Te
     # Signed words convert to float far faster than unsigned ones. The half unit keeps log finite.
     bits = tf.bitcast(tf.bitwise.right_shift(magnitude, tf.constant(1, tf.uint32)), tf.int32)
     uniform = tf.cast(bits, tf.float32) * 2.0**-31 + 2.0**-32
-    radius = tf.sqrt(-2.0 * tf.math.log(uniform))
+    # Of a uniform near 1 float32 keeps few digits: its distance from 1 has them all.
+    distance = tf.cast(2**31 - 1 - bits, tf.float32) * 2.0**-31 + 2.0**-32
+    energy = tf.where(
+        distance < _LOGARITHM_LIMIT,
+        distance * _polynomial(_LOGARITHM, distance),
+        -tf.math.log(uniform),
+    )
+    radius = tf.sqrt(2.0 * energy)
     angle = tf.bitcast(angle, tf.int32)
     swap = tf.equal(tf.bitwise.bitwise_and(angle, 1), 1)
     radius_of_cosine = tf.where(tf.equal(tf.bitwise.bitwise_and(angle, 2), 2), -radius, radius)
-    turn = tf.cast(tf.bitwise.right_shift(angle, 2), tf.float32) * (math.pi / 4 * 2.0**-29)
+    turn = (tf.cast(tf.bitwise.right_shift(angle, 2), tf.float32) + 0.5) * (math.pi / 4 * 2.0**-29)
     square = turn * turn
     cosine = radius_of_cosine * _polynomial(_COSINE, square)
     sine = radius * turn * _polynomial(_SINE, square)

@@ -97,16 +97,16 @@ def test_covariance_is_that_of_the_mechanism():
     assert (raw_scores**2 / variances).sum() > scipy.stats.chi2.isf(1e-4, scores.size)
 
 
-def replica_rows(strategy, seed=7):
+def replica_rows(strategy, shapes=SHAPES, num_rows=None):
     distribution = runs.mirrored()
     with distribution.scope():
-        noise = CorrelatedNoise(strategy, 1.5, SHAPES, seed=seed)
+        noise = CorrelatedNoise(strategy, 1.5, shapes, seed=7)
 
     def replica_share(step):
         context = tf.distribute.get_replica_context()
         replica = int(tf.get_static_value(context.replica_id_in_sync_group))
         shares = noise.share(step, replica)
-        zeros = [tf.zeros(shape) for shape in SHAPES]
+        zeros = [tf.zeros(shape) for shape in shapes]
         mine = [z if s is None else s for s, z in zip(shares, zeros, strict=True)]
         return context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
 
@@ -116,7 +116,7 @@ def replica_rows(strategy, seed=7):
         return [distribution.experimental_local_results(part)[0] for part in per_replica]
 
     rows = []
-    for step in range(strategy.num_steps):
+    for step in range(num_rows or strategy.num_steps):
         parts = step_of(tf.constant(step, tf.int64))
         rows.append(np.concatenate([np.ravel(part) for part in parts]))
     return np.array(rows), noise
@@ -131,6 +131,17 @@ def test_two_replicas_make_the_same_stream_from_half_the_ring_each(name):
     if single.state_bytes:
         assert noise.state_bytes == single.state_bytes / 2
         np.testing.assert_array_equal(noise.get_ring(), single.get_ring())
+
+
+@pytest.mark.parametrize("num_bands", [5, 20])
+def test_long_rows_are_bit_equal_on_two_replicas(num_bands):
+    """Long enough for XLA to divide its loops among threads, at other places on each replica."""
+    strategy = ToeplitzStrategy(0.8 ** np.arange(num_bands), 100)
+    shapes = [(701, 613), (999_983,)]
+    shared, _ = replica_rows(strategy, shapes, num_rows=4)
+    single = CorrelatedNoise(strategy, 1.5, shapes, seed=7)
+    for row in shared:
+        np.testing.assert_array_equal(row, np.concatenate([np.ravel(p) for p in single.next()]))
 
 
 @pytest.mark.parametrize("replica", [0, 1])
@@ -189,14 +200,32 @@ def test_no_noise_is_left_after_the_last_step():
 
 
 @pytest.mark.parametrize("options", [None, {}, {"jit_compile": True}])
-def test_a_row_is_given_out_once_and_in_order(options):
-    """The same noise on two gradients would cancel: any other row than the next one is NaN."""
-    noise = CorrelatedNoise(STRATEGIES["toeplitz"](), 1.0, [(3,)], seed=1)
+@pytest.mark.parametrize("name", ["identity", "two_bands", "toeplitz", "as_many_bands_as_steps"])
+def test_a_row_is_given_out_once_and_in_order(name, options):
+    """The same noise on two gradients would cancel: any other row than the next one is NaN.
+
+    It changes nothing: the rows after it are those of the stream.
+    """
+    noise = CorrelatedNoise(STRATEGIES[name](), 1.0, [(3,)], seed=1)
+    expected = whole_stream(CorrelatedNoise(STRATEGIES[name](), 1.0, [(3,)], seed=1))
     share = noise.share if options is None else tf.function(noise.share, **options)
-    for step, fine in [(0, True), (1, True), (1, False), (0, False), (3, False), (2, True)]:
+    for step in [0, 1, *range(2, 24), 24]:
+        for wrong in (step + 1, step - 1, 0, 100, -1):
+            if wrong != step:
+                assert np.isnan(share(tf.constant(wrong))[0]).all()
+        assert noise.position == step
         row = share(tf.constant(step))[0].numpy()
-        assert np.isfinite(row).all() == fine and np.isnan(row).all() != fine
-    assert noise.position == 3
+        if step < 24:
+            np.testing.assert_allclose(row, expected[step], atol=1e-6)
+        else:
+            assert np.isnan(row).all()
+    assert noise.position == 24
+
+
+def test_a_shard_too_long_to_compile_is_refused():
+    """XLA ends the process, without an error, where a loop is of 2**31 elements or more."""
+    with pytest.raises(ValueError, match="replicas"):
+        CorrelatedNoise(STRATEGIES["identity"](), 1.0, [(2**16, 2**15)])
 
 
 @pytest.mark.parametrize("stddev", [-1.0, np.nan, np.inf, "1", None, [1.0]])

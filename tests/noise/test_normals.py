@@ -59,7 +59,11 @@ def test_no_piece_of_the_stream_is_repeated():
     assert len(np.unique(neighbours, axis=0)) == len(neighbours)
 
 
-WORDS = np.array([0, 1, 2, 3, 2**31 - 1, 2**31, 2**31 + 2, 2**32 - 2, 2**32 - 1], np.uint32)
+WORDS = np.array([0, 1, 2, 3, 4, 8, 2**31 - 1, 2**31, 2**31 + 2, 2**32 - 2, 2**32 - 1], np.uint32)
+# Radii on both sides of the place where the logarithm changes, and the smallest.
+WORDS = np.concatenate([WORDS, 2**32 - 1 - 2 ** np.arange(1, 29, 3), [15 * 2**28]]).astype(
+    np.uint32
+)
 
 
 def test_box_muller_is_that_of_float64():
@@ -69,17 +73,12 @@ def test_box_muller_is_that_of_float64():
     magnitude, angle = np.concatenate([drawn, extreme], axis=1)
     found = normals.box_muller(tf.constant(magnitude), tf.constant(angle))
     radius = np.sqrt(-2 * np.log((magnitude >> 1) * 2.0**-31 + 2.0**-32))
-    turn = (angle.view(np.int32) >> 2) * 2.0**-29 * np.pi / 4
+    turn = ((angle.view(np.int32) >> 2) + 0.5) * 2.0**-29 * np.pi / 4
     cosine = radius * np.cos(turn) * np.where(angle & 2, -1, 1)
     sine = radius * np.sin(turn)
     expected = np.where(angle & 1, [sine, cosine], [cosine, sine])
-    # The largest uniforms are rounded: radii below 5e-4 lose digits.
-    np.testing.assert_allclose(np.array(found), expected, rtol=1e-6, atol=5e-4)
-    normal_radius = radius > 0.05
-    np.testing.assert_allclose(
-        np.array(found)[:, normal_radius], expected[:, normal_radius], rtol=2e-5, atol=2e-6
-    )
-    assert np.abs(found).max() < 6.67
+    np.testing.assert_allclose(np.array(found), expected, rtol=2e-6)
+    assert 0 < np.abs(found).min() and np.abs(found).max() < 6.67
 
 
 def test_no_direction_is_preferred():
@@ -108,6 +107,17 @@ def test_a_part_equals_the_same_part_of_the_whole():
     whole = draw(step=9)
     part = draw(step=9, first_chunk=17, num_chunks=5)
     np.testing.assert_array_equal(part, whole[17 * normals.CHUNK : 22 * normals.CHUNK])
+
+
+def test_counters_may_begin_anew_at_zero():
+    """The key moves them: some key has its first chunk at the end of the 64 bits."""
+    last = normals.CHUNK // 2
+    key = np.array([KEY[0], 2**64 - last], np.uint64)
+    first = np.array([KEY[0], 0], np.uint64)
+    np.testing.assert_array_equal(
+        draw(key=key, num_chunks=3)[normals.CHUNK :], draw(key=first, num_chunks=2)
+    )
+    assert not np.isin(draw(key=key, num_chunks=1), draw(key=first, num_chunks=2)).any()
 
 
 def test_graph_and_xla_agree_with_eager():
