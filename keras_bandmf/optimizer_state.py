@@ -123,10 +123,13 @@ class RunState:
             if replay
             else "; not the noise key"
         )
+        slots = self.noise.num_slots
+        ring = (
+            f"the last {slots} rows of its noise, which can be subtracted from released weights, "
+        )
         warnings.warn(
-            "What is saved holds secrets of a private run: the sampler's key, the last "
-            f"{self.noise.num_slots} rows of its noise, which can be subtracted from released "
-            f"weights, and its step{key}. Keep the file as secret as the data; "
+            "What is saved holds secrets of a private run: the sampler's key, "
+            f"{ring if slots else ''}and its step{key}. Keep the file as secret as the data; "
             "`keras_bandmf.export(model, path)` writes what may be released.",
             stacklevel=2,
         )

@@ -39,17 +39,19 @@ def test_the_exported_model_answers_as_the_trained_one(tmp_path):
     np.testing.assert_allclose(served.serve(x), model.predict(x, verbose=0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("replay", [False, True])
-def test_saving_warns_once_and_names_what_the_file_holds(replay, tmp_path):
+@pytest.mark.parametrize(("replay", "num_bands"), [(False, 4), (True, 4), (False, 1)])
+def test_saving_warns_once_and_names_what_the_file_holds(replay, num_bands, tmp_path):
     """In the words of what is there: without replay no noise key is written."""
-    model = runs.compiled(runs.noise_model(units=40), runs.make_plan(), replay=replay)
+    plan = runs.make_plan(num_bands)
+    model = runs.compiled(runs.noise_model(units=40), plan, replay=replay)
     model.optimizer.build(model.trainable_variables)
     with pytest.warns(UserWarning, match="secrets of a private run") as caught:
         model.save(tmp_path / "run.keras")
         model.save_weights(tmp_path / "run.weights.h5")
         tf.train.Checkpoint(optimizer=model.optimizer).save(tmp_path / "run")
     (message,) = [str(w.message) for w in caught if "private run" in str(w.message)]
-    assert "last 3 rows" in message and "export" in message
+    assert ("last 3 rows" in message) == (num_bands == 4) == ("rows of its noise" in message)
+    assert "export" in message
     assert ("all noise of the run" in message) == replay
     content = (tmp_path / "run.weights.h5").read_bytes()
     state = model.optimizer.run_state

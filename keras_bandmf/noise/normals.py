@@ -68,9 +68,10 @@ def standard_normals(
     the largest value is sqrt(2 * 32 * ln 2) = 6.66; no value is 0.
 
     Formal guarantees:
-        Distinct `(key, step, element)` use distinct Philox outputs as long as fewer than 2**64
-        steps and 2**65 elements are drawn. Philox is a statistical generator, not a proven
-        cipher, and normals are rounded to float32.
+        Under one key, distinct pairs of elements and distinct steps use distinct counters of
+        Philox, as long as fewer than 2**64 steps and 2**65 elements are drawn. Random keys have
+        the same Philox key with probability 2**-64. Philox is a statistical generator, not a
+        proven cipher, and normals are rounded to float32.
 
     Args:
         key: shape (2,), int64 or uint64.
