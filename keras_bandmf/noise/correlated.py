@@ -84,7 +84,7 @@ class CorrelatedNoise:
             raise ValueError(
                 "A replica can draw the noise of fewer than 2**31 parameters. Received: a model of "
                 f"{self.layout.size} parameters on {self.layout.num_shards} replicas. Train on "
-                "more replicas, or fewer of its variables."
+                "more replicas (a central storage counts as one), or fewer of its variables."
             )
         self._distribution = distribution
         self._first_replica = workers.local_replicas(distribution)[0]

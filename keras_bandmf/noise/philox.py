@@ -1,8 +1,7 @@
 """Philox4x32-10, the counter-based generator of random bits, in plain TensorFlow operations.
 
-XLA makes one loop of them, and of what is computed from the words. TensorFlow's own operation
-gives the same words, but no compiler fuses it, and XLA's version of it is twelve times slower on
-processors.
+XLA fuses them with what is computed from the words. TensorFlow's own operation gives the same
+words, but is not fused, and XLA's version of it is twelve times slower on processors.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """

@@ -66,12 +66,14 @@ WORDS = np.concatenate([WORDS, 2**32 - 1 - 2 ** np.arange(1, 29, 3), [15 * 2**28
 )
 
 
-def test_box_muller_is_that_of_float64():
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_box_muller_is_that_of_float64(jit_compile):
     """The radius from 31 bits of one word; direction, swap and sign from the other."""
     drawn = np.random.default_rng(0).integers(0, 2**32, (2, 10_000), dtype=np.uint32)
     extreme = np.stack(np.meshgrid(WORDS, WORDS)).reshape(2, -1)
     magnitude, angle = np.concatenate([drawn, extreme], axis=1)
-    found = normals.box_muller(tf.constant(magnitude), tf.constant(angle))
+    compiled = tf.function(normals.box_muller, jit_compile=jit_compile, autograph=False)
+    found = compiled(tf.constant(magnitude), tf.constant(angle))
     radius = np.sqrt(-2 * np.log((magnitude >> 1) * 2.0**-31 + 2.0**-32))
     turn = ((angle.view(np.int32) >> 2) + 0.5) * 2.0**-29 * np.pi / 4
     cosine = radius * np.cos(turn) * np.where(angle & 2, -1, 1)
