@@ -1,6 +1,7 @@
 """The callbacks of a private fit."""
 
 import keras
+import numpy as np
 import pytest
 
 import keras_bandmf as bandmf
@@ -94,6 +95,20 @@ def test_a_counter_moved_before_the_first_epoch_is_seen():
     model.optimizer.iterations.assign(2)
     with pytest.raises(ValueError, match="counter was moved"):
         guard.on_epoch_begin(0)
+
+
+@pytest.mark.parametrize("sampling", ["cyclic_poisson", "fixed_order"])
+def test_every_step_of_every_fit_has_the_examples_of_its_own_number(sampling):
+    """Batches begin at the optimizer's step, at each epoch and each call of `fit`."""
+    plan = runs.make_plan(noise_multiplier=1e-3, num_steps=36, sampling=sampling)
+    model = runs.compiled(runs.counting_model(), plan)
+    batches = plan.batches(*runs.counting_data())
+    updates = [runs.fit(model, batches, epochs=1, steps_per_epoch=5)]
+    updates += [runs.fit(model, batches, epochs=2, steps_per_epoch=7)]
+    taken = np.concatenate(updates) * plan.batch_size > 0.5
+    assert len(taken) == 19
+    for step, row in enumerate(taken):
+        assert sorted(np.flatnonzero(row)) == sorted(batches.indices(step))
 
 
 @pytest.mark.parametrize("seed", [None, 5])

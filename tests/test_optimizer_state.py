@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from keras_bandmf.noise import workers
 from keras_bandmf.optimizer_state import RunState
 from tests import runs
 
@@ -83,3 +84,44 @@ def test_a_refused_restore_leaves_position_and_keys_alone():
     assert run.noise.position == 0 and run.restores == 0
     np.testing.assert_array_equal(run.sampler_key, sampler_key)
     np.testing.assert_array_equal(run.noise.get_key(), noise_key)
+
+
+def _restored(run):
+    run.from_arrays(run.to_arrays(replay=True), replay=False)
+
+
+def _replayed(run):
+    run.from_arrays(run.to_arrays(replay=True), replay=True)
+    run.restores = 0
+
+
+WORKER_DIFFERENCES = {
+    "fingerprint": lambda run: setattr(run, "fingerprint", "cd" * 32),
+    "data": lambda run: run.accept_data(b"other rows", seeded=False),
+    "position": lambda run: setattr(run.noise, "position", 3),
+    "seed": lambda run: setattr(run, "seeded", False),
+    "sampler key": lambda run: setattr(run, "sampler_key", run.sampler_key + np.uint64(1)),
+    "restore": _restored,
+    "replay": _replayed,
+}
+
+
+@pytest.mark.parametrize("difference", [None, *WORKER_DIFFERENCES])
+def test_worker_processes_must_agree_on_everything_but_the_noise_key(difference, monkeypatch):
+    """The chief's noise key is that of all; one worker that was restored alone is another run."""
+    said = []
+
+    def same_everywhere(strategy, content):
+        said.append(content)
+        return len(set(said)) == 1
+
+    monkeypatch.setattr(workers, "same_everywhere", same_everywhere)
+    chief, worker = state(seed=1), state(seed=1)
+    worker.noise.set_key(worker.noise.get_key() + np.uint64(1))
+    chief.check_workers()
+    if difference is None:
+        worker.check_workers()
+        return
+    WORKER_DIFFERENCES[difference](worker)
+    with pytest.raises(ValueError, match="do not do the same run"):
+        worker.check_workers()

@@ -6,10 +6,11 @@ import tensorflow as tf
 
 from keras_bandmf.clipping.embedding_rules import lookup
 from keras_bandmf.clipping.factors import Layout, Lookup, Outer, Rows, Unsupported, prefers_product
-from keras_bandmf.clipping.merge import merged
+from keras_bandmf.clipping.merge import Tied, merged
 from keras_bandmf.clipping.modes import AutomaticClipping
 
 WEIGHTS = np.array([0.5, 0.0, 1.0], "float32")
+LAYOUT = Layout((5, 3))
 
 
 def outer(rng, positions, groups=1, width_in=4, width_out=3):
@@ -169,3 +170,14 @@ def test_ids_that_no_row_has_are_not_understated(compiled):
 
     squared, released = norms()
     assert (np.array(released) <= squared.numpy() * (1 + 1e-5)).all()
+
+
+def test_uses_of_a_tied_table_that_cancel_keep_the_floor_of_both():
+    """Rounding grows with what was added up in either use, and so does the least norm."""
+    g = np.zeros((1, 2, 3), "float32")
+    g[0] = [[1e4, 0, 0], [-1e4, 0, 0]]  # the look-ups cancel; the matrix's use is small
+    a, b = np.full((1, 1, 2, 5), 1e-3, "float32"), np.full((1, 1, 2, 3), 1e-3, "float32")
+    ids = tf.zeros((1, 2), tf.int32)
+    tied = Tied(Lookup(ids, tf.constant(g), 5), Outer(tf.constant(a), tf.constant(b), LAYOUT))
+    lengths = 2 * 1e4 + 2 * np.linalg.norm(a[0, 0, 0]) * np.linalg.norm(b[0, 0, 0])
+    assert tied.squared_norms()[0] >= 64 * 2.0**-23 * lengths**2 * (1 - 1e-5)

@@ -207,6 +207,21 @@ def test_contributions_are_bounded_where_positions_cancel():
     assert np.max(released / norms) < 1 + 1e-5
 
 
+def test_the_norm_is_at_least_that_of_either_carrier():
+    """Whatever rounding made of the part that is subtracted: here it is four times too large."""
+    carrier = Carrier(MatrixLayout((6, 5), (0,), (1,)), "kernel", "float32", 2)
+    carrier.start(keras.Variable(np.zeros((6, 5)), dtype="float32"), np.zeros(2, np.uint64), 0)
+    left, right = carrier.pair()
+    x = tf.matmul(tf.random.stateless_normal([3, 1, 2], [0, 1]), left[None], transpose_b=True)
+    g = tf.matmul(tf.random.stateless_normal([3, 1, 2], [0, 2]), right[None])
+    thin, a = tf.matmul(g, right[None], transpose_b=True), 2.0 * tf.matmul(x, left[None])
+    whole = Outer(x[:, None], thin[:, None], Layout((6, 2)))
+    factor = CarrierFactor(carrier, whole, a[:, None], thin[:, None], g[:, None])
+    factor = factor.joined([factor])
+    floors = factor.whole.squared_norms(), factor._right().squared_norms()
+    assert np.all(factor.squared_norms() >= np.maximum(*floors))
+
+
 def test_microbatches_and_graphs_give_the_same():
     model = MODELS["conv"]()
     started(model)

@@ -375,3 +375,26 @@ def test_bad_class_weight(y, class_weight, error, match):
 def test_class_weight_with_weights_of_several_outputs():
     with pytest.raises(TypeError, match="single output"):
         read(y=np.arange(N), sample_weight={"a": np.ones(N)}, class_weight={0: 1.0})
+
+
+def test_the_digest_depends_on_rows_their_order_columns_and_key():
+    """An example is its row number: the same rows in another order are another data set."""
+    x, y = np.arange(2.0 * N).reshape(N, 2), np.arange(N) % 3
+    key = b"k" * 16
+    first = read(x, y).digest(key)
+    assert first == read(x.copy(), y.copy()).digest(key) and len(first) == 32
+    swapped = x.copy()
+    swapped[[3, 7]] = swapped[[7, 3]]
+    one_value = x.copy()
+    one_value[-1, -1] += 1
+    others = [
+        read(swapped, y).digest(key),
+        read(x[::-1].copy(), y[::-1].copy()).digest(key),
+        read(one_value, y).digest(key),
+        read(x.astype(np.int32), y).digest(key),
+        read(x.reshape(N, 2, 1), y).digest(key),
+        read(x).digest(key),
+        read(x, sample_weight=y.astype(float)).digest(key),
+        read(x, y).digest(b"l" * 16),
+    ]
+    assert len({first, *others}) == 1 + len(others)
