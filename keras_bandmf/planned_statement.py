@@ -61,7 +61,7 @@ def planned_statement(
         batch_size=schedule.batch_size,
         num_bands=bands,
         noise_multiplier=noise_multiplier,
-        accountant=accountant_name(schedule.dp_event(noise_multiplier, charged), delta),
+        accountant=accountant_name(schedule.dp_event(noise_multiplier, charged)),
         other_accountants=others,
         data=_data(schedule),
         caveats=_caveats(schedule, delta, charged),
