@@ -11,18 +11,17 @@ import scipy.fft
 import scipy.optimize
 import scipy.special
 
+from keras_bandmf.round_loss import RoundLoss, SampledRound
+
 _U = 2.0**-53
 _NEGLIGIBLE = 1e-9  # the shares of delta that cut tails may take; they are charged
 _FAR = 30.0  # a tilted sum leaves the window with probability exp(-30): costs accuracy, not safety
 _VANISHING = 60.0  # powers of the spectrum below exp(-60) are taken as zero, and charged
 _MAX_WINDOW = 2**22  # points of the discrete Fourier transform
-_MAX_BUCKETS = 20_000  # of a round's loss
 _LEAST_NOISE = 0.01  # below it, sampling is ignored: epsilon is that of taking part every time
 _ROUGH = 1e-3  # the accuracy that tilts are tried at
 _MAX_TILTS = 6
 _LOG_ORDERS = (-12.0, 20.0)  # where tilts are looked for
-# Nodes a unit interval; the integrands are analytic far beyond, so 8 nodes are exact to 1e-15.
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(8)
 
 
 def gaussian_epsilon(sigma: float, delta: float) -> float:
@@ -92,7 +91,9 @@ def sampled_gaussian_epsilon(
         return 0.0
     if sigma < _LEAST_NOISE or everyone == 0.0:
         return everyone
-    mechanism = _Round(probability, sigma, math.sqrt(2 * math.log(rounds / (_NEGLIGIBLE * delta))))
+    mechanism = SampledRound(
+        probability, sigma, math.sqrt(2 * math.log(rounds / (_NEGLIGIBLE * delta)))
+    )
     unit = 0.05 * probability * min(1.0, 1.0 / sigma)
     sketches = mechanism.on_grid(unit, 0.1, math.inf)
     directions = [_Direction(mechanism, i, sketches[i], rounds, delta) for i in (0, 1)]
@@ -109,127 +110,12 @@ def sampled_gaussian_epsilon(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loss:
-    """The loss of a round: `masses` at `indices * unit`, and some mass at infinity, apart."""
-
-    unit: float
-    indices: np.ndarray
-    masses: np.ndarray
-
-    def log_moment(self, order: float) -> float:
-        """log E exp(order * loss)."""
-        return float(scipy.special.logsumexp(order * self.unit * self.indices, b=self.masses))
-
-    def tilted(self, order: float) -> np.ndarray:
-        """The masses times exp(order * loss), scaled to sum 1."""
-        with np.errstate(divide="ignore"):
-            logs = np.log(self.masses) + order * self.unit * self.indices
-        return np.exp(logs - self.log_moment(order))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Round:
-    """A Poisson-sampled Gaussian, looked at up to `reach` standard deviations from its means."""
-
-    probability: float
-    sigma: float
-    reach: float
-
-    def loss(self, x: np.ndarray) -> np.ndarray:
-        """log of the ratio of densities, mixture over plain, at the outputs `x`."""
-        exponent = (2 * x - 1) / (2 * self.sigma**2)
-        return np.logaddexp(math.log1p(-self.probability), math.log(self.probability) + exponent)
-
-    def output(self, loss: np.ndarray) -> np.ndarray:
-        """The output of that loss; -inf for a loss that no output has."""
-        q = self.probability
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            small = np.log(np.maximum(np.expm1(np.minimum(loss, 1.0)) + q, 0.0))
-            large = loss + np.log1p(-(1 - q) * np.exp(-np.maximum(loss, 1.0)))
-        log_excess = np.where(loss < 1.0, small, large)
-        return self.sigma**2 * (log_excess - math.log(q)) + 0.5
-
-    def on_grid(self, unit: float, growth: float, widest: float) -> tuple[_Loss, _Loss]:
-        """The loss of adding the example, reversed, and of removing it: (remove, add).
-
-        Intervals are `unit` wide near 0 and up to `growth` of the loss, or `widest`, further out.
-        """
-        x_low, x_high = -self.reach * self.sigma, 1.0 + self.reach * self.sigma
-        first, last = self.loss(np.array([x_low, x_high])) / unit
-        indices = _grid(math.floor(first), math.ceil(last), growth, widest / unit)
-        edges = indices * unit
-        cuts = np.clip(self.output(edges), x_low, x_high)
-        cuts[0], cuts[-1] = x_low, x_high
-        bucket, x, weight = self._nodes(cuts)
-        loss = self.loss(x)
-        log_plain = -0.5 * (x / self.sigma) ** 2 - math.log(self.sigma * math.sqrt(2 * math.pi))
-        width = np.diff(edges)
-        size = np.maximum(np.abs(edges[:-1]), np.abs(edges[1:]))
-        rounding = size + abs(math.log(self.probability)) + 1.0
-        slack = 1e-14 * rounding * (self.probability + size) / width
-        beyond = 0.5 * math.exp(-(self.reach**2) / 2)  # at least the plain mass on each side
-        halves = []
-        for log_density, above in (
-            (log_plain + loss, loss - edges[bucket]),
-            (log_plain, edges[bucket + 1] - loss),
-        ):
-            density = weight * np.exp(log_density)
-            share = np.expm1(-np.clip(above, 0.0, width[bucket])) / np.expm1(-width[bucket])
-            whole = np.bincount(bucket, density, len(width))
-            upper = np.minimum(np.bincount(bucket, density * share, len(width)), whole)
-            upper = np.minimum(upper + whole * slack, whole)
-            halves.append((whole - upper, upper))
-        (low, up), (other_low, other_up) = halves
-        up[0] += beyond
-        other_up[-1] += beyond
-        remove, add = np.zeros((2, len(indices)))
-        remove[:-1] += low
-        remove[1:] += up
-        add[1:] += other_low
-        add[:-1] += other_up
-        return _Loss(unit, indices, remove), _Loss(unit, -indices, add)
-
-    def _nodes(self, cuts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Nodes and weights of Gauss-Legendre quadrature between the cuts, and their bucket."""
-        longest = 0.5 * min(self.sigma, self.sigma**2)
-        lengths = np.diff(cuts)
-        pieces = np.maximum(np.ceil(lengths / longest), 1).astype(np.int64)
-        bucket = np.repeat(np.arange(len(lengths)), pieces)
-        place = np.arange(len(bucket)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        half = (lengths / pieces)[bucket] / 2
-        middle = cuts[:-1][bucket] + (2 * place + 1) * half
-        x = middle[:, None] + half[:, None] * _NODES
-        weight = half[:, None] * _WEIGHTS
-        return np.repeat(bucket, len(_NODES)), x.ravel(), weight.ravel()
-
-
-def _grid(first: int, last: int, growth: float, widest: float) -> np.ndarray:
-    """Whole numbers from first to last: all near 0, then growing steps of `widest` at most."""
-    last = max(last, first + 1)
-    widest = max(widest, (last - first) / _MAX_BUCKETS, 1.0)
-
-    def side(end: int) -> np.ndarray:
-        dense = math.ceil(1 / growth)
-        turn = max(min(widest / growth, end), dense)
-        count = max(2, math.ceil(math.log(max(turn / dense, 1.0)) / math.log1p(growth)) + 1)
-        parts = [
-            np.arange(dense + 1),
-            np.geomspace(dense, turn, count),
-            np.arange(turn, end, widest),
-        ]
-        return np.round(np.concatenate(parts)).astype(np.int64)
-
-    values = np.concatenate([-side(max(-first, 1)), side(max(last, 1)), [first, last]])
-    return np.unique(values[(values >= first) & (values <= last)])
-
-
-@dataclasses.dataclass(frozen=True)
 class _Direction:
     """The composed losses of one order of the pair; `sketch` is a round's, on a rough grid."""
 
-    mechanism: _Round
+    mechanism: SampledRound
     index: int
-    sketch: _Loss
+    sketch: RoundLoss
     rounds: int
     delta: float
 
@@ -287,7 +173,7 @@ class _Direction:
         return _least(excess, start, max(start, high))
 
 
-def _saddle(loss: _Loss, rounds: int, epsilon: float) -> float:
+def _saddle(loss: RoundLoss, rounds: int, epsilon: float) -> float:
     """The order at which Chernoff's bound on delta(epsilon) is least."""
 
     def bound(log_order: float) -> float:
@@ -301,7 +187,7 @@ def _saddle(loss: _Loss, rounds: int, epsilon: float) -> float:
     return math.exp(found.x)
 
 
-def _chernoff(loss: _Loss, rounds: int, delta: float) -> tuple[float, float]:
+def _chernoff(loss: RoundLoss, rounds: int, delta: float) -> tuple[float, float]:
     """(order, epsilon): delta(epsilon) <= E exp(order (X - epsilon)) max_t (1-e^-t) e^(-order t).
 
     Valid for every order; the order of the least epsilon is returned.
@@ -318,14 +204,14 @@ def _chernoff(loss: _Loss, rounds: int, delta: float) -> tuple[float, float]:
     return math.exp(found.x), float(found.fun)
 
 
-def _window(loss: _Loss, rounds: int, order: float, delta: float) -> tuple[float, float, float]:
+def _window(loss: RoundLoss, rounds: int, order: float, delta: float) -> tuple[float, float, float]:
     """(low, high, mu): the tilted sum is in between but for exp(-30); E exp(mu (X - high)) small.
 
     A window too narrow costs accuracy, never safety.
     """
     base = loss.log_moment(order)
     weights = loss.tilted(order)
-    values = loss.unit * loss.indices
+    values = loss.values
     mean = float(weights @ values)
     deviation = math.sqrt(max(rounds * float(weights @ (values - mean) ** 2), 1e-300))
 
@@ -375,7 +261,7 @@ class _Composed:
         return (self.offset + len(self.masses)) * self.unit
 
     @classmethod
-    def of(cls, loss: _Loss, rounds: int, order: float, low: float, high: float) -> _Composed:
+    def of(cls, loss: RoundLoss, rounds: int, order: float, low: float, high: float) -> _Composed:
         """Composes `rounds` losses tilted by `order`; sums outside the window wrap around."""
         offset = math.floor(low / loss.unit)
         size = scipy.fft.next_fast_len(math.ceil(high / loss.unit) - offset + 2, real=True)
