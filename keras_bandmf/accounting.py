@@ -10,6 +10,7 @@ import dp_accounting
 import scipy.optimize
 
 from keras_bandmf.checks import checked_choice, checked_float, checked_int
+from keras_bandmf.printed import rounded_up
 from keras_bandmf.sampled_gaussian import gaussian_epsilon, sampled_gaussian_epsilon
 
 SAMPLINGS = ("cyclic_poisson", "fixed_order")
@@ -116,8 +117,8 @@ class Schedule:
                 "groups, so `num_bands * batch_size` may not exceed `num_examples`. Received: "
                 f"num_bands={self.num_bands}, batch_size={self.batch_size}, "
                 f"num_examples={self.num_examples}, a sampling probability of "
-                f"{self.num_bands * self.batch_size / self.num_examples:.4g}. Use at most "
-                f"{self.num_examples // self.batch_size} bands or a smaller batch."
+                f"{rounded_up(self.num_bands * self.batch_size / self.num_examples, 4)}. "
+                f"Use at most {self.num_examples // self.batch_size} bands or a smaller batch."
             )
 
     def _check_separation(self) -> None:

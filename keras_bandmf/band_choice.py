@@ -10,6 +10,7 @@ from typing import Any
 from keras_bandmf.accounting import COARSE_ACCURACY, Schedule, calibrate_noise
 from keras_bandmf.checks import checked_int
 from keras_bandmf.noise.shards import ShardLayout
+from keras_bandmf.printed import rounded_down, rounded_up
 
 # The ring of correlated noise holds num_bands - 1 copies of the model in float32.
 DEFAULT_MAX_BANDS = 128
@@ -75,10 +76,11 @@ class BandChoice:
         ]
         for row in self.candidates:
             star = "*" if row is self.best else " "
+            sigma = rounded_down(row.noise_multiplier, 6)
             ratio = row.expected_rmse / self.dp_sgd.expected_rmse
             lines.append(
-                f"{star} {row.num_bands:>6}  {row.sampling:<14}  {row.noise_multiplier:>16.4f}  "
-                f"{row.expected_rmse:>13.5g}  {ratio:>8.3f}"
+                f"{star} {row.num_bands:>6}  {row.sampling:<14}  {sigma:>16}  "
+                f"{rounded_up(row.expected_rmse, 5):>13}  {rounded_up(ratio, 4):>8}"
             )
         return "\n".join(lines)
 
