@@ -13,7 +13,7 @@ import pathlib
 import time
 from collections.abc import Iterator
 
-from keras_bandmf.accounting import Schedule, calibrate_noise, sweep_interval
+from keras_bandmf.accounting import COARSE_ACCURACY, Schedule, calibrate_noise
 from keras_bandmf.band_choice import BandChoice, choose_bands, expected_rmse
 from keras_bandmf.strategies import (
     BandedInverseStrategy,
@@ -133,7 +133,7 @@ def schedule(num_steps: int, epochs: int, sampling: str, num_bands: int = 1) -> 
 def gaussian_noise(num_steps: int, epochs: int, epsilon: float, delta: float) -> float:
     """The noise multiplier of one Gaussian, as of every strategy in a fixed order."""
     run = schedule(num_steps, epochs, "fixed_order")
-    return calibrate_noise(run, epsilon, delta, interval=sweep_interval(epsilon))
+    return calibrate_noise(run, epsilon, delta, accuracy=COARSE_ACCURACY)
 
 
 @functools.cache

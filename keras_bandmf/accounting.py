@@ -1,4 +1,4 @@
-"""From a schedule of participations to (epsilon, delta) and back, by dp_accounting."""
+"""From a schedule of participations to (epsilon, delta) and back."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ from collections.abc import Callable
 
 import dp_accounting
 import scipy.optimize
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
 
 from keras_bandmf.checks import checked_choice, checked_float, checked_int
+from keras_bandmf.printed import rounded_up
+from keras_bandmf.sampled_gaussian import gaussian_epsilon, sampled_gaussian_epsilon
 
 SAMPLINGS = ("cyclic_poisson", "fixed_order")
 ADJACENCY = {"cyclic_poisson": "add-or-remove-one", "fixed_order": "zero-out"}
 
-FINE_INTERVAL = 1e-4  # of privacy loss: what is reported is computed with this
-COARSE_INTERVAL = 1e-3  # per unit of epsilon, for sweeps; larger is still on the safe side
+# The noise is made of finitely many random bits. What that costs in total variation, over all
+# coordinates and steps, may take this share of delta; epsilon is computed for the rest.
+FINITE_NOISE_SHARE = 1e-3
 
-# Loss distributions of more buckets than this (of a round, of all rounds) are computed on a coarser
-# grid, which only raises epsilon: a bucket of a round costs about 8 microseconds. At very little
-# noise even this is too coarse, and the RDP accountant takes over.
-_MAX_BUCKETS = 2**18, 2**22
-_MAX_INTERVAL = 0.1
-_LEAST_NOISE = 1e-6  # below it, squares in the accountants overflow; epsilon is above 10^11
-# The FFT raises a spectrum to the power of the rounds, so its relative rounding error grows with
-# them: delta computed for r rounds is only good to about r times this.
-_ROUNDING = 2.0**-52
+FINE_ACCURACY = 1e-5  # what is reported is above the exact epsilon by about this share of it
+COARSE_ACCURACY = 1e-3  # for sweeps; still on the safe side
+
+_LEAST_NOISE = 1e-6  # below it, squares overflow; epsilon is above 10^11
+_LEAST_EPSILON, _MOST_EPSILON = 1e-6, 1e6  # targets that noise is calibrated to
+_LEAST_DELTA = 1e-100  # below it, products of probabilities underflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +117,8 @@ class Schedule:
                 "groups, so `num_bands * batch_size` may not exceed `num_examples`. Received: "
                 f"num_bands={self.num_bands}, batch_size={self.batch_size}, "
                 f"num_examples={self.num_examples}, a sampling probability of "
-                f"{self.num_bands * self.batch_size / self.num_examples:.4g}. Use at most "
-                f"{self.num_examples // self.batch_size} bands or a smaller batch."
+                f"{rounded_up(self.num_bands * self.batch_size / self.num_examples, 4)}. "
+                f"Use at most {self.num_examples // self.batch_size} bands or a smaller batch."
             )
 
     def _check_separation(self) -> None:
@@ -222,55 +220,54 @@ class Schedule:
         return steps
 
 
-def accountant_name(
-    event: dp_accounting.DpEvent, delta: float, interval: float = FINE_INTERVAL
-) -> str:
-    """Which accountant `epsilon_of` uses: "PLD", or "RDP" (tiny delta, hardly any noise)."""
-    rounds, probability, sigma = _unpack(event)
-    if rounds == 0 or sigma < _LEAST_NOISE:
-        return "PLD"
-    is_coarse = _affordable_interval(rounds, probability, sigma, interval) > _MAX_INTERVAL
-    return "RDP" if is_coarse or delta <= 10 * rounds * _ROUNDING else "PLD"
+def accountant_name(event: dp_accounting.DpEvent) -> str:
+    """What `epsilon_of` computes with: "PLD", or "analytic Gaussian" where nothing is sampled."""
+    rounds, probability, _ = _unpack(event)
+    return "analytic Gaussian" if rounds and probability == 1.0 else "PLD"
 
 
 def epsilon_of(
-    event: dp_accounting.DpEvent, delta: float, interval: float = FINE_INTERVAL
+    event: dp_accounting.DpEvent, delta: float, accuracy: float = FINE_ACCURACY
 ) -> float:
-    """The epsilon of an event at `delta`.
+    """The epsilon of an event at `delta`, of which the finitely many bits of the noise get a share.
 
-    Formal guarantees: an upper bound. Losses are rounded up to a grid of `interval` (coarser
-    where the grid would be too large), and `delta` is lowered by the rounding error of the
-    accountant's FFT: without that, dp_accounting understates epsilon at delta = 1e-12 and 10^4
-    rounds by 0.2 %. Where that error exceeds a tenth of delta, or epsilon is beyond some 10^4,
-    the RDP accountant gives the (looser) bound.
+    Formal guarantees: an upper bound on the epsilon at delta * (1 - FINITE_NOISE_SHARE), as of
+    `gaussian_epsilon` and `sampled_gaussian_epsilon`. So a run whose noise is within
+    FINITE_NOISE_SHARE * delta of ideal noise in total variation is (epsilon, delta)-private.
 
     Args:
         event: an event built by `Schedule.dp_event`.
-        delta: in (0, 1).
-        interval: `value_discretization_interval` of the PLD accountant.
+        delta: in (0, 1), at least 10^-100.
+        accuracy: how much of epsilon the accountant's grid may cost, about.
 
     Returns:
         Epsilon; `math.inf` for no noise (a multiplier below 10^-6).
 
     Raises:
-        ValueError: for an event of another make.
+        ValueError: for an event of another make, or a delta out of range.
     """
-    delta = checked_float("delta", delta, above=0.0, below=1.0)
+    delta = checked_delta(delta)
     rounds, probability, sigma = _unpack(event)
     if rounds == 0:
         return 0.0
     if sigma < _LEAST_NOISE:
         return math.inf
-    if accountant_name(event, delta, interval) == "RDP":
-        return float(RdpAccountant().compose(event).get_epsilon(delta))
-    interval = _affordable_interval(rounds, probability, sigma, interval)
-    accountant = PLDAccountant(value_discretization_interval=interval).compose(event)
-    return float(accountant.get_epsilon(delta - rounds * _ROUNDING))
+    delta *= 1.0 - FINITE_NOISE_SHARE
+    if probability == 1.0:
+        return gaussian_epsilon(sigma / math.sqrt(rounds), delta)
+    return sampled_gaussian_epsilon(rounds, probability, sigma, delta, accuracy)
 
 
-def sweep_interval(epsilon: float) -> float:
-    """The grid for sweeps around `epsilon`: coarse, but fine enough to tell candidates apart."""
-    return max(FINE_INTERVAL, COARSE_INTERVAL * min(epsilon, 10.0))
+def checked_delta(delta: float) -> float:
+    """Returns `delta` as a float that the accounting can work with.
+
+    Raises:
+        TypeError: if it is not a real number.
+        ValueError: if it is not in [10^-100, 1).
+    """
+    hint = "Use a delta below 1 / num_examples, such as 1e-6."
+    delta = checked_float("delta", delta, above=0.0, below=1.0, hint=hint)
+    return checked_float("delta", delta, minimum=_LEAST_DELTA, hint=hint)
 
 
 def calibrate_noise(
@@ -278,36 +275,35 @@ def calibrate_noise(
     epsilon: float,
     delta: float,
     *,
-    interval: float = FINE_INTERVAL,
+    accuracy: float = FINE_ACCURACY,
     guess: float | None = None,
 ) -> float:
     """The smallest noise multiplier with which the whole run is (epsilon, delta)-private.
 
-    Formal guarantees: on the safe side. `epsilon_of(schedule.dp_event(sigma), delta, interval)`
+    Formal guarantees: on the safe side. `epsilon_of(schedule.dp_event(sigma), delta, accuracy)`
     was evaluated at the very sigma returned and is at most `epsilon`; sigma is larger than
-    necessary by at most 1e-6 of itself (1e-4 in a coarse sweep).
+    necessary for that by about 10^-6 of itself (10^-4 in a coarse sweep).
 
     Args:
         schedule: the run.
-        epsilon: the target, above 0.
+        epsilon: the target, from 10^-6 to 10^6.
         delta: in (0, 1).
-        interval: as of `epsilon_of`; anything above `FINE_INTERVAL` is a sweep.
-        guess: where to start; found at the coarse interval if None.
+        accuracy: as of `epsilon_of`; anything above `FINE_ACCURACY` is a sweep.
+        guess: where to start; found at the coarse accuracy if None.
 
     Returns:
         sigma, above 0.
 
     Raises:
-        ValueError: if no noise reaches the target at this discretisation.
+        ValueError: if an argument is out of range.
     """
-    epsilon = checked_float("epsilon", epsilon, above=0.0)
-    delta = checked_float("delta", delta, above=0.0, below=1.0)
-    is_fine = interval <= FINE_INTERVAL
-    coarse = sweep_interval(epsilon)
+    epsilon = checked_epsilon(epsilon)
+    delta = checked_delta(delta)
+    is_fine = accuracy <= FINE_ACCURACY
     if guess is not None:
         start, factor = checked_float("guess", guess, above=0.0), 1.001 if is_fine else 1.1
-    elif interval < coarse:
-        start, factor = calibrate_noise(schedule, epsilon, delta, interval=coarse), 1.001
+    elif accuracy < COARSE_ACCURACY:
+        start, factor = calibrate_noise(schedule, epsilon, delta, accuracy=COARSE_ACCURACY), 1.001
     else:
         start, factor = _unamplified_noise(schedule, epsilon, delta), 2.0
 
@@ -315,29 +311,44 @@ def calibrate_noise(
 
     def excess(log_sigma: float) -> float:
         if log_sigma not in evaluated:
-            value = epsilon_of(schedule.dp_event(math.exp(log_sigma)), delta, interval)
+            value = epsilon_of(schedule.dp_event(math.exp(log_sigma)), delta, accuracy)
             evaluated[log_sigma] = math.log(min(max(value / epsilon, 1e-9), 1e9))
         return evaluated[log_sigma]
 
-    low, high = _bracket(excess, math.log(start), math.log(factor), epsilon)
+    low, high = _bracket(excess, math.log(start), math.log(factor))
     tolerance = 4e-7 if is_fine else 5e-5
     root = scipy.optimize.brentq(excess, low, high, xtol=tolerance)
     while excess(root) > 0:
-        root += tolerance
+        root, tolerance = min(root + tolerance, high), 2 * tolerance
     return math.exp(root)
 
 
-def _bracket(
-    excess: Callable[[float], float], start: float, step: float, epsilon: float
-) -> tuple[float, float]:
-    """Widens from `start` until excess(low) > 0 >= excess(high), in doubling steps of log."""
+def checked_epsilon(epsilon: float) -> float:
+    """Returns a target `epsilon` as a float that noise can be calibrated to.
+
+    Raises:
+        TypeError: if it is not a real number.
+        ValueError: if it is not in [10^-6, 10^6].
+    """
+    hint = "A useful epsilon is between 0.01 and 100."
+    epsilon = checked_float("epsilon", epsilon, above=0.0, hint=hint)
+    epsilon = checked_float("epsilon", epsilon, minimum=_LEAST_EPSILON, hint=hint)
+    if epsilon > _MOST_EPSILON:
+        raise ValueError(
+            f"Expected `epsilon` to be at most {_MOST_EPSILON:g}. Received: epsilon={epsilon}. "
+            f"{hint}"
+        )
+    return epsilon
+
+
+def _bracket(excess: Callable[[float], float], start: float, step: float) -> tuple[float, float]:
+    """Widens from `start` until excess(low) > 0 >= excess(high), in doubling steps of log.
+
+    Both ends exist: without noise epsilon is infinite, and with much noise it is 0, for a delta
+    within the bounds of `checked_delta`.
+    """
     low = high = start
     while excess(high) > 0:
-        if high > start + 60.0:
-            raise ValueError(
-                "No amount of noise reaches the target under this accounting. Received: "
-                f"epsilon={epsilon}. Use a larger epsilon or delta, or fewer steps."
-            )
         low, high, step = high, high + step, 2 * step
     while excess(low) <= 0:
         low, high, step = low - step, low, 2 * step
@@ -368,17 +379,3 @@ def _unpack(event: dp_accounting.DpEvent) -> tuple[int, float, float]:
         "Expected an event made by `Schedule.dp_event`: a Gaussian, or a composition of Poisson-"
         f"sampled Gaussians. Received: event={event!r}. Use dp_accounting itself for others."
     )
-
-
-def _affordable_interval(rounds: int, probability: float, sigma: float, interval: float) -> float:
-    """`interval`, doubled until the loss distributions fit `_MAX_BUCKETS` buckets.
-
-    The accountant cuts the Gaussian at 10 standard deviations, so a round's loss spans about
-    10 / sigma + 1 / (2 sigma^2); the composition spans about 16 of its standard deviations, and
-    a round's is at most q sqrt(exp(1 / sigma^2) - 1).
-    """
-    inverse = 1.0 / max(sigma, 1e-150)
-    spread = min(inverse, probability * math.sqrt(math.expm1(min(inverse * inverse, 700.0))))
-    spans = 10 * inverse + inverse * inverse / 2, 16 * math.sqrt(rounds) * spread
-    grid = max(span / most for span, most in zip(spans, _MAX_BUCKETS, strict=True))
-    return interval * 2.0 ** max(0, math.ceil(math.log2(max(grid, 1e-300) / interval)))

@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from keras_bandmf.accounting import Schedule, calibrate_noise, sweep_interval
-from keras_bandmf.checks import checked_float, checked_int
+from keras_bandmf.accounting import COARSE_ACCURACY, Schedule, calibrate_noise
+from keras_bandmf.checks import checked_int
 from keras_bandmf.noise.shards import ShardLayout
+from keras_bandmf.printed import rounded_down, rounded_up
 
 # The ring of correlated noise holds num_bands - 1 copies of the model in float32.
 DEFAULT_MAX_BANDS = 128
@@ -22,8 +23,8 @@ class BandCandidate:
     Attributes:
         sampling: "cyclic_poisson" or "fixed_order".
         num_bands: b.
-        noise_multiplier: sigma that meets the target, calibrated coarsely: up to about
-            1 % above what is needed (10^5 rounds), less with fewer rounds.
+        noise_multiplier: sigma that meets the target, calibrated coarsely: some tenths of a
+            percent above what is needed.
         expected_rmse: sigma * S * sqrt(mean error) / expected participations, in clip norms.
         strategy: the strategy of b bands.
     """
@@ -75,10 +76,11 @@ class BandChoice:
         ]
         for row in self.candidates:
             star = "*" if row is self.best else " "
+            sigma = rounded_down(row.noise_multiplier, 6)
             ratio = row.expected_rmse / self.dp_sgd.expected_rmse
             lines.append(
-                f"{star} {row.num_bands:>6}  {row.sampling:<14}  {row.noise_multiplier:>16.4f}  "
-                f"{row.expected_rmse:>13.5g}  {ratio:>8.3f}"
+                f"{star} {row.num_bands:>6}  {row.sampling:<14}  {sigma:>16}  "
+                f"{rounded_up(row.expected_rmse, 5):>13}  {rounded_up(ratio, 4):>8}"
             )
         return "\n".join(lines)
 
@@ -156,7 +158,6 @@ def choose_bands(
         The candidates; `.best` is the choice.
     """
     max_bands = checked_int("max_bands", max_bands)
-    interval = sweep_interval(checked_float("epsilon", epsilon, above=0.0))
     found: dict[int, BandCandidate] = {}
 
     def rmse(bands: int) -> float:
@@ -166,7 +167,7 @@ def choose_bands(
             near = min(found.values(), key=lambda c: abs(c.num_bands - bands), default=None)
             guess = None if near is None else near.noise_multiplier
             if near is None or schedule.sampling == "cyclic_poisson":
-                guess = calibrate_noise(run, epsilon, delta, interval=interval, guess=guess)
+                guess = calibrate_noise(run, epsilon, delta, accuracy=COARSE_ACCURACY, guess=guess)
             strategy = make_strategy(bands)
             value = expected_rmse(run, guess, strategy.loss("mean"))
             found[bands] = BandCandidate(schedule.sampling, bands, guess, value, strategy)

@@ -6,9 +6,15 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from keras_bandmf.accounting import SAMPLINGS, Schedule, calibrate_noise
+from keras_bandmf.accounting import (
+    SAMPLINGS,
+    Schedule,
+    calibrate_noise,
+    checked_delta,
+    checked_epsilon,
+)
 from keras_bandmf.band_choice import DEFAULT_MAX_BANDS, BandChoice, choose_bands
-from keras_bandmf.checks import checked_choice, checked_float
+from keras_bandmf.checks import checked_choice
 from keras_bandmf.plan_arguments import (
     check_strategy,
     quick_strategy,
@@ -41,9 +47,9 @@ def compare_bands(
 ) -> BandChoice:
     """The table and the curve behind `TrainingPlan.calibrate`, for the same arguments.
 
-    Noise multipliers are coarse, up to about 1 % above what is needed. Strategies are Toeplitz
-    strategies; under a workload their coefficients are those for prefix sums, so that a plan,
-    whose strategy is searched for under it, has a somewhat lower RMSE than its row.
+    Noise multipliers are coarse, some tenths of a percent above what is needed. Strategies are
+    Toeplitz strategies; under a workload their coefficients are those for prefix sums, so that a
+    plan, whose strategy is searched for under it, has a somewhat lower RMSE than its row.
 
     Formal guarantees: looks at no data, so the choice costs no privacy. Rows of different
     `sampling` meet the same (epsilon, delta) under different adjacencies: add-or-remove-one for
@@ -120,7 +126,7 @@ def calibrated_arguments(
 ) -> dict[str, Any]:
     """The arguments of the `TrainingPlan` of least expected error: see `TrainingPlan.calibrate`.
 
-    Formal guarantees: the noise multiplier is that of `calibrate_noise` at the fine interval, for
+    Formal guarantees: the noise multiplier is that of `calibrate_noise` at the fine accuracy, for
     the very schedule the arguments give.
 
     Args:
@@ -141,8 +147,8 @@ def calibrated_arguments(
         "min_separation": min_separation,
     }
     target = {
-        "epsilon": checked_float("epsilon", epsilon, above=0.0),
-        "delta": checked_float("delta", delta, above=0.0, below=1.0),
+        "epsilon": checked_epsilon(epsilon),
+        "delta": checked_delta(delta),
     }
     workload = resolve_workload(workload, num_steps)
     chooses_bands = _is_auto(num_bands) and isinstance(strategy, str)

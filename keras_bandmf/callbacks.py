@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from keras_bandmf.optimizers import BandMFOptimizer
+from keras_bandmf.printed import raised_for_progress
 from keras_bandmf.sampling import PrivateBatches
 
 # They write, save or stop by rules that `check_callbacks` knows.
@@ -27,7 +28,8 @@ _KNOWN = (
 class EpsilonSoFar(keras.callbacks.Callback):
     """Adds `epsilon`, the privacy spent so far, to the logs of each epoch.
 
-    The number is that of the plan's accountant for the steps taken. It may be charged for an
+    The number is that of the plan's accountant for the steps taken, rounded up to what Keras's
+    progress bar shows of it. It may be charged for an
     unfinished run only if the number of steps was fixed in advance.
     """
 
@@ -35,7 +37,8 @@ class EpsilonSoFar(keras.callbacks.Callback):
         """Writes `logs["epsilon"]`."""
         if logs is not None:
             optimizer = self.model.optimizer
-            logs["epsilon"] = optimizer.plan.epsilon(optimizer.steps_done)
+            epsilon = optimizer.plan.epsilon(optimizer.steps_done)
+            logs["epsilon"] = raised_for_progress(epsilon)
 
 
 class ClippedFraction(keras.callbacks.Callback):

@@ -10,7 +10,7 @@ from typing import Any
 import dp_accounting
 
 from keras_bandmf import band_choice, strategies
-from keras_bandmf.accounting import Schedule, epsilon_of
+from keras_bandmf.accounting import Schedule, checked_delta, epsilon_of
 from keras_bandmf.calibration import calibrated_arguments
 from keras_bandmf.checks import checked_float
 from keras_bandmf.documents import read_document, write_document
@@ -114,7 +114,7 @@ class TrainingPlan:
             hint="Use `TrainingPlan.calibrate(epsilon=...)` to find one.",
         )
         object.__setattr__(self, "noise_multiplier", sigma)
-        object.__setattr__(self, "delta", checked_float("delta", delta, above=0.0, below=1.0))
+        object.__setattr__(self, "delta", checked_delta(delta))
         workload = resolve_workload(workload, schedule.num_steps)
         strategy = resolve_strategy(strategy, schedule.num_steps, bands, workload)
         check_strategy(strategy, schedule)

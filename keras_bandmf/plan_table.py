@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_bandmf.accounting import Schedule
 from keras_bandmf.planned_statement import sampling_in_words
-from keras_bandmf.statement import rounded_up
+from keras_bandmf.printed import rounded_down, rounded_up
 from keras_bandmf.strategies import Workload
 
 
@@ -26,16 +26,16 @@ def plan_table(plan: Any, schedule: Schedule) -> str:
     rows = [
         ("examples", f"{plan.num_examples}"),
         ("batch size", f"{plan.batch_size}"),
-        ("steps", f"{plan.num_steps} ({epochs:.4g} epochs of {plan.steps_per_epoch})"),
+        ("steps", f"{plan.num_steps} ({rounded_up(epochs, 4)} epochs of {plan.steps_per_epoch})"),
         ("sampling", sampling_in_words(schedule)),
         ("strategy", f"{type(plan.strategy).__name__}, bands: {plan.num_bands}"),
         ("workload", workload_in_words(plan.workload)),
-        ("noise multiplier", f"{plan.noise_multiplier:.6g}"),
-        ("sensitivity", f"{plan.sensitivity:.6g}"),
+        ("noise multiplier", rounded_down(plan.noise_multiplier, 6)),
+        ("sensitivity", rounded_up(plan.sensitivity, 6)),
         ("epsilon", rounded_up(plan.epsilon(), 6)),
-        ("delta", f"{plan.delta:g}"),
+        ("delta", rounded_up(plan.delta, 6)),
         ("adjacency", f"{plan.adjacency}, one row"),
-        ("expected RMSE", f"{plan.expected_rmse:.6g} {rmse_unit(plan.workload)}"),
+        ("expected RMSE", f"{rounded_up(plan.expected_rmse, 6)} {rmse_unit(plan.workload)}"),
         ("fingerprint", plan.fingerprint[:16]),
     ]
     return "\n".join(["TrainingPlan", *(f"  {name:<18}{text}" for name, text in rows)])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from keras_bandmf.accounting import Schedule, accountant_name
+from keras_bandmf.accounting import FINITE_NOISE_SHARE, Schedule, accountant_name
+from keras_bandmf.printed import rounded_down, rounded_up
 from keras_bandmf.statement import Statement
 from keras_bandmf.tf_privacy import tf_privacy_epsilons
 
@@ -44,7 +45,7 @@ def planned_statement(
             batch_size=schedule.batch_size,
             num_steps=charged,
             noise_multiplier=noise_multiplier,
-            delta=delta,
+            delta=delta * (1 - FINITE_NOISE_SHARE),  # as our own epsilon
         )
     return Statement(
         executed=False,
@@ -61,7 +62,7 @@ def planned_statement(
         batch_size=schedule.batch_size,
         num_bands=bands,
         noise_multiplier=noise_multiplier,
-        accountant=accountant_name(schedule.dp_event(noise_multiplier, charged), delta),
+        accountant=accountant_name(schedule.dp_event(noise_multiplier, charged)),
         other_accountants=others,
         data=_data(schedule),
         caveats=_caveats(schedule, delta, charged),
@@ -76,11 +77,12 @@ def sampling_in_words(schedule: Schedule) -> str:
             f"fixed order: an example takes part at most {schedule.participations()} times, at "
             f"least {schedule.separation} steps apart"
         )
+    rate = rounded_up(schedule.sampling_probability, 6)
     if schedule.num_bands == 1:
-        return f"Poisson: every example takes part at rate {schedule.sampling_probability:.6g}"
+        return f"Poisson: every example takes part at rate {rate}"
     return (
         f"cyclic Poisson: an example is in one of {schedule.num_bands} random groups; step i "
-        f"samples group i mod {schedule.num_bands} at rate {schedule.sampling_probability:.6g}"
+        f"samples group i mod {schedule.num_bands} at rate {rate}"
     )
 
 
@@ -97,7 +99,8 @@ def _caveats(schedule: Schedule, delta: float, charged: int) -> tuple[str, ...]:
     caveats = []
     if delta > 1 / schedule.num_examples:
         caveats.append(
-            f"delta = {delta:.3g} exceeds 1 / num_examples = {1 / schedule.num_examples:.3g}: "
+            f"delta = {rounded_up(delta, 3)} exceeds 1 / num_examples = "
+            f"{rounded_down(1 / schedule.num_examples, 3)}: "
             "publishing one random row outright would satisfy it"
         )
     if charged < schedule.num_steps:

@@ -10,6 +10,7 @@ import numpy as np
 from keras_bandmf.band_choice import BandChoice
 from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.plan_table import rmse_unit
+from keras_bandmf.printed import rounded_down, rounded_up
 from keras_bandmf.strategies import ToeplitzStrategy
 
 _BLUE, _GREY = "#1f5fa8", "#8a8a8a"
@@ -54,7 +55,7 @@ def plot_plan(
     figure.suptitle(
         f"{plan.num_steps:,} steps, batch {plan.batch_size:,} of {plan.num_examples:,}, "
         f"{_HOW[plan.sampling]}, "
-        f"epsilon = {plan.epsilon():.3g}, delta = {plan.delta:.2g}",
+        f"epsilon = {rounded_up(plan.epsilon(), 3)}, delta = {rounded_up(plan.delta, 2)}",
         fontsize=11,
     )
     if path is not None:
@@ -135,4 +136,6 @@ def _draw_steps(axis: Any, plan: TrainingPlan, choice: BandChoice | None) -> Non
 
 
 def _label(name: str, bands: int, sigma: float) -> str:
-    return f"{name}: {bands} band{'s' if bands > 1 else ''}, noise multiplier {sigma:.3g}"
+    return (
+        f"{name}: {bands} band{'s' if bands > 1 else ''}, noise multiplier {rounded_down(sigma, 3)}"
+    )

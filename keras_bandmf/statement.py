@@ -9,6 +9,7 @@ from typing import Any
 
 from keras_bandmf.checks import checked_float, checked_int
 from keras_bandmf.documents import read_document, write_document
+from keras_bandmf.printed import rounded_down, rounded_up
 
 _FORMAT = "keras_bandmf.Statement"
 _VERSION = 1
@@ -205,17 +206,23 @@ class Statement:
         return textwrap.fill(
             f"{condition}{'The' if self.private else 'the'} weights after every step up to step "
             f"{self.steps_charged} {verb} (epsilon, delta)-differentially private, with "
-            f"epsilon = {rounded_up(self.epsilon, 4)} and delta = {self.delta:.3g}, for {words}.",
+            f"epsilon = {rounded_up(self.epsilon, 4)} and delta = {rounded_up(self.delta, 3)}, "
+            f"for {words}.",
             _WIDTH,
         )
 
     def _rows(self) -> list[tuple[str, str]]:
-        clip = "set when compiled" if self.l2_norm_clip is None else f"{self.l2_norm_clip:g}"
-        accountant = f"by dp_accounting's {self.accountant} accountant"
+        clip = (
+            "set when compiled" if self.l2_norm_clip is None else rounded_up(self.l2_norm_clip, 6)
+        )
+        accountant = f"by the {self.accountant} accountant"
         rows = [
             ("epsilon", f"{rounded_up(self.epsilon, 6)} {accountant}"),
-            *(("", f"{value:.6g} by {name}") for name, value in self.other_accountants.items()),
-            ("delta", f"{self.delta:.6g}"),
+            *(
+                ("", f"{rounded_up(value, 6)} by {name}")
+                for name, value in self.other_accountants.items()
+            ),
+            ("delta", rounded_up(self.delta, 6)),
             ("adjacency", self.adjacency),
             ("unit", f"one {self.unit}"),
             ("mechanism", self.mechanism),
@@ -225,7 +232,10 @@ class Statement:
                 "steps",
                 f"{self.steps_run} run, {self.steps_charged} charged, {self.num_steps} planned",
             ),
-            ("noise", f"multiplier {self.noise_multiplier:.6g}, {_bands(self.num_bands)}"),
+            (
+                "noise",
+                f"multiplier {rounded_down(self.noise_multiplier, 6)}, {_bands(self.num_bands)}",
+            ),
             ("clip norm", clip),
             ("clipping", self.clipping or "set when compiled"),
             ("run key", self.key_origin),
@@ -238,14 +248,6 @@ class Statement:
 
 def _bands(num_bands: int) -> str:
     return "independent (DP-SGD)" if num_bands == 1 else f"correlated over {num_bands} steps"
-
-
-def rounded_up(value: float, digits: int) -> str:
-    """An epsilon in `digits` digits, rounded up: print may not promise more than was computed."""
-    if not 0 < value < math.inf:
-        return f"{value:g}"
-    unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
-    return f"{math.ceil(value / unit - 1e-9) * unit:.{digits}g}"
 
 
 def _item(name: str, text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import importlib
 import importlib.util
 import re
@@ -31,8 +32,8 @@ def tf_privacy_epsilons(
         delta: in (0, 1).
 
     Returns:
-        Epsilon by accountant, to the three decimals TF Privacy prints; empty where the extra is
-        not installed or there is no noise.
+        Epsilon by accountant, rounded up from the three decimals TF Privacy prints; empty where
+        the extra is not installed or there is no noise.
     """
     library = _load()
     if library is None or noise_multiplier == 0:
@@ -80,4 +81,6 @@ def _epsilon_in(report: str) -> float:
             "Expected TF Privacy 0.9's report. Received: "
             f"{report!r}. Install `tensorflow-privacy==0.9.0`."
         )
-    return float(found.group(1))
+    # Printed to nearest: half a unit of its last decimal makes it an upper bound again.
+    printed = decimal.Decimal(found.group(1))
+    return float(printed + decimal.Decimal((0, (5,), printed.as_tuple().exponent - 1)))

@@ -60,7 +60,7 @@ def test_auto_is_close_to_the_exhaustive_best(epsilon, num_steps):
         if bands > 12 and bands % 5:
             continue
         candidate = schedule(num_steps=num_steps, num_bands=bands)
-        guess = calibrate_noise(candidate, epsilon, 1e-6, interval=1e-2, guess=guess)
+        guess = calibrate_noise(candidate, epsilon, 1e-6, accuracy=1e-2, guess=guess)
         best = min(best, expected_rmse(candidate, guess, fake(run)(bands).loss("mean")))
     assert choice.best.expected_rmse <= 1.03 * best
     assert choice.best.expected_rmse <= choice.dp_sgd.expected_rmse

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from keras_bandmf import tf_privacy
-from keras_bandmf.accounting import Schedule, epsilon_of
+from keras_bandmf.accounting import FINITE_NOISE_SHARE, Schedule, epsilon_of
 from keras_bandmf.plan import TrainingPlan
 
 needs_extra = pytest.mark.skipif(
@@ -23,13 +23,13 @@ RUN = {"num_examples": 60_000, "batch_size": 600}
 )
 def test_two_libraries_agree(sigma, num_steps, delta):
     run = Schedule("cyclic_poisson", 60_000, 600, num_steps, num_bands=1)
-    ours = epsilon_of(run.dp_event(sigma), delta)
+    ours = epsilon_of(run.dp_event(sigma), delta / (1 - FINITE_NOISE_SHARE))
     theirs = tf_privacy.tf_privacy_epsilons(
         **RUN, num_steps=num_steps, noise_multiplier=sigma, delta=delta
     )
     # They print three decimals. RDP is an upper bound on the same run.
-    assert theirs["TF Privacy, PLD"] == pytest.approx(ours, abs=6e-4)
-    assert ours - 6e-4 <= theirs["TF Privacy, RDP"]
+    assert theirs["TF Privacy, PLD"] == pytest.approx(ours, abs=1.1e-3)
+    assert ours - 1e-4 <= theirs["TF Privacy, RDP"]
     assert set(theirs) == {"TF Privacy, PLD", "TF Privacy, RDP"}
 
 
@@ -41,7 +41,7 @@ def test_it_is_shown_in_the_statement_of_dp_sgd_alone():
     assert "by TF Privacy, PLD" in text
     assert "by TF Privacy, RDP" in text
     part = dp_sgd.statement(10).other_accountants["TF Privacy, PLD"]
-    assert part == pytest.approx(dp_sgd.epsilon(10), abs=6e-4)
+    assert part == pytest.approx(dp_sgd.epsilon(10), abs=1.1e-3)
     assert dp_sgd.statement(0).other_accountants == {}
     for change in ({"num_bands": 4}, {"num_bands": 1, "sampling": "fixed_order"}):
         assert TrainingPlan(**{**values, **change}).statement().other_accountants == {}

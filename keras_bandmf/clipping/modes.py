@@ -12,10 +12,16 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf.clipping.trained import trained_layers
+from keras_bandmf.printed import rounded_up
 
 # Below this norm automatic clipping no longer scales up to the clip norm: squares of smaller
 # gradients may vanish in float32, and a norm found too small would let an example count for more.
 _LEAST_NORM = 1e-6
+
+
+def _shown(norm: float) -> str:
+    """A clip norm or a sensitivity as the statement prints it: rounded up."""
+    return rounded_up(norm, 6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +87,7 @@ class FlatClipping(ClippingMode):
     def describe(self, l2_norm_clip: float) -> str:
         return (
             "flat: an example's gradient over all variables is scaled down to norm "
-            f"{l2_norm_clip:g} at most; sensitivity {self.sensitivity(l2_norm_clip):g}"
+            f"{_shown(l2_norm_clip)} at most; sensitivity {_shown(self.sensitivity(l2_norm_clip))}"
         )
 
 
@@ -157,8 +163,8 @@ class PerLayerClipping(ClippingMode):
             split = f"shares {named}, any other layer 1"
         return (
             "per layer: each layer's part of an example's gradient is scaled down to the layer's "
-            f"own clip norm ({split}), the squares adding up to that of {l2_norm_clip:g}; "
-            f"sensitivity {self.sensitivity(l2_norm_clip):g}"
+            f"own clip norm ({split}), the squares adding up to that of {_shown(l2_norm_clip)}; "
+            f"sensitivity {_shown(self.sensitivity(l2_norm_clip))}"
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -194,8 +200,8 @@ class AutomaticClipping(ClippingMode):
     def describe(self, l2_norm_clip: float) -> str:
         added = f" + {self.gamma:g}" if self.gamma else ""
         return (
-            f"automatic: an example's gradient is multiplied by {l2_norm_clip:g} / (its norm"
-            f"{added}), whatever its size; sensitivity {self.sensitivity(l2_norm_clip):g}"
+            f"automatic: an example's gradient is multiplied by {_shown(l2_norm_clip)} / (its norm"
+            f"{added}), whatever its size; sensitivity {_shown(self.sensitivity(l2_norm_clip))}"
         )
 
 
