@@ -37,14 +37,15 @@ class RunState:
 
     Formal guarantees:
         The run key comes from the operating system unless `seed` is given; noise, sampler,
-        carriers and dropout masks use one-way folds of it, and it is not kept. With several worker processes the chief's key is
-        that of all, and `check_workers` refuses processes that do not do the same. `from_arrays`
-        refuses whatever does not belong to `fingerprint`; by default it draws a new noise key, so
-        the noise after a restore is independent of every row drawn before, given the ring, and
-        `C^-1 Z` keeps its law. The key of the masks is kept and drawn anew with that of the noise:
-        steps that are repeated on other replicas or in other microbatches would else share random
-        bits with the first try. The sampler's key is always kept, and `accept_data` refuses other
-        rows or another order: new groups would let an example take part in adjacent steps.
+        carriers and dropout masks use one-way folds of it, and it is not kept. With several worker
+        processes the chief's key is that of all, and `check_workers` refuses processes that do not
+        do the same. `from_arrays` refuses whatever does not belong to `fingerprint`; by default it
+        draws a new noise key, so the noise after a restore is independent of every row drawn
+        before, given the ring, and `C^-1 Z` keeps its law. The key of the masks is kept and drawn
+        anew with that of the noise: steps that are repeated on other replicas or in other
+        microbatches would else share random bits with the first try. The sampler's key is always
+        kept, and `accept_data` refuses other rows or another order: new groups would let an example
+        take part in adjacent steps.
 
     Args:
         strategy: defines `C` of the noise.

@@ -219,11 +219,12 @@ class _Walk:
     def _resource_name(self, origin: Any) -> str:
         graph = self._graph
         while graph is not None:
-            for variable in getattr(graph, "variables", []):
+            # Listed as `variables` only once the trace is complete. For the message alone.
+            for variable in getattr(graph, "_watched_variables", []):
                 if variable.handle is origin:
                     return variable.name
             graph = getattr(graph, "outer_graph", None)
-        return getattr(origin, "name", None) or "a variable or table"
+        return "a variable or table that no layer owns"
 
     def _visit(self, node: _Node) -> Labels:
         """Check one operation; what its outputs depend on."""

@@ -130,8 +130,8 @@ def clipped_gradients(
     Raises:
         ValueError: no loss; bad clip norm, mode, microbatch size or mask; ragged or sparse data; a
             layer that is known to mix examples; float16; `mean_with_sample_weight` with weights;
-            a GPU that may round float32 products to TensorFloat-32; in a graph, a pass that writes a
-            variable or draws random numbers otherwise (`captures.Watch`).
+            a GPU that may round float32 products to TensorFloat-32; in a graph, a pass that writes
+            a variable or draws random numbers otherwise (`captures.Watch`).
 
     Formal guarantees: if no example influences another example's outputs (`check_model` tests it),
     adding or removing one row, or setting its mask, changes `sums` by a vector of joint norm at
