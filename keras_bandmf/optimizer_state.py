@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf.clipping import MaskSeeds
+from keras_bandmf.clipping.seeds import STEP_BITS
 from keras_bandmf.noise import CorrelatedNoise, NoiseRows, normals, workers
 from keras_bandmf.rgp.run import RunCarriers
 
@@ -18,6 +20,7 @@ _FIELDS: dict[str, tuple[type, tuple[int, ...] | None]] = {
     "fingerprint": (np.uint8, None),
     "sampler_key": (np.int64, (2,)),
     "noise_key": (np.int64, None),
+    "mask_key": (np.int64, None),
     "noise_ring": (np.float32, None),
     "position": (np.int64, ()),
     "data_digest": (np.uint8, None),
@@ -33,13 +36,16 @@ class RunState:
     the process only through `to_arrays`.
 
     Formal guarantees:
-        The run key comes from the operating system unless `seed` is given; noise and sampler use
-        one-way folds of it, and it is not kept. With several worker processes the chief's key is
-        that of all, and `check_workers` refuses processes that do not do the same. `from_arrays`
-        refuses whatever does not belong to `fingerprint`; by default it draws a new noise key, so
-        the noise after a restore is independent of every row drawn before, given the ring, and
-        `C^-1 Z` keeps its law. The sampler's key is always kept, and `accept_data` refuses other
-        rows or another order: new groups would let an example take part in adjacent steps.
+        The run key comes from the operating system unless `seed` is given; noise, sampler,
+        carriers and dropout masks use one-way folds of it, and it is not kept. With several worker
+        processes the chief's key is that of all, and `check_workers` refuses processes that do not
+        do the same. `from_arrays` refuses whatever does not belong to `fingerprint`; by default it
+        draws a new noise key, so the noise after a restore is independent of every row drawn
+        before, given the ring, and `C^-1 Z` keeps its law. The key of the masks is kept and drawn
+        anew with that of the noise: steps that are repeated on other replicas or in other
+        microbatches would else share random bits with the first try. The sampler's key is always
+        kept, and `accept_data` refuses other rows or another order: new groups would let an example
+        take part in adjacent steps.
 
     Args:
         strategy: defines `C` of the noise.
@@ -72,7 +78,36 @@ class RunState:
         self.carriers.start(normals.fold_key(run_key, "carriers"))
         self.noise = CorrelatedNoise(strategy, stddev, shapes)
         self.noise.set_key(normals.fold_key(run_key, "noise"))
+        if self.noise.num_steps * self.noise.num_replicas >= 2**STEP_BITS:
+            raise ValueError(
+                f"A run may have fewer than 2**{STEP_BITS} steps times replicas: each has seeds of "
+                f"its own. Received: {self.noise.num_steps} steps on {self.noise.num_replicas} "
+                "replicas. Take larger batches."
+            )
+        with tf.init_scope(), self._distribution.scope():
+            # A variable: as a constant of a graph it would be in whatever holds the graph.
+            self._mask_key = tf.Variable(np.zeros(2, np.int64), trainable=False, name="mask_key")
+        self._set_mask_key(normals.fold_key(run_key, "dropout"))
         self._data_digest: bytes | None = None
+
+    def mask_seeds(self, step: tf.Tensor) -> MaskSeeds:
+        """Returns where dropout masks come from in this step, on this replica.
+
+        Call it in a replica context.
+
+        Args:
+            step: scalar integer, the step of the plan.
+        """
+        step = tf.cast(tf.convert_to_tensor(step), tf.int64)
+        place = step * self.noise.num_replicas + workers.replica_id()
+        return MaskSeeds(self._mask_key.read_value(), place)
+
+    def get_mask_key(self) -> np.ndarray:
+        """Returns the secret key of dropout masks, shape (2,), uint64."""
+        return self._mask_key.numpy().view(np.uint64)
+
+    def _set_mask_key(self, key: np.ndarray) -> None:
+        self._mask_key.assign(workers.from_chief(self._distribution, key.view(np.int64)))
 
     def accept_data(self, digest: bytes, seeded: bool) -> None:
         """Ties the run to the rows, their order and the sampler's key.
@@ -138,16 +173,17 @@ class RunState:
         """Returns the state, to be kept secret: the ring is part of the noise of released weights.
 
         Args:
-            replay: include the noise key, from which all noise of the run can be computed. Left
-                out once the last step is made.
+            replay: include the keys of noise and masks, from which all noise of the run can be
+                computed. Left out once the last step is made.
         """
         keeps_key = replay and self.noise.position < self.noise.num_steps
-        key = self.noise.get_key().view(np.int64) if keeps_key else np.zeros(0, np.int64)
+        none = np.zeros(0, np.int64)
         return {
             "format": np.array(_FORMAT, np.int32),
             "fingerprint": np.frombuffer(self.fingerprint.encode(), np.uint8),
             "sampler_key": self.sampler_key.view(np.int64),
-            "noise_key": key,
+            "noise_key": self.noise.get_key().view(np.int64) if keeps_key else none,
+            "mask_key": self.get_mask_key().view(np.int64) if keeps_key else none,
             "noise_ring": self.noise.get_ring(),
             "position": np.array(self.noise.position, np.int64),
             "data_digest": np.frombuffer(self._data_digest or b"", np.uint8),
@@ -161,7 +197,7 @@ class RunState:
 
         Args:
             arrays: the saved state.
-            replay: keep the noise key too, to repeat unreleased steps bit for bit.
+            replay: keep the keys of noise and masks too, to repeat unreleased steps bit for bit.
 
         Raises:
             ValueError: if the state is incomplete, damaged, or of another run.
@@ -181,7 +217,8 @@ class RunState:
                 f"Received: {position}. The file is damaged."
             )
         finished = position == self.noise.num_steps
-        if replay and values["noise_key"].shape != (2,) and not finished:
+        keys = [values["noise_key"], values["mask_key"]]
+        if replay and any(key.shape != (2,) for key in keys) and not finished:
             raise ValueError(
                 "The checkpoint was saved without the noise key, so replay=True cannot repeat its "
                 "noise. Restore it with replay=False; the optimizer that saves must be made with "
@@ -192,8 +229,13 @@ class RunState:
         self.noise.position = position
         self.sampler_key = values["sampler_key"].view(np.uint64).copy()
         replayed = replay and not finished
-        key = values["noise_key"].view(np.uint64) if replayed else normals.fresh_key()
-        self.noise.set_key(key)
+        noise_key, mask_key = (
+            [key.view(np.uint64) for key in keys]
+            if replayed
+            else [normals.fresh_key(), normals.fresh_key()]
+        )
+        self.noise.set_key(noise_key)
+        self._set_mask_key(mask_key)
         self._data_digest = values["data_digest"].tobytes() or None
         self.seeded = bool(values["seeded"])
         self.restores = int(values["restores"]) + 1

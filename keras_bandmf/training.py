@@ -208,15 +208,18 @@ class _PrivateTraining:
     def _clipped_gradients(
         self, x: Any, y: Any, sample_weight: Any, mask: Any
     ) -> clipping.ClippedGradients:
+        model, optimizer = self.model, self.optimizer
+        optimizer.build(model.trainable_variables)
         return clipping.clipped_gradients(
-            self.model,
+            model,
             x,
             y,
             sample_weight,
-            l2_norm_clip=self.optimizer.l2_norm_clip,
-            clipping=self.optimizer.clipping,
+            l2_norm_clip=optimizer.l2_norm_clip,
+            clipping=optimizer.clipping,
             mask=mask,
             microbatch_size=self._microbatch_size,
+            mask_seeds=optimizer.run_state.mask_seeds(optimizer.iterations),
         )
 
     def _metrics(

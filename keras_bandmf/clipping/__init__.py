@@ -14,6 +14,7 @@ from keras_bandmf.clipping.modes import (
 )
 from keras_bandmf.clipping.registry import register_rule
 from keras_bandmf.clipping.rule_checks import check_rule
+from keras_bandmf.clipping.seeds import MaskSeeds
 
 __all__ = [
     "AutomaticClipping",
@@ -23,6 +24,7 @@ __all__ = [
     "FlatClipping",
     "LayerRule",
     "Lookup",
+    "MaskSeeds",
     "Outer",
     "PerLayerClipping",
     "Rows",

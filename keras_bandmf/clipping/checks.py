@@ -13,8 +13,14 @@ from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.coordinates import released
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.locate import first_mixing_layer
-from keras_bandmf.clipping.losses import BatchLoss, batch_loss, build_loss
+from keras_bandmf.clipping.losses import (
+    BatchLoss,
+    batch_loss,
+    build_loss,
+    overrides_compute_loss,
+)
 from keras_bandmf.clipping.modes import ClippingMode, checked_mode
+from keras_bandmf.clipping.passes import refuse_untraceable, traced_pass
 from keras_bandmf.clipping.refusals import refuse_arguments, refuse_model, refuse_short_products
 from keras_bandmf.clipping.routes import store_checked, structural_reason, trial_reason
 from keras_bandmf.clipping.row_losses import per_example_losses
@@ -33,8 +39,9 @@ def check_model(
 ) -> None:
     """Test on up to three examples that the model can be trained privately, before it is.
 
-    Runs eagerly and puts every variable back. In order: other rows must not change an example's
-    outputs; the forward pass may write no variable but seed generators and metrics; the loss must
+    Runs eagerly and puts every variable back. In order: forward pass and loss may write no variable
+    but metrics, may not depend on metrics, and must draw random numbers from seed generators, all
+    of it read off their graphs; other rows must not change an example's outputs; the loss must
     be a sum over examples; and the book-keeping path must give what one-example-at-a-time gradients
     give. A model that fails only the last goes the general path from here on (`explain` says why).
 
@@ -51,7 +58,8 @@ def check_model(
             variable or the loss, and what to use instead.
 
     Formal guarantees: a test on a sample, not a proof. A layer that mixes examples for some inputs
-    only, or by less than rounding, can pass it.
+    only, or by less than rounding, can pass it. What is read off graphs is found on any sample;
+    `captures.Watch` says what is out of sight.
     """
     refuse_arguments(x, y, sample_weight, 1.0, None)
     refuse_short_products()
@@ -64,10 +72,14 @@ def check_model(
     snapshot = Snapshot(model, lambda: forward(model, x))
     try:
         y_pred = forward(model, x)
+        if snapshot.untraceable is not None:
+            refuse_untraceable("The forward pass", snapshot.untraceable)
         _check_written(snapshot)
         _check_rows(model, x, y_pred, snapshot)
         build_loss(model, x, y)
         row_loss = batch_loss(model, loss)
+        snapshot.restore()
+        _check_loss_captures(model, row_loss, x, y, forward(model, x), sample_weight)
         snapshot.restore()
         _check_loss(row_loss, x, y, forward(model, x), sample_weight)
         general = structural_reason(model, loss) or trial_reason(model, x, y, sample_weight, loss)
@@ -120,6 +132,21 @@ def same_row(a: tf.Tensor, b: tf.Tensor, i: int) -> bool:
     scale = np.max(np.abs(np.where(np.isfinite(a), a, 0)), initial=0.0)
     tolerance = (1e-10 if wide else 1e-2 if narrow else 1e-5) * scale
     return bool(np.allclose(a, b, rtol=0, atol=tolerance + 1e-30, equal_nan=True))
+
+
+def _check_loss_captures(
+    model: keras.Model, loss: BatchLoss, x: Any, y: Any, y_pred: Any, sample_weight: Any
+) -> None:
+    """The loss keeps nothing from one step to another."""
+
+    def run() -> tf.Tensor:
+        if overrides_compute_loss(model):
+            return loss(x, y, y_pred, sample_weight)
+        return per_example_losses(loss, y, y_pred, sample_weight).losses
+
+    error = traced_pass(run, model)
+    if isinstance(error, Exception):
+        refuse_untraceable("The loss", error)
 
 
 def _check_loss(loss: BatchLoss, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> None:

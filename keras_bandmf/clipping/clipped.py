@@ -16,9 +16,11 @@ from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import batch_loss, build_loss
 from keras_bandmf.clipping.microbatches import rows_at_a_time
 from keras_bandmf.clipping.modes import ClippingMode, checked_mode
+from keras_bandmf.clipping.passes import in_passes, with_row_numbers
 from keras_bandmf.clipping.per_example import clip_one_example
 from keras_bandmf.clipping.refusals import refuse_arguments, refuse_model, refuse_short_products
 from keras_bandmf.clipping.routes import give_up, route_of
+from keras_bandmf.clipping.seeds import MaskSeeds
 from keras_bandmf.clipping.shapes import on_tensors
 
 
@@ -86,6 +88,7 @@ def clipped_gradients(
     mask: Any = None,
     microbatch_size: int | str | None = None,
     loss: Any = None,
+    mask_seeds: MaskSeeds | None = None,
 ) -> ClippedGradients:
     """Clip the gradient of every example to norm `l2_norm_clip` and sum.
 
@@ -114,6 +117,12 @@ def clipped_gradients(
             result (dropout masks apart). Need not divide the batch.
         loss: None for the compiled loss; else a name, a `keras.losses.Loss` or a function
             (y_true, y_pred), for a model with one output.
+        mask_seeds: where dropout masks and other random numbers of the forward pass come from: a
+            secret key and the step, which the private `fit` passes. With None Keras's own seed
+            generators serve. That is enough where each row has a fixed place and neighbouring data
+            differ by the mask of one row (`sampling="fixed_order"`, for which alone a loop of
+            one's own is accepted): masks belong to places, and no place changes. Where the rows of
+            a batch are sampled it is not: one row more gives all others new masks.
 
     Returns:
         `ClippedGradients`.
@@ -121,13 +130,16 @@ def clipped_gradients(
     Raises:
         ValueError: no loss; bad clip norm, mode, microbatch size or mask; ragged or sparse data; a
             layer that is known to mix examples; float16; `mean_with_sample_weight` with weights;
-            a GPU that may round float32 products to TensorFloat-32.
+            a GPU that may round float32 products to TensorFloat-32; in a graph, a pass that writes
+            a variable or draws random numbers otherwise (`captures.Watch`).
 
     Formal guarantees: if no example influences another example's outputs (`check_model` tests it),
     adding or removing one row, or setting its mask, changes `sums` by a vector of joint norm at
     most `l2_norm_clip`, up to rounding. Rows that are masked out, or whose gradient is not finite,
     contribute exactly zero and leave the others as they were. `norms`, `losses`, `was_clipped` and
-    `outputs` carry no guarantee.
+    `outputs` carry no guarantee. With random layers this holds for each value of the masks: with
+    `mask_seeds` whatever places the rows stand at (`MaskSeeds` has the proof), without them for
+    setting the mask of a row only.
     """
     refuse_arguments(x, y, sample_weight, l2_norm_clip, microbatch_size)
     refuse_short_products()
@@ -143,13 +155,15 @@ def clipped_gradients(
         )
     build_loss(model, x, y)
     row_loss = batch_loss(model, loss)
-    data = (x, y, sample_weight, mask)
     general = route_of(model, x, y, sample_weight, loss).general
     clip = float(l2_norm_clip)
     common = {"clipper": Clipper.of(model, clip, mode), "loss": row_loss}
+    data = (with_row_numbers(x, mask), y, sample_weight, mask)
     result = None
     if general is None:
-        by_batch = functools.partial(clip_by_book_keeping, model, **common)
+        by_batch = in_passes(
+            functools.partial(clip_by_book_keeping, model, **common), model, mask_seeds
+        )
         try:
             if microbatch_size == "auto":
                 microbatch_size = rows_at_a_time(model, x, y, sample_weight, loss)
@@ -161,7 +175,10 @@ def clipped_gradients(
             # What the trial trace could not see (other shapes, another kind of graph).
             give_up(model, str(reason))
     if result is None:
-        result = clip_in_chunks(functools.partial(clip_one_example, model, **common), *data, 1)
+        by_example = in_passes(
+            functools.partial(clip_one_example, model, **common), model, mask_seeds
+        )
+        result = clip_in_chunks(by_example, *data, 1)
     return ClippedGradients(**result._asdict(), mask=mask, l2_norm_clip=clip, clipping=mode)
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+
+from keras_bandmf.clipping.passes import traced_pass
+from keras_bandmf.clipping.seeds import seed_generators
 
 
 class Snapshot:
@@ -15,14 +17,25 @@ class Snapshot:
 
     Args:
         model: built.
-        run: a training forward pass; traced once, to see which variables it captures.
+        run: a training forward pass; traced once, to see what it captures.
+
+    Attributes:
+        untraceable: why the pass cannot be traced, or None.
+
+    Raises:
+        Refused: the pass writes, reads or draws what no private pass may (`captures.Watch`).
     """
 
     def __init__(self, model: keras.Model, run: Callable[[], Any]):
-        owned = {id(v.value): v.path for v in [*model.variables, *model.metrics_variables]}
+        seeds = [generator.state for generator in seed_generators(model)]
+        known = [*model.variables, *model.metrics_variables, *seeds]
+        owned = {id(v.value): v.path for v in known}
         metrics = {id(v.value) for v in model.metrics_variables}
-        found = {id(v.value): v.value for v in [*model.variables, *model.metrics_variables]}
-        found.update((id(v), v) for v in _captured(run))
+        found = {id(v.value): v.value for v in known}
+        graph = traced_pass(run, model)
+        self.untraceable = graph if isinstance(graph, Exception) else None
+        if self.untraceable is None:
+            found.update((id(v), v) for v in graph.variables)
         self._variables = list(found.values())
         self._values = [v.numpy() for v in self._variables]
         self._names = [owned.get(id(v), v.name) for v in self._variables]
@@ -42,10 +55,3 @@ class Snapshot:
         """Put every variable back, seed generators included: the next pass draws the same masks."""
         for v, value in zip(self._variables, self._values, strict=True):
             v.assign(value)
-
-
-def _captured(run: Callable[[], Any]) -> list[tf.Variable]:
-    try:
-        return list(tf.function(run, autograph=False).get_concrete_function().graph.variables)
-    except Exception:  # a model that runs only eagerly: its own variables will have to do
-        return []

@@ -1,0 +1,120 @@
+"""One private pass: random numbers from the seeds of the run, and nothing carried to the next."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf.clipping.book_keeping import Clipped
+from keras_bandmf.clipping.captures import Refused, Watch
+from keras_bandmf.clipping.chunks import ChunkFunction
+from keras_bandmf.clipping.seeds import MaskSeeds, drawing, seed_generators
+from keras_bandmf.clipping.shapes import dims
+
+
+class RowsOf(NamedTuple):
+    """Inputs and the number of each row in its batch: what tells one pass of a batch from another.
+
+    Attributes:
+        x: inputs, a structure of tensors with the example on axis 0.
+        numbers: (rows,) int64.
+    """
+
+    x: Any
+    numbers: tf.Tensor
+
+
+def with_row_numbers(x: Any, mask: tf.Tensor) -> RowsOf:
+    """Number the rows of a batch."""
+    return RowsOf(x, tf.range(tf.cast(dims(mask)[0], tf.int64), dtype=tf.int64))
+
+
+def in_passes(
+    clip: ChunkFunction, model: keras.Model, mask_seeds: MaskSeeds | None
+) -> ChunkFunction:
+    """`clip` of rows that are numbered, each call a pass with masks of its own.
+
+    Args:
+        clip: (x, y, sample_weight, mask) -> `Clipped`: forward pass, loss and gradients.
+        model: of which `clip` is.
+        mask_seeds: as for `clipped_gradients`.
+
+    Returns:
+        The same of (`RowsOf`, y, sample_weight, mask).
+
+    Formal guarantees: every call of a batch draws from seeds of its own, as the first rows of its
+        chunks differ; what it returns is checked by `captures.Watch`.
+    """
+
+    def one(numbered: RowsOf, y: Any, sample_weight: Any, mask: tf.Tensor) -> Clipped:
+        return private_pass(
+            lambda: clip(numbered.x, y, sample_weight, mask),
+            model,
+            None if mask_seeds is None else mask_seeds.of_pass(numbered.numbers[0]),
+        )
+
+    return one
+
+
+def private_pass(run: Callable[[], Any], model: keras.Model, first: tf.Tensor | None) -> Any:
+    """Run one pass: draws answered from `first`, writes and dependences looked at.
+
+    Args:
+        run: forward pass, loss, gradients, or some of them.
+        model: whose.
+        first: of `MaskSeeds.of_pass`, or None for Keras's own generators.
+
+    Returns:
+        What `run` returns.
+
+    Raises:
+        Refused: as `captures.Watch.refuse` and `seeds.drawing`.
+    """
+    watch = Watch(model, first, seed_generators(model))
+    with contextlib.nullcontext() if first is None else drawing(model, first):
+        results = run()
+    watch.refuse(results)
+    return results
+
+
+def traced_pass(run: Callable[[], Any], model: keras.Model) -> tf.Graph | Exception:
+    """Trace a private pass without running it, to see what it does.
+
+    Args:
+        run: forward pass or loss.
+        model: whose.
+
+    Returns:
+        The graph, or the error of a pass that cannot be traced.
+
+    Raises:
+        Refused: as `private_pass`.
+    """
+
+    def trace() -> Any:
+        seeds = MaskSeeds(tf.zeros([2], tf.int64), tf.zeros([], tf.int64))
+        return private_pass(run, model, seeds.of_pass(0))
+
+    try:
+        return tf.function(trace, autograph=False).get_concrete_function().graph
+    except Refused:
+        raise
+    except Exception as error:
+        return error
+
+
+def refuse_untraceable(what: str, error: Exception) -> None:
+    """Refuse a model or a loss that runs only eagerly: what it reads and writes is unknown.
+
+    Raises:
+        Refused: always.
+    """
+    raise Refused(
+        f"{what} must be traceable by `tf.function`: what it reads and writes is looked up in its "
+        "graph. Replace Python code that looks at values (`float(x)`, `x.numpy()`, `if x > 0`) by "
+        f"TensorFlow or `keras.ops`. Received: {type(error).__name__}: {error}"
+    ) from error
