@@ -309,7 +309,7 @@ class _PrivateTraining:
             batch_size, array_steps = fit_arguments.check_foreign_data(
                 x, optimizer.plan, batch_size, steps_per_epoch
             )
-            sample, x = fit_arguments.first_rows(x, y, sample_weight)
+            sample, x = fit_arguments.first_rows(x, y, sample_weight, optimizer.plan.batch_size)
             self._prepare(sample)
             source = "data supplied by the user, in an order declared by the user"
         optimizer.check_ready(model.distribute_strategy.num_replicas_in_sync)

@@ -12,7 +12,6 @@ from keras_bandmf.clipping.losses import overrides_compute_loss, with_mean_by_we
 from keras_bandmf.clipping.rowwise_layers import GROUP_OR_LAYER_NORM, replacement_of
 
 
-
 def refuse_arguments(
     x: Any, y: Any, sample_weight: Any, l2_norm_clip: float, microbatch_size: int | str | None
 ) -> None:
@@ -107,7 +106,8 @@ def _refuse_layer(layer: keras.layers.Layer) -> None:
     if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
         raise ValueError(
             "BatchNormalization mixes the examples of a batch, so no example has a gradient of its "
-            f"own. Replace it by {GROUP_OR_LAYER_NORM}, or freeze it (`layer.trainable = False`). {where}"
+            f"own. Replace it by {GROUP_OR_LAYER_NORM}, or freeze it "
+            f"(`layer.trainable = False`). {where}"
         )
     instead = replacement_of(layer)
     if instead is not None:

@@ -44,9 +44,9 @@ def declare_row_wise(layer_class: type) -> type:
 
     Row i of every output must depend on row i of the inputs alone, whatever the data, the batch
     size, the random state and the training step: no statistics of the batch, no permutation of its
-    rows, no state that one batch leaves for the next. Layers inside are judged by themselves. Without
-    the declaration a model with a layer of one's own is trained one example at a time, which cannot
-    mix, and is slow. Usable as a decorator:
+    rows, no state that one batch leaves for the next. Layers inside are judged by themselves.
+    Without the declaration a model with a layer of one's own is trained one example at a time,
+    which cannot mix, and is slow. Usable as a decorator:
 
     ```python
     @clipping.declare_row_wise
@@ -64,8 +64,9 @@ def declare_row_wise(layer_class: type) -> type:
         ValueError: not a class of layers.
 
     Formal guarantees: none of its own. It is a promise of the author's on which privacy rests.
-    `check_model` tests it on a batch of the run's size with many random states, and in `fit` a masked
-    row in every batch whose gradients must be zero; both can miss a promise that is broken rarely.
+    `check_model` tests it on a batch of the run's size with many random states, and in `fit` each
+    batch has a masked row whose gradients must be zero; both can miss a promise that is broken
+    rarely.
     """
     if not (isinstance(layer_class, type) and issubclass(layer_class, keras.layers.Layer)):
         raise ValueError(

@@ -216,7 +216,9 @@ def arrangement(
     """
     words = bit_stream(key, _PLACES, step).random_raw(2 * size - count + num_replicas)
     part = size // num_replicas
-    sentinels = np.arange(num_replicas) * part + (words[:num_replicas] % np.uint64(part)).astype(int)
+    sentinels = np.arange(num_replicas) * part + (words[:num_replicas] % np.uint64(part)).astype(
+        int
+    )
     order = words[num_replicas : num_replicas + size].copy()
     # Sorted last, and never among the first `count`.
     order[sentinels] = np.iinfo(np.uint64).max
