@@ -166,11 +166,11 @@ def check_foreign_data(
     return plan.batch_size, epoch_steps
 
 
-def first_rows(x: Any, y: Any, sample_weight: Any) -> tuple[dict[str, Any], Any]:
+def first_rows(x: Any, y: Any, sample_weight: Any, count: int) -> tuple[dict[str, Any], Any]:
     """Returns a few rows of data that is not of `plan.batches`, to check the model on.
 
     Returns:
-        Dict of `"x"`, `"y"` and `"sample_weight"` of up to three rows; and the data to train on:
+        Dict of `"x"`, `"y"` and `"sample_weight"` of up to `count` rows; and the data to train on:
         `x` itself, or a generator of all that the generator `x` yields.
 
     Raises:
@@ -198,7 +198,7 @@ def first_rows(x: Any, y: Any, sample_weight: Any) -> tuple[dict[str, Any], Any]
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
 
     def head(leaf: Any) -> np.ndarray | None:
-        rows = None if leaf is None else np.asarray(leaf[:3])
+        rows = None if leaf is None else np.asarray(leaf[:count])
         is_float = rows is not None and rows.dtype.kind == "f"
         return rows.astype(keras.config.floatx()) if is_float else rows
 

@@ -12,6 +12,7 @@ from keras_bandmf import callbacks as private_callbacks
 from keras_bandmf import clipping, fit_arguments, keras_faults
 from keras_bandmf.clipping.losses import no_replicas
 from keras_bandmf.clipping.refusals import refuse_microbatch_size
+from keras_bandmf.mixed_rows import MixedRows
 from keras_bandmf.optimizers import BandMFOptimizer
 from keras_bandmf.run_record import RunRecord
 from keras_bandmf.sampling import PrivateBatches
@@ -35,8 +36,10 @@ def privatize(
     Formal guarantees:
         `fit` trains on batches of the optimizer's own plan only, clips the gradient of each
         example at the norm and in the mode of the optimizer, and lets nothing but noisy sums and
-        public values reach the weights. Before the first step the clipping is compared with
-        one-example-at-a-time gradients on three rows, and models that mix examples are refused.
+        public values reach the weights. Models that are not known to treat examples independently
+        are trained one example at a time, unless their author declares that they do. Before the
+        first step that is tested, and in each step a masked row is watched: if it has a gradient,
+        the update is NaN and `fit` raises.
 
     Args:
         model: any `keras.Model` of Keras 3 that does not override `train_step`.
@@ -124,6 +127,7 @@ class _PrivateTraining:
         self.model = model
         self.set_options(microbatch_size, report_clipping)
         self.record = RunRecord()
+        self._mixed_rows = MixedRows(model.distribute_strategy)
         self._checked: Any = None
         self._needs_mask = False
         self._clip: Callable = self._clipped_gradients
@@ -199,6 +203,7 @@ class _PrivateTraining:
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
             mask = None
         clipped = self._clip(x, y, sample_weight, mask)
+        self._mixed_rows.note(clipped.rows_mixed)
         variables = model.trainable_variables
         penalty, penalties = _regularisation(variables)
         optimizer.apply_clipped(clipped, variables, penalties)
@@ -301,12 +306,13 @@ class _PrivateTraining:
             )
             source = f"plan.batches of plan {batches.plan_fingerprint[:12]}"
             steps_per_epoch = steps_per_epoch or batches.steps_per_epoch
-            self._prepare(batches.rows(list(range(min(3, batches.num_examples)))))
+            size = batches.padded_size(model.distribute_strategy.num_replicas_in_sync)
+            self._prepare(batches.rows(list(range(min(size, batches.num_examples)))))
         else:
             batch_size, array_steps = fit_arguments.check_foreign_data(
                 x, optimizer.plan, batch_size, steps_per_epoch
             )
-            sample, x = fit_arguments.first_rows(x, y, sample_weight)
+            sample, x = fit_arguments.first_rows(x, y, sample_weight, optimizer.plan.batch_size)
             self._prepare(sample)
             source = "data supplied by the user, in an order declared by the user"
         optimizer.check_ready(model.distribute_strategy.num_replicas_in_sync)
@@ -339,7 +345,7 @@ class _PrivateTraining:
                     batch_size=batch_size,
                     epochs=epochs,
                     verbose=verbose,
-                    callbacks=[*report, *listed, guard],
+                    callbacks=[self._mixed_rows, *report, *listed, guard],
                     validation_data=validation_data,
                     shuffle=False,
                     sample_weight=sample_weight,

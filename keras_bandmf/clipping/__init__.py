@@ -13,6 +13,7 @@ from keras_bandmf.clipping.modes import (
     checked_mode,
 )
 from keras_bandmf.clipping.registry import register_rule
+from keras_bandmf.clipping.rowwise import declare_row_wise
 from keras_bandmf.clipping.rule_checks import check_rule
 from keras_bandmf.clipping.seeds import MaskSeeds
 
@@ -33,6 +34,7 @@ __all__ = [
     "checked_mode",
     "clipped_gradients",
     "constant",
+    "declare_row_wise",
     "explain",
     "register_rule",
 ]

@@ -23,7 +23,11 @@ from keras_bandmf.clipping.losses import BatchLoss
 from keras_bandmf.clipping.merge import Factor, merged
 from keras_bandmf.clipping.registry import rule_of
 from keras_bandmf.clipping.row_losses import per_example_losses
+from keras_bandmf.clipping.shapes import over_rows
 from keras_bandmf.clipping.trained import trained_layers
+
+# Masked rows that are watched in each batch or chunk: to look at more would cost time.
+_SENTINELS = 8
 
 
 class Clipped(NamedTuple):
@@ -34,6 +38,7 @@ class Clipped(NamedTuple):
     losses: tf.Tensor
     was_clipped: tf.Tensor
     outputs: Any
+    rows_mixed: tf.Tensor
 
 
 class _Record(NamedTuple):
@@ -95,10 +100,13 @@ def clip_by_book_keeping(
     Raises:
         Unsupported: the model cannot take this path; the general one is exact for it.
 
-    Formal guarantees: if no example influences another example's outputs (`check_model`), each
+    Formal guarantees: if no example influences another example's outputs (`rowwise`), each
     masked-in example adds to `sums` a vector of which each group of variables has a norm of at most
     the group's clip norm, up to rounding; masked-out examples and those with a gradient that is not
-    finite in any variable add exactly zero.
+    finite in any variable add exactly zero. `rows_mixed` is True only if the loss of one row
+    depends on an activation of another, masked one. It is a sentinel, not a proof: it does not see
+    statistics behind `stop_gradient`, mixing of inputs that no gradient is taken by, rows that read
+    others while nobody reads the masked ones, or mixing behind an activation with slope zero.
     """
     variables = model.trainable_variables
     values = [v.value for v in variables]
@@ -108,8 +116,11 @@ def clip_by_book_keeping(
         with tapped(model, tape, records):
             y_pred = forward(model, x)
     losses, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight, values)
-    factors = example_gradients(tape, records, variables, outputs, slopes, mask)
+    # A masked row has no loss: whatever gradient it has at a tap is that of another row's loss.
+    slopes = [tf.where(over_rows(mask, s), s, tf.zeros_like(s)) for s in slopes]
+    taps = _at_taps(tape, records, variables, outputs, slopes, mask)
     dtype = accumulation_dtype(variables)
+    factors = _by_variable(records, taps, variables, dtype)
     squared = [factors[i].squared_norms() if i in factors else None for i in range(len(variables))]
     weights, norms, was_clipped = clipper.factors(squared, mask)
     sums = [
@@ -118,7 +129,26 @@ def clip_by_book_keeping(
         else tf.zeros(released_shape(v), dtype)
         for i, (v, group) in enumerate(zip(variables, clipper.groups, strict=True))
     ]
-    return Clipped(sums, norms, losses, was_clipped, y_pred)
+    return Clipped(sums, norms, losses, was_clipped, y_pred, _rows_mixed(taps, mask))
+
+
+def _rows_mixed(taps: list[tf.Tensor | None], mask: tf.Tensor) -> tf.Tensor:
+    """Whether a masked row, whose slopes are zero, has a gradient at any tap: a scalar bool.
+
+    The first `_SENTINELS` masked rows are looked at. NaN and infinity are no evidence: zero times
+    an infinite activation of the row itself gives them.
+    """
+    masked = tf.cumsum(tf.cast(tf.logical_not(mask), tf.int32))
+    places = tf.searchsorted(masked, tf.range(1, _SENTINELS + 1))
+    exists = places < tf.shape(mask)[0]
+    places = tf.where(exists, places, tf.zeros_like(places))
+    found = [tf.constant(False)]
+    for g in taps:
+        if g is not None:
+            g = tf.gather(tf.convert_to_tensor(g), places)
+            reached = tf.logical_and(tf.math.is_finite(g), tf.not_equal(g, tf.zeros([], g.dtype)))
+            found.append(tf.reduce_any(tf.logical_and(reached, over_rows(exists, g))))
+    return tf.reduce_any(tf.stack(found))
 
 
 def example_gradients(
@@ -145,6 +175,19 @@ def example_gradients(
     Raises:
         Unsupported: a weight used outside a layer with a rule, or a call that is not by example.
     """
+    taps = _at_taps(tape, records, variables, outputs, slopes, mask)
+    return _by_variable(records, taps, variables, accumulation_dtype(variables))
+
+
+def _at_taps(
+    tape: tf.GradientTape,
+    records: list[_Record],
+    variables: list[keras.Variable],
+    outputs: list[tf.Tensor],
+    slopes: list[tf.Tensor],
+    mask: tf.Tensor,
+) -> list[tf.Tensor | None]:
+    """The gradients at all taps, in the order of `records`; as `example_gradients` otherwise."""
     _check_records(records, tf.convert_to_tensor(mask))
     taps, direct = tape.gradient(
         outputs, ([r.outputs for r in records], [v.value for v in variables]), slopes
@@ -152,7 +195,7 @@ def example_gradients(
     leaks = [v.path for v, g in zip(variables, direct, strict=True) if g is not None]
     if leaks:
         raise Unsupported(f"used outside a layer that has a rule: {', '.join(leaks)}")
-    return _by_variable(records, taps, variables, accumulation_dtype(variables))
+    return taps
 
 
 def _by_variable(

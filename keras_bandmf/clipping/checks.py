@@ -8,24 +8,25 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bandmf.clipping.book_keeping import clip_by_book_keeping, forward
-from keras_bandmf.clipping.clipper import Clipper
-from keras_bandmf.clipping.coordinates import released
-from keras_bandmf.clipping.factors import Unsupported
+from keras_bandmf.clipping.agreement import disagreement
+from keras_bandmf.clipping.book_keeping import forward
+from keras_bandmf.clipping.declared_checks import check_declared, same_columns
 from keras_bandmf.clipping.locate import first_mixing_layer
+from keras_bandmf.clipping.loss_checks import check_loss
 from keras_bandmf.clipping.losses import (
     BatchLoss,
     batch_loss,
     build_loss,
     overrides_compute_loss,
+    with_ignored_class,
 )
 from keras_bandmf.clipping.modes import ClippingMode, checked_mode
 from keras_bandmf.clipping.passes import refuse_untraceable, traced_pass
 from keras_bandmf.clipping.refusals import refuse_arguments, refuse_model, refuse_short_products
 from keras_bandmf.clipping.routes import store_checked, structural_reason, trial_reason
 from keras_bandmf.clipping.row_losses import per_example_losses
-from keras_bandmf.clipping.rows import each_row_repeated, three_rows
-from keras_bandmf.clipping.shapes import over_rows
+from keras_bandmf.clipping.rows import all_rows, each_row_repeated, three_rows
+from keras_bandmf.clipping.rowwise import rowwise
 from keras_bandmf.clipping.snapshot import Snapshot
 
 
@@ -37,17 +38,20 @@ def check_model(
     loss: Any = None,
     clipping: str | ClippingMode = "flat",
 ) -> None:
-    """Test on up to three examples that the model can be trained privately, before it is.
+    """Test that the model can be trained privately, before it is.
 
     Runs eagerly and puts every variable back. In order: forward pass and loss may write no variable
     but metrics, may not depend on metrics, and must draw random numbers from seed generators, all
-    of it read off their graphs; other rows must not change an example's outputs; the loss must
-    be a sum over examples; and the book-keeping path must give what one-example-at-a-time gradients
-    give. A model that fails only the last goes the general path from here on (`explain` says why).
+    of it read off their graphs; other rows must not change an example's outputs, of three rows;
+    where layers were declared row-wise, other rows must not change an example's outputs in a whole
+    batch, with many random states; the loss must be a sum or mean over examples; and the
+    book-keeping path must give what one-example-at-a-time gradients give on rows of random numbers.
+    A model that fails only the last goes the general path from here on (`explain` says why).
 
     Args:
         model: a Keras model, compiled unless `loss` is given.
-        x: inputs, at least one row; the first three are used. `y`, `sample_weight` likewise.
+        x: inputs, at least one row; best as many as a batch of the run has. `y`, `sample_weight`
+            likewise.
         y: targets or None.
         sample_weight: weights or None.
         loss: as for `clipped_gradients`.
@@ -57,14 +61,17 @@ def check_model(
         ValueError: the model, its loss or the mode is refused; the error names the layer, the
             variable or the loss, and what to use instead.
 
-    Formal guarantees: a test on a sample, not a proof. A layer that mixes examples for some inputs
-    only, or by less than rounding, can pass it. What is read off graphs is found on any sample;
+    Formal guarantees: a test on a sample, not a proof: mixing for some inputs only, or by less than
+    rounding, can pass it. Privacy does not rest on it unless layers were declared row-wise: the
+    path is chosen by structure (`rowwise`), and no value of the data takes part in that choice. The
+    data given can only lead to an error. What is read off graphs is found on any sample;
     `captures.Watch` says what is out of sight.
     """
     refuse_arguments(x, y, sample_weight, 1.0, None)
     refuse_short_products()
     mode = checked_mode(clipping)
     refuse_model(model, sample_weight, loss)
+    whole = all_rows(x, y, sample_weight)
     x, y, sample_weight = three_rows(x, y, sample_weight)
     if not model.built:
         forward(model, x)
@@ -76,15 +83,24 @@ def check_model(
             refuse_untraceable("The forward pass", snapshot.untraceable)
         _check_written(snapshot)
         _check_rows(model, x, y_pred, snapshot)
+        general = structural_reason(model, loss)
+        declared = rowwise(model).declared
+        if general is None and declared:
+            check_declared(model, whole[0], declared, snapshot)
         build_loss(model, x, y)
         row_loss = batch_loss(model, loss)
         snapshot.restore()
         _check_loss_captures(model, row_loss, x, y, forward(model, x), sample_weight)
         snapshot.restore()
         _check_loss(row_loss, x, y, forward(model, x), sample_weight)
-        general = structural_reason(model, loss) or trial_reason(model, x, y, sample_weight, loss)
+        # A loss of `compute_loss` may look at x; one that ignores a class divides by the others.
+        if not (loss is None and overrides_compute_loss(model)):
+            if not with_ignored_class(model, loss):
+                snapshot.restore()
+                check_loss(row_loss, whole[1], _outputs_like(model, whole[0]), whole[2])
+        general = general or trial_reason(model, x, y, sample_weight, loss)
         if general is None:
-            general = _disagreement(model, x, y, sample_weight, row_loss, snapshot, mode)
+            general = disagreement(model, x, y, sample_weight, row_loss, snapshot, mode)
     finally:
         snapshot.restore()
     store_checked(model, general)
@@ -126,12 +142,14 @@ def _check_rows(model: keras.Model, x: Any, y_pred: Any, snapshot: Snapshot) -> 
 
 def same_row(a: tf.Tensor, b: tf.Tensor, i: int) -> bool:
     """Whether row i of two tensors agrees up to rounding (NaN equals NaN)."""
-    wide = a.dtype == tf.float64
-    narrow = a.dtype in (tf.bfloat16, tf.float16)
-    a, b = (np.asarray(tf.cast(t[i], tf.float64)) for t in (a, b))
-    scale = np.max(np.abs(np.where(np.isfinite(a), a, 0)), initial=0.0)
-    tolerance = (1e-10 if wide else 1e-2 if narrow else 1e-5) * scale
-    return bool(np.allclose(a, b, rtol=0, atol=tolerance + 1e-30, equal_nan=True))
+    narrow, wide = a.dtype in (tf.bfloat16, tf.float16), a.dtype == tf.float64
+    a, b = (np.asarray(tf.cast(t[i : i + 1], tf.float64)) for t in (a, b))
+    return same_columns(a, b, narrow, wide)
+
+
+def _outputs_like(model: keras.Model, x: Any) -> Any:
+    """Outputs for a whole batch, a few rows at a time if need be, without what hangs on them."""
+    return keras.tree.map_structure(tf.identity, forward(model, x))
 
 
 def _check_loss_captures(
@@ -179,78 +197,3 @@ def _alone(output: tf.Tensor) -> tf.Tensor:
     if mask is not None:
         copy._keras_mask = mask
     return copy
-
-
-def _disagreement(
-    model: keras.Model,
-    x: Any,
-    y: Any,
-    sample_weight: Any,
-    loss: BatchLoss,
-    snapshot: Snapshot,
-    mode: ClippingMode,
-) -> str | None:
-    """Compare book-keeping with gradients of one example at a time; what differs, or None."""
-    variables = model.trainable_variables
-    if not variables:
-        return None
-    snapshot.restore()
-    expected = _one_by_one(model, x, y, sample_weight, loss)
-    flat = np.concatenate([np.reshape(g, [3, -1]) for g in expected], axis=1)
-    norms = np.linalg.norm(flat, axis=1)
-    finite = np.isfinite(norms)
-    clip = float(np.median(norms[finite])) if finite.any() and norms[finite].any() else 1.0
-
-    snapshot.restore()
-    mask = tf.constant([True] * 3)
-    clipper = Clipper.of(model, clip, mode)
-    try:
-        got = clip_by_book_keeping(model, x, y, sample_weight, mask, clipper, loss)
-    except Unsupported as reason:
-        return str(reason)
-    narrow = any(layer.compute_dtype == "bfloat16" for layer in model._flatten_layers())
-    tolerance = 5e-2 if narrow else 1e-3
-    scale = max(float(np.max(norms[finite], initial=0.0)), 1e-30)
-    difference = np.abs(np.asarray(got.norms)[finite] - norms[finite])
-    if not np.all(difference <= tolerance * scale):
-        return "book-keeping norms disagree with those of one example at a time"
-    squared = [tf.constant(np.sum(np.reshape(g, [3, -1]) ** 2, axis=1)) for g in expected]
-    factors = [np.asarray(weights) for weights in clipper.factors(squared, mask).weights]
-    for variable, group, g, total in zip(
-        variables, clipper.groups, expected, got.sums, strict=True
-    ):
-        kept = np.where(finite.reshape([-1] + [1] * (g.ndim - 1)), g, 0)
-        if not np.allclose(
-            np.tensordot(factors[group], kept, 1), np.asarray(total), rtol=0, atol=tolerance * clip
-        ):
-            return f"book-keeping disagrees with one example at a time on {variable.path}"
-    return None
-
-
-def _one_by_one(
-    model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: BatchLoss
-) -> list[np.ndarray]:
-    """Released gradients of the three examples, from one forward pass (same dropout)."""
-    variables = model.trainable_variables
-    values = [v.value for v in variables]
-    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-        tape.watch(values)
-        y_pred = forward(model, x)
-    _, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight)
-    found = []
-    for i in range(3):
-        own = [tf.where(over_rows(tf.range(3) == i, s), s, tf.zeros_like(s)) for s in slopes]
-        found.append(
-            tape.gradient(
-                outputs,
-                values,
-                output_gradients=own,
-                unconnected_gradients=tf.UnconnectedGradients.ZERO,
-            )
-        )
-    return [
-        np.stack(
-            [np.asarray(released(v, tf.cast(tf.convert_to_tensor(g), tf.float64))) for g in column]
-        )
-        for v, column in zip(variables, zip(*found, strict=True), strict=True)
-    ]

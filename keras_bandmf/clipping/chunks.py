@@ -24,6 +24,9 @@ def clip_in_chunks(
 ) -> Clipped:
     """Run `clip_chunk` over equal chunks of at most `size` examples, the last padded and masked.
 
+    A chunk of several rows gets one more, masked: a copy of a row of the next chunk. What it shows
+    is in `clip_by_book_keeping`.
+
     Args:
         clip_chunk: (x, y, sample_weight, mask) of one chunk -> `Clipped`.
         x: inputs; `y` and `sample_weight` likewise: structures of tensors, the example on axis 0.
@@ -45,14 +48,23 @@ def clip_in_chunks(
         size = _at_least_one(-(-batch // count))
     parts = on_tensors(lambda t: _parts(_padded(t, count * size - batch), count, size), data)
 
+    watched = isinstance(size, tf.Tensor) or size > 1
+
     def chunk(i: Any) -> Clipped:
-        return clip_chunk(*on_tensors(lambda t: tf.gather(t, i), parts))
+        rows = on_tensors(lambda t: tf.gather(t, i), parts)
+        if not watched:
+            return clip_chunk(*rows)
+        others = on_tensors(lambda t: tf.gather(t, (i + 1) % count)[:1], parts)
+        *rows, own = keras.tree.map_structure(_appended, rows, (*others[:3], tf.constant([False])))
+        clipped = clip_chunk(*rows, own)
+        return _with_rows(clipped, [t[:-1] for t in _rows(clipped)])
 
     # The first chunk, run by itself, shows what the others will return.
     first = chunk(0)
-    sums, columns = _stacked(first.sums, _rows(first), lambda i: _sums_and_rows(chunk(i)), count)
+    sums, columns = _stacked(*_sums_and_rows(first), lambda i: _sums_and_rows(chunk(i)), count)
     rows = [tf.reshape(c, [count * size, *dims(c)[2:]])[:batch] for c in columns]
-    return _with_rows(first._replace(sums=sums), rows)
+    first = first._replace(sums=sums[:-1], rows_mixed=sums[-1] > 0)
+    return _with_rows(first, rows)
 
 
 def clip_at_once(
@@ -86,7 +98,7 @@ def _with_rows(clipped: Clipped, rows: list[tf.Tensor]) -> Clipped:
         if getattr(leaf, "_keras_mask", None) is not None:
             output._keras_mask = next(restored)
     packed = keras.tree.pack_sequence_as(clipped.outputs, outputs)
-    return Clipped(clipped.sums, norms, losses, was_clipped, packed)
+    return Clipped(clipped.sums, norms, losses, was_clipped, packed, clipped.rows_mixed)
 
 
 def _rows(clipped: Clipped) -> list[tf.Tensor]:
@@ -98,7 +110,7 @@ def _rows(clipped: Clipped) -> list[tf.Tensor]:
 
 
 def _sums_and_rows(clipped: Clipped) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-    return clipped.sums, _rows(clipped)
+    return [*clipped.sums, tf.cast(clipped.rows_mixed, tf.float32)], _rows(clipped)
 
 
 def _stacked(
@@ -120,6 +132,10 @@ def _stacked(
         lambda i, *_: i < count, body, (tf.constant(1), sums, arrays), parallel_iterations=1
     )
     return sums, [a.stack() for a in arrays]
+
+
+def _appended(rows: tf.Tensor | None, row: tf.Tensor | None) -> tf.Tensor | None:
+    return None if rows is None else tf.concat([rows, row], axis=0)
 
 
 def _padded(tensor: tf.Tensor, amount: Any) -> tf.Tensor:

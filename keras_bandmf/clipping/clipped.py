@@ -41,6 +41,8 @@ class ClippedGradients:
             for padding. Not private.
         outputs: what the model returned in the training forward pass. Not private.
         mask: (batch,) bool; False marks padding, which contributed zero.
+        rows_mixed: scalar bool: the loss of one row was seen to depend on another row, so that
+            clipping bounds nothing. All of `sums` is then NaN.
         l2_norm_clip: the largest norm of one example's contribution.
         clipping: the clipping mode.
     """
@@ -51,6 +53,7 @@ class ClippedGradients:
     was_clipped: tf.Tensor
     outputs: Any
     mask: tf.Tensor
+    rows_mixed: tf.Tensor
     l2_norm_clip: float
     clipping: ClippingMode
 
@@ -58,12 +61,13 @@ class ClippedGradients:
         """TensorFlow's protocol for structures: (constants, tensors)."""
         constants = (self.l2_norm_clip, self.clipping)
         rows = (self.norms, self.losses, self.was_clipped, self.outputs, self.mask)
+        rows = (*rows, self.rows_mixed)
         return constants, (list(self.sums), *rows)
 
     @classmethod
     def __tf_unflatten__(cls, constants: tuple, tensors: tuple) -> ClippedGradients:
         """The inverse of `__tf_flatten__`."""
-        sums, norms, losses, was_clipped, outputs, mask = tensors
+        sums, norms, losses, was_clipped, outputs, mask, rows_mixed = tensors
         return cls(
             sums=list(sums),
             norms=norms,
@@ -71,6 +75,7 @@ class ClippedGradients:
             was_clipped=was_clipped,
             outputs=outputs,
             mask=mask,
+            rows_mixed=rows_mixed,
             l2_norm_clip=constants[0],
             clipping=constants[1],
         )
@@ -133,13 +138,17 @@ def clipped_gradients(
             a GPU that may round float32 products to TensorFloat-32; in a graph, a pass that writes
             a variable or draws random numbers otherwise (`captures.Watch`).
 
-    Formal guarantees: if no example influences another example's outputs (`check_model` tests it),
-    adding or removing one row, or setting its mask, changes `sums` by a vector of joint norm at
-    most `l2_norm_clip`, up to rounding. Rows that are masked out, or whose gradient is not finite,
-    contribute exactly zero and leave the others as they were. `norms`, `losses`, `was_clipped` and
-    `outputs` carry no guarantee. With random layers this holds for each value of the masks: with
-    `mask_seeds` whatever places the rows stand at (`MaskSeeds` has the proof), without them for
-    setting the mask of a row only.
+    Formal guarantees: adding or removing one row, or setting its mask, changes `sums` by a vector
+    of joint norm at most `l2_norm_clip`, up to rounding. By construction: a model of layers and
+    operations known to treat rows independently (`rowwise`) takes the book-keeping path, any other
+    goes one row at a time. It rests on a promise only where a layer was declared row-wise. Rows
+    that are masked out, or whose gradient is not finite, contribute exactly zero and leave the
+    others as they were. On the book-keeping path masked rows are sentinels besides: a gradient at
+    one of their activations makes all of `sums` NaN (`clip_by_book_keeping` says what this cannot
+    see). Without masked rows, as in a direct call without `mask`, there is no sentinel. With random
+    layers this holds for each value of the masks: with `mask_seeds` whatever places the rows stand
+    at (`MaskSeeds` has the proof), without them for setting the mask of a row only. `norms`,
+    `losses`, `was_clipped` and `outputs` carry no guarantee.
     """
     refuse_arguments(x, y, sample_weight, l2_norm_clip, microbatch_size)
     refuse_short_products()
@@ -179,7 +188,13 @@ def clipped_gradients(
             functools.partial(clip_one_example, model, **common), model, mask_seeds
         )
         result = clip_in_chunks(by_example, *data, 1)
+    result = result._replace(sums=[_or_nan(s, result.rows_mixed) for s in result.sums])
     return ClippedGradients(**result._asdict(), mask=mask, l2_norm_clip=clip, clipping=mode)
+
+
+def _or_nan(total: tf.Tensor, rows_mixed: tf.Tensor) -> tf.Tensor:
+    # A choice, not an assertion, which would vanish under XLA.
+    return tf.where(rows_mixed, tf.constant(float("nan"), total.dtype), total)
 
 
 def _tensor(leaf: Any) -> tf.Tensor:

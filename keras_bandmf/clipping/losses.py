@@ -97,6 +97,14 @@ def with_mean_by_weight(model: keras.Model, loss: Any = None) -> bool:
     )
 
 
+def with_ignored_class(model: keras.Model, loss: Any = None) -> bool:
+    """Whether any loss leaves out a class, and divides by how many of the batch it keeps."""
+    chosen = model.loss if loss is None else loss
+    return any(
+        getattr(leaf, "ignore_class", None) is not None for leaf in keras.tree.flatten(chosen)
+    )
+
+
 def _alone(compute: BatchLoss) -> BatchLoss:
     """`compute` with its side effects and its scaling for distribution taken away."""
 

@@ -51,4 +51,5 @@ def clip_one_example(
     for g, group in zip(gradients, clipper.groups, strict=True):
         weight = weights[group][0]
         sums.append(tf.where(weight > 0, g * weight, tf.zeros_like(g)))
-    return Clipped(sums, norms, tf.reshape(value, [1]), was_clipped, y_pred)
+    # One row has none to mix with.
+    return Clipped(sums, norms, tf.reshape(value, [1]), was_clipped, y_pred, tf.constant(False))

@@ -9,8 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf.clipping.losses import overrides_compute_loss, with_mean_by_weight
-
-_USE_INSTEAD = "keras.layers.GroupNormalization or keras.layers.LayerNormalization"
+from keras_bandmf.clipping.rowwise_layers import GROUP_OR_LAYER_NORM, replacement_of
 
 
 def refuse_arguments(
@@ -107,7 +106,19 @@ def _refuse_layer(layer: keras.layers.Layer) -> None:
     if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
         raise ValueError(
             "BatchNormalization mixes the examples of a batch, so no example has a gradient of its "
-            f"own. Replace it by {_USE_INSTEAD}, or freeze it (`layer.trainable = False`). {where}"
+            f"own. Replace it by {GROUP_OR_LAYER_NORM}, or freeze it "
+            f"(`layer.trainable = False`). {where}"
+        )
+    instead = replacement_of(layer)
+    if instead is not None:
+        raise ValueError(
+            f"{type(layer).__name__} mixes the examples of a batch, so no example has a gradient "
+            f"of its own. Use {instead}. {where}"
+        )
+    if getattr(layer, "stateful", False):
+        raise ValueError(
+            "With `stateful=True` a layer carries the state of one batch into the next, past the "
+            f"noise. Use stateful=False. {where}"
         )
     if getattr(layer, "activity_regularizer", None) is not None:
         raise ValueError(

@@ -14,6 +14,7 @@ from keras_bandmf.clipping.einsum_rules import EinsumDenseRule
 from keras_bandmf.clipping.embedding_rules import EmbeddingRule, ReversibleEmbeddingRule
 from keras_bandmf.clipping.hub_rules import rule_by_name
 from keras_bandmf.clipping.layer_rules import DenseRule, LayerRule
+from keras_bandmf.clipping.rowwise import declare_row_wise
 from keras_bandmf.clipping.scale_rules import (
     GroupNormalizationRule,
     LayerNormalizationRule,
@@ -79,7 +80,8 @@ def register_rule(layer_class: type, rule: LayerRule) -> None:
     ```
 
     Factors: `Rows` for gradients written out, `Outer` for products x'g, `Lookup` for rows of a
-    table. Axis 0 is the example in all of them; nothing may be summed over it.
+    table. Axis 0 is the example in all of them; nothing may be summed over it. Registering a rule
+    also declares that the layer treats rows independently, as `declare_row_wise` does.
 
     Args:
         layer_class: a subclass of `keras.layers.Layer` that has no rule yet.
@@ -104,6 +106,7 @@ def register_rule(layer_class: type, rule: LayerRule) -> None:
             f"of your own instead. Received: layer_class={layer_class!r}"
         )
     _RULES[layer_class] = rule
+    declare_row_wise(layer_class)
 
 
 def set_rule(layer: keras.layers.Layer, rule: LayerRule | None) -> None:

@@ -12,6 +12,7 @@ from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import batch_loss, overrides_compute_loss
 from keras_bandmf.clipping.registry import rule_of
+from keras_bandmf.clipping.rowwise import advice, rowwise
 from keras_bandmf.clipping.shapes import on_tensors
 from keras_bandmf.clipping.trained import trained_layers
 
@@ -72,7 +73,12 @@ def give_up(model: keras.Model, reason: str) -> None:
 
 
 def structural_reason(model: keras.Model, loss: Any) -> str | None:
-    """Why the layers alone send the model the general path; None if they do not."""
+    """Why the layers alone send the model the general path; None if they do not.
+
+    Formal guarantees: of None, that every layer and operation of the model is known to treat rows
+    independently, or declared to. The general path works on one row at a time and mixes none. No
+    data is looked at.
+    """
     if loss is None and overrides_compute_loss(model):
         return f"{type(model).__name__} overrides `compute_loss`"
     reasons = []
@@ -80,7 +86,10 @@ def structural_reason(model: keras.Model, loss: Any) -> str | None:
         rule, why = rule_of(layer)
         if rule is None:
             reasons.append(f"{layer.path}: {why}")
-    return "; ".join(reasons) or None
+    if not reasons:
+        unknown = rowwise(model).unknown
+        return advice(unknown) if unknown else None
+    return "; ".join(reasons)
 
 
 def trial_reason(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> str | None:

@@ -12,6 +12,11 @@ import tensorflow as tf
 from keras_bandmf.clipping.shapes import on_tensors
 
 
+def all_rows(*parts: Any) -> list[Any]:
+    """Every structure as tensors, None kept."""
+    return [on_tensors(tf.convert_to_tensor, part) for part in parts]
+
+
 def three_rows(*parts: Any) -> list[Any]:
     """The first three rows of every structure, as tensors; fewer are repeated.
 

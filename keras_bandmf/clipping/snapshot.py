@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_bandmf.clipping.passes import traced_pass
 from keras_bandmf.clipping.seeds import seed_generators
@@ -39,6 +40,7 @@ class Snapshot:
         self._variables = list(found.values())
         self._values = [v.numpy() for v in self._variables]
         self._names = [owned.get(id(v), v.name) for v in self._variables]
+        self._seeds = [v for v in self._variables if "seed_generator_state" in v.name]
         self._free = [id(v) in metrics or "seed_generator_state" in v.name for v in self._variables]
 
     def written(self) -> list[str]:
@@ -55,3 +57,10 @@ class Snapshot:
         """Put every variable back, seed generators included: the next pass draws the same masks."""
         for v, value in zip(self._variables, self._values, strict=True):
             v.assign(value)
+
+    def reseed(self, seed: int) -> None:
+        """Give every seed generator a state that follows from `seed`."""
+        random = np.random.default_rng(seed)
+        for v in self._seeds:
+            words = random.integers(2**31, size=v.shape)
+            v.assign(tf.cast(tf.constant(words), v.dtype))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_bandmf.sampling.draws import SamplingRule, positive_int, round_up
+from keras_bandmf.sampling.draws import SamplingRule, arrangement, positive_int, round_up
 from keras_bandmf.sampling.store import ExampleStore
 
 _DATASET_METHODS = frozenset(
@@ -25,8 +25,10 @@ class PrivateBatches:
     Formal guarantees:
         * `batch(t)` depends on the plan, the key and t alone: not on what was drawn before, on
           the number of iterators, or on prefetching.
-        * Every example that step t draws is in `batch(t)` exactly once: nothing is cut. Padding
-          is marked by `mask`.
+        * Every example that step t draws is in `batch(t)` exactly once where `mask` is true:
+          nothing is cut. Rows where it is false are padding: copies of rows of the data, chosen
+          at random. Drawn rows and padding stand in an order that the key and t decide, and
+          each replica's part has at least one row of padding.
         * The key is bound once. A second key would regroup the examples, and an example could
           then take part in adjacent steps, where the sensitivity does not cover it.
         * What it assumes: the rows of `x` stand in the same order in every process that
@@ -245,15 +247,31 @@ class PrivateBatches:
 
         Returns:
             Dict of `"x"`, `"y"`, `"sample_weight"` (the last two when there are any) and
-            `"mask"`, (P,) bool: true for the real rows, which come first. Padding rows are zero.
-            A draw of more than P rows has the next multiple of P.
+            `"mask"`, (P,) bool: true for the rows of `indices(t)`, which stand at secret random
+            places. The others are copies of random rows of the data, the sentinels of
+            `clipped_gradients`: at least one for each replica. A draw of more than
+            `P - num_replicas` rows has the next multiple of P.
         """
-        return self._padded(self.indices(t), self.padded_size(num_replicas))
+        self._bound_draws()
+        return self._padded(self._checked_step(t), positive_int(num_replicas, "num_replicas"))
 
-    def _padded(self, indices: np.ndarray, padded_size: int) -> dict[str, Any]:
+    def _padded(self, t: int, num_replicas: int) -> dict[str, Any]:
+        return self._arranged(self._store, self.indices(t), t, num_replicas)
+
+    def _arranged(
+        self, store: ExampleStore, indices: np.ndarray, t: int, num_replicas: int
+    ) -> dict[str, Any]:
+        """Rows of a store, with copies of others between them, at the places of step t."""
         # Never cut: an example that is dropped leaves the law the accounting assumes.
-        size = max(padded_size, round_up(len(indices), padded_size))
-        return self._store.rows(indices, size) | {"mask": np.arange(size) < len(indices)}
+        padded_size = self.padded_size(num_replicas)
+        size = round_up(max(len(indices) + num_replicas, padded_size), padded_size)
+        places, words = arrangement(self._key, t, len(indices), size, num_replicas)
+        mask = np.zeros(size, bool)
+        mask[places] = True
+        rows = np.empty(size, np.int64)
+        rows[places] = indices
+        rows[~mask] = words % np.uint64(store.num_examples)
+        return store.rows(rows) | {"mask": mask}
 
     def element_spec(self, num_replicas: int = 1) -> dict[str, Any]:
         """Specs of the elements of `dataset(num_replicas)`; the leading dimension is None.
@@ -280,10 +298,9 @@ class PrivateBatches:
         Returns:
             Dataset of dicts as of `batch`, prefetched.
         """
-        padded_size = self.padded_size(num_replicas)
-
+        num_replicas = positive_int(num_replicas, "num_replicas")
         dataset = tf.data.Dataset.from_generator(
-            lambda: self._from_cursor(padded_size),
+            lambda: self._from_cursor(num_replicas),
             output_signature=self.element_spec(num_replicas),
         )
         options = tf.data.Options()
@@ -293,9 +310,9 @@ class PrivateBatches:
         )
         return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
 
-    def _from_cursor(self, padded_size: int) -> Iterator[dict[str, Any]]:
+    def _from_cursor(self, num_replicas: int) -> Iterator[dict[str, Any]]:
         for t in range(self._cursor, self.num_steps):
-            yield self._padded(self.indices(t), padded_size)
+            yield self._padded(t, num_replicas)
 
     def __iter__(self) -> Iterator[dict[str, tf.Tensor]]:
         self._bound_draws()

@@ -11,7 +11,7 @@ CYCLIC_POISSON = "cyclic_poisson"
 FIXED_ORDER = "fixed_order"
 
 # One stream of random bits for each purpose: they never share a Philox counter.
-_GROUPS, _INCLUSION, _ORDER = 1, 2, 3
+_GROUPS, _INCLUSION, _ORDER, _PLACES = 1, 2, 3, 4
 _PADDING_QUANTILE = 0.999
 
 
@@ -81,21 +81,23 @@ class SamplingRule:
         """Rows P of a padded batch, summed over replicas.
 
         Cyclic Poisson: the 99.9 % quantile of the batch size, Binomial(num_examples, batch_size /
-        num_examples), rounded up to a multiple of `8 * num_replicas`. Fixed order: every batch
-        has `batch_size` rows, rounded up to a multiple of `num_replicas`.
+        num_examples), and a masked row for each replica, rounded up to a multiple of
+        `8 * num_replicas`. Fixed order: every batch has `batch_size` rows and a masked row for
+        each replica, rounded up to a multiple of `num_replicas`.
 
         Args:
             num_replicas: Number of replicas that share a batch.
 
         Returns:
-            P, a multiple of `num_replicas`. A larger draw takes the next multiple of P.
+            P, a multiple of `num_replicas`. A draw of more than `P - num_replicas` rows takes the
+            next multiple of P.
         """
         num_replicas = positive_int(num_replicas, "num_replicas")
         if self.sampling == FIXED_ORDER:
-            return round_up(self.batch_size, num_replicas)
+            return round_up(self.batch_size + num_replicas, num_replicas)
         rate = self.batch_size / self.num_examples
         quantile = int(stats.binom.ppf(_PADDING_QUANTILE, self.num_examples, rate))
-        return round_up(max(quantile, 1), 8 * num_replicas)
+        return round_up(max(quantile, 1) + num_replicas, 8 * num_replicas)
 
     def draws(self, key: np.ndarray) -> CyclicPoissonDraws | FixedOrderDraws:
         """The draws of a run with this key.
@@ -190,6 +192,37 @@ def bit_stream(key: np.ndarray, purpose: int, step: int = 0) -> np.random.Philox
     """
     # Words 0 and 1 of the counter are the position in the stream: 2^128 blocks never run over.
     return np.random.Philox(key=key, counter=np.array([0, 0, step, purpose], np.uint64))
+
+
+def arrangement(
+    key: np.ndarray, step: int, count: int, size: int, num_replicas: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the rows of a step stand in its padded batch, and what the padding is a copy of.
+
+    Args:
+        key: Two uint64.
+        step: The step.
+        count: Rows that were drawn.
+        size: Rows of the padded batch, a multiple of `num_replicas`, at least `count +
+            num_replicas`.
+        num_replicas: Replica r gets the r-th of as many equal parts of the batch.
+
+    Returns:
+        (places, words): (count,) int64, distinct places of the drawn rows, in their order; and
+        (size - count,) uint64, random words to choose copies by.
+
+    Formal guarantees: both depend on the arguments alone. In each part one place, uniform, is
+    padding; over the other places the order is uniform, up to ties of 64-bit words.
+    """
+    words = bit_stream(key, _PLACES, step).random_raw(2 * size - count + num_replicas)
+    part = size // num_replicas
+    sentinels = np.arange(num_replicas) * part + (words[:num_replicas] % np.uint64(part)).astype(
+        int
+    )
+    order = words[num_replicas : num_replicas + size].copy()
+    # Sorted last, and never among the first `count`.
+    order[sentinels] = np.iinfo(np.uint64).max
+    return np.argsort(order, kind="stable")[:count], words[num_replicas + size :]
 
 
 def bernoulli_positions(

@@ -77,15 +77,14 @@ class ExampleStore:
         """Number of rows."""
         return self._num_examples
 
-    def rows(self, indices: np.ndarray, size: int | None = None) -> dict[str, Any]:
+    def rows(self, indices: np.ndarray) -> dict[str, Any]:
         """Gathers rows.
 
         Args:
             indices: (k,) integers.
-            size: Rows to return, at least k: those behind the first k are zero. None: k.
 
         Returns:
-            Dict of the columns there are, as structures of new arrays of `size` rows.
+            Dict of the columns there are, as structures of new arrays of k rows.
         """
         indices = np.asarray(indices)
         if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
@@ -99,15 +98,11 @@ class ExampleStore:
                 f"`indices` must lie in [0, {self._num_examples}). Received: indices from "
                 f"{indices.min()} to {indices.max()}"
             )
-        count = len(indices)
-        size = count if size is None else size
 
         def gather(array: np.ndarray, name: str) -> np.ndarray:
-            padded = np.empty((size, *array.shape[1:]), array.dtype)
+            rows = np.empty((len(indices), *array.shape[1:]), array.dtype)
             # The range was checked: "clip" only spares NumPy a buffer of the whole result.
-            np.take(array, indices, axis=0, out=padded[:count], mode="clip")
-            padded[count:] = 0
-            return padded
+            return np.take(array, indices, axis=0, out=rows, mode="clip")
 
         return {name: map_leaves(gather, column, name) for name, column in self._columns.items()}
 

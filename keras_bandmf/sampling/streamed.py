@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf.sampling.batches import PrivateBatches
-from keras_bandmf.sampling.draws import FIXED_ORDER, SamplingRule
+from keras_bandmf.sampling.draws import FIXED_ORDER, SamplingRule, positive_int
 from keras_bandmf.sampling.sources import leaves, refuse_composites, unpacked
 from keras_bandmf.sampling.store import ExampleStore
 
@@ -122,7 +122,7 @@ class StreamedBatches(PrivateBatches):
             parts = (columns.get(name) for name in ("x", "y", "sample_weight"))
             yield ExampleStore.read(*parts, rows)
 
-    def _from_cursor(self, padded_size: int) -> Iterator[dict[str, Any]]:
+    def _from_cursor(self, num_replicas: int) -> Iterator[dict[str, Any]]:
         step = self.cursor
         while step < self.num_steps:
             position = step % self.steps_per_epoch
@@ -135,12 +135,12 @@ class StreamedBatches(PrivateBatches):
                         " rows could else take part closer together than the plan accounts for. "
                         "Received: another. Is it shuffled, or did its files change?"
                     )
-                yield self._padded_batch(batch, padded_size)
+                yield self._padded_batch(batch, step, num_replicas)
                 step += 1
 
-    def _padded_batch(self, batch: ExampleStore, size: int) -> dict[str, Any]:
-        rows = np.arange(self.batch_size)
-        return batch.rows(rows, size) | {"mask": np.arange(size) < self.batch_size}
+    def _padded_batch(self, batch: ExampleStore, t: int, num_replicas: int) -> dict[str, Any]:
+        self._bound_draws()
+        return self._arranged(batch, np.arange(self.batch_size), t, num_replicas)
 
     def indices(self, t: int) -> np.ndarray:
         """Positions in the stream of the rows of step t: (batch_size,) int64."""
@@ -151,7 +151,7 @@ class StreamedBatches(PrivateBatches):
         """As of `PrivateBatches`; reads the stream up to there."""
         position = self._checked_step(t) % self.steps_per_epoch
         batch = next(self._batches_from(position))
-        return self._padded_batch(batch, self.padded_size(num_replicas))
+        return self._padded_batch(batch, t, positive_int(num_replicas, "num_replicas"))
 
     def digest(self) -> bytes:
         """As of `PrivateBatches`."""

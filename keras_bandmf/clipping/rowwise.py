@@ -1,0 +1,198 @@
+"""Does a model treat rows independently by construction: read off its layers and operations."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import keras
+from keras.src.models.functional import Functional
+
+from keras_bandmf.clipping.rowwise_layers import activation_reason, condition_of, is_the_one
+from keras_bandmf.clipping.rowwise_ops import operation_reason
+
+# Only filled at import time, by the modules that define layers and models of one's own.
+_DECLARED: set[type] = set()
+# What a subclass of Functional or Sequential must not redefine for its graph to be what runs.
+_RUNS = frozenset(
+    {
+        "__call__",
+        "call",
+        "operations",
+        "_adjust_input_rank",
+        "_convert_inputs_to_tensors",
+        "_run_through_graph",
+        "_standardize_inputs",
+        "compute_mask",
+    }
+)
+
+
+class Rowwise(NamedTuple):
+    """What is known of a model.
+
+    Attributes:
+        unknown: reasons, one for each layer or operation that may mix rows.
+        declared: paths of the layers whose authors vouch for them.
+    """
+
+    unknown: list[str]
+    declared: list[str]
+
+
+def declare_row_wise(layer_class: type) -> type:
+    """Vouch that layers, or models, of exactly this class treat the rows of a batch independently.
+
+    Row i of every output must depend on row i of the inputs alone, whatever the data, the batch
+    size, the random state and the training step: no statistics of the batch, no permutation of its
+    rows, no state that one batch leaves for the next. Layers inside are judged by themselves.
+    Without the declaration a model with a layer of one's own is trained one example at a time,
+    which cannot mix, and is slow. Usable as a decorator:
+
+    ```python
+    @clipping.declare_row_wise
+    class Scale(keras.layers.Layer):
+        ...
+    ```
+
+    Args:
+        layer_class: a subclass of `keras.layers.Layer`. Its own subclasses are not covered.
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: not a class of layers.
+
+    Formal guarantees: none of its own. It is a promise of the author's on which privacy rests.
+    `check_model` tests it on a batch of the run's size with many random states, and in `fit` each
+    batch has a masked row whose gradients must be zero; both can miss a promise that is broken
+    rarely.
+    """
+    if not (isinstance(layer_class, type) and issubclass(layer_class, keras.layers.Layer)):
+        raise ValueError(
+            "`layer_class` must be a subclass of `keras.layers.Layer`. "
+            f"Received: layer_class={layer_class!r}"
+        )
+    _DECLARED.add(layer_class)
+    return layer_class
+
+
+def rowwise(model: keras.Model) -> Rowwise:
+    """What is known of `model`: look at every layer and at every operation between them.
+
+    Formal guarantees: if both lists are empty, then `model` consists of layers and operations of
+    the tables of `rowwise_layers` and `rowwise_ops`, and row i of its outputs depends on row i of
+    its inputs alone. The tables were made by reading the sources of Keras and keras_hub.
+    """
+    found = Rowwise([], [])
+    _look(model, None, found, set())
+    return found
+
+
+def advice(unknown: list[str]) -> str:
+    """`unknown` in one sentence, with the way out."""
+    shown = unknown[:3]
+    more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+    return (
+        f"rows may be mixed: {'; '.join(shown)}{more}. If every row is treated by itself, say so "
+        "with `clipping.declare_row_wise(TheClass)`"
+    )
+
+
+def _look(layer: Any, rank: int | None, found: Rowwise, seen: set) -> None:
+    if (id(layer), rank) in seen:
+        return
+    seen.add((id(layer), rank))
+    why = _own_reason(layer, rank, found)
+    if why is not None:
+        name = getattr(layer, "path", None) or layer.name
+        found.unknown.append(f"{name} of type {type(layer).__name__}: {why}")
+        return
+    graph = _graph(layer)
+    if graph is not None:
+        _look_at_graph(graph, found, seen)
+        return
+    inner = None
+    if type(layer) is keras.layers.TimeDistributed and rank is not None:
+        inner = rank - 1  # its layer sees one point in time
+    for part in _parts(layer):
+        _look(part, inner, found, seen)
+
+
+def _own_reason(layer: Any, rank: int | None, found: Rowwise) -> str | None:
+    """Why the code of this layer itself may mix rows."""
+    if "call" in vars(layer) or "__call__" in vars(layer):
+        return "its `call` was replaced on the instance"
+    if getattr(layer, "quantization_mode", None) is not None:
+        return "it is quantized"
+    why = activation_reason(layer)
+    if why is not None:
+        return why
+    if type(layer) in _DECLARED:
+        found.declared.append(layer.path)
+        return None
+    if isinstance(layer, (Functional, keras.Sequential)):
+        if _graph(layer) is None:
+            return "it has a `call` of its own, or no graph of layers"
+        return None
+    condition = condition_of(type(layer))
+    if condition is None:
+        kind = "a model with a `call` of its own" if isinstance(layer, keras.Model) else "a layer"
+        return f"{kind} that is not known to treat rows independently"
+    return condition(layer, rank)
+
+
+def _graph(layer: Any) -> Functional | None:
+    """The graph that runs when `layer` is called, or None."""
+    if type(layer) is keras.Sequential:
+        return layer._functional
+    if not isinstance(layer, Functional):
+        return None
+    for kind in type(layer).__mro__:
+        if kind is Functional:
+            return layer
+        # That of keras_hub only refuses strings.
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if name == "keras_hub.src.utils.pipeline_model.PipelineModel" and is_the_one(kind):
+            continue
+        if _RUNS & set(vars(kind)):
+            return None
+    return None
+
+
+def _look_at_graph(graph: Functional, found: Rowwise, seen: set) -> None:
+    for node in (node for nodes in graph._nodes_by_depth.values() for node in nodes):
+        operation = node.operation
+        if not isinstance(operation, keras.layers.Layer):
+            why = operation_reason(node)
+            if why is not None:
+                name = type(operation).__name__
+                found.unknown.append(f"{operation.name} of type {name}: {why}")
+            continue
+        if not node.input_tensors:  # an input
+            continue
+        why = _call_reason(node)
+        if why is not None:
+            name = type(operation).__name__
+            found.unknown.append(f"{operation.path} of type {name}: {why}")
+        for rank in {len(t.shape) for t in node.input_tensors}:
+            _look(operation, rank, found, seen)
+
+
+def _call_reason(node: Any) -> str | None:
+    """Why a call of a layer in a functional model, whatever the layer, may mix rows."""
+    for argument in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
+        if hasattr(argument, "shape") and not isinstance(argument, keras.KerasTensor):
+            return "it is called with a constant, which may have an axis where the rows are"
+    tensors = [*node.input_tensors, *node.outputs]
+    if any(not len(t.shape) or t.shape[0] != tensors[0].shape[0] for t in tensors):
+        return "axis 0 is not the rows in all of its inputs and outputs"
+    if type(node.operation).__module__.startswith("keras.src.layers.merging"):
+        if len({len(t.shape) for t in node.input_tensors}) != 1:
+            return "its inputs have different numbers of axes"
+    return None
+
+
+def _parts(layer: Any) -> list[Any]:
+    # Keras keeps the layers that a layer holds here, also those in lists and dicts.
+    return [part for part in layer._layers if isinstance(part, keras.layers.Layer)]

@@ -1,0 +1,300 @@
+"""Which layers treat the rows of a batch independently: a table by exact type, read off sources."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+# The rank of the first input where a functional model tells it, else None: inside a layer of this
+# table, whose own code was read, or inside one whose author vouches for it.
+Rank = int | None
+# (layer, rank) -> why this layer may mix rows, or None.
+Condition = Callable[[keras.layers.Layer, Rank], str | None]
+
+GROUP_OR_LAYER_NORM = "keras.layers.GroupNormalization or keras.layers.LayerNormalization"
+_AUGMENT = "single augmentations that act on one image (keras.layers.RandomFlip, RandomContrast)"
+
+# Layers that mix rows, and what to use instead.
+MIXERS: dict[str, str] = {
+    "AugMix": _AUGMENT + "; its equalization takes one histogram of the whole batch",
+    "CutMix": _AUGMENT,
+    "Equalization": "keras.layers.AutoContrast; its histogram is that of the whole batch",
+    "MelSpectrogram": "keras.layers.STFTSpectrogram, or compute it with `preprocess=`; its cut at "
+    "`top_db` is below the loudest point of the whole batch",
+    "MixUp": _AUGMENT,
+    "RandAugment": _AUGMENT + "; its equalization takes one histogram of the whole batch",
+}
+
+# Of these nothing is known: they run whatever code they are given, or write state.
+UNKNOWN = frozenset(
+    {
+        "ActivityRegularization",
+        "FlaxLayer",
+        "JaxLayer",
+        "Lambda",
+        "Layer",
+        "MaxNumBoundingBoxes",
+        "Pipeline",
+        "SpectralNormalization",
+        "TFSMLayer",
+        "TextVectorization",
+        "TorchModuleWrapper",
+        "Wrapper",
+    }
+)
+
+
+def _rank(least: int) -> Condition:
+    def condition(layer: keras.layers.Layer, rank: Rank) -> str | None:
+        if rank is not None and rank < least:
+            return f"its input has {rank} axes, and it works along the last {least - 1} or more"
+        return None
+
+    return condition
+
+
+def _axis(attribute: str = "axis") -> Condition:
+    """The axis that the layer works along must not be that of the rows."""
+
+    def condition(layer: keras.layers.Layer, rank: Rank) -> str | None:
+        axes = getattr(layer, attribute)
+        return axis_reason(axes, rank, attribute)
+
+    return condition
+
+
+def axis_reason(axes: Any, rank: Rank, name: str = "axis") -> str | None:
+    """Why an operation along `axes` of a tensor of this rank may reach axis 0; None if not."""
+    if axes is None:
+        return f"`{name}` is None, which takes in axis 0"
+    axes = keras.tree.flatten(axes)
+    if not all(isinstance(a, int) and not isinstance(a, bool) for a in axes):
+        return f"`{name}` is {axes!r}"
+    for axis in axes:
+        if axis == 0 or (rank is not None and (axis == -rank or not -rank <= axis < rank)):
+            return f"`{name}` {axis} of {rank if rank is not None else 'its'} axes is that of rows"
+    return None
+
+
+def _all(*conditions: Condition) -> Condition:
+    def condition(layer: keras.layers.Layer, rank: Rank) -> str | None:
+        return next((why for c in conditions if (why := c(layer, rank))), None)
+
+    return condition
+
+
+def _concatenate(layer: Any, rank: Rank) -> str | None:
+    return axis_reason(layer.axis, rank)
+
+
+def _dot(layer: Any, rank: Rank) -> str | None:
+    return _rank(2)(layer, rank) or axis_reason(layer.axes, rank, "axes")
+
+
+def _einsum(layer: Any, rank: Rank) -> str | None:
+    return _rank(2)(layer, rank) or einsum_reason(layer.equation, 1)
+
+
+def einsum_reason(equation: str, row_operands: int) -> str | None:
+    """Why an einsum may mix rows: the first letter of operands and result must be the row.
+
+    Args:
+        equation: of the form "abc,cd->abd" or "...x,xy->...y".
+        row_operands: how many operands, from the first on, have rows on axis 0.
+    """
+    sides = equation.replace(" ", "").split("->")
+    why = f"its equation {equation!r} does not keep the rows on the first axis of all"
+    if len(sides) != 2 or not sides[1]:
+        return why
+    operands, result = sides[0].split(","), sides[1]
+    rows, others = operands[:row_operands], operands[row_operands:]
+    if any(not operand for operand in rows):
+        return why
+    if result.startswith("...") and row_operands == 1:
+        fits = rows[0].startswith("...") and not any("..." in operand for operand in others)
+        return None if fits else why
+    row = result[0]
+    fits = row.isalpha() and "..." not in "".join(others) and row not in "".join(others)
+    for operand in rows:
+        fits = fits and operand[0] == row and row not in operand[1:]
+    return None if fits and row not in result[1:] else why
+
+
+def _attention_axes(layer: Any, rank: Rank) -> str | None:
+    axes = getattr(layer, "_attention_axes", None)
+    return _rank(3)(layer, rank) or (None if axes is None else axis_reason(axes, rank))
+
+
+def _frozen(layer: Any, rank: Rank) -> str | None:
+    if layer.trainable:
+        return f"it normalises by the batch: use {GROUP_OR_LAYER_NORM}, or freeze it"
+    return _all(_rank(2), _axis())(layer, rank)
+
+
+def _stateless(layer: Any, rank: Rank) -> str | None:
+    if getattr(layer, "stateful", False):
+        return "with `stateful=True` a row goes on where another row ended: use stateful=False"
+    return _rank(3)(layer, rank)
+
+
+def _integers(layer: Any, rank: Rank) -> str | None:
+    # Other modes read a vector as the values of one example.
+    return None if getattr(layer, "output_mode", "int") == "int" else _rank(2)(layer, rank)
+
+
+def _any(layer: Any, rank: Rank) -> str | None:
+    return None
+
+
+_BY_NAME: dict[Condition, str] = {
+    # Element by element, or row by row whatever the rank.
+    _any: "InputLayer Identity Embedding ReversibleEmbedding Rescaling Add Subtract Multiply "
+    "Average Maximum Minimum Dropout AlphaDropout GaussianDropout GaussianNoise ReLU LeakyReLU ELU "
+    "Flatten Reshape RepeatVector Hashing LSTMCell GRUCell SimpleRNNCell StackedRNNCells",
+    _rank(3): "Conv1D Conv1DTranspose DepthwiseConv1D SeparableConv1D AveragePooling1D "
+    "MaxPooling1D GlobalAveragePooling1D GlobalMaxPooling1D AdaptiveAveragePooling1D "
+    "AdaptiveMaxPooling1D Cropping1D UpSampling1D ZeroPadding1D SpatialDropout1D Attention "
+    "AdditiveAttention GroupQueryAttention TimeDistributed",
+    # A picture of three axes would be read as one image, not as a batch of rows.
+    _rank(4): "Conv2D Conv2DTranspose DepthwiseConv2D SeparableConv2D AveragePooling2D "
+    "MaxPooling2D GlobalAveragePooling2D GlobalMaxPooling2D AdaptiveAveragePooling2D "
+    "AdaptiveMaxPooling2D Cropping2D UpSampling2D ZeroPadding2D SpatialDropout2D AutoContrast "
+    "CenterCrop ContrastLimitedAdaptiveHistogramEqualization RandomBrightness "
+    "RandomColorDegeneration RandomColorJitter RandomContrast RandomCrop RandomElasticTransform "
+    "RandomErasing RandomFlip RandomGaussianBlur RandomGrayscale RandomHue RandomInvert "
+    "RandomPerspective RandomPosterization RandomRotation RandomSaturation RandomSharpness "
+    "RandomShear RandomTranslation RandomZoom Resizing Solarization",
+    _rank(5): "Conv3D Conv3DTranspose AveragePooling3D MaxPooling3D GlobalAveragePooling3D "
+    "GlobalMaxPooling3D AdaptiveAveragePooling3D AdaptiveMaxPooling3D Cropping3D UpSampling3D "
+    "ZeroPadding3D SpatialDropout3D",
+    _integers: "Discretization IntegerLookup StringLookup",
+    _all(_rank(2), _axis()): "LayerNormalization GroupNormalization RMSNormalization Softmax "
+    "UnitNormalization",
+    _all(_rank(2), lambda layer, rank: axis_reason(layer.axis or -1, rank)): "Normalization",
+    _rank(2): "Activation Dense Permute PReLU Masking CategoryEncoding HashedCrossing "
+    "STFTSpectrogram",
+    _concatenate: "Concatenate",
+    _dot: "Dot",
+    _einsum: "EinsumDense",
+    _attention_axes: "MultiHeadAttention",
+    _frozen: "BatchNormalization",
+    _stateless: "RNN LSTM GRU SimpleRNN ConvLSTM1D ConvLSTM2D ConvLSTM3D Bidirectional",
+}
+_KERAS: dict[type, Condition] = {
+    getattr(keras.layers, name): condition
+    for condition, names in _BY_NAME.items()
+    for name in names.split()
+    if hasattr(keras.layers, name)  # the oldest Keras 3 does not have all
+}
+_MIXERS: dict[type, str] = {
+    getattr(keras.layers, name): instead
+    for name, instead in MIXERS.items()
+    if hasattr(keras.layers, name)
+}
+
+# Cells that Keras does not export, and layers of keras_hub, by module and name: never imported.
+_OTHERS = """
+keras.src.layers.rnn.conv_lstm.ConvLSTMCell
+keras_hub.src.layers.modeling: cached_multi_head_attention.CachedMultiHeadAttention
+ f_net_encoder.FNetEncoder masked_lm_head.MaskedLMHead position_embedding.PositionEmbedding
+ reversible_embedding.ReversibleEmbedding rms_normalization.RMSNormalization
+ rotary_embedding.RotaryEmbedding sine_position_encoding.SinePositionEncoding
+ token_and_position_embedding.TokenAndPositionEmbedding transformer_decoder.TransformerDecoder
+ transformer_encoder.TransformerEncoder
+keras_hub.src.models: bloom.bloom_attention.BloomAttention bloom.bloom_decoder.BloomDecoder
+ falcon.falcon_attention.FalconAttention
+ falcon.falcon_transformer_decoder.FalconTransformerDecoder
+ gemma.gemma_attention.CachedGemmaAttention gemma.gemma_decoder_block.GemmaDecoderBlock
+ gemma.rms_normalization.RMSNormalization gemma3.gemma3_attention.CachedGemma3Attention
+ gemma3.gemma3_decoder_block.Gemma3DecoderBlock gemma3.gemma3_layers.RMSNormalization
+ gpt_neo_x.gpt_neo_x_attention.GPTNeoXAttention gpt_neo_x.gpt_neo_x_decoder.GPTNeoXDecoder
+ gpt_oss.gpt_oss_layer_norm.GptOssLayerNormalization
+ llama.llama_attention.LlamaAttention llama.llama_decoder.LlamaTransformerDecoder
+ llama.llama_layernorm.LlamaLayerNorm llama.llama_rotary_embedding.LlamaRotaryEmbedding
+ mistral.mistral_attention.CachedMistralAttention
+ mistral.mistral_layer_norm.MistralLayerNormalization
+ mistral.mistral_transformer_decoder.MistralTransformerDecoder
+ mixtral.mixtral_layer_norm.MixtralLayerNormalization
+ phi3.phi3_attention.Phi3Attention phi3.phi3_decoder.Phi3Decoder phi3.phi3_layernorm.Phi3LayerNorm
+ qwen.qwen_attention.QwenAttention qwen.qwen_decoder.QwenTransformerDecoder
+ qwen.qwen_layernorm.QwenLayerNorm qwen3.qwen3_attention.Qwen3Attention
+ qwen3.qwen3_decoder.Qwen3TransformerDecoder qwen3.qwen3_layernorm.Qwen3LayerNorm
+ t5.t5_layer_norm.T5LayerNorm
+ vit.vit_layers.MLP vit.vit_layers.ViTEncoder vit.vit_layers.ViTEncoderBlock
+ vit.vit_layers.ViTPatchingAndEmbedding
+"""
+# The library's own layers compute what the Keras layers they are made of compute.
+_OWN = {
+    "keras_bandmf.rgp.model.RGPDense": keras.layers.Dense,
+    "keras_bandmf.rgp.model.RGPEinsumDense": keras.layers.EinsumDense,
+    "keras_bandmf.rgp.model.RGPConv2D": keras.layers.Conv2D,
+    "keras_bandmf.rgp.model.RGPEmbedding": keras.layers.Embedding,
+}
+
+
+def _names() -> frozenset[str]:
+    found, package = set(), ""
+    for word in _OTHERS.split():
+        if word.endswith(":"):
+            package = word[:-1] + "."
+        else:
+            found.add(word if word.startswith("keras.") else package + word)
+    return frozenset(found)
+
+
+OTHER_NAMES = _names()
+
+
+def is_the_one(thing: Any) -> bool:
+    """Whether a class or function is the very object that its module holds under its name."""
+    module = sys.modules.get(getattr(thing, "__module__", None))
+    return getattr(module, getattr(thing, "__qualname__", ""), None) is thing
+
+
+def condition_of(layer_class: type) -> Condition | None:
+    """The condition under which layers of exactly this class treat rows independently, or None."""
+    name = f"{layer_class.__module__}.{layer_class.__qualname__}"
+    if name in OTHER_NAMES and is_the_one(layer_class):
+        return _any
+    if name in _OWN and is_the_one(layer_class):
+        layer_class = _OWN[name]
+    return _KERAS.get(layer_class)
+
+
+def replacement_of(layer: keras.layers.Layer) -> str | None:
+    """What to use in place of a layer that is known to mix rows; None for any other layer."""
+    return next((new for kind, new in _MIXERS.items() if isinstance(layer, kind)), None)
+
+
+_ACTIVATIONS = "relu relu6 gelu tanh sigmoid softmax log_softmax elu selu silu swish softplus "
+_ACTIVATIONS += "softsign leaky_relu hard_sigmoid hard_silu celu glu identity exp"
+_KNOWN_ACTIVATIONS = {
+    id(function)
+    for module in (tf.nn, tf, tf.math, keras.ops)
+    for name in _ACTIVATIONS.split()
+    if (function := getattr(module, name, None)) is not None
+}
+
+
+def activation_reason(layer: keras.layers.Layer) -> str | None:
+    """Why an activation function of a layer may mix rows: it is not one of Keras or TensorFlow."""
+    for name, value in vars(layer).items():
+        if "activation" not in name or not callable(value) or isinstance(value, keras.layers.Layer):
+            continue
+        if isinstance(value, functools.partial) and not value.args and "axis" not in value.keywords:
+            value = value.func
+        module = getattr(value, "__module__", "")
+        known = module == "keras.src.activations.activations" and is_the_one(value)
+        known = known or (
+            module == "keras_hub.src.utils.keras_utils"
+            and getattr(value, "__name__", "") == "gelu_approximate"
+            and is_the_one(value)
+        )
+        if not known and id(value) not in _KNOWN_ACTIVATIONS:
+            return f"its {name.lstrip('_')} is a function of your own"
+    return None
