@@ -37,7 +37,9 @@ class Schedule:
     batches that follow this schedule, has the privacy of `dp_event(noise_multiplier)`.
 
      * "cyclic_poisson": ceil(num_steps / num_bands) rounds of a Poisson-sampled Gaussian at rate
-       `sampling_probability`, under add-or-remove-one. Needs independent random groups and
+       `sampling_probability`, under add-or-remove-one. The rate is fixed by `num_examples`, a
+       constant, and the mechanism defined for any number of rows, so for both of two neighbors,
+       of which one has another number than `num_examples`. Needs independent random groups and
        sampling at exactly this rate ("(Amplified) Banded Matrix Factorization", arXiv
        2306.08153, theorem 1).
      * "fixed_order": one Gaussian, under zero-out. Participations at least `separation` >=

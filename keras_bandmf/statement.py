@@ -18,7 +18,10 @@ _WIDTH = 88
 NOT_COVERED = (
     "metrics and losses of training and validation: computed on the raw data; private only where "
     "that data is public",
-    "preprocessing fitted to the data, and num_examples: both are taken as public",
+    "preprocessing fitted to the data: taken as public",
+    "the number of rows, num_examples: taken as public. Under add-or-remove-one a neighbor has one "
+    "row more or less; the mechanism samples its rows at the same rate and epsilon compares the "
+    "two, but a run on any other number of rows than num_examples is refused, which tells it",
     "the weights training started from: taken as public",
     "tuning: other runs on the same data, and the choice among them, add to epsilon",
     "several rows of one person: their loss grows with the number of rows",

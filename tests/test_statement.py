@@ -187,3 +187,9 @@ def test_bad_facts_are_refused(changes):
 def test_it_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         statement().epsilon = 0.1
+
+
+def test_the_number_of_rows_is_said_to_be_public():
+    text = " ".join(str(statement()).split())
+    assert "the number of rows, num_examples: taken as public" in text
+    assert "a run on any other number of rows than num_examples is refused" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import keras
@@ -10,6 +11,14 @@ import tensorflow as tf
 
 from keras_bandmf.clipping.losses import overrides_compute_loss, with_mean_by_weight
 from keras_bandmf.clipping.rowwise_layers import GROUP_OR_LAYER_NORM, replacement_of
+
+# Options of grappler, and variables of the environment that TensorFlow or oneDNN reads.
+_MIXED = "auto_mixed_precision"
+_MATH_MODES = (
+    "TF_SET_ONEDNN_FPMATH_MODE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+)
 
 
 def refuse_arguments(
@@ -46,11 +55,42 @@ def refuse_microbatch_size(microbatch_size: Any) -> None:
 
 
 def refuse_short_products() -> None:
-    """Raise ValueError where products of float32 matrices may keep only 10 binary digits.
+    """Raise ValueError where products of float32 matrices may keep only 8 to 11 binary digits.
 
-    By default NVIDIA's GPUs since Ampere round factors so (TensorFloat-32). What is left of terms
-    that cancel is then far from the norm of what is summed, beyond what the floors of norms cover.
+    What is left of terms that cancel is then far from the norm of what is summed, beyond what the
+    floors of norms cover. Three switches do that:
+
+     * TensorFloat-32, NVIDIA's default since Ampere;
+     * grappler's mixed precision, for float16 on GPUs and for bfloat16 on CPUs, where a product
+       in a graph was measured to be wrong by 0.3 % of the largest entry;
+     * oneDNN's math mode, for bfloat16 on CPUs that have it: Arm's; an x86 CPU without AMX was
+       measured to ignore it.
+
+    Formal guarantees: necessary conditions only. It reads TensorFlow's options and the
+    environment of the process, which must not change after the first trace.
     """
+    _refuse_tensor_float()
+    options = tf.config.optimizer.get_experimental_options()
+    on = [name for name, value in options.items() if name.startswith(_MIXED) and value]
+    if on:
+        raise ValueError(
+            "Norms of float32 gradients need float32 products: grappler's mixed precision computes "
+            "them in 16 bits, so that they can be understated. Call "
+            f"`tf.config.optimizer.set_experimental_options({{{on[0]!r}: False}})` first, and use "
+            "Keras's bfloat16 policies where fewer digits are wanted. "
+            f"Received: {', '.join(f'{name}={options[name]}' for name in on)}"
+        )
+    for name in _MATH_MODES:
+        mode = os.environ.get(name, "")
+        if mode.upper() not in ("", "STRICT"):
+            raise ValueError(
+                "Norms of float32 gradients need float32 products: oneDNN's math mode allows fewer "
+                "digits, so that they can be understated. Unset the environment variable before "
+                f"TensorFlow is imported. Received: {name}={mode}"
+            )
+
+
+def _refuse_tensor_float() -> None:
     if not tf.config.experimental.tensor_float_32_execution_enabled():
         return
     for device in tf.config.get_visible_devices("GPU"):
