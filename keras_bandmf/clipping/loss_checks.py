@@ -19,9 +19,7 @@ _LEAST_ROWS, _MOST_ROWS = 8, 256
 _TOLERANCE = 1e-3
 
 
-def check_loss(
-    loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any, varied: bool = True
-) -> None:
+def check_loss(loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any) -> None:
     """Compare the batch's loss with those of its rows: outputs, targets and weights vary.
 
     Training always takes the loss of one row at a time, so that rows cannot be coupled. This is to
@@ -30,21 +28,22 @@ def check_loss(
     Args:
         loss: from `batch_loss`; it must not look at x.
         y: targets or None, tensors, of a whole batch.
-        y_pred: outputs for it; only their kind is used: random ones take their place.
+        y_pred: outputs for some rows; only their kind is used: random ones take their place.
         sample_weight: weights or None.
-        varied: whether sums of rows are compared; else only the influence of rows on each other.
 
     Raises:
         ValueError: the slopes of the batch's loss are neither the rows' own nor, for a mean over
             the batch, these over the number of rows.
     """
-    leaves = [t for t in keras.tree.flatten(y_pred) if t.dtype.is_floating]
-    if not leaves or not varied:
+    outputs = keras.tree.flatten(y_pred)
+    if not any(t.dtype.is_floating for t in outputs):
         return
-    count = int(leaves[0].shape[0])
-    rows = np.arange(min(max(count, _LEAST_ROWS), _MOST_ROWS)) % count
+    targets = [t for t in keras.tree.flatten((y, sample_weight)) if t is not None]
+    count = max(int(t.shape[0]) for t in [*outputs, *targets])
+    rows = np.arange(min(max(count, _LEAST_ROWS), _MOST_ROWS))
     y, y_pred, sample_weight = (
-        on_tensors(lambda t: tf.gather(t, rows), part) for part in (y, y_pred, sample_weight)
+        on_tensors(lambda t: tf.gather(t, rows % int(t.shape[0])), part)
+        for part in (y, y_pred, sample_weight)
     )
     compare = tf.function(lambda *parts: _slopes(loss, *parts), autograph=False)
     for parts, invented in _batches(y, y_pred, sample_weight):

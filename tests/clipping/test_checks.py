@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from keras import layers, ops
 
-from keras_bandmf.clipping import check_model, clipped_gradients, explain
+from keras_bandmf.clipping import check_model, clipped_gradients, declare_row_wise, explain
 from tests.clipping import zoo
 
 X = np.random.default_rng(0).normal(size=(5, 4, 6)).astype("float32")
@@ -54,6 +54,7 @@ class Penalty(layers.Layer):
         return x
 
 
+@declare_row_wise
 class Fold(layers.Layer):
     """(batch, time, features) -> (batch * time, features) around a Dense layer."""
 

