@@ -181,6 +181,15 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
                 "its weights. Load a checkpoint of this run, or start anew with a fresh model."
             )
 
+    def check_process(self) -> None:
+        """Refuses to train in a fork of the process that drew the noise key.
+
+        Raises:
+            ValueError: in another process than that.
+        """
+        if self._run_state is not None:
+            self._run_state.noise.check_process()
+
     def check_ready(self, num_replicas: int) -> None:
         """Refuses to go on where noise, step counter and devices do not belong together.
 
@@ -195,6 +204,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         if not self.built:
             return
         noise = self.run_state.noise
+        noise.check_process()
         if noise.num_replicas != num_replicas:
             raise ValueError(
                 "The optimizer must be built in the scope of the strategy that trains: its noise "

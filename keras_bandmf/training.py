@@ -16,6 +16,7 @@ from keras_bandmf.optimizers import BandMFOptimizer
 from keras_bandmf.run_record import RunRecord
 from keras_bandmf.sampling import PrivateBatches
 from keras_bandmf.statement import Statement
+from keras_bandmf.step_gate import StepGate
 
 _ATTRIBUTE = "_keras_bandmf_training"
 
@@ -126,6 +127,8 @@ class _PrivateTraining:
         self.record = RunRecord()
         self._checked: Any = None
         self._needs_mask = False
+        self._gate = StepGate()
+        self._train_function: Callable | None = None
         self._clip: Callable = self._clipped_gradients
 
     def set_options(self, microbatch_size: int | str | None, report_clipping: bool) -> None:
@@ -165,37 +168,38 @@ class _PrivateTraining:
         )
 
     def make_train_function(self, force: bool = False) -> Callable:
-        """Makes Keras's train function with XLA inside `clipped_gradients` only.
+        """Makes Keras's train function behind the gate, with XLA inside `clipped_gradients` only.
 
         Noise is drawn several times faster outside XLA, and metrics need dynamic shapes.
         """
         model = self.model
+        # Keras's own method, called on the model, makes one without the gate.
+        if not force and self._train_function and model.train_function is self._train_function:
+            return self._train_function
         wanted = model.jit_compile
-        if force or model.train_function is None:
-            compiled = wanted and not model.run_eagerly
-            self._clip = (
-                tf.function(self._clipped_gradients, jit_compile=True, autograph=False)
-                if compiled
-                else self._clipped_gradients
-            )
+        compiled = wanted and not model.run_eagerly
+        self._clip = (
+            tf.function(self._clipped_gradients, jit_compile=True, autograph=False)
+            if compiled
+            else self._clipped_gradients
+        )
         model.jit_compile = False
         try:
-            return type(model).make_train_function(model, force=force)
+            type(model).make_train_function(model, force=True)
         finally:
             model.jit_compile = wanted
+        model.train_function = self._train_function = self._gate.guarded(model.train_function)
+        return self._train_function
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """Clips, sums, adds noise, updates: one step of the plan."""
         model, optimizer = self.model, self.optimizer
-        if isinstance(data, dict) and "mask" in data:
+        self._gate.check_running()
+        if self._needs_mask:
             x, y = data["x"], data.get("y")
             sample_weight, mask = data.get("sample_weight"), data["mask"]
         else:
-            if self._needs_mask:
-                raise ValueError(
-                    "This run trains on batches of its plan. Received: a batch of another kind. "
-                    "Do not call `train_step`; `model.fit(plan.batches(x, y))` does."
-                )
+            # Not told by its keys: an input of the user's own data may be called "mask".
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
             mask = None
         clipped = self._clip(x, y, sample_weight, mask)
@@ -286,6 +290,7 @@ class _PrivateTraining:
             ValueError: if data or arguments are not accounted for, or no step is left.
         """
         model, optimizer = self.model, self.optimizer
+        optimizer.check_process()
         fit_arguments.check_distribution(model, x)
         fit_arguments.refuse_changed_data(class_weight, validation_split)
         self.record.check_optimizer(optimizer)
@@ -306,6 +311,9 @@ class _PrivateTraining:
             sample, x = fit_arguments.first_rows(x, y, sample_weight)
             self._prepare(sample)
             source = "data supplied by the user, in an order declared by the user"
+        if self._needs_mask != (batches is not None):
+            # A step traced for one kind of batch must not take the other for it.
+            self._needs_mask, model.train_function = batches is not None, None
         optimizer.check_ready(model.distribute_strategy.num_replicas_in_sync)
         guard = private_callbacks.StepGuard(optimizer, batches, array_steps)
         report = [] if self._report is None else [self._report]
@@ -315,7 +323,7 @@ class _PrivateTraining:
             else batches.dataset(model.distribute_strategy.num_replicas_in_sync)
         )
         with (
-            optimizer.accepting(source),
+            self._gate.during_fit(optimizer, source),
             self.record.fit(
                 optimizer,
                 source,
@@ -327,27 +335,23 @@ class _PrivateTraining:
             ),
             keras_faults.worked_around(model, symbolic_build=batches is None),
         ):
-            self._needs_mask = batches is not None
-            try:
-                return keras.Model.fit(
-                    model,
-                    data,
-                    y,
-                    batch_size=batch_size,
-                    epochs=epochs,
-                    verbose=verbose,
-                    callbacks=[*report, *listed, guard],
-                    validation_data=validation_data,
-                    shuffle=False,
-                    sample_weight=sample_weight,
-                    initial_epoch=initial_epoch,
-                    steps_per_epoch=steps_per_epoch,
-                    validation_steps=validation_steps,
-                    validation_batch_size=validation_batch_size,
-                    validation_freq=validation_freq,
-                )
-            finally:
-                self._needs_mask = False
+            return keras.Model.fit(
+                model,
+                data,
+                y,
+                batch_size=batch_size,
+                epochs=epochs,
+                verbose=verbose,
+                callbacks=[*report, *listed, guard, self._gate],
+                validation_data=validation_data,
+                shuffle=False,
+                sample_weight=sample_weight,
+                initial_epoch=initial_epoch,
+                steps_per_epoch=steps_per_epoch,
+                validation_steps=validation_steps,
+                validation_batch_size=validation_batch_size,
+                validation_freq=validation_freq,
+            )
 
     def _prepare(self, sample: dict[str, Any]) -> None:
         """Builds model and optimizer, and checks once that clipping is exact for this model."""
