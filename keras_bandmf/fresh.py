@@ -28,6 +28,8 @@ def note_initializers(model: keras.Model) -> None:
             forgets = getattr(layer, "unit_forget_bias", False) and variable.name == "bias"
             if forgets and "bias_initializer" in found:
                 candidates.insert(0, _forget_bias(layer))
+            if isinstance(layer, keras.layers.EinsumDense) and variable.name == "kernel":
+                candidates += [_with_axes(layer, one) for one in found.values()]
             setattr(variable, _ATTRIBUTE, candidates)
 
 
@@ -46,7 +48,11 @@ def is_fresh(variable: Any) -> bool:
     for initializer in getattr(variable, _ATTRIBUTE, ()):
         try:
             again = initializer(tuple(variable.shape), dtype=variable.dtype)
-        except (TypeError, ValueError):  # made for another variable of the layer, of other rank
+        except (
+            IndexError,
+            TypeError,
+            ValueError,
+        ):  # made for another variable of the layer, of other rank
             continue
         if np.array_equal(np.asarray(keras.ops.convert_to_numpy(again)), value):
             return True
@@ -66,6 +72,20 @@ def small_enough(variables: Sequence[Any]) -> bool:
 def _repeats(initializer: keras.initializers.Initializer) -> bool:
     own = type(initializer).__module__.split(".")[0] == "keras"
     return own and all(isinstance(value, _PLAIN) for value in vars(initializer).values())
+
+
+def _with_axes(layer: keras.layers.EinsumDense, initializer: Any) -> Any:
+    """The initializer as EinsumDense scales it: by the axes that are summed over, and the rest."""
+    config = initializer.get_config()
+    if "input_axes" not in config:
+        return initializer
+    operands, outputs = layer.equation.split("->")
+    kernel = operands.split(",")[1]
+    axes = {
+        "input_axes": [i for i, axis in enumerate(kernel) if axis not in outputs],
+        "output_axes": [i for i, axis in enumerate(kernel) if axis in outputs],
+    }
+    return type(initializer).from_config({**config, **axes, "seed": initializer.seed})
 
 
 def _forget_bias(layer: Any) -> Any:
