@@ -4,6 +4,7 @@ from keras_bandmf import callbacks, clipping, noise, strategies, tfx_input
 from keras_bandmf.band_choice import max_bands
 from keras_bandmf.calibration import compare_bands
 from keras_bandmf.clipping import ClippedGradients, clipped_gradients
+from keras_bandmf.model_statement import statement
 from keras_bandmf.optimizer_workload import workload_from_optimizer
 from keras_bandmf.optimizers import BandMFOptimizer
 from keras_bandmf.plan import TrainingPlan
@@ -18,7 +19,7 @@ from keras_bandmf.rgp import (
     merge_rgp,
 )
 from keras_bandmf.statement import Statement
-from keras_bandmf.training import privatize, statement
+from keras_bandmf.training import privatize
 
 __version__ = "0.1.0"
 

@@ -169,8 +169,39 @@ def flat_callbacks(callbacks: Any) -> list[keras.callbacks.Callback]:
 
 def unknown_callbacks(callbacks: Iterable[keras.callbacks.Callback]) -> list[str]:
     """Returns the classes of callbacks that are not known to leave the run alone."""
-    known = (EpsilonSoFar, StepGuard, *_KNOWN)
+    known = (ClippedFraction, EpsilonSoFar, StepGuard, *_KNOWN)
     return sorted({type(c).__name__ for c in callbacks if type(c) not in known})
+
+
+def remarks(callbacks: Iterable[keras.callbacks.Callback], monitored: Iterable[str]) -> list[str]:
+    """Returns what a statement says of the callbacks of a `fit`: of what they may have acted on.
+
+    Args:
+        callbacks: the callbacks of the `fit`.
+        monitored: what `check_callbacks` returned for them.
+    """
+    callbacks = list(callbacks)
+    found = [
+        f"{each} acted on validation data, which must be public or disjoint from the training data"
+        for each in monitored
+    ]
+    if any(isinstance(callback, keras.callbacks.LearningRateScheduler) for callback in callbacks):
+        found.append(
+            "LearningRateScheduler called a function of the user: it must be a function of the "
+            "epoch alone, and must not have read training metrics or data, which are not private"
+        )
+    unknown = unknown_callbacks(callbacks)
+    if unknown:
+        found.append(
+            f"callbacks of the user ran: {', '.join(unknown)}; they must not have acted on "
+            "training metrics or data, which are not private"
+        )
+    if any(isinstance(callback, ClippedFraction) for callback in callbacks):
+        found.append(
+            f"the logs hold {ClippedFraction.NAME}, computed without noise: it must be neither "
+            "released nor acted on"
+        )
+    return found
 
 
 def check_callbacks(callbacks: Iterable[keras.callbacks.Callback]) -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -76,6 +79,44 @@ def check_clipped(clipped: Any, l2_norm_clip: float, clipping: ClippingMode) -> 
             "named in the statement: pass `clipping=optimizer.clipping` to `clipped_gradients`. "
             f"Expected: {clipping}. Received: gradients clipped by {clipped.clipping}"
         )
+
+
+def check_accounted(plan: TrainingPlan, source: str | None) -> None:
+    """Refuses gradients of which nobody knows how their batch was sampled.
+
+    Args:
+        plan: the plan of the run.
+        source: the batches of the private `fit` whose step this is; None outside one.
+
+    Raises:
+        ValueError: naming what to do.
+    """
+    if source is None and not plan.declares_participations:
+        raise ValueError(
+            "The sampling of these gradients is not accounted for. Train with "
+            "`model.fit(plan.batches(x, y))`; for other data or a loop of your own, make the "
+            "plan with sampling='fixed_order' and declare `max_participations` and "
+            "`min_separation`."
+        )
+
+
+def run_fingerprint(optimizer: Any, variables: Sequence[Any], carriers: Any) -> str:
+    """SHA-256, in hex, of what the saved state of an optimizer belongs to.
+
+    Args:
+        optimizer: a `BandMFOptimizer`.
+        variables: those it trains.
+        carriers: the description of their low-rank carriers, JSON values.
+    """
+    content = {
+        "plan": optimizer.plan.fingerprint,
+        "l2_norm_clip": optimizer.l2_norm_clip,
+        "clipping": [type(optimizer.clipping).__name__, optimizer.clipping.get_config()],
+        "inner_optimizer": type(optimizer.inner_optimizer).__name__,
+        "variables": [[list(v.shape), str(v.dtype)] for v in variables],
+        "carriers": carriers,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def checked_inner(optimizer: str | dict | keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,12 +11,20 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf import history
 from keras_bandmf.clipping import ClippedGradients, ClippingMode, checked_mode
 from keras_bandmf.noise import workers
-from keras_bandmf.optimizer_arguments import check_arguments, check_clipped, checked_inner
+from keras_bandmf.optimizer_arguments import (
+    check_accounted,
+    check_arguments,
+    check_clipped,
+    checked_inner,
+    run_fingerprint,
+)
 from keras_bandmf.optimizer_state import RunState
 from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.rgp.run import RunCarriers
+from keras_bandmf.run_record import RunRecord
 
 
 @keras.saving.register_keras_serializable(package="keras_bandmf")
@@ -78,7 +84,8 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         self._clipping = checked_mode(clipping)
         self._seed = seed
         self._replay = bool(replay)
-        self._failed_restore = False
+        words = self._clipping.describe(self._l2_norm_clip)
+        self._record = RunRecord(plan, self._l2_norm_clip, words, seed is not None)
         self._run_state: RunState | None = None
         self._data_source: str | None = None
         self._noised_variables: tuple[int, ...] = ()
@@ -114,8 +121,13 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         """Whether the noise key is saved, and kept on restore."""
         return self._replay
 
+    @property
+    def record(self) -> RunRecord:
+        """What ran, as the variables keep it: see `keras_bandmf.statement`."""
+        return self._record
+
     def build(self, variables: Sequence[Any]) -> None:
-        """Creates the keys, the noise ring and the inner optimizer's slots."""
+        """Creates keys, noise ring and slots; `variables` keep the record of the run from now."""
         if self.built:
             return
         variables = list(variables)
@@ -130,21 +142,12 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
                 self.plan.strategy,
                 self.plan.noise_stddev(self.clipping.sensitivity(self.l2_norm_clip)),
                 carriers.shapes,
-                self._fingerprint(variables, carriers),
+                run_fingerprint(self, variables, carriers.description),
                 self.seed,
                 carriers,
             )
-
-    def _fingerprint(self, variables: Sequence[Any], carriers: RunCarriers) -> str:
-        content = {
-            "plan": self.plan.fingerprint,
-            "l2_norm_clip": self.l2_norm_clip,
-            "clipping": [type(self.clipping).__name__, self.clipping.get_config()],
-            "inner_optimizer": type(self.inner_optimizer).__name__,
-            "variables": [[list(v.shape), str(v.dtype)] for v in variables],
-            "carriers": carriers.description,
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+            self._record.follow(self)
+            history.begin(variables, self._record)
 
     @property
     def run_state(self) -> RunState:
@@ -175,11 +178,12 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the weights may be those of another run.
         """
-        if self._failed_restore:
-            raise ValueError(
-                "A checkpoint could not be restored into this optimizer, but Keras may have loaded "
-                "its weights. Load a checkpoint of this run, or start anew with a fresh model."
-            )
+        self._record.check_restored()
+
+    def check_process(self) -> None:
+        """Refuses, with a `ValueError`, to train in a fork of the process with the noise key."""
+        if self._run_state is not None:
+            self._run_state.noise.check_process()
 
     def check_ready(self, num_replicas: int) -> None:
         """Refuses to go on where noise, step counter and devices do not belong together.
@@ -195,6 +199,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         if not self.built:
             return
         noise = self.run_state.noise
+        noise.check_process()
         if noise.num_replicas != num_replicas:
             raise ValueError(
                 "The optimizer must be built in the scope of the strategy that trains: its noise "
@@ -238,7 +243,8 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
                 (eagerly) if the plan has no step left.
         """
         check_clipped(clipped, self.l2_norm_clip, self.clipping)
-        self._check_accounted()
+        check_accounted(self.plan, self._data_source)
+        self._record.looped |= self._data_source is None
         if trainable_variables is None:
             trainable_variables = self._trainable_variables
         trainable_variables = list(trainable_variables)
@@ -286,15 +292,6 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             "would exceed the stated epsilon. Make a plan with more steps and train a new model."
         )
 
-    def _check_accounted(self) -> None:
-        if self._data_source is None and not self.plan.declares_participations:
-            raise ValueError(
-                "The sampling of these gradients is not accounted for. Train with "
-                "`model.fit(plan.batches(x, y))`; for other data or a loop of your own, make the "
-                "plan with sampling='fixed_order' and declare `max_participations` and "
-                "`min_separation`."
-            )
-
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Raises `ValueError`, always: plain gradients were not clipped per example."""
         raise ValueError(
@@ -336,8 +333,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     def save_own_variables(self, store: Any) -> None:
         """Writes keys and ring: the file is secret. Use `keras_bandmf.export` to release."""
         if self._run_state is not None:
-            self._run_state.warn_of_secrets(self.replay)
-            for name, value in self._run_state.to_arrays(self.replay).items():
+            for name, value in self._saved_arrays().items():
                 store[name] = value
 
     def load_own_variables(self, store: Any) -> None:
@@ -348,11 +344,20 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         """
         self._restore({name: np.asarray(store[name]) for name in store.keys()})
 
+    def _saved_arrays(self) -> dict[str, np.ndarray]:
+        self.run_state.warn_of_secrets(self.replay)
+        past = history.to_array(self._trainable_variables, self._record)
+        return {**self.run_state.to_arrays(self.replay), "history": past}
+
     def _restore(self, arrays: dict[str, np.ndarray]) -> None:
         # Keras may go on after the error, with weights that are no longer those of this run.
-        self._failed_restore = True
+        record, variables = self._record, self._trainable_variables if self.built else []
+        record.restore_failed = True
+        record.update()
+        own_steps = record.steps
         self.run_state.from_arrays(arrays, self.replay)
-        self._failed_restore = False
+        history.from_array(arrays.get("history"), variables, record, own_steps)
+        record.restore_failed = False
 
     def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
         # The hook of tf.train.Checkpoint. A SavedModel calls it inside a graph.
@@ -361,9 +366,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
                 "A SavedModel of a model compiled with BandMFOptimizer would hold the key and "
                 "the state of its noise. Use `keras_bandmf.export(model, path)`."
             )
-        self.run_state.warn_of_secrets(self.replay)
-        arrays = self.run_state.to_arrays(self.replay)
-        return {name: tf.constant(value) for name, value in arrays.items()}
+        return {name: tf.constant(value) for name, value in self._saved_arrays().items()}
 
     def _restore_from_tensors(self, restored_tensors: dict[str, tf.Tensor]) -> None:
         self._restore({name: value.numpy() for name, value in restored_tensors.items()})

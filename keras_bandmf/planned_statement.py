@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from keras_bandmf.accounting import FINITE_NOISE_SHARE, Schedule, accountant_name
+from keras_bandmf.composition import event_parts
 from keras_bandmf.printed import rounded_down, rounded_up
 from keras_bandmf.statement import Statement
 from keras_bandmf.tf_privacy import tf_privacy_epsilons
@@ -38,6 +39,7 @@ def planned_statement(
     charged = schedule.num_steps if steps is None else steps
     bands = schedule.num_bands
     noise = "independent" if bands == 1 else "correlated"
+    event = schedule.dp_event(noise_multiplier, charged)
     others: dict[str, float] = {}
     if schedule.sampling == "cyclic_poisson" and bands == 1 and charged > 0:
         others = tf_privacy_epsilons(
@@ -62,11 +64,12 @@ def planned_statement(
         batch_size=schedule.batch_size,
         num_bands=bands,
         noise_multiplier=noise_multiplier,
-        accountant=accountant_name(schedule.dp_event(noise_multiplier, charged)),
+        accountant=accountant_name(event),
         other_accountants=others,
         data=_data(schedule),
         caveats=_caveats(schedule, delta, charged),
         plan_fingerprint=fingerprint,
+        events=event_parts(event),
     )
 
 

@@ -1,76 +1,124 @@
-"""What a private model did, and the statement that follows from it."""
+"""What one optimizer did to the variables it trains, and the statement that follows from it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
+import uuid
+import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 
-from keras_bandmf.callbacks import ClippedFraction, unknown_callbacks
-from keras_bandmf.optimizers import BandMFOptimizer
+from keras_bandmf.checks import checked_int
+from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.statement import Statement
+
+_LOOP = "a loop of the user's own, in an order declared by the user"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Fit:
-    """One call of `fit`."""
+class Fit:
+    """One call of `fit`.
+
+    Attributes:
+        source: what was trained on, in words.
+        first_step, last_step: the optimizer's counter before and after it.
+        requested_step: where it was to end.
+        completed: whether it ended there, or by a stop that looked at nothing private.
+        remarks: what the reader of a statement must know about it.
+    """
 
     source: str
     first_step: int
     last_step: int
     requested_step: int
     completed: bool
-    monitored: tuple[str, ...]
-    unknown_callbacks: tuple[str, ...]
-    reported_clipping: bool
+    remarks: tuple[str, ...] = ()
 
 
 class RunRecord:
-    """The calls of `fit` of one model in this process."""
+    """The record of one optimizer's run. The variables it trains keep it (see `history`).
 
-    def __init__(self) -> None:
-        self._fits: list[_Fit] = []
-        self._optimizer: BandMFOptimizer | None = None
+    It holds neither data nor keys, and does not keep the optimizer alive.
 
-    def check_optimizer(self, optimizer: BandMFOptimizer) -> None:
-        """Refuses a second run on the same weights: its statement would leave out the first.
+    Args:
+        plan: the plan of the run.
+        l2_norm_clip: the clip norm.
+        clipping: the clipping mode, in words.
+        seeded: whether the noise was drawn from a fixed seed.
+    """
 
-        Raises:
-            ValueError: if steps were made with another optimizer.
-        """
-        if self._optimizer is not None and self._optimizer is not optimizer:
-            raise ValueError(
-                "The weights of this model hold an earlier private run, and a second optimizer "
-                "would state its own epsilon only. Compile with the optimizer of that run to go "
-                "on, or build a fresh model to start anew."
-            )
+    def __init__(self, plan: TrainingPlan, l2_norm_clip: float, clipping: str, seeded: bool):
+        self.run_id = uuid.uuid4().hex
+        self.started = time.time_ns()
+        self.plan = plan
+        self.fits: list[Fit] = []
+        self.looped = False
+        self.restore_failed = False
+        self._clip = l2_norm_clip, clipping
+        self._seeded = seeded
+        self._restores = 0
+        self._replayed = False
+        self._carriers = ""
+        self._steps = 0
+        self._iterations: Any = None
+        self._counters: list[Any] = []
+        self._optimizer: Any = lambda: None
+
+    def __deepcopy__(self, memo: dict) -> RunRecord:
+        """A run is one: copies of its variables share its record."""
+        return self
+
+    def follow(self, optimizer: Any) -> None:
+        """Reads steps and provenance from a built `BandMFOptimizer` from now on."""
+        self._optimizer = weakref.ref(optimizer)
+        # They outlive the optimizer. An interrupted step has moved those of the noise alone.
+        self._iterations = optimizer.iterations
+        self._counters = optimizer.run_state.noise.counters
+        self.update()
+
+    def update(self) -> None:
+        """Takes over what the optimizer knows now."""
+        self._steps = self.steps
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        state = optimizer.run_state
+        self._seeded = self._seeded or state.seeded
+        self._restores = max(self._restores, state.restores)
+        self._replayed = self._replayed or state.replayed
+        self._carriers = str(state.carriers)
+
+    @property
+    def steps(self) -> int:
+        """The most steps the run is known to have made, in this process or before a restore."""
+        now = [int(counter.numpy()) for counter in self._counters]
+        return max([self._steps, *now, *(fit.last_step for fit in self.fits)])
 
     @contextlib.contextmanager
     def fit(
         self,
-        optimizer: BandMFOptimizer,
         source: str,
         callbacks: Sequence[keras.callbacks.Callback],
-        monitored: Sequence[str],
+        remarks: Sequence[str],
         epochs: int,
         steps_per_epoch: int | None,
-        reports_clipping: bool = False,
     ) -> Iterator[None]:
         """Records one call of `fit`, also one that fails.
 
         Args:
-            optimizer: the optimizer of the run.
             source: what was trained on, in words.
             callbacks: the callbacks given to `fit`.
-            monitored: those of them that act on validation metrics, in words.
+            remarks: what the reader of a statement must know about them.
             epochs: how many epochs were asked for.
             steps_per_epoch: of how many steps, None if unknown.
-            reports_clipping: whether the logs hold the fraction of clipped examples.
         """
-        first = optimizer.steps_done
-        requested = optimizer.plan.num_steps
+        self.update()
+        first = self._counted()
+        requested = self.plan.num_steps
         if steps_per_epoch is not None:
             requested = min(requested, first + epochs * steps_per_epoch)
         completed = False
@@ -78,7 +126,7 @@ class RunRecord:
             yield
             completed = True
         finally:
-            last = optimizer.steps_done
+            last = self._counted()
             stopped = any(
                 isinstance(callback, keras.callbacks.EarlyStopping) and callback.stopped_epoch
                 for callback in callbacks
@@ -86,118 +134,138 @@ class RunRecord:
             # EarlyStopping looks at the end of an epoch: within one, something else stopped.
             stopped = stopped and bool(steps_per_epoch) and (last - first) % steps_per_epoch == 0
             completed = completed and (stopped or last == requested)
-            unknown = unknown_callbacks(callbacks)
-            self._fits.append(
-                _Fit(
-                    source,
-                    first,
-                    last,
-                    requested,
-                    completed,
-                    tuple(monitored),
-                    tuple(unknown),
-                    reports_clipping,
-                )
-            )
-            if last > first:
-                self._optimizer = optimizer
+            self.fits.append(Fit(source, first, last, requested, completed, tuple(remarks)))
+            self.update()
 
-    def statement(self, optimizer: BandMFOptimizer) -> Statement:
-        """Returns the statement of what ran.
+    def _counted(self) -> int:
+        iterations = self._iterations
+        return 0 if iterations is None else int(keras.ops.convert_to_numpy(iterations))
+
+    def check_restored(self) -> None:
+        """Refuses to go on, or to state anything, after a restore that failed.
+
+        Raises:
+            ValueError: if the weights may be those of another run.
+        """
+        if self.restore_failed:
+            raise ValueError(
+                "A checkpoint could not be restored into this optimizer, but Keras may have loaded "
+                "its weights. Load a checkpoint of this run, or start anew with a fresh model."
+            )
+
+    def statement(self) -> Statement:
+        """Returns the statement of this run alone.
 
         Formal guarantees:
             Fewer than all steps of the plan are charged only if one uninterrupted `fit` in this
             process made them all and ended where it was asked to, or by an EarlyStopping on
-            validation data; stopping or going on may else have depended on what was seen. A fixed
-            seed of noise or sampler withdraws the claim.
-
-        Args:
-            optimizer: the optimizer of the run.
+            validation data; stopping or going on may else have depended on what was seen, and so
+            may a loop of the user's own. A fixed seed of noise or sampler withdraws the claim.
 
         Raises:
-            ValueError: if the weights hold steps of another optimizer, or of another run.
+            ValueError: if a restore failed, so that the weights may hold steps of another run.
         """
-        self.check_optimizer(optimizer)
-        optimizer.check_restored()
-        steps_run = optimizer.steps_done
-        state = optimizer.run_state if optimizer.built else None
-        charged = self._steps_charged(optimizer, steps_run)
-        planned = optimizer.plan.statement(charged)
-        caveats = [*planned.caveats, *self._caveats(optimizer, steps_run, charged)]
-        if optimizer.plan.declares_participations:
-            caveats.append(
-                "the order of the data was declared by the user, not enforced by this library: "
-                f"at most {optimizer.plan.participations} participations of a row, at least "
-                f"{optimizer.plan.separation} steps apart"
-            )
+        self.check_restored()
+        return self.describe()
+
+    def describe(self) -> Statement:
+        """The statement of the steps made, whether or not a restore failed after them."""
+        self.update()
+        steps_run = min(self.steps, self.plan.num_steps)
+        charged = self._steps_charged(steps_run)
+        planned = self.plan.statement(charged)
+        caveats = [*planned.caveats, *self._caveats(steps_run, charged)]
         reason, origin = None, "the operating system"
-        if state is not None and state.seeded:
+        if self._seeded:
             reason = "noise or batches were drawn from a fixed seed"
             origin = "a fixed seed (tests only)"
+        drawn = self._iterations is not None
         if not planned.private:
             reason = planned.not_private_reason
-        sources = list(dict.fromkeys(fit.source for fit in self._fits))
-        carriers = str(state.carriers) if state is not None else ""
-        mechanism = f"{planned.mechanism}; {carriers}" if carriers else planned.mechanism
+        elif not drawn:
+            reason = None
+        sources = [fit.source for fit in self.fits] + [_LOOP] * self.looped
+        carriers = self._carriers
         return dataclasses.replace(
             planned,
             executed=True,
-            mechanism=mechanism,
+            mechanism=f"{planned.mechanism}; {carriers}" if carriers else planned.mechanism,
             steps_run=steps_run,
-            l2_norm_clip=optimizer.l2_norm_clip,
-            clipping=optimizer.clipping.describe(optimizer.l2_norm_clip),
-            key_origin=origin if state is not None else "none drawn yet",
-            data="; ".join(sources) or ("none in this process" if steps_run else "none yet"),
+            l2_norm_clip=self._clip[0],
+            clipping=self._clip[1],
+            key_origin=origin if drawn else "none drawn yet",
+            data="; ".join(dict.fromkeys(sources))
+            or ("none in this process" if steps_run else "none yet"),
             caveats=tuple(dict.fromkeys(caveats)),
             private=reason is None,
             not_private_reason=reason,
         )
 
-    def _steps_charged(self, optimizer: BandMFOptimizer, steps_run: int) -> int:
-        plan_steps = optimizer.plan.num_steps
-        # The optimizer alone may have gone back: the weights still hold what these fits did.
-        if not any((steps_run, *(fit.last_step for fit in self._fits))):
+    def _steps_charged(self, steps_run: int) -> int:
+        if not steps_run:
             return 0
-        if steps_run == plan_steps:
-            return plan_steps
-        if len(self._fits) != 1 or optimizer.run_state.restores:
-            return plan_steps
-        (fit,) = self._fits
+        # The optimizer alone may have gone back: the weights still hold what these fits did.
+        if len(self.fits) != 1 or self.looped or self._restores or self._counted() != steps_run:
+            return self.plan.num_steps
+        (fit,) = self.fits
         whole = fit.first_step == 0 and fit.last_step == steps_run
-        return steps_run if whole and fit.completed else plan_steps
+        return steps_run if whole and fit.completed else self.plan.num_steps
 
-    def _caveats(self, optimizer: BandMFOptimizer, steps_run: int, charged: int) -> list[str]:
+    def _caveats(self, steps_run: int, charged: int) -> list[str]:
         caveats = []
         if charged > steps_run:
             caveats.append(
                 f"{steps_run} steps ran, but all {charged} are charged: training was interrupted, "
                 "resumed or extended, which may have depended on what was seen"
             )
-        for monitored in dict.fromkeys(name for fit in self._fits for name in fit.monitored):
+        caveats += [remark for fit in self.fits for remark in fit.remarks]
+        if self._restores:
             caveats.append(
-                f"{monitored} acted on validation data, which must be public or disjoint from the "
-                "training data"
-            )
-        unknown = sorted({name for fit in self._fits for name in fit.unknown_callbacks})
-        if unknown:
-            caveats.append(
-                f"callbacks of the user ran: {', '.join(unknown)}; they must not have acted on "
-                "training metrics or data, which are not private"
-            )
-        if any(fit.reported_clipping for fit in self._fits):
-            caveats.append(
-                f"the logs hold {ClippedFraction.NAME}, computed without noise: it must be neither "
-                "released nor acted on"
-            )
-        state = optimizer.run_state if optimizer.built else None
-        if state is not None and state.restores:
-            caveats.append(
-                f"restored from a checkpoint {state.restores} times: steps repeated after a "
+                f"restored from a checkpoint {self._restores} times: steps repeated after a "
                 "restore are covered only if their first results were never released"
             )
-        if state is not None and state.replayed:
+        if self._replayed:
             caveats.append(
                 "replay=True kept the noise key: results of the repeated steps must never have "
                 "been released, for the same noise on two gradients cancels"
             )
+        if self.plan.declares_participations:
+            caveats.append(
+                "the order of the data was declared by the user, not enforced by this library: "
+                f"at most {self.plan.participations} participations of a row, at least "
+                f"{self.plan.separation} steps apart"
+            )
         return caveats
+
+    def to_facts(self) -> dict[str, Any]:
+        """What a file keeps of the run: JSON values. Plan and keys are saved elsewhere."""
+        self.update()
+        return {
+            "run_id": self.run_id,
+            "started": self.started,
+            "steps": self.steps,
+            "looped": self.looped,
+            "fits": [dataclasses.asdict(fit) for fit in self.fits],
+        }
+
+    def take_over(self, facts: dict[str, Any]) -> None:
+        """Goes on as the run of a file: what `to_facts` returned.
+
+        Raises:
+            ValueError: if the facts are damaged.
+        """
+        try:
+            fits = [Fit(**(fit | {"remarks": tuple(fit["remarks"])})) for fit in facts["fits"]]
+            steps = checked_int("steps", facts["steps"], minimum=0)
+            started = checked_int("started", facts["started"], minimum=0)
+            looped, run_id = bool(facts["looped"]), str(facts["run_id"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"The record of the run in the checkpoint is damaged. Received: {facts!r} ({error})"
+            ) from None
+        if run_id != self.run_id:  # what this optimizer did before is the caller's to keep
+            self.run_id, self.started = run_id, started
+            self.looped, self._steps, self.fits = False, 0, []
+        self.looped = self.looped or looped
+        self._steps = max(self._steps, steps)
+        self.fits = list(dict.fromkeys([*fits, *self.fits]))

@@ -12,8 +12,11 @@ from keras_bandmf.documents import read_document, write_document
 from keras_bandmf.printed import rounded_down, rounded_up
 
 _FORMAT = "keras_bandmf.Statement"
-_VERSION = 1
+_VERSION = 2
 _WIDTH = 88
+
+# What was paid for: (rounds, sampling probability, noise multiplier) of Gaussians.
+Event = tuple[int, float, float]
 
 NOT_COVERED = (
     "metrics and losses of training and validation: computed on the raw data; private only where "
@@ -68,6 +71,11 @@ class Statement:
         private: False if the claim does not hold.
         not_private_reason: why not; None if it is private.
         plan_fingerprint: SHA-256 of the plan, in hex.
+        events: what epsilon pays for: (rounds, sampling probability, noise multiplier) of each
+            Gaussian mechanism; with it the statement can be composed with that of another run.
+        runs: of several runs on the same data, the statement of each; else empty. Steps are then
+            those of all runs together, epsilon and delta are composed, and other single numbers
+            (batch size, bands, noise, clip norm) are those of the last run.
     """
 
     executed: bool
@@ -95,6 +103,8 @@ class Statement:
     private: bool = True
     not_private_reason: str | None = None
     plan_fingerprint: str | None = None
+    events: tuple[Event, ...] = ()
+    runs: tuple[Statement, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("executed", "private"):
@@ -125,6 +135,10 @@ class Statement:
             for name, value in dict(self.other_accountants).items()
         }
         self._set("other_accountants", others)
+        self._set("events", tuple(_checked_event(event) for event in self.events))
+        self._set("runs", tuple(self.runs))
+        if not all(isinstance(run, Statement) for run in self.runs):
+            _refuse("runs", "a sequence of statements", self.runs)
         self._check_steps()
         self._check_privacy()
 
@@ -159,11 +173,15 @@ class Statement:
 
     def to_json(self) -> str:
         """The statement as strict JSON; an infinite epsilon is the string "inf"."""
+        return write_document(_FORMAT, _VERSION, self._facts(), indent=2)
+
+    def _facts(self) -> dict[str, Any]:
         facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        facts["runs"] = [run._facts() for run in self.runs]
         facts["epsilon"] = _number_to_json(self.epsilon)
         others = self.other_accountants.items()
         facts["other_accountants"] = {name: _number_to_json(value) for name, value in others}
-        return write_document(_FORMAT, _VERSION, facts, indent=2)
+        return facts
 
     @classmethod
     def from_json(cls, text: str) -> Statement:
@@ -179,7 +197,16 @@ class Statement:
             ValueError: for another format or version, missing or unknown fields.
         """
         fields = {field.name for field in dataclasses.fields(cls)}
-        facts = read_document(text, _FORMAT, _VERSION, fields)
+        return cls._from_facts(read_document(text, _FORMAT, _VERSION, fields))
+
+    @classmethod
+    def _from_facts(cls, facts: dict[str, Any]) -> Statement:
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(facts, dict) or set(facts) != fields:
+            _refuse("runs", "a list of statements", facts)
+        if not isinstance(facts["runs"], (list, tuple)):
+            _refuse("runs", "a list of statements", facts["runs"])
+        facts = facts | {"runs": tuple(cls._from_facts(run) for run in facts["runs"])}
         others = facts["other_accountants"]
         if not isinstance(others, dict):
             _refuse("other_accountants", "an object", others)
@@ -197,7 +224,8 @@ class Statement:
             lines += [f"NOT PRIVATE: {self.not_private_reason}.", self._claim("would be"), ""]
         else:
             lines += [self._claim("are" if self.executed else "would be"), ""]
-        lines += [_item(name, text) for name, text in self._rows()]
+        rows = self._rows_of_runs() if self.runs else self._rows()
+        lines += [_item(name, text) for name, text in rows]
         if self.caveats:
             lines += ["", "Mind:", *(_bullet(text) for text in self.caveats)]
         lines += ["", "Not covered:", *(_bullet(text) for text in self.not_covered)]
@@ -206,9 +234,12 @@ class Statement:
     def _claim(self, verb: str) -> str:
         condition = "" if self.private else "If that were otherwise, "
         words = ADJACENCY_IN_WORDS[self.adjacency].format(unit=self.unit)
+        steps = f"up to step {self.steps_charged}"
+        if self.runs:
+            steps = f"of {len(self.runs)} runs on the same data, all together,"
         return textwrap.fill(
-            f"{condition}{'The' if self.private else 'the'} weights after every step up to step "
-            f"{self.steps_charged} {verb} (epsilon, delta)-differentially private, with "
+            f"{condition}{'The' if self.private else 'the'} weights after every step {steps} "
+            f"{verb} (epsilon, delta)-differentially private, with "
             f"epsilon = {rounded_up(self.epsilon, 4)} and delta = {rounded_up(self.delta, 3)}, "
             f"for {words}.",
             _WIDTH,
@@ -247,6 +278,30 @@ class Statement:
         if self.plan_fingerprint is not None:
             rows.append(("plan", self.plan_fingerprint))
         return rows
+
+    def _rows_of_runs(self) -> list[tuple[str, str]]:
+        shared = ("epsilon", "delta", "adjacency", "unit", "mechanism", "sampling", "run key")
+        rows = [row for row in self._rows() if row[0] in shared]
+        for number, run in enumerate(self.runs, 1):
+            own = dict(run._rows())
+            clip = f"clip norm {own['clip norm']}, noise {own['noise']}"
+            alone = f"alone epsilon {rounded_up(run.epsilon, 6)} at delta {own['delta']}"
+            rows += [
+                (f"run {number}", f"{alone}; steps: {own['steps']}; {clip}"),
+                ("", f"examples: {own['examples']}; data: {run.data}"),
+                ("", f"plan {run.plan_fingerprint}"),
+            ]
+        return rows
+
+
+def _checked_event(event: Any) -> Event:
+    if isinstance(event, str) or len(event) != 3:
+        _refuse("events", "triples of rounds, sampling probability and noise multiplier", event)
+    rounds, probability, sigma = event
+    probability = checked_float("events", probability, minimum=0.0)
+    if probability > 1:
+        _refuse("events", "sampled with a probability", event)
+    return (checked_int("events", rounds), probability, checked_float("events", sigma, minimum=0))
 
 
 def _bands(num_bands: int) -> str:

@@ -9,14 +9,15 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf import callbacks as private_callbacks
-from keras_bandmf import clipping, fit_arguments, keras_faults
+from keras_bandmf import clipping, composition, fit_arguments, fresh, keras_faults
+from keras_bandmf import history as variable_history
 from keras_bandmf.clipping.losses import no_replicas
 from keras_bandmf.clipping.refusals import refuse_microbatch_size
 from keras_bandmf.mixed_rows import MixedRows
 from keras_bandmf.optimizers import BandMFOptimizer
-from keras_bandmf.run_record import RunRecord
+from keras_bandmf.regularisers import regularisation
 from keras_bandmf.sampling import PrivateBatches
-from keras_bandmf.statement import Statement
+from keras_bandmf.step_gate import StepGate
 
 _ATTRIBUTE = "_keras_bandmf_training"
 
@@ -26,6 +27,7 @@ def privatize(
     microbatch_size: int | str | None = None,
     *,
     report_clipping: bool = False,
+    history: Any = None,
 ) -> keras.Model:
     """Makes the training of a model private, in place.
 
@@ -49,6 +51,10 @@ def privatize(
         report_clipping: adds `clipped_fraction_not_private` to the logs of each epoch: the fraction
             of examples whose gradient clipping made smaller. Like other training metrics it is
             computed without noise; the statement names it.
+        history: what private runs did to the weights before they were loaded: the path of the
+            `.keras` file, if a private model saved it, or a `Statement`, or its JSON. It is
+            composed into every later statement. Weights loaded with their `BandMFOptimizer` bring
+            it with them.
 
     Returns:
         The same model.
@@ -56,6 +62,20 @@ def privatize(
     Raises:
         TypeError: if `model` is not a Keras 3 model.
         ValueError: if the model overrides `train_step`, or an argument is out of range.
+
+    Example of two runs on the same data, composed into one statement:
+
+    ```python
+    head_plan, plan = (bandmf.TrainingPlan.calibrate(..., epsilon=e) for e in (1.0, 3.0))
+    backbone.trainable = False
+    model = bandmf.privatize(keras.Sequential([backbone, head]))
+    model.compile(bandmf.BandMFOptimizer("adam", head_plan), loss="mse")
+    model.fit(head_plan.batches(x, y), epochs=2)
+    backbone.trainable = True
+    model.compile(bandmf.BandMFOptimizer("adam", plan), loss="mse")
+    model.fit(plan.batches(x, y), epochs=10)
+    print(bandmf.statement(model))  # epsilon of both runs together
+    ```
     """
     if not isinstance(model, keras.Model):
         raise TypeError(
@@ -64,6 +84,15 @@ def privatize(
             f"Keras 2. Received: {type(model).__module__}.{type(model).__name__}"
         )
     refuse_microbatch_size(microbatch_size)
+    if model.built:
+        fresh.note_initializers(model)
+    if history is not None:
+        if not model.built:
+            raise ValueError(
+                "Argument `history` is about the weights of a built model. Call the model once on "
+                f"data, or load it, first. Received: the unbuilt model {model.name!r}"
+            )
+        variable_history.take_over(model.weights, history)
     existing = getattr(model, _ATTRIBUTE, None)
     if existing is not None:
         existing.set_options(microbatch_size, report_clipping)
@@ -82,6 +111,7 @@ def privatize(
     model.make_train_function = training.make_train_function
     model.train_on_batch = training.train_on_batch
     model.fit = training.fit
+    model.save = training.save
     model.train_function = None
     return model
 
@@ -101,23 +131,6 @@ def private_training(model: keras.Model) -> _PrivateTraining:
     return training
 
 
-def statement(model: keras.Model) -> Statement:
-    """Returns the privacy statement of a private model: what ran, and what it guarantees.
-
-    Formal guarantees:
-        See `RunRecord.statement`: all steps of the plan are charged unless fewer were fixed in
-        advance, and a fixed seed withdraws the claim.
-
-    Args:
-        model: a model made private and compiled with a `BandMFOptimizer`.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    training = private_training(model)
-    return training.record.statement(training.optimizer)
-
-
 class _PrivateTraining:
     """The methods that `privatize` puts on a model, and what they remember of the run."""
 
@@ -126,10 +139,11 @@ class _PrivateTraining:
     ):
         self.model = model
         self.set_options(microbatch_size, report_clipping)
-        self.record = RunRecord()
         self._mixed_rows = MixedRows(model.distribute_strategy)
         self._checked: Any = None
         self._needs_mask = False
+        self._gate = StepGate()
+        self._train_function: Callable | None = None
         self._clip: Callable = self._clipped_gradients
 
     def set_options(self, microbatch_size: int | str | None, report_clipping: bool) -> None:
@@ -161,6 +175,16 @@ class _PrivateTraining:
             )
         return optimizer
 
+    def save(
+        self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
+    ) -> None:
+        """As `keras.Model.save`; a `.keras` file also gets the history of the weights."""
+        model = self.model
+        type(model).save(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+        if variable_history.runs_of(model.weights):
+            text = variable_history.to_json(model.weights)
+            variable_history.write_member(filepath, text)
+
     def train_on_batch(self, *args: Any, **kwargs: Any) -> None:
         """Refuses: the sampling of a single batch is not accounted for."""
         raise ValueError(
@@ -169,43 +193,44 @@ class _PrivateTraining:
         )
 
     def make_train_function(self, force: bool = False) -> Callable:
-        """Makes Keras's train function with XLA inside `clipped_gradients` only.
+        """Makes Keras's train function behind the gate, with XLA inside `clipped_gradients` only.
 
         Noise is drawn several times faster outside XLA, and metrics need dynamic shapes.
         """
         model = self.model
+        # Keras's own method, called on the model, makes one without the gate.
+        if not force and self._train_function and model.train_function is self._train_function:
+            return self._train_function
         wanted = model.jit_compile
-        if force or model.train_function is None:
-            compiled = wanted and not model.run_eagerly
-            self._clip = (
-                tf.function(self._clipped_gradients, jit_compile=True, autograph=False)
-                if compiled
-                else self._clipped_gradients
-            )
+        compiled = wanted and not model.run_eagerly
+        self._clip = (
+            tf.function(self._clipped_gradients, jit_compile=True, autograph=False)
+            if compiled
+            else self._clipped_gradients
+        )
         model.jit_compile = False
         try:
-            return type(model).make_train_function(model, force=force)
+            type(model).make_train_function(model, force=True)
         finally:
             model.jit_compile = wanted
+        model.train_function = self._train_function = self._gate.guarded(model.train_function)
+        return self._train_function
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """Clips, sums, adds noise, updates: one step of the plan."""
         model, optimizer = self.model, self.optimizer
-        if isinstance(data, dict) and "mask" in data:
+        self._gate.check_running()
+        if self._needs_mask:
             x, y = data["x"], data.get("y")
             sample_weight, mask = data.get("sample_weight"), data["mask"]
         else:
-            if self._needs_mask:
-                raise ValueError(
-                    "This run trains on batches of its plan. Received: a batch of another kind. "
-                    "Do not call `train_step`; `model.fit(plan.batches(x, y))` does."
-                )
+            # Not told by its keys: an input of the user's own data may be called "mask".
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
             mask = None
         clipped = self._clip(x, y, sample_weight, mask)
         self._mixed_rows.note(clipped.rows_mixed)
         variables = model.trainable_variables
-        penalty, penalties = _regularisation(variables)
+        penalty, penalties = regularisation(variables)
         optimizer.apply_clipped(clipped, variables, penalties)
         logs = self._metrics(x, y, sample_weight, clipped, penalty)
         return keras_faults.reducible_logs(model, logs)
@@ -294,9 +319,9 @@ class _PrivateTraining:
             ValueError: if data or arguments are not accounted for, or no step is left.
         """
         model, optimizer = self.model, self.optimizer
+        optimizer.check_process()
         fit_arguments.check_distribution(model, x)
         fit_arguments.refuse_changed_data(class_weight, validation_split)
-        self.record.check_optimizer(optimizer)
         listed = private_callbacks.flat_callbacks(callbacks)
         monitored = private_callbacks.check_callbacks(listed)
         batches, array_steps = x if isinstance(x, PrivateBatches) else None, None
@@ -315,48 +340,41 @@ class _PrivateTraining:
             sample, x = fit_arguments.first_rows(x, y, sample_weight, optimizer.plan.batch_size)
             self._prepare(sample)
             source = "data supplied by the user, in an order declared by the user"
+        if self._needs_mask != (batches is not None):
+            # A step traced for one kind of batch must not take the other for it.
+            self._needs_mask, model.train_function = batches is not None, None
         optimizer.check_ready(model.distribute_strategy.num_replicas_in_sync)
         guard = private_callbacks.StepGuard(optimizer, batches, array_steps)
         report = [] if self._report is None else [self._report]
+        remarks = private_callbacks.remarks([*report, *listed], monitored)
         data = (
             x
             if batches is None
             else batches.dataset(model.distribute_strategy.num_replicas_in_sync)
         )
         with (
-            optimizer.accepting(source),
-            self.record.fit(
-                optimizer,
-                source,
-                listed,
-                monitored,
-                epochs - initial_epoch,
-                steps_per_epoch,
-                reports_clipping=bool(report),
-            ),
+            self._gate.during_fit(optimizer, source),
+            variable_history.remembering(model.weights),
+            optimizer.record.fit(source, listed, remarks, epochs - initial_epoch, steps_per_epoch),
             keras_faults.worked_around(model, symbolic_build=batches is None),
         ):
-            self._needs_mask = batches is not None
-            try:
-                return keras.Model.fit(
-                    model,
-                    data,
-                    y,
-                    batch_size=batch_size,
-                    epochs=epochs,
-                    verbose=verbose,
-                    callbacks=[self._mixed_rows, *report, *listed, guard],
-                    validation_data=validation_data,
-                    shuffle=False,
-                    sample_weight=sample_weight,
-                    initial_epoch=initial_epoch,
-                    steps_per_epoch=steps_per_epoch,
-                    validation_steps=validation_steps,
-                    validation_batch_size=validation_batch_size,
-                    validation_freq=validation_freq,
-                )
-            finally:
-                self._needs_mask = False
+            return keras.Model.fit(
+                model,
+                data,
+                y,
+                batch_size=batch_size,
+                epochs=epochs,
+                verbose=verbose,
+                callbacks=[self._mixed_rows, *report, *listed, guard, self._gate],
+                validation_data=validation_data,
+                shuffle=False,
+                sample_weight=sample_weight,
+                initial_epoch=initial_epoch,
+                steps_per_epoch=steps_per_epoch,
+                validation_steps=validation_steps,
+                validation_batch_size=validation_batch_size,
+                validation_freq=validation_freq,
+            )
 
     def _prepare(self, sample: dict[str, Any]) -> None:
         """Builds model and optimizer, and checks once that clipping is exact for this model."""
@@ -365,7 +383,12 @@ class _PrivateTraining:
         with model.distribute_strategy.scope():
             # Metrics too: made inside a replica, their variables would break the graph.
             model._symbolic_build(data_batch=keras.tree.map_structure(_symbolic_batch, parts))
+            fresh.note_initializers(model)
+            variable_history.observe(model.weights)
+            earlier = variable_history.runs_of(model.weights)
             optimizer.build(model.trainable_variables)
+        runs = [run.statement() for run in earlier if run is not optimizer.record]
+        composition.check_composable([*runs, optimizer.plan.statement(0)])
         state = (optimizer, tuple(id(variable) for variable in model.trainable_variables))
         # `compile` drops the train function: loss and layers may be others now.
         if model.train_function is None or self._checked != state:
@@ -379,17 +402,3 @@ def _symbolic_batch(array: Any) -> keras.KerasTensor | None:
         return None
     dtype = keras.backend.standardize_dtype(array.dtype)
     return keras.KerasTensor((None, *array.shape[1:]), dtype=dtype)
-
-
-def _regularisation(variables: list) -> tuple[tf.Tensor, list[tf.Tensor | None] | None]:
-    """Returns the penalty of the weight regularisers and this replica's part of its gradients."""
-    regularised = [variable for variable in variables if variable.regularizer is not None]
-    if not regularised:
-        return tf.zeros([]), None
-    with tf.GradientTape() as tape:
-        penalty = tf.add_n(
-            [tf.cast(variable.regularizer(variable), tf.float32) for variable in regularised]
-        )
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    gradients = tape.gradient(penalty, [variable.value for variable in variables])
-    return penalty, [None if g is None else g / replicas for g in gradients]

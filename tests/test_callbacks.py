@@ -31,6 +31,8 @@ def test_callbacks_on_validation_metrics_are_allowed_and_named():
     ]
     assert callbacks.check_callbacks(allowed) == ["EarlyStopping(val_loss)"]
     assert callbacks.unknown_callbacks(allowed) == []
+    first, second = callbacks.remarks(allowed, ["EarlyStopping(val_loss)"])
+    assert "validation data" in first and "function of the epoch alone" in second
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,13 @@ def test_a_callback_of_a_known_class_by_inheritance_is_checked_and_named():
     assert callbacks.unknown_callbacks([Mine("val_loss")]) == ["Mine"]
 
 
-def test_a_step_at_the_end_of_training_is_an_error():
+DECLARED = {"sampling": "fixed_order", "max_participations": 2, "min_separation": 12}
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"), [({}, "not accounted"), (DECLARED, "changed during `fit`")]
+)
+def test_a_step_at_the_end_of_training_is_an_error(declared, message):
     class End(keras.callbacks.Callback):
         """Trains on rows of its own when all epochs are over."""
 
@@ -59,9 +67,9 @@ def test_a_step_at_the_end_of_training_is_an_error():
             gradients = bandmf.clipped_gradients(self.model, *rows)
             self.model.optimizer.apply_clipped(gradients, self.model.trainable_variables)
 
-    plan = runs.make_plan()
+    plan = runs.make_plan(**declared)
     model = runs.compiled(runs.counting_model(), plan, run_eagerly=True)
-    with pytest.raises(ValueError, match="changed during `fit`"):
+    with pytest.raises(ValueError, match=message):
         model.fit(
             plan.batches(*runs.counting_data()), steps_per_epoch=1, callbacks=[End()], verbose=0
         )

@@ -83,14 +83,6 @@ def test_a_rewound_counter_inside_a_compiled_step_gives_nan():
     assert np.isnan(step(tf.constant(3))[0].numpy()).all()
 
 
-def test_a_second_optimizer_on_trained_weights_is_refused():
-    """Its statement would leave out the first run."""
-    model, plan = trained()
-    runs.compiled(model, plan, seed=4)
-    with pytest.raises(ValueError, match="earlier private run"):
-        model.fit(plan.batches(*DATA), epochs=1, verbose=0)
-
-
 def test_compiling_again_with_the_same_optimizer_goes_on():
     model, plan = trained()
     model.compile(model.optimizer, loss=runs.prediction_loss)

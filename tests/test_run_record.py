@@ -4,7 +4,6 @@ import keras
 import pytest
 
 import keras_bandmf as bandmf
-from keras_bandmf.run_record import RunRecord
 from tests import runs
 
 
@@ -17,18 +16,9 @@ def built():
 
 def recorded(optimizer, last_step, callbacks=(), epochs=1):
     """The record of one `fit` that ended at `last_step`."""
-    record = RunRecord()
-    with record.fit(optimizer, "data", list(callbacks), [], epochs, 12):
+    with optimizer.record.fit("data", list(callbacks), [], epochs, 12):
         optimizer.iterations.assign(last_step)
-    return record
-
-
-def test_a_statement_of_another_optimizer_than_trained_is_refused():
-    """It would state zero steps of weights that hold twelve."""
-    record = recorded(built(), 12)
-    for other in (built(), bandmf.BandMFOptimizer("sgd", runs.make_plan())):
-        with pytest.raises(ValueError, match="earlier private run"):
-            record.statement(other)
+    return optimizer.record
 
 
 def test_nothing_is_stated_after_a_failed_restore():
@@ -37,7 +27,7 @@ def test_nothing_is_stated_after_a_failed_restore():
     with pytest.raises(ValueError, match="no state"):
         optimizer.load_own_variables({})
     with pytest.raises(ValueError, match="could not be restored"):
-        RunRecord().statement(optimizer)
+        optimizer.record.statement()
 
 
 @pytest.mark.parametrize("step", [0, 5])
@@ -45,9 +35,9 @@ def test_an_optimizer_that_went_back_is_charged_in_full(step):
     """Restored alone, it leaves the steps it made in the weights."""
     optimizer = built()
     record = recorded(optimizer, 12)
-    assert record.statement(optimizer).steps_charged == 12
+    assert record.statement().steps_charged == 12
     optimizer.iterations.assign(step)
-    statement = record.statement(optimizer)
+    statement = record.statement()
     assert statement.steps_charged == 24
     assert any("all 24 are charged" in caveat for caveat in statement.caveats)
 
@@ -62,45 +52,42 @@ def test_a_stop_by_anything_but_early_stopping_is_charged_in_full(
     stopping = keras.callbacks.EarlyStopping("val_loss")
     optimizer = built()
     stopping.stopped_epoch = stopped_epoch
-    record = RunRecord()
-    with record.fit(optimizer, "data", [stopping], ["EarlyStopping(val_loss)"], 20, 12):
+    record = optimizer.record
+    with record.fit("data", [stopping], ["EarlyStopping(val_loss)"], 20, 12):
         optimizer.iterations.assign(last_step)
-    assert record.statement(optimizer).steps_charged == charged
+    assert record.statement().steps_charged == charged
 
 
 def test_a_fit_that_fails_is_charged_in_full():
     optimizer = built()
-    record = RunRecord()
-    with (
-        pytest.raises(KeyboardInterrupt),
-        record.fit(optimizer, "data", [], [], 1, 12),
-    ):
+    record = optimizer.record
+    with pytest.raises(KeyboardInterrupt), record.fit("data", [], [], 1, 12):
         optimizer.iterations.assign(12)
         raise KeyboardInterrupt
-    assert record.statement(optimizer).steps_charged == 24
+    assert record.statement().steps_charged == 24
 
 
 def test_a_fit_that_did_not_begin_at_zero_is_charged_in_full():
     optimizer = built()
     optimizer.iterations.assign(3)
-    assert recorded(optimizer, 15).statement(optimizer).steps_charged == 24
+    assert recorded(optimizer, 15).statement().steps_charged == 24
 
 
 def test_a_restored_run_is_charged_in_full_even_from_its_beginning():
     """Nobody knows what was seen of the steps it made before."""
     optimizer = built()
     optimizer.load_own_variables(optimizer.run_state.to_arrays())
-    assert recorded(optimizer, 12).statement(optimizer).steps_charged == 24
+    assert recorded(optimizer, 12).statement().steps_charged == 24
 
 
 def test_a_plan_without_a_guarantee_gives_none_to_its_run():
     optimizer = bandmf.BandMFOptimizer("sgd", runs.make_plan(noise_multiplier=1e-7))
     optimizer.build(runs.counting_model().trainable_variables)
-    statement = recorded(optimizer, 24).statement(optimizer)
+    statement = recorded(optimizer, 24).statement()
     assert not statement.private and statement.not_private_reason
 
 
 def test_the_declaration_of_the_user_is_quoted():
     plan = runs.make_plan(sampling="fixed_order", max_participations=2, min_separation=12)
-    statement = RunRecord().statement(bandmf.BandMFOptimizer("sgd", plan))
+    statement = bandmf.BandMFOptimizer("sgd", plan).record.statement()
     assert any("at most 2 participations" in caveat for caveat in statement.caveats)

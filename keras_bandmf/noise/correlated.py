@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import numbers
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -136,6 +137,11 @@ class CorrelatedNoise:
             local.assign(step)
 
     @property
+    def counters(self) -> list[tf.Variable]:
+        """The variables of this process that count the rows given out; `position` is the most."""
+        return self._local(self._position)
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of the ring on each replica."""
         return 4 * self.num_slots * self.layout.shard_size
@@ -143,7 +149,23 @@ class CorrelatedNoise:
     def set_key(self, key: np.ndarray) -> None:
         """Replaces the key of all rows to come: shape (2,), uint64. The chief's key counts."""
         key = np.asarray(key, np.uint64).view(np.int64)
+        self._process = os.getpid()
         self._key.assign(workers.from_chief(self._distribution, key))
+
+    def check_process(self) -> None:
+        """Refuses to draw in another process than the key was set in.
+
+        After a fork both processes hold the key, and the same noise on two gradients cancels.
+
+        Raises:
+            ValueError: in the other process, until it sets a key.
+        """
+        if os.getpid() != self._process:
+            raise ValueError(
+                f"The noise key belongs to process {self._process}, and a fork copied it here: the "
+                "same noise on two gradients would cancel. Received: a step in process "
+                f"{os.getpid()}. Make the optimizer after the fork, or restore a checkpoint here."
+            )
 
     def get_key(self) -> np.ndarray:
         """Returns the secret key, shape (2,), uint64, to be saved beside the ring."""
@@ -193,6 +215,7 @@ class CorrelatedNoise:
                 "`next()` returns whole rows and needs a noise made outside a strategy scope. "
                 f"Received: a noise over {self.num_replicas} replicas. Call `share(step)`."
             )
+        self.check_process()
         step = self._local(self._position)[0].read_value()
         if tf.executing_eagerly() and int(step) >= self.num_steps:
             raise ValueError(f"All {self.num_steps} rows of the noise have been drawn.")
@@ -214,6 +237,7 @@ class CorrelatedNoise:
             None where this replica owns none of them. All NaN for a step of `n` or more, or
             another than `position`; the position does not move then.
         """
+        self.check_process()
         if replica >= self.layout.num_shards:
             return [None] * len(self.layout.shapes)
         step = tf.cast(step, tf.int64)

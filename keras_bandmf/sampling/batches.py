@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -184,6 +185,17 @@ class PrivateBatches:
         # Draws first: a failure in between must not leave a key without its draws.
         self._draws = self._rule.draws(key)
         self._key = key
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Warns that a pickle, or another copy, of bound batches is secret."""
+        if self._key is not None and self._seed is None:
+            warnings.warn(
+                "What is pickled or copied holds the sampler's key of a private run, and the data: "
+                "with the key known, the sampling amplifies nothing. Keep it as secret as the "
+                "data, or pickle batches that no `fit` has used.",
+                stacklevel=2,
+            )
+        return self.__dict__.copy()
 
     def digest(self) -> bytes:
         """Returns 32 bytes that depend on the sampler's key, the rows and their order.

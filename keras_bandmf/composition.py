@@ -1,0 +1,246 @@
+"""Several private runs on the same data: their composed epsilon, and one statement of them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import dp_accounting
+from dp_accounting.pld import PLDAccountant
+
+from keras_bandmf.accounting import FINITE_NOISE_SHARE, accountant_name, epsilon_of
+from keras_bandmf.checks import checked_float
+from keras_bandmf.statement import Event, Statement
+
+# Of privacy loss: the grid of dp_accounting's accountant, the most it may be, and how many buckets
+# a round and the whole may have; and the rounding of its FFT.
+_FINE_INTERVAL = 1e-4
+_MAX_BUCKETS = 2**18, 2**22
+_MAX_INTERVAL = 0.1
+_LEAST_NOISE = 1e-6
+_ROUNDING = 2.0**-52
+
+_FIXED_PLANS = (
+    "epsilon is that of all runs together: their plans and their number must have been fixed in "
+    "advance, not chosen by looking at what an earlier run produced"
+)
+
+
+def composed_epsilon(events: Sequence[Event], delta: float) -> tuple[float, str]:
+    """The epsilon of several events on the same data.
+
+    Formal guarantees: an upper bound for mechanisms that may see the results of those before them
+    (adaptive composition), if their parameters were fixed in advance, at
+    delta * (1 - FINITE_NOISE_SHARE), as of `epsilon_of`. Unsampled Gaussians are
+    merged exactly. Losses are rounded up to a grid, and `delta` is lowered by the rounding error
+    of the accountant's FFT. Where the accountant cannot do it, the sum of the epsilons of the
+    parts, each at its share of delta (basic composition), bounds it.
+
+    Args:
+        events: (rounds, sampling probability, noise multiplier) of each.
+        delta: in (0, 1).
+
+    Returns:
+        Epsilon, and what computed it.
+    """
+    delta = checked_float("delta", delta, above=0.0, below=1.0)
+    merged = _merged(events)
+    if any(sigma < _LEAST_NOISE for _, _, sigma in merged):
+        return math.inf, "PLD"
+    if not merged:
+        return 0.0, "PLD"
+    if len(merged) == 1:
+        event = dp_event(merged[0])
+        return epsilon_of(event, delta), accountant_name(event)
+    # Basic composition is a bound too: with very different runs it is not even the worse one.
+    epsilon, name = _summed(merged, delta), "PLD, summed over the runs"
+    rounds = sum(count for count, _, _ in merged)
+    interval = _affordable_interval(merged)
+    if interval <= _MAX_INTERVAL and delta > 10 * rounds * _ROUNDING:
+        accountant = PLDAccountant(value_discretization_interval=interval)
+        try:
+            for part in merged:
+                accountant.compose(dp_event(part))
+            ideal = delta * (1.0 - FINITE_NOISE_SHARE)
+            together = float(accountant.get_epsilon(ideal - rounds * _ROUNDING))
+        except ValueError:  # dp_accounting's own checks fail on rounding errors of its own
+            together = math.inf
+        if together <= epsilon:
+            epsilon, name = together, "PLD"
+    return epsilon, name
+
+
+def _summed(events: Sequence[Event], delta: float) -> float:
+    share = delta / len(events)
+    return math.fsum(epsilon_of(dp_event(event), share) for event in events)
+
+
+def dp_event(event: Event) -> dp_accounting.DpEvent:
+    """The event as `dp_accounting` has it, in the form that `Schedule.dp_event` makes."""
+    rounds, probability, sigma = event
+    gaussian = dp_accounting.GaussianDpEvent(sigma)
+    if probability == 1.0 and rounds == 1:
+        return gaussian
+    sampled = dp_accounting.PoissonSampledDpEvent(probability, gaussian)
+    return dp_accounting.SelfComposedDpEvent(sampled, rounds)
+
+
+def event_parts(event: dp_accounting.DpEvent) -> tuple[Event, ...]:
+    """(rounds, sampling probability, noise multiplier) of what `Schedule.dp_event` made.
+
+    Raises:
+        ValueError: for an event of another make.
+    """
+    if isinstance(event, dp_accounting.NoOpDpEvent):
+        return ()
+    if isinstance(event, dp_accounting.GaussianDpEvent):
+        return ((1, 1.0, float(event.noise_multiplier)),)
+    sampled = event.event if isinstance(event, dp_accounting.SelfComposedDpEvent) else None
+    if isinstance(sampled, dp_accounting.PoissonSampledDpEvent) and isinstance(
+        sampled.event, dp_accounting.GaussianDpEvent
+    ):
+        sigma = float(sampled.event.noise_multiplier)
+        return ((int(event.count), float(sampled.sampling_probability), sigma),)
+    raise ValueError(
+        "Expected an event made by `Schedule.dp_event`: a Gaussian, or a composition of Poisson-"
+        f"sampled Gaussians. Received: event={event!r}."
+    )
+
+
+def compose(statements: Sequence[Statement], delta: float | None = None) -> Statement:
+    """One statement of several runs on the same data.
+
+    Formal guarantees: epsilon is `composed_epsilon` of all that the runs were charged for, at
+    `delta`. The claim is withdrawn if that of one run is.
+
+    Args:
+        statements: of the runs, in their order; composed ones are taken apart.
+        delta: in (0, 1); that of the last run if None.
+
+    Returns:
+        The statement; of a single run it is its own, at `delta`.
+
+    Raises:
+        ValueError: if there is none, if the guarantees are about different neighbors or units, or
+            one does not say what it was charged for.
+    """
+    runs = [run for statement in statements for run in (statement.runs or (statement,))]
+    if not runs:
+        raise ValueError("Expected the statement of at least one run. Received: statements=[]")
+    last = runs[-1]
+    delta = last.delta if delta is None else checked_float("delta", delta, above=0.0, below=1.0)
+    if len(runs) == 1 and delta == last.delta:
+        return last
+    check_composable(runs)
+    epsilon, accountant = composed_epsilon(
+        [e for run in runs for e in run.events], _delta_of_ideal_noise(runs, delta)
+    )
+    caveats = [caveat for run in runs for caveat in run.caveats]
+    if delta > 1 / min(run.num_examples for run in runs):
+        caveats.append(f"delta = {delta!r} exceeds 1 / num_examples")
+    reasons = [run.not_private_reason for run in runs if not run.private]
+    if len(runs) == 1:
+        return dataclasses.replace(
+            last,
+            epsilon=epsilon,
+            delta=delta,
+            accountant=accountant,
+            other_accountants={},
+            caveats=_joined(caveats),
+        )
+    return dataclasses.replace(
+        last,
+        mechanism="; ".join(_joined(run.mechanism for run in runs)),
+        epsilon=epsilon,
+        delta=delta,
+        sampling="; ".join(_joined(run.sampling for run in runs)),
+        steps_charged=sum(run.steps_charged for run in runs),
+        steps_run=sum(run.steps_run for run in runs),
+        num_steps=sum(run.num_steps for run in runs),
+        accountant=accountant,
+        other_accountants={},
+        key_origin="; ".join(_joined(run.key_origin for run in runs)),
+        data="; ".join(_joined(run.data for run in runs)),
+        caveats=_joined([_FIXED_PLANS, *caveats]),
+        private=not reasons,
+        not_private_reason="; ".join(_joined(reasons)) or None,
+        plan_fingerprint=None,
+        events=tuple(event for run in runs for event in run.events),
+        runs=tuple(runs),
+    )
+
+
+def _delta_of_ideal_noise(runs: Sequence[Statement], delta: float) -> float:
+    """The delta of which `epsilon_of` takes its share, once the noise of every run is charged.
+
+    The noise of each run may be off by `FINITE_NOISE_SHARE` of its own delta in total variation.
+
+    Raises:
+        ValueError: if that leaves nothing.
+    """
+    charged = FINITE_NOISE_SHARE * math.fsum(run.delta for run in runs)
+    if charged >= delta:
+        raise ValueError(
+            "The noise of the runs is made of finitely many random bits, which costs up to "
+            f"{charged!r} of delta in all. Expected a larger `delta`. Received: delta={delta!r}"
+        )
+    return (delta - charged) / (1.0 - FINITE_NOISE_SHARE)
+
+
+def check_composable(runs: Sequence[Statement]) -> None:
+    """Refuses runs whose guarantees are not about the same thing.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    for name in ("adjacency", "unit"):
+        found = _joined(getattr(run, name) for run in runs)
+        if len(found) > 1:
+            raise ValueError(
+                f"Runs on the same weights are composed, for which their `{name}` must be the "
+                f"same. Received: {', '.join(found)}. Plan both with the same `sampling` "
+                "('cyclic_poisson' or 'fixed_order'), or start from weights that no private run "
+                "has trained."
+            )
+    for run in runs:
+        if run.steps_charged and not run.events:
+            raise ValueError(
+                "The statement does not say what it was charged for, so it cannot be composed. "
+                f"Received: events=() with steps_charged={run.steps_charged}"
+            )
+
+
+def _joined(texts) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(texts))
+
+
+def _merged(events: Sequence[Event]) -> list[Event]:
+    """Adds up the rounds of equal events, and merges Gaussians that are not sampled."""
+    precision, rounds = 0.0, {}
+    for count, probability, sigma in events:
+        if probability < 1.0:
+            rounds[probability, sigma] = rounds.get((probability, sigma), 0) + count
+        elif sigma < _LEAST_NOISE:
+            precision = math.inf
+        else:
+            precision += count / sigma**2
+    merged = [(count, *parts) for parts, count in rounds.items()]
+    return [(1, 1.0, precision**-0.5), *merged] if precision else merged
+
+
+def _affordable_interval(events: Sequence[Event]) -> float:
+    """The fine interval, doubled until the distributions of rounds and of the whole are small.
+
+    A round's loss spans about 10 / sigma + 1 / (2 sigma^2), and the whole about 16 of its standard
+    deviations; that of a round is at most q sqrt(exp(1 / sigma^2) - 1).
+    """
+    widest, variance = 0.0, 0.0
+    for rounds, probability, sigma in events:
+        inverse = 1.0 / sigma
+        widest = max(widest, 10 * inverse + inverse * inverse / 2)
+        spread = probability * math.sqrt(math.expm1(min(inverse * inverse, 700.0)))
+        variance += rounds * min(inverse, spread) ** 2
+    spans = widest, 16 * math.sqrt(variance)
+    grid = max(span / most for span, most in zip(spans, _MAX_BUCKETS, strict=True))
+    return _FINE_INTERVAL * 2.0 ** max(0, math.ceil(math.log2(max(grid, 1e-300) / _FINE_INTERVAL)))

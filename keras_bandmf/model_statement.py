@@ -1,0 +1,43 @@
+"""statement(model): what ran on the weights of a model, and what it guarantees."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import keras
+
+from keras_bandmf import fresh, history
+from keras_bandmf.composition import compose
+from keras_bandmf.statement import Statement
+from keras_bandmf.training import private_training
+
+
+def statement(model: keras.Model, delta: float | None = None) -> Statement:
+    """Returns the privacy statement of a model: what ran on its weights, and what it guarantees.
+
+    Runs belong to the weights: the statement is of all of them, whichever model, optimizer or loop
+    made their steps, composed into one epsilon (see `composition.compose`).
+
+    Formal guarantees:
+        See `RunRecord.statement`: all steps of a plan are charged unless fewer were fixed in
+        advance, and a fixed seed withdraws the claim. Every run that a `BandMFOptimizer` made on
+        any weight of the model in this process is in it, and those that a restored optimizer or
+        `privatize(model, history=...)` brought. Weights that were neither initial values nor left
+        by these runs are named.
+
+    Args:
+        model: a model made private and compiled with a `BandMFOptimizer`, or any model whose
+            weights private runs have trained.
+        delta: the delta of a composed statement; that of the last run if None.
+
+    Raises:
+        ValueError: if the model is not private, a restore failed, or the runs cannot be composed.
+    """
+    runs = [run for run in history.runs_of(model.weights)]
+    statements = [one for one in (run.statement() for run in runs) if one.steps_charged]
+    if not statements:
+        return compose([private_training(model).optimizer.record.statement()], delta)
+    fresh.note_initializers(model)
+    whole = compose(statements, delta)
+    caveats = [*history.caveats(model.weights), *whole.caveats]
+    return dataclasses.replace(whole, caveats=tuple(dict.fromkeys(caveats)))
