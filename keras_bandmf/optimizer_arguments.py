@@ -12,6 +12,7 @@ from typing import Any
 import keras
 
 from keras_bandmf.clipping import ClippedGradients, ClippingMode
+from keras_bandmf.clipping.norms import refuse_clip_norm
 from keras_bandmf.plan import TrainingPlan
 
 # Settings of the base optimizer that would act on one replica's share of the noisy sum, or skip
@@ -46,6 +47,7 @@ def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any) -> None:
             "Argument `l2_norm_clip` must be a positive finite number. "
             f"Received: l2_norm_clip={l2_norm_clip!r}"
         )
+    refuse_clip_norm(l2_norm_clip)
     if seed is not None and (
         isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0
     ):

@@ -13,7 +13,8 @@ from keras_bandmf.clipping.seeds import STEP_BITS
 from keras_bandmf.noise import CorrelatedNoise, NoiseRows, normals, workers
 from keras_bandmf.rgp.run import RunCarriers
 
-_FORMAT = 1
+# 2: the ring holds whole numbers.
+_FORMAT = 2
 # Shapes of the saved values; None where the length varies and is checked elsewhere.
 _FIELDS: dict[str, tuple[type, tuple[int, ...] | None]] = {
     "format": (np.int32, ()),
@@ -21,7 +22,7 @@ _FIELDS: dict[str, tuple[type, tuple[int, ...] | None]] = {
     "sampler_key": (np.int64, (2,)),
     "noise_key": (np.int64, None),
     "mask_key": (np.int64, None),
-    "noise_ring": (np.float32, None),
+    "noise_ring": (np.int32, None),
     "position": (np.int64, ()),
     "data_digest": (np.uint8, None),
     "seeded": (np.int32, ()),

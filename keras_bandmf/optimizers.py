@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,10 @@ import tensorflow as tf
 
 from keras_bandmf import history
 from keras_bandmf.clipping import ClippedGradients, ClippingMode, checked_mode
+from keras_bandmf.clipping.norms import largest_contribution
 from keras_bandmf.noise import workers
+from keras_bandmf.noise.finite import check_tail
+from keras_bandmf.noise.lattice import charged_norm
 from keras_bandmf.optimizer_arguments import (
     check_accounted,
     check_arguments,
@@ -39,7 +43,9 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         With batches drawn by `plan.batches` and gradients clipped by `clipped_gradients` at the
         norm `l2_norm_clip`, the weights after each step are a post-processing of the matrix
         mechanism whose privacy is `plan.epsilon(steps)` at `plan.delta`: the noise is scaled to
-        `clipping.sensitivity(l2_norm_clip)`. Gradients are accepted only as `ClippedGradients` of
+        `clipping.sensitivity(l2_norm_clip)`, and beyond it to what float32 and the lattice of
+        the noise cost (`noise.lattice.charged_norm`); the noise's cut tail costs less than the
+        share of delta that is set aside for it, or the run is refused. Gradients are accepted only as `ClippedGradients` of
         that very norm and mode, and only while batches of the plan are being consumed (or if the
         plan declares participations). No step after the plan's last one changes a weight to
         anything but NaN.
@@ -140,7 +146,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             carriers = RunCarriers(variables, self.plan.strategy)
             self._run_state = RunState(
                 self.plan.strategy,
-                self.plan.noise_stddev(self.clipping.sensitivity(self.l2_norm_clip)),
+                self._noise_stddev(carriers.shapes),
                 carriers.shapes,
                 run_fingerprint(self, variables, carriers.description),
                 self.seed,
@@ -148,6 +154,21 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             )
             self._record.follow(self)
             history.begin(variables, self._record)
+
+    def _noise_stddev(self, shapes: Sequence[Sequence[int]]) -> float:
+        """The deviation of `Z`: that of the plan, at a norm that includes what numbers cost."""
+        size = sum(math.prod(shape) for shape in shapes)
+        check_tail(float(size) * self.plan.num_steps, self.plan.delta)
+        bound = self.clipping.sensitivity(self.l2_norm_clip)
+        norm = charged_norm(
+            largest_contribution(bound, self.clipping.least_norm(self.l2_norm_clip), len(shapes)),
+            self.plan.strategy,
+            self.plan.noise_stddev(1.0),
+            size,
+            self.plan.batch_size,
+            tf.distribute.get_strategy().num_replicas_in_sync,
+        )
+        return self.plan.noise_stddev(norm)
 
     @property
     def run_state(self) -> RunState:
@@ -228,7 +249,8 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
 
         Formal guarantees:
             What reaches the inner optimizer is `(sum + (C^-1 Z)_i) / batch_size` plus
-            `penalties`, with the public batch size of the plan, whatever the batch held.
+            `penalties`, with the public batch size of the plan, whatever the batch held. Sum and
+            noise are added exactly, on one lattice: see `noise.CorrelatedNoise`.
 
         Args:
             clipped: what `keras_bandmf.clipped_gradients` returned, at this `l2_norm_clip` and
@@ -263,16 +285,13 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         state, replica = self.run_state, workers.replica_id()
         state.carriers.check_sums(clipped.sums)
         step = tf.convert_to_tensor(self.iterations)
-        shares = state.noise.share(step, replica)
         # Asserts vanish under XLA; a NaN update does not.
         in_budget = tf.where(step < self.plan.num_steps, 1.0, np.nan)
-        scale = in_budget / self.plan.batch_size
-        gradients = []
-        for total, share in zip(clipped.sums, shares, strict=True):
-            # float32 before the sum: finer digits than those of the noise would leave it bare.
-            total = tf.cast(total, tf.float32)
-            gradients.append((total if share is None else total + share) * scale)
-        gradients = state.carriers.gradients(gradients)
+        gradients = state.noise.noisy_sums(
+            clipped.sums, step, replica, in_budget / self.plan.batch_size
+        )
+        # Every replica has the whole; the inner optimizer adds them up once more.
+        gradients = [g / replicas for g in state.carriers.gradients(gradients)]
         if penalties is not None:
             gradients = [
                 gradient if penalty is None else gradient + tf.cast(penalty, gradient.dtype)

@@ -16,8 +16,8 @@ from keras_bandmf.clipping.shapes import dims, over_rows, product, static
 
 # Below this share of the largest value it could have, a Gram norm is rounding error.
 _GRAM_FLOOR = 64.0
-# Norms up to the root of this may be lost to squares below the smallest normal number.
-_VANISHING = 1e-14
+#: Norms up to the root of this may be lost to squares below the smallest normal number.
+VANISHING = 1e-14
 # Times the unit of rounding: what the sum of vectors may be off by, as a share of their lengths.
 _SUM_FLOOR = 64.0
 # Up to so many positions, comparing all pairs of them is faster than sorting.
@@ -134,7 +134,7 @@ class Outer:
         # Every entry of every position may lose a square of its own.
         terms = tf.cast(groups * count, self.a.dtype)
         entries = terms * terms * tf.cast(width + dims(self.g)[-1], self.a.dtype)
-        may_vanish = largest > _VANISHING / _tiny(self.a.dtype) / entries
+        may_vanish = largest > VANISHING / _tiny(self.a.dtype) / entries
         return tf.where(may_vanish, tf.square(coarse), exact), bound
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:

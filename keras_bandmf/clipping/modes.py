@@ -15,8 +15,9 @@ from keras_bandmf.clipping.trained import trained_layers
 from keras_bandmf.printed import rounded_up
 
 # Below this norm automatic clipping no longer scales up to the clip norm: squares of smaller
-# gradients may vanish in float32, and a norm found too small would let an example count for more.
-_LEAST_NORM = 1e-6
+# gradients may vanish in float32 (up to norms of 1e-7 in each variable), and a norm found too small
+# would let an example count for more.
+_LEAST_NORM = 1e-4
 
 
 def _shown(norm: float) -> str:
@@ -35,6 +36,10 @@ class ClippingMode:
 
     def sensitivity(self, l2_norm_clip: float) -> float:
         """The largest norm of one example's contribution: what the noise is scaled to."""
+        return l2_norm_clip
+
+    def least_norm(self, l2_norm_clip: float) -> float:
+        """The smallest norm at which a contribution may reach `sensitivity(l2_norm_clip)`."""
         return l2_norm_clip
 
     def variable_groups(self, model: keras.Model) -> tuple[list[int], list[float]]:
@@ -177,7 +182,7 @@ class AutomaticClipping(ClippingMode):
     """Every gradient is normalised: factor clip / (norm + gamma) (Bu et al., arXiv 2206.07136).
 
     The clip norm then only scales the learning rate and needs no tuning. `gamma=0` gives
-    clip / norm; gradients of norm below 1e-6 are scaled as if their norm were 1e-6, and a zero
+    clip / norm; gradients of norm below 1e-4 are scaled as if their norm were 1e-4, and a zero
     gradient contributes zero.
 
     Args:
@@ -193,6 +198,9 @@ class AutomaticClipping(ClippingMode):
                 f"gradient is divided by. Received: gamma={self.gamma!r}"
             )
         object.__setattr__(self, "gamma", float(self.gamma))
+
+    def least_norm(self, l2_norm_clip: float) -> float:
+        return max(self.gamma, _LEAST_NORM)
 
     def factors(self, norms: tf.Tensor, clip_norm: float) -> tf.Tensor:
         return clip_norm / tf.maximum(norms + self.gamma, _LEAST_NORM)

@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf.clipping.losses import overrides_compute_loss, with_mean_by_weight
+from keras_bandmf.clipping.norms import refuse_clip_norm
 from keras_bandmf.clipping.rowwise_layers import GROUP_OR_LAYER_NORM, replacement_of
 
 # Options of grappler, and variables of the environment that TensorFlow or oneDNN reads.
@@ -31,6 +32,7 @@ def refuse_arguments(
             "`l2_norm_clip` must be a finite positive Python number, fixed before training. "
             f"Received: l2_norm_clip={l2_norm_clip!r}"
         )
+    refuse_clip_norm(l2_norm_clip)
     refuse_microbatch_size(microbatch_size)
     for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
         for leaf in keras.tree.flatten(part):

@@ -24,31 +24,38 @@ def words(low: tf.Tensor, high: tf.Tensor, key: tf.Tensor) -> tuple[tf.Tensor, .
         key: scalar uint64.
 
     Returns:
-        Four uint32 tensors of the broadcast shape.
+        Four tensors of the broadcast shape: words below 2**32, as uint64, for processors convert
+        between widths slowly.
     """
-    first, second, third, fourth = *_halves(low), *_halves(high)
-    even, odd = _halves(key)
+    # Of each word only the lower half counts; what the upper half holds is dropped when it is
+    # multiplied, and at the end.
+    first, second, third, fourth = low, _upper(low), high, _upper(high)
+    even, odd = key, _upper(key)
     for _ in range(_ROUNDS):
         product, other = _multiply(first, _MULTIPLIERS[0]), _multiply(third, _MULTIPLIERS[1])
         first, second, third, fourth = (
-            _xor(_xor(other[1], second), even),
-            other[0],
-            _xor(_xor(product[1], fourth), odd),
-            product[0],
+            _xor(_xor(_upper(other), second), even),
+            other,
+            _xor(_xor(_upper(product), fourth), odd),
+            product,
         )
-        even, odd = even + tf.constant(_WEYL[0], tf.uint32), odd + tf.constant(_WEYL[1], tf.uint32)
-    return first, second, third, fourth
+        even, odd = even + tf.constant(_WEYL[0], tf.uint64), odd + tf.constant(_WEYL[1], tf.uint64)
+    return _lower(first), _lower(second), _lower(third), _lower(fourth)
 
 
-def _halves(value: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The lower and the upper 32 bits of uint64 values."""
-    upper = tf.bitwise.right_shift(value, tf.constant(32, tf.uint64))
-    return tf.cast(value, tf.uint32), tf.cast(upper, tf.uint32)
+def _lower(value: tf.Tensor) -> tf.Tensor:
+    """The lower 32 bits of uint64 values."""
+    return tf.bitwise.bitwise_and(value, tf.constant(2**32 - 1, tf.uint64))
 
 
-def _multiply(value: tf.Tensor, multiplier: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """The lower and the upper word of a product of words."""
-    return _halves(tf.cast(value, tf.uint64) * tf.constant(multiplier, tf.uint64))
+def _upper(value: tf.Tensor) -> tf.Tensor:
+    """The upper 32 bits of uint64 values."""
+    return tf.bitwise.right_shift(value, tf.constant(32, tf.uint64))
+
+
+def _multiply(value: tf.Tensor, multiplier: int) -> tf.Tensor:
+    """The product of the lower words and a word, 64 bits."""
+    return _lower(value) * tf.constant(multiplier, tf.uint64)
 
 
 def _xor(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:

@@ -66,29 +66,22 @@ class RunCarriers:
             )
 
     def gradients(self, coordinates: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Gradients of the variables, in their shapes, from this replica's share of coordinates.
+        """Gradients of the variables, in their shapes, from noisy sums in coordinates.
 
         Formal guarantees:
-            The sum over replicas of what is returned depends on the sum of their coordinates
-            alone, which has the whole noise: also where copies of the carriers differ, as rounding
-            may differ between devices. A share has the noise of some coordinates only.
+            What is returned depends on the noisy sums alone, which have the whole noise, also
+            where copies of the carriers differ, as rounding may differ between devices.
 
         Args:
-            coordinates: this replica's clipped sums with its share of the noise.
+            coordinates: the noisy sums over all replicas.
 
         Returns:
-            Gradients whose sum over replicas is to be applied.
+            Gradients to be applied.
         """
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        found = list(coordinates)
-        for index, carrier in enumerate(self._carriers):
-            if carrier is None:
-                continue
-            if replicas > 1 and isinstance(carrier, Carrier):
-                context = tf.distribute.get_replica_context()
-                found[index] = context.all_reduce("SUM", found[index]) / replicas
-            found[index] = carrier.reconstruct(found[index])
-        return found
+        return [
+            found if carrier is None else carrier.reconstruct(found)
+            for found, carrier in zip(coordinates, self._carriers, strict=True)
+        ]
 
     def refresh(self, step: tf.Tensor, replica: int) -> None:
         """Refreshes the carriers that are due before step `step`, in a replica context."""

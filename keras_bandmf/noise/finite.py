@@ -1,0 +1,49 @@
+"""What the finite number of random bits costs in privacy."""
+
+from __future__ import annotations
+
+from keras_bandmf.noise.normals import RADIUS_BITS
+
+#: The share of a plan's delta that is set aside for the noise: epsilon is computed at the rest.
+DELTA_SHARE = 1e-3
+
+
+def tail_total_variation(num_values: float) -> float:
+    """Returns what cut tails cost, as a total variation over all values of a run.
+
+    Formal guarantees:
+        The radius of a pair of normals comes from 88 bits, so it ends at 11.1 sigma. Larger ones
+        have probability 2^-88.9, and so does the smallest of the cells of its distribution. A row
+        is beyond the range of the ring's int32 with probability below 2^-110 a value. Noise whose
+        tail goes on differs from this one with at most the probability returned, whatever the
+        data: it adds to delta at every epsilon.
+
+    Args:
+        num_values: coordinates times steps.
+
+    Returns:
+        `num_values * 2^-88`, rounded up.
+
+    Example:
+
+    ```python
+    tail_total_variation(1e7 * 1e4)  # 3.2e-16
+    ```
+    """
+    return num_values * 2.0**-RADIUS_BITS * (1.0 + 1e-9)
+
+
+def check_tail(num_values: float, delta: float) -> None:
+    """Refuses a run whose delta cannot pay for the noise's tail.
+
+    Raises:
+        ValueError: if the charge is above `DELTA_SHARE` of `delta`.
+    """
+    charge = tail_total_variation(num_values)
+    if not charge <= DELTA_SHARE * delta:
+        raise ValueError(
+            "The noise has tails of finite length, which cost "
+            f"{charge:.3g} of delta over all coordinates and steps: more than {DELTA_SHARE:g} of "
+            f"it. Received: delta={delta:g} and {num_values:.3g} noise values. Use a larger "
+            "delta, fewer steps, or fewer trained variables."
+        )

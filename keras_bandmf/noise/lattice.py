@@ -1,0 +1,181 @@
+"""The lattice on which clipped sums and noise meet, and what it costs.
+
+Floats give noise away: `z * stddev` takes few of them, and sums with it others (Mironov, CCS 2012).
+So both are whole multiples of one power of two, and are added exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+import scipy.signal
+
+#: The step is 2^-23 to 2^-22 of the standard deviation of `z`.
+STEP_BITS = 22
+
+#: Standard deviations of a row within the range of int32. A value beyond is cut; its probability,
+#: below 2^-110, is part of `finite.tail_total_variation`.
+RANGE = 12.5
+
+#: Between these, lattice points up to the end of the range are normal numbers of float32.
+LEAST_STDDEV, LARGEST_STDDEV = 2.0**-80, 2.0**90
+
+#: What float32 may be off by in a clipped sum, as a share of the clip norm, for each example of
+#: the batch: two units of rounding. An assumption: see `charged_norm`.
+_ROUNDING_OF_AN_EXAMPLE = 2.0**-23
+
+
+class NoiseRows(Protocol):
+    """What the noise needs to know of a strategy `C` for `n` steps with `b` bands.
+
+    `C^-1 Z` is computed a row at a time: `x_i = (z_i - sum_k r_{i,k} x_{i-k}) / r_{i,0}`, and
+    `scale_i * x_i` is released.
+    """
+
+    num_steps: int
+    num_bands: int
+
+    def noise_rows(self) -> np.ndarray:
+        """Returns `r`: shape (1, b) where all rows are equal, else (n, b), float64."""
+
+    def tail_scale(self) -> np.ndarray:
+        """Returns the scale of the last rows, shape (t,), float64; earlier rows have scale 1."""
+
+
+def recurrence(strategy: NoiseRows) -> np.ndarray:
+    """Returns the recurrence of the released rows `w_i = a_i z_i - sum_k c_{i,k} w_{i-k}`.
+
+    Returns:
+        Shape (m, b), float64: `a_i, c_{i,1}, .., c_{i,b-1}` of the last m of the n steps; earlier
+        steps are as the first of these.
+    """
+    rows = np.asarray(strategy.noise_rows(), np.float64)
+    tail = np.asarray(strategy.tail_scale(), np.float64)
+    steps, bands = strategy.num_steps, strategy.num_bands
+    count = steps if len(rows) == steps else min(steps, 1 + len(tail))
+    scales = np.ones(bands + steps)
+    scales[len(scales) - len(tail) :] = tail
+    table = np.empty((count, bands))
+    for index, step in enumerate(range(steps - count, steps)):
+        row = rows[min(step, len(rows) - 1)]
+        past = scales[bands + step - np.arange(bands)]
+        table[index] = past[0] / row[0] * row / past
+        table[index, 0] = past[0] / row[0]
+    return table
+
+
+def largest_row_norm(strategy: NoiseRows) -> float:
+    """Returns the largest norm of a row of `C^-1`: the largest deviation of a released value."""
+    rows = np.asarray(strategy.noise_rows(), np.float64)
+    scale = max(1.0, *np.abs(strategy.tail_scale()), 1.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if len(rows) == 1:
+            impulse = np.zeros(strategy.num_steps)
+            impulse[0] = 1.0
+            response = scipy.signal.lfilter([1.0], rows[0], impulse)
+            return float(scale * np.sqrt(np.sum(np.square(response))))
+        largest = 0.0
+        lags = rows.shape[1] - 1
+        covariance = np.zeros((lags, lags))  # of the last rows, the latest first
+        for row in rows:
+            cross = -(row[1:] @ covariance) / row[0]
+            variance = (1.0 - row[1:] @ cross * row[0]) / row[0] ** 2
+            largest = max(largest, variance) if np.isfinite(variance) else np.inf
+            if lags:
+                moved = np.empty_like(covariance)
+                moved[1:, 1:] = covariance[:-1, :-1]
+                moved[0, 0] = variance
+                moved[0, 1:] = moved[1:, 0] = cross[:-1]
+                covariance = moved
+    return float(scale * np.sqrt(largest))
+
+
+def step_exponent(stddev: float, row_norm: float) -> int:
+    """Returns k of the step 2^k, for noise `C^-1 Z` with `Z` of standard deviation `stddev`.
+
+    Args:
+        stddev: positive.
+        row_norm: `largest_row_norm` of the strategy.
+
+    Raises:
+        ValueError: if float32 cannot hold the lattice.
+    """
+    if not LEAST_STDDEV <= stddev <= LARGEST_STDDEV:
+        raise ValueError(
+            "The standard deviation of the noise must be 0 (no privacy) or from "
+            f"{LEAST_STDDEV:.3g} to {LARGEST_STDDEV:.3g}, where float32 holds its lattice. "
+            f"Received: {stddev:.6g}. Scale the loss, and with it the clip norm."
+        )
+    if not row_norm < 2.0**20:
+        raise ValueError(
+            "The noise of the strategy grows beyond what its ring can hold. Received: a largest "
+            f"row norm of C^-1 of {row_norm:.3g}. Use a strategy whose inverse is stable."
+        )
+    fine = math.floor(math.log2(stddev)) - STEP_BITS
+    return max(fine, math.ceil(math.log2(RANGE * row_norm * stddev)) - 31)
+
+
+def rounding_steps(strategy: NoiseRows) -> float:
+    """Returns what the float64 arithmetic of a row costs, in lattice steps of a coordinate.
+
+    A row is computed from whole numbers up to 2^31. What its rounding may be off by depends on
+    these, hence on the data: in a row after an example took part as if another value had been
+    added there. An example is followed by b rows; two neighbors are off by twice the bound.
+    """
+    table = recurrence(strategy)
+    bands = table.shape[1]
+    relative = (bands + 3) * 2.0**-53
+    steps = relative * 2.0**31 * (1.0 + np.abs(table[:, 1:]).sum(axis=1)) / np.abs(table[:, 0])
+    return float(2.0 * math.sqrt(bands) * steps.max() * np.abs(table[:, 0]).max())
+
+
+def charged_norm(
+    norm: float,
+    strategy: NoiseRows,
+    unit_stddev: float,
+    size: int,
+    batch_size: int,
+    num_replicas: int = 1,
+) -> float:
+    """Returns the norm the noise is scaled to, so that what numbers cost is paid for.
+
+    Formal guarantees:
+        The clipped sums on the lattice, with and without an example, differ by at most this norm
+        (times that of its columns of `C`). Beyond `norm` it covers, proved: the rounding of each
+        replica's partial sum to the lattice (one step a coordinate and replica: rows may move
+        from one replica to another); `rounding_steps`. Assumed: the float32 sum over a batch is
+        off by at most `batch_size * 2^-24 * norm`, with and without the example. (The worst order
+        of summation allows `batch_size^2 * 2^-24`; the bound holds if no partial sum of clipped
+        gradients is longer than `norm` times the root of the number of its terms, or if the
+        roundings are not all aligned.)
+
+    Args:
+        norm: the largest norm of an example's contribution.
+        strategy: defines `C`.
+        unit_stddev: standard deviation of `Z` for a norm of 1.
+        size: number of released coordinates.
+        batch_size: expected.
+        num_replicas: of which each rounds a partial sum.
+    """
+    if unit_stddev == 0.0:
+        return norm
+    row_norm = largest_row_norm(strategy)
+    summed = norm * (1.0 + batch_size * _ROUNDING_OF_AN_EXAMPLE)
+    steps = (num_replicas + rounding_steps(strategy)) * math.sqrt(size)
+    charged = summed
+    while True:
+        # The noise takes its step from the charged deviation, which may be twice as coarse.
+        step = 2.0 ** step_exponent(unit_stddev * charged, row_norm)
+        if charged >= summed + steps * step:
+            return charged
+        charged = (summed + steps * step) * (1.0 + 1e-12)
+        if charged > 2.0 * summed:
+            raise ValueError(
+                "The lattice of the noise is too coarse for so many parameters: rounding to it "
+                f"would more than double the noise. Received: {size} coordinates, noise of "
+                f"standard deviation {unit_stddev * norm:.3g} at clip norm {norm:.3g}. Raise the "
+                "noise multiplier's privacy (a smaller noise has a finer lattice), use fewer "
+                "replicas, or train fewer variables."
+            )
