@@ -84,7 +84,7 @@ def test_targets_come_after_what_they_depend_on():
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
 def test_library_files_are_small_and_never_assert_or_print(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 400
+    assert len(text.splitlines()) <= 600
     tree = ast.parse(text)
     assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
