@@ -17,7 +17,8 @@ import keras
 import tensorflow as tf
 
 # The generator that `seed=None` stands for; Keras does not export it.
-from keras.src.random.seed_generator import global_seed_generator
+from keras.src.backend.common.global_state import get_global_attribute
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
 from keras_bandmf.clipping.captures import Refused
 
@@ -91,9 +92,15 @@ def _left(value: tf.Tensor, bits: int) -> tf.Tensor:
 
 
 def seed_generators(model: keras.layers.Layer) -> list[keras.random.SeedGenerator]:
-    """Every generator that is an attribute of a layer of `model`, and Keras's global one."""
-    with tf.init_scope():
-        found = [global_seed_generator()]
+    """Every generator that is an attribute of a layer of `model`, and Keras's global one.
+
+    Keras makes that one on first use. A replica cannot make it; `check_model` does.
+    """
+    if not tf.distribute.has_strategy():
+        with tf.init_scope():
+            global_seed_generator()
+    shared = get_global_attribute(GLOBAL_SEED_GENERATOR)
+    found = [] if shared is None else [shared]
     for layer in model._flatten_layers():
         found += layer._seed_generators
     return list({id(generator): generator for generator in found}.values())
