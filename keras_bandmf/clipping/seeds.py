@@ -39,10 +39,11 @@ class MaskSeeds:
         Given a uniformly random secret `key`, every draw of every pass of a run has a seed of its
         own: the seed is a permutation (a Feistel network) of (step, replica, first row of the
         pass), followed by the number of the draw within the pass. TensorFlow maps distinct seeds
-        to distinct (key, counter) pairs of Philox. So no two draws of a run use the same random
-        bits. That bits of Philox under distinct counters are independent of each other for whoever
-        does not know the key is an assumption, the same as that of the noise; a seed has 54 secret
-        bits beside the number of the draw, and finding one tells nothing simple about others.
+        to distinct (key, counter) pairs of Philox, or distinct keys of ThreeFry where XLA takes
+        that. So no two draws of a run use the same random bits. That bits under distinct keys or
+        counters are independent of each other for whoever does not know the key of the run is an
+        assumption, the same as that of the noise; a seed has 54 secret bits beside the number of
+        the draw, and finding one tells nothing simple about others.
 
         Then the masks add nothing to what the mechanism reveals. A pass draws tensors with the
         example on axis 0 whose rows are independent and of one law (or one value for all rows). So

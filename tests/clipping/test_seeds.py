@@ -64,6 +64,13 @@ RANDOM = {
         lambda: layers.RNN([layers.LSTMCell(3, dropout=0.5), layers.GRUCell(3, **HALVES)]),
     ),
     "Bidirectional": (SEQUENCE, lambda: layers.Bidirectional(layers.LSTM(3, dropout=0.5))),
+    "Image RandomBrightness": (IMAGE, lambda: layers.RandomBrightness(0.5, (0, 1))),
+    "Image RandomContrast": (IMAGE, lambda: layers.RandomContrast(0.5, (0, 1))),
+    "Image RandomCrop": (IMAGE, lambda: layers.RandomCrop(5, 5)),
+    "Image RandomFlip": (IMAGE, lambda: layers.RandomFlip()),
+    "Image RandomRotation": (IMAGE, lambda: layers.RandomRotation(0.5)),
+    "Image RandomTranslation": (IMAGE, lambda: layers.RandomTranslation(0.5, 0.5)),
+    "Image RandomZoom": (IMAGE, lambda: layers.RandomZoom(0.5)),
     "TimeDistributed": (SEQUENCE, lambda: layers.TimeDistributed(layers.Dropout(0.5))),
 }
 
@@ -100,7 +107,16 @@ def states(model):
 EVERYONE = np.ones(ROWS, bool)
 
 
-@pytest.mark.parametrize("name", list(RANDOM))
+SLOW = ("GRU", "SimpleRNN", "ConvLSTM", "Stacked", "Bidirectional", "Image")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name.startswith(SLOW) else name
+        for name in RANDOM
+    ],
+)
 def test_a_row_moves_the_sum_by_its_own_clipped_gradient(name):
     """The same masks with and without the row; others in the next step; no generator moved."""
     shape, make = RANDOM[name]
@@ -175,15 +191,24 @@ def test_seeds_are_distinct_and_the_same_everywhere():
     assert np.abs(bits.mean(axis=0) - 0.5).max() < 5 * 0.5 / 30
 
 
-def test_the_same_masks_eagerly_compiled_and_by_xla():
+def test_the_same_masks_eagerly_and_compiled():
+    """Under XLA the seeds are the same, but TensorFlow may turn them into other numbers."""
     model = model_of(layers.Dropout(0.5), SEQUENCE)
     x, y = data_of(SEQUENCE)
     check_model(model, x, y)
     expected = clipping_function(model, x, y)(EVERYONE, 2)[0]
-    np.testing.assert_allclose(clipping_function(model, x, y, True)(EVERYONE, 2)[0], expected, 1e-5)
     seeds = MaskSeeds(tf.constant([5, 7], tf.int64), tf.constant(2, tf.int64))
     eager = clipped_gradients(model, x, y, l2_norm_clip=CLIP, mask_seeds=seeds).sums
     np.testing.assert_allclose(np.concatenate([np.ravel(s) for s in eager]), expected, 1e-5)
+
+
+def test_xla_adds_the_clipped_gradient_of_a_row():
+    model = model_of(layers.Dropout(0.5), SEQUENCE)
+    run = clipping_function(model, *data_of(SEQUENCE), jit=True)
+    own = np.arange(ROWS) == 2
+    (everyone, norms), (without, _), (alone, _) = (run(m, 3) for m in (EVERYONE, ~own, own))
+    np.testing.assert_allclose(everyone - without, alone, atol=1e-6)
+    assert np.abs(run(EVERYONE, 4)[1] - norms).max() > 1e-4
 
 
 class Draws(layers.Layer):
@@ -235,7 +260,7 @@ REFUSED = {
     "Rng": lambda x, g: tf.random.get_global_generator().normal(tf.shape(x)),
     "fixed or public seed": lambda x, g: keras.random.normal(tf.shape(x), seed=3),
     "fixed or public seed ": lambda x, g: tf.random.stateless_uniform(tf.shape(x), [1, 2]),
-    "may write no variable.*seed": hidden_generator,
+    "fixed or public seed  ": hidden_generator,
     "One seed serves": shared_seed,
     "inside a loop": in_a_loop,
     "inside a loop ": in_a_function,
