@@ -45,6 +45,9 @@ Labels = frozenset
 class Refused(ValueError):
     """A pass does what no private pass may do: the message says what, where and what instead."""
 
+    # Errors that AutoGraph passes on keep their type only if they are made like this.
+    __init__ = Exception.__init__
+
 
 class _Node(NamedTuple):
     """An operation of a graph or of a function body."""

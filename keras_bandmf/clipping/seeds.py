@@ -17,7 +17,8 @@ import keras
 import tensorflow as tf
 
 # The generator that `seed=None` stands for; Keras does not export it.
-from keras.src.random.seed_generator import global_seed_generator
+from keras.src.backend.common.global_state import get_global_attribute
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
 from keras_bandmf.clipping.captures import Refused
 
@@ -38,10 +39,11 @@ class MaskSeeds:
         Given a uniformly random secret `key`, every draw of every pass of a run has a seed of its
         own: the seed is a permutation (a Feistel network) of (step, replica, first row of the
         pass), followed by the number of the draw within the pass. TensorFlow maps distinct seeds
-        to distinct (key, counter) pairs of Philox. So no two draws of a run use the same random
-        bits. That bits of Philox under distinct counters are independent of each other for whoever
-        does not know the key is an assumption, the same as that of the noise; a seed has 54 secret
-        bits beside the number of the draw, and finding one tells nothing simple about others.
+        to distinct (key, counter) pairs of Philox, or distinct keys of ThreeFry where XLA takes
+        that. So no two draws of a run use the same random bits. That bits under distinct keys or
+        counters are independent of each other for whoever does not know the key of the run is an
+        assumption, the same as that of the noise; a seed has 54 secret bits beside the number of
+        the draw, and finding one tells nothing simple about others.
 
         Then the masks add nothing to what the mechanism reveals. A pass draws tensors with the
         example on axis 0 whose rows are independent and of one law (or one value for all rows). So
@@ -91,9 +93,15 @@ def _left(value: tf.Tensor, bits: int) -> tf.Tensor:
 
 
 def seed_generators(model: keras.layers.Layer) -> list[keras.random.SeedGenerator]:
-    """Every generator that is an attribute of a layer of `model`, and Keras's global one."""
-    with tf.init_scope():
-        found = [global_seed_generator()]
+    """Every generator that is an attribute of a layer of `model`, and Keras's global one.
+
+    Keras makes that one on first use. A replica cannot make it; `check_model` does.
+    """
+    if not tf.distribute.has_strategy():
+        with tf.init_scope():
+            global_seed_generator()
+    shared = get_global_attribute(GLOBAL_SEED_GENERATOR)
+    found = [] if shared is None else [shared]
     for layer in model._flatten_layers():
         found += layer._seed_generators
     return list({id(generator): generator for generator in found}.values())
