@@ -331,8 +331,7 @@ class _PrivateTraining:
             )
             source = f"plan.batches of plan {batches.plan_fingerprint[:12]}"
             steps_per_epoch = steps_per_epoch or batches.steps_per_epoch
-            size = batches.padded_size(model.distribute_strategy.num_replicas_in_sync)
-            self._prepare(batches.rows(list(range(min(size, batches.num_examples)))))
+            self._prepare(batches.rows(list(range(batches.batch_size))))
         else:
             batch_size, array_steps = fit_arguments.check_foreign_data(
                 x, optimizer.plan, batch_size, steps_per_epoch

@@ -60,13 +60,8 @@ def test_memory_maps_stay_on_disk(tmp_path):
     np.testing.assert_array_equal(store.rows([5, 40])["x"], x[[5, 40]])
 
 
-def test_padding_and_no_rows():
+def test_no_rows():
     store = read({"a": np.ones((N, 2)), "b": np.ones(N, bool)})
-    rows = store.rows([1, 2], 5)
-    assert rows["x"]["a"].sum() == 4 and rows["x"]["a"].shape == (5, 2)
-    assert rows["x"]["b"].tolist() == [True, True, False, False, False]
-    rows = store.rows(np.zeros(0, np.int64), 3)
-    assert rows["x"]["a"].shape == (3, 2) and not rows["x"]["a"].any()
     assert store.rows([])["x"]["a"].shape == (0, 2)
 
 
