@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import dp_accounting
 from dp_accounting.pld import PLDAccountant
@@ -42,7 +42,7 @@ def composed_epsilon(events: Sequence[Event], delta: float) -> tuple[float, str]
         delta: in (0, 1).
 
     Returns:
-        Epsilon, and what computed it.
+        Epsilon, and what computed it: that of `accountant_name`, or "PLD, summed over the runs".
     """
     delta = checked_float("delta", delta, above=0.0, below=1.0)
     merged = _merged(events)
@@ -53,8 +53,6 @@ def composed_epsilon(events: Sequence[Event], delta: float) -> tuple[float, str]
     if len(merged) == 1:
         event = dp_event(merged[0])
         return epsilon_of(event, delta), accountant_name(event)
-    # Basic composition is a bound too: with very different runs it is not even the worse one.
-    epsilon, name = _summed(merged, delta), "PLD, summed over the runs"
     rounds = sum(count for count, _, _ in merged)
     interval = _affordable_interval(merged)
     if interval <= _MAX_INTERVAL and delta > 10 * rounds * _ROUNDING:
@@ -63,12 +61,10 @@ def composed_epsilon(events: Sequence[Event], delta: float) -> tuple[float, str]
             for part in merged:
                 accountant.compose(dp_event(part))
             ideal = delta * (1.0 - FINITE_NOISE_SHARE)
-            together = float(accountant.get_epsilon(ideal - rounds * _ROUNDING))
+            return float(accountant.get_epsilon(ideal - rounds * _ROUNDING)), "PLD"
         except ValueError:  # dp_accounting's own checks fail on rounding errors of its own
-            together = math.inf
-        if together <= epsilon:
-            epsilon, name = together, "PLD"
-    return epsilon, name
+            pass
+    return _summed(merged, delta), "PLD, summed over the runs"
 
 
 def _summed(events: Sequence[Event], delta: float) -> float:
@@ -132,7 +128,14 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
     delta = last.delta if delta is None else checked_float("delta", delta, above=0.0, below=1.0)
     if len(runs) == 1 and delta == last.delta:
         return last
-    check_composable(runs)
+    check_same("adjacency", [run.adjacency for run in runs])
+    check_same("unit", [run.unit for run in runs])
+    for run in runs:
+        if run.steps_charged and not run.events:
+            raise ValueError(
+                "The statement does not say what it was charged for, so it cannot be composed. "
+                f"Received: events=() with steps_charged={run.steps_charged}"
+            )
     epsilon, accountant = composed_epsilon(
         [e for run in runs for e in run.events], _delta_of_ideal_noise(runs, delta)
     )
@@ -188,30 +191,26 @@ def _delta_of_ideal_noise(runs: Sequence[Statement], delta: float) -> float:
     return (delta - charged) / (1.0 - FINITE_NOISE_SHARE)
 
 
-def check_composable(runs: Sequence[Statement]) -> None:
+def check_same(name: str, values: Iterable[str]) -> None:
     """Refuses runs whose guarantees are not about the same thing.
+
+    Args:
+        name: "adjacency" or "unit".
+        values: of each run.
 
     Raises:
         ValueError: naming what differs.
     """
-    for name in ("adjacency", "unit"):
-        found = _joined(getattr(run, name) for run in runs)
-        if len(found) > 1:
-            raise ValueError(
-                f"Runs on the same weights are composed, for which their `{name}` must be the "
-                f"same. Received: {', '.join(found)}. Plan both with the same `sampling` "
-                "('cyclic_poisson' or 'fixed_order'), or start from weights that no private run "
-                "has trained."
-            )
-    for run in runs:
-        if run.steps_charged and not run.events:
-            raise ValueError(
-                "The statement does not say what it was charged for, so it cannot be composed. "
-                f"Received: events=() with steps_charged={run.steps_charged}"
-            )
+    found = _joined(values)
+    if len(found) > 1:
+        raise ValueError(
+            f"Runs on the same weights are composed, for which their `{name}` must be the same. "
+            f"Received: {', '.join(found)}. Plan both with the same `sampling` ('cyclic_poisson' "
+            "or 'fixed_order'), or start from weights that no private run has trained."
+        )
 
 
-def _joined(texts) -> tuple[str, ...]:
+def _joined(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
 
 

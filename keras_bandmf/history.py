@@ -15,8 +15,10 @@ import keras
 import numpy as np
 
 from keras_bandmf.checks import checked_int
+from keras_bandmf.composition import check_same
 from keras_bandmf.documents import read_document, write_document
 from keras_bandmf.fresh import is_fresh, is_noted, small_enough
+from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.run_record import RunRecord
 from keras_bandmf.statement import Statement
 
@@ -122,6 +124,22 @@ def add(variables: Iterable[Any], run: Run) -> None:
         runs = _of(variable).runs
         if run not in runs:
             runs.append(run)
+
+
+def check_plan(variables: Iterable[Any], plan: TrainingPlan) -> None:
+    """Refuses to begin a run that could not be composed with earlier ones on the variables.
+
+    Raises:
+        ValueError: if their guarantees are about other neighbors, or a restore failed.
+    """
+    found = [plan.adjacency]
+    for run in runs_of(variables):
+        if isinstance(run, PastRun):
+            found.append(run.past.adjacency)
+        else:
+            run.check_restored()
+            found += [run.plan.adjacency] * (run.steps > 0)
+    check_same("adjacency", found)
 
 
 def runs_of(variables: Iterable[Any]) -> list[Run]:

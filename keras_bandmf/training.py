@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf import callbacks as private_callbacks
-from keras_bandmf import clipping, composition, fit_arguments, fresh, keras_faults
+from keras_bandmf import clipping, fit_arguments, fresh, keras_faults
 from keras_bandmf import history as variable_history
 from keras_bandmf.clipping.losses import no_replicas
 from keras_bandmf.clipping.refusals import refuse_microbatch_size
@@ -384,10 +384,8 @@ class _PrivateTraining:
             model._symbolic_build(data_batch=keras.tree.map_structure(_symbolic_batch, parts))
             fresh.note_initializers(model)
             variable_history.observe(model.weights)
-            earlier = variable_history.runs_of(model.weights)
+            variable_history.check_plan(model.weights, optimizer.plan)
             optimizer.build(model.trainable_variables)
-        runs = [run.statement() for run in earlier if run is not optimizer.record]
-        composition.check_composable([*runs, optimizer.plan.statement(0)])
         state = (optimizer, tuple(id(variable) for variable in model.trainable_variables))
         # `compile` drops the train function: loss and layers may be others now.
         if model.train_function is None or self._checked != state:
