@@ -18,6 +18,7 @@ _NEGLIGIBLE = 1e-9  # the shares of delta that cut tails may take; they are char
 _FAR = 30.0  # a tilted sum leaves the window with probability exp(-30): costs accuracy, not safety
 _VANISHING = 60.0  # powers of the spectrum below exp(-60) are taken as zero, and charged
 _MAX_WINDOW = 2**22  # points of the discrete Fourier transform
+_FINEST = 1e-14  # the least unit of a grid, in the largest loss on it: indices fit 64 bits
 _LEAST_NOISE = 0.01  # below it, sampling is ignored: epsilon is that of taking part every time
 _ROUGH = 1e-3  # the accuracy that tilts are tried at
 _MAX_TILTS = 6
@@ -95,6 +96,7 @@ def sampled_gaussian_epsilon(
         probability, sigma, math.sqrt(2 * math.log(rounds / (_NEGLIGIBLE * delta)))
     )
     unit = 0.05 * probability * min(1.0, 1.0 / sigma)
+    unit = max(unit, _FINEST * mechanism.largest_loss)
     sketches = mechanism.on_grid(unit, 0.1, math.inf)
     directions = [_Direction(mechanism, i, sketches[i], rounds, delta) for i in (0, 1)]
     chernoff = [(*direction.chernoff(), direction) for direction in directions]
@@ -158,6 +160,7 @@ class _Direction:
         # Splitting the mass of an interval adds about a sixth of its square to the variance.
         unit = math.sqrt(12 * accuracy * rough / (rounds * (order + 1.0)))
         unit = max(min(unit, (high - low) / 64), (high - low) / (_MAX_WINDOW - 4))
+        unit = max(unit, _FINEST * self.mechanism.largest_loss)
         growth = min(2 * math.sqrt(accuracy), 0.1)
         loss = self.mechanism.on_grid(unit, growth, 5 * growth / order)[self.index]
         sums = _Composed.of(loss, rounds, order, low, high)
