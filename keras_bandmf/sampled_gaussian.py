@@ -215,8 +215,8 @@ def _window(loss: RoundLoss, rounds: int, order: float, delta: float) -> tuple[f
     base = loss.log_moment(order)
     weights = loss.tilted(order)
     values = loss.values
-    mean = float(weights @ values)
-    deviation = math.sqrt(max(rounds * float(weights @ (values - mean) ** 2), 1e-300))
+    mean = float(np.sum(weights * values))
+    deviation = math.sqrt(max(rounds * float(np.sum(weights * (values - mean) ** 2)), 1e-300))
 
     def least(bound: Callable[[float], float], centre: float) -> tuple[float, float]:
         found = scipy.optimize.minimize_scalar(
@@ -271,7 +271,7 @@ class _Composed:
         tilted = loss.tilted(order)
         spectrum = scipy.fft.rfft(np.bincount(loss.indices % size, tilted, size))
         transform = 10 * _U * math.log2(size)
-        spectrum_error = transform * math.sqrt(size) * float(np.linalg.norm(tilted))
+        spectrum_error = transform * math.sqrt(size) * _norm(tilted)
         size_of = np.abs(spectrum)
         powers = np.zeros_like(spectrum)
         kept = size_of > math.exp(-_VANISHING / rounds)
@@ -280,10 +280,10 @@ class _Composed:
         # |(F + d)^k - F^k| <= k |d| (|F| + |d|)^(k - 1), summed by Cauchy-Schwarz.
         largest = np.maximum(size_of, math.exp(-_VANISHING / rounds)) + spectrum_error
         slopes = np.exp((rounds - 1) * np.log(largest))
-        each = rounds * spectrum_error * math.sqrt(2.0) * float(np.linalg.norm(slopes)) / size
+        each = rounds * spectrum_error * math.sqrt(2.0) * _norm(slopes) / size
         each += 2 * 16 * _U * rounds * float(np.sum(np.abs(powers))) / size
         each += math.exp(-_VANISHING + rounds * spectrum_error)
-        norm = transform * float(np.linalg.norm(masses))
+        norm = transform * _norm(masses)
         scale = rounds * loss.log_moment(order)
         return cls(loss.unit, order, scale, offset, masses, each, norm)
 
@@ -297,10 +297,15 @@ class _Composed:
             return 0.0
         distance = (np.arange(begin, end) + self.offset) * self.unit - epsilon
         weights = -np.expm1(-distance) * np.exp(-self.order * distance)
-        value = float(weights @ self.masses[begin:end])
+        # Not `@`: the threads of a matrix library cost more than these sums.
+        value = float(np.sum(weights * self.masses[begin:end]))
         value += self.each_error * float(np.sum(weights))
-        value += self.norm_error * float(np.linalg.norm(weights)) + 2 * math.exp(-_VANISHING)
+        value += self.norm_error * _norm(weights) + 2 * math.exp(-_VANISHING)
         return math.exp(min(self.log_scale - self.order * epsilon, 700.0)) * max(value, 0.0)
+
+
+def _norm(values: np.ndarray) -> float:
+    return math.sqrt(float(np.sum(values * values)))
 
 
 def _least(excess: Callable[[float], float], low: float, high: float) -> float:
