@@ -20,7 +20,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import mpmath
 import numpy as np
@@ -28,6 +28,7 @@ import scipy.special
 from dp_accounting.pld import privacy_loss_distribution
 
 from keras_bandmf.accounting import (
+    FINE_ACCURACY,
     FINITE_NOISE_SHARE,
     Schedule,
     calibrate_noise,
@@ -179,16 +180,16 @@ def check(run: Schedule, sigma: float, epsilon: float) -> tuple[str, float]:
     return "one round of several", single
 
 
-def results(seed: int, numbers: Iterator[int] | range) -> Iterator[dict]:
+def results(seed: int, numbers: Iterable[int], accuracy: float = FINE_ACCURACY) -> Iterator[dict]:
     """A record for each plan: what came out, whether it is safe, and the processor seconds."""
     for number in numbers:
         run, epsilon, delta = draw(seed, number)
         record = {"number": number, "target": epsilon, "delta": delta, **vars(run)}
         start = time.process_time()
         try:
-            sigma = calibrate_noise(run, epsilon, delta)
+            sigma = calibrate_noise(run, epsilon, delta, accuracy=accuracy)
             record["seconds"] = time.process_time() - start
-            reported = epsilon_of(run.dp_event(sigma), delta)
+            reported = epsilon_of(run.dp_event(sigma), delta, accuracy)
             kind, at_least = check(run, sigma, reported)
             at_most = delta * (1 - FINITE_NOISE_SHARE)
             record |= {"sigma": sigma, "epsilon": reported, "check": kind}

@@ -23,6 +23,8 @@ FINITE_NOISE_SHARE = 1e-3
 FINE_ACCURACY = 1e-5  # what is reported is above the exact epsilon by about this share of it
 COARSE_ACCURACY = 1e-3  # for sweeps; still on the safe side
 
+_MOST = 10**12  # examples or steps
+_MOST_NOISE = 1e12  # more counts as that
 _LEAST_NOISE = 1e-6  # below it, squares overflow; epsilon is above 10^11
 _LEAST_EPSILON, _MOST_EPSILON = 1e-6, 1e6  # targets that noise is calibrated to
 _LEAST_DELTA = 1e-100  # below it, products of probabilities underflow
@@ -67,7 +69,13 @@ class Schedule:
     def __post_init__(self) -> None:
         checked_choice("sampling", self.sampling, SAMPLINGS)
         for name in ("num_examples", "batch_size", "num_steps"):
-            object.__setattr__(self, name, checked_int(name, getattr(self, name)))
+            value = checked_int(name, getattr(self, name))
+            if value > _MOST:
+                raise ValueError(
+                    f"Expected `{name}` to be at most {_MOST:g}: the accounting is in floating "
+                    f"point. Received: {name} of {len(str(value))} digits. Plan a smaller run."
+                )
+            object.__setattr__(self, name, value)
         bands = checked_int(
             "num_bands", self.num_bands, hint="Only banded strategies can be accounted for."
         )
@@ -254,6 +262,7 @@ def epsilon_of(
         return 0.0
     if sigma < _LEAST_NOISE:
         return math.inf
+    sigma = min(sigma, _MOST_NOISE)
     delta *= 1.0 - FINITE_NOISE_SHARE
     if probability == 1.0:
         return gaussian_epsilon(sigma / math.sqrt(rounds), delta)

@@ -65,6 +65,12 @@ class SampledRound:
         exponent = (2 * x - 1) / (2 * self.sigma**2)
         return np.logaddexp(math.log1p(-self.probability), math.log(self.probability) + exponent)
 
+    @property
+    def largest_loss(self) -> float:
+        """The largest loss within reach, of removing the example or of adding it."""
+        ends = np.array([-self.reach * self.sigma, 1.0 + self.reach * self.sigma])
+        return float(np.abs(self.loss(ends)).max())
+
     def output(self, loss: np.ndarray) -> np.ndarray:
         """The output of that loss; -inf for a loss that no output has."""
         q = self.probability

@@ -18,6 +18,7 @@ _NEGLIGIBLE = 1e-9  # the shares of delta that cut tails may take; they are char
 _FAR = 30.0  # a tilted sum leaves the window with probability exp(-30): costs accuracy, not safety
 _VANISHING = 60.0  # powers of the spectrum below exp(-60) are taken as zero, and charged
 _MAX_WINDOW = 2**22  # points of the discrete Fourier transform
+_FINEST = 1e-14  # the least unit of a grid, in the largest loss on it: indices fit 64 bits
 _LEAST_NOISE = 0.01  # below it, sampling is ignored: epsilon is that of taking part every time
 _ROUGH = 1e-3  # the accuracy that tilts are tried at
 _MAX_TILTS = 6
@@ -95,6 +96,7 @@ def sampled_gaussian_epsilon(
         probability, sigma, math.sqrt(2 * math.log(rounds / (_NEGLIGIBLE * delta)))
     )
     unit = 0.05 * probability * min(1.0, 1.0 / sigma)
+    unit = max(unit, _FINEST * mechanism.largest_loss)
     sketches = mechanism.on_grid(unit, 0.1, math.inf)
     directions = [_Direction(mechanism, i, sketches[i], rounds, delta) for i in (0, 1)]
     chernoff = [(*direction.chernoff(), direction) for direction in directions]
@@ -158,6 +160,7 @@ class _Direction:
         # Splitting the mass of an interval adds about a sixth of its square to the variance.
         unit = math.sqrt(12 * accuracy * rough / (rounds * (order + 1.0)))
         unit = max(min(unit, (high - low) / 64), (high - low) / (_MAX_WINDOW - 4))
+        unit = max(unit, _FINEST * self.mechanism.largest_loss)
         growth = min(2 * math.sqrt(accuracy), 0.1)
         loss = self.mechanism.on_grid(unit, growth, 5 * growth / order)[self.index]
         sums = _Composed.of(loss, rounds, order, low, high)
@@ -212,8 +215,8 @@ def _window(loss: RoundLoss, rounds: int, order: float, delta: float) -> tuple[f
     base = loss.log_moment(order)
     weights = loss.tilted(order)
     values = loss.values
-    mean = float(weights @ values)
-    deviation = math.sqrt(max(rounds * float(weights @ (values - mean) ** 2), 1e-300))
+    mean = float(np.sum(weights * values))
+    deviation = math.sqrt(max(rounds * float(np.sum(weights * (values - mean) ** 2)), 1e-300))
 
     def least(bound: Callable[[float], float], centre: float) -> tuple[float, float]:
         found = scipy.optimize.minimize_scalar(
@@ -268,7 +271,7 @@ class _Composed:
         tilted = loss.tilted(order)
         spectrum = scipy.fft.rfft(np.bincount(loss.indices % size, tilted, size))
         transform = 10 * _U * math.log2(size)
-        spectrum_error = transform * math.sqrt(size) * float(np.linalg.norm(tilted))
+        spectrum_error = transform * math.sqrt(size) * _norm(tilted)
         size_of = np.abs(spectrum)
         powers = np.zeros_like(spectrum)
         kept = size_of > math.exp(-_VANISHING / rounds)
@@ -277,10 +280,10 @@ class _Composed:
         # |(F + d)^k - F^k| <= k |d| (|F| + |d|)^(k - 1), summed by Cauchy-Schwarz.
         largest = np.maximum(size_of, math.exp(-_VANISHING / rounds)) + spectrum_error
         slopes = np.exp((rounds - 1) * np.log(largest))
-        each = rounds * spectrum_error * math.sqrt(2.0) * float(np.linalg.norm(slopes)) / size
+        each = rounds * spectrum_error * math.sqrt(2.0) * _norm(slopes) / size
         each += 2 * 16 * _U * rounds * float(np.sum(np.abs(powers))) / size
         each += math.exp(-_VANISHING + rounds * spectrum_error)
-        norm = transform * float(np.linalg.norm(masses))
+        norm = transform * _norm(masses)
         scale = rounds * loss.log_moment(order)
         return cls(loss.unit, order, scale, offset, masses, each, norm)
 
@@ -294,10 +297,15 @@ class _Composed:
             return 0.0
         distance = (np.arange(begin, end) + self.offset) * self.unit - epsilon
         weights = -np.expm1(-distance) * np.exp(-self.order * distance)
-        value = float(weights @ self.masses[begin:end])
+        # Not `@`: the threads of a matrix library cost more than these sums.
+        value = float(np.sum(weights * self.masses[begin:end]))
         value += self.each_error * float(np.sum(weights))
-        value += self.norm_error * float(np.linalg.norm(weights)) + 2 * math.exp(-_VANISHING)
+        value += self.norm_error * _norm(weights) + 2 * math.exp(-_VANISHING)
         return math.exp(min(self.log_scale - self.order * epsilon, 700.0)) * max(value, 0.0)
+
+
+def _norm(values: np.ndarray) -> float:
+    return math.sqrt(float(np.sum(values * values)))
 
 
 def _least(excess: Callable[[float], float], low: float, high: float) -> float:
