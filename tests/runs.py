@@ -135,7 +135,7 @@ def secrets(model):
     """The bytes that must not leave: keys, and rows of the ring."""
     state = model.optimizer.run_state
     rows = [row[:8].tobytes() for row in state.noise.get_ring()]
-    words = np.concatenate([state.sampler_key, state.noise.get_key()])
+    words = np.concatenate([state.sampler_key, state.noise.get_key(), state.get_mask_key()])
     return [*rows, *[word.tobytes() for word in words]]
 
 
