@@ -52,7 +52,7 @@ def test_a_model_that_mixes_examples_is_refused_whatever_the_data(kind):
 
 def test_a_generator_is_looked_at_and_gives_every_batch_after_that():
     batches = [(X[i : i + 4], Y[i : i + 4]) for i in (0, 4, 8)]
-    rows, data = fit_arguments.first_rows((each for each in batches), None, None)
+    rows, data = fit_arguments.first_rows((each for each in batches), None, None, 3)
     np.testing.assert_array_equal(rows["x"], X[:3])
     assert isinstance(data, types.GeneratorType)  # by which Keras knows it
     assert [id(each) for each in data] == [id(each) for each in batches]
@@ -61,12 +61,12 @@ def test_a_generator_is_looked_at_and_gives_every_batch_after_that():
 @pytest.mark.parametrize("data", [(each for each in ()), iter([(X, Y)]), [1.0, 2.0]])
 def test_data_that_cannot_be_looked_at_is_refused(data):
     with pytest.raises(ValueError, match="checked on"):
-        fit_arguments.first_rows(data, None, None)
+        fit_arguments.first_rows(data, None, None, 3)
 
 
 def test_first_rows_are_few_and_as_keras_passes_them():
     x = {"a": X.astype(np.float64)}
-    rows, data = fit_arguments.first_rows(x, Y.astype(np.int64), None)
+    rows, data = fit_arguments.first_rows(x, Y.astype(np.int64), None, 3)
     assert data is x
     assert rows["x"]["a"].shape == (3, 96) and rows["x"]["a"].dtype == np.float32
     assert rows["y"].dtype == np.int64 and rows["sample_weight"] is None

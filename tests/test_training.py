@@ -170,6 +170,7 @@ def test_compile_may_come_first_and_models_may_be_unbuilt():
     assert np.isfinite(history.history["val_loss"]).all()
 
 
+@bandmf.clipping.declare_row_wise
 class Subclassed(keras.Model):
     """A model with two outputs in a dict and its own call."""
 

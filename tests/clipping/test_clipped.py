@@ -11,6 +11,7 @@ from keras_bandmf.clipping import (
     FlatClipping,
     check_model,
     clipped_gradients,
+    declare_row_wise,
     explain,
 )
 from tests import runs
@@ -174,6 +175,7 @@ def test_route_is_forgotten_when_the_model_changes(small):
 
 
 def test_weight_used_behind_its_layers_back_takes_the_general_path():
+    @declare_row_wise
     class Tied(keras.Model):
         def __init__(self):
             super().__init__()

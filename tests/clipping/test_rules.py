@@ -21,6 +21,7 @@ def integers(*shape):
     return RNG.integers(-7, 7, size=(ROWS, *shape)).astype("int32")
 
 
+@clipping.declare_row_wise
 class Tied(layers.Layer):
     """Tokens in, logits over the same table out: both ways the table is used add up."""
 
@@ -102,6 +103,7 @@ LAYERS = {
 }
 
 
+@clipping.declare_row_wise
 class SelfAttention(layers.Layer):
     def __init__(self, attention):
         super().__init__()
