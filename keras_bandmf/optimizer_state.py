@@ -49,6 +49,7 @@ class RunState:
         fingerprint: what the state belongs to (plan, clip norm, variables), hexadecimal.
         seed: for tests only.
         carriers: the low-rank carriers of the variables, started here; None for none.
+        exact_noise: round the noise as real numbers are rounded.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class RunState:
         fingerprint: str,
         seed: int | None = None,
         carriers: RunCarriers | None = None,
+        exact_noise: bool = False,
     ):
         self.fingerprint = fingerprint
         self.seeded = seed is not None
@@ -71,7 +73,7 @@ class RunState:
         self.sampler_key = normals.fold_key(run_key, "sampler")
         self.carriers = carriers or RunCarriers([], strategy)
         self.carriers.start(normals.fold_key(run_key, "carriers"))
-        self.noise = CorrelatedNoise(strategy, stddev, shapes)
+        self.noise = CorrelatedNoise(strategy, stddev, shapes, exact=exact_noise)
         self.noise.set_key(normals.fold_key(run_key, "noise"))
         self._data_digest: bytes | None = None
 

@@ -1,7 +1,8 @@
-"""Rows of noise rounded as real numbers would be: the few doubtful values, to as many bits as needed.
+"""Rows of noise rounded as real numbers would be: the few doubtful values, to all bits needed.
 
-A row is `rint(v)`, `v = a z - sum_k c_k n_k`. Computed in float64, `rint(v)` can be wrong only where
-`v` is within a bound of a tie; there it is computed anew, by `decimal`, with further random bits.
+A row is `rint(v)`, `v = a z - sum_k c_k n_k`. Computed in float64, `rint(v)` can be wrong only
+where `v` is within a bound of a tie; there it is computed anew, by `decimal`, with further random
+bits.
 """
 
 from __future__ import annotations
@@ -150,9 +151,7 @@ def _rounded(
     cosine, sine = direction(2 * turn + 1, places + 1)
     radius = (largest + smallest) / 2
     # Digits beyond 120 are covered by the last term.
-    error = abs(scale) * (
-        (largest - smallest) + largest / 2**places + decimal.Decimal("1e-110")
-    )
+    error = abs(scale) * ((largest - smallest) + largest / 2**places + decimal.Decimal("1e-110"))
     cosine = -cosine if fourth >> 30 & 1 else cosine
     pair = (sine, cosine) if fourth >> 31 else (cosine, sine)
     values = []
