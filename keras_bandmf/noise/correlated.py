@@ -35,7 +35,8 @@ class CorrelatedNoise:
     Formal guarantees:
         *Lattice.* What `noisy_sums` returns is a function of the integers `w_i = G_i + n_i`, `G_i`
         the clipped sum rounded to the lattice, added exactly (of replicas: partial sums rounded to
-        a finer lattice, added exactly in any order, and their sum rounded to this one). Since `n_j = w_j - G_j`, in exact arithmetic `w_i` is
+        a finer lattice, added exactly in any order, and their sum rounded to this one). Since
+        `n_j = w_j - G_j`, in exact arithmetic `w_i` is
         `rint(a_i (z_i + (C G)_i) - sum_k c_{i,k} w_{i-k})`: a function of `(C G)_i + z_i` and of
         earlier `w`, so all of them are a post-processing of the matrix mechanism `C G + Z`. Which
         values can appear does not depend on `G`. What the rounding of `G`, and float64 in the
