@@ -12,7 +12,9 @@ from typing import Any
 import keras
 
 from keras_bandmf.clipping import ClippedGradients, ClippingMode
-from keras_bandmf.clipping.norms import refuse_clip_norm
+from keras_bandmf.clipping.norms import largest_contribution, refuse_clip_norm
+from keras_bandmf.noise.finite import check_tail
+from keras_bandmf.noise.lattice import charged_norm
 from keras_bandmf.plan import TrainingPlan
 
 # Settings of the base optimizer that would act on one replica's share of the noisy sum, or skip
@@ -26,7 +28,7 @@ _REFUSED_SETTINGS = {
 }
 
 
-def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any) -> None:
+def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any, noise: Any = "default") -> None:
     """Refuses arguments of the wrong type or range.
 
     Raises:
@@ -48,6 +50,8 @@ def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any) -> None:
             f"Received: l2_norm_clip={l2_norm_clip!r}"
         )
     refuse_clip_norm(l2_norm_clip)
+    if noise not in ("default", "exact"):
+        raise ValueError(f"Argument `noise` must be 'default' or 'exact'. Received: {noise!r}")
     if seed is not None and (
         isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0
     ):
@@ -55,6 +59,61 @@ def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any) -> None:
             "Argument `seed` must be None (a private run) or a non-negative integer (a test). "
             f"Received: seed={seed!r}"
         )
+
+
+def noise_stddev(
+    plan: TrainingPlan,
+    clipping: ClippingMode,
+    l2_norm_clip: float,
+    shapes: Sequence[Sequence[int]],
+) -> float:
+    """Returns the deviation of `Z`: that of the plan, at a norm that includes what numbers cost.
+
+    Formal guarantees:
+        See `lattice.charged_norm` and `norms.largest_contribution`; the cut tail of the noise
+        costs less than the share of delta set aside for it.
+
+    Args:
+        plan: of the run.
+        clipping: its mode.
+        l2_norm_clip: its clip norm.
+        shapes: of the released gradients.
+
+    Raises:
+        ValueError: if the plan's delta cannot pay for the tail, or float32 or the lattice cannot
+            hold noise and gradients.
+    """
+    size = sum(math.prod(shape) for shape in shapes)
+    check_tail(float(size) * plan.num_steps, plan.delta)
+    bound, least = clipping.sensitivity(l2_norm_clip), clipping.least_norm(l2_norm_clip)
+    norm = charged_norm(
+        largest_contribution(bound, least, len(shapes)),
+        plan.strategy,
+        plan.noise_stddev(1.0),
+        size,
+        plan.batch_size,
+    )
+    return plan.noise_stddev(norm)
+
+
+def fingerprint(optimizer: Any, variables: Sequence[Any], coordinates: list) -> str:
+    """Returns what a checkpoint of the optimizer's state belongs to, hexadecimal.
+
+    Args:
+        optimizer: a BandMFOptimizer.
+        variables: those it is built with.
+        coordinates: description of the coordinates in which gradients are released.
+    """
+    content = {
+        "plan": optimizer.plan.fingerprint,
+        "l2_norm_clip": optimizer.l2_norm_clip,
+        "clipping": [type(optimizer.clipping).__name__, optimizer.clipping.get_config()],
+        "inner_optimizer": type(optimizer.inner_optimizer).__name__,
+        "variables": [[list(v.shape), str(v.dtype)] for v in variables],
+        "carriers": coordinates,
+        "noise": optimizer.noise,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def check_clipped(clipped: Any, l2_norm_clip: float, clipping: ClippingMode) -> None:
@@ -100,25 +159,6 @@ def check_accounted(plan: TrainingPlan, source: str | None) -> None:
             "plan with sampling='fixed_order' and declare `max_participations` and "
             "`min_separation`."
         )
-
-
-def run_fingerprint(optimizer: Any, variables: Sequence[Any], carriers: Any) -> str:
-    """SHA-256, in hex, of what the saved state of an optimizer belongs to.
-
-    Args:
-        optimizer: a `BandMFOptimizer`.
-        variables: those it trains.
-        carriers: the description of their low-rank carriers, JSON values.
-    """
-    content = {
-        "plan": optimizer.plan.fingerprint,
-        "l2_norm_clip": optimizer.l2_norm_clip,
-        "clipping": [type(optimizer.clipping).__name__, optimizer.clipping.get_config()],
-        "inner_optimizer": type(optimizer.inner_optimizer).__name__,
-        "variables": [[list(v.shape), str(v.dtype)] for v in variables],
-        "carriers": carriers,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def checked_inner(optimizer: str | dict | keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:

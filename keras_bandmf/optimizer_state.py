@@ -55,6 +55,7 @@ class RunState:
         fingerprint: what the state belongs to (plan, clip norm, variables), hexadecimal.
         seed: for tests only.
         carriers: the low-rank carriers of the variables, started here; None for none.
+        exact_noise: round the noise as real numbers are rounded.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class RunState:
         fingerprint: str,
         seed: int | None = None,
         carriers: RunCarriers | None = None,
+        exact_noise: bool = False,
     ):
         self.fingerprint = fingerprint
         self.seeded = seed is not None
@@ -77,7 +79,7 @@ class RunState:
         self.sampler_key = normals.fold_key(run_key, "sampler")
         self.carriers = carriers or RunCarriers([], strategy)
         self.carriers.start(normals.fold_key(run_key, "carriers"))
-        self.noise = CorrelatedNoise(strategy, stddev, shapes)
+        self.noise = CorrelatedNoise(strategy, stddev, shapes, exact=exact_noise)
         self.noise.set_key(normals.fold_key(run_key, "noise"))
         if self.noise.num_steps * self.noise.num_replicas >= 2**STEP_BITS:
             raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,16 +13,14 @@ import tensorflow as tf
 
 from keras_bandmf import history
 from keras_bandmf.clipping import ClippedGradients, ClippingMode, checked_mode
-from keras_bandmf.clipping.norms import largest_contribution
 from keras_bandmf.noise import workers
-from keras_bandmf.noise.finite import check_tail
-from keras_bandmf.noise.lattice import charged_norm
 from keras_bandmf.optimizer_arguments import (
     check_accounted,
     check_arguments,
     check_clipped,
     checked_inner,
-    run_fingerprint,
+    fingerprint,
+    noise_stddev,
 )
 from keras_bandmf.optimizer_state import RunState
 from keras_bandmf.plan import TrainingPlan
@@ -43,12 +40,12 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         With batches drawn by `plan.batches` and gradients clipped by `clipped_gradients` at the
         norm `l2_norm_clip`, the weights after each step are a post-processing of the matrix
         mechanism whose privacy is `plan.epsilon(steps)` at `plan.delta`: the noise is scaled to
-        `clipping.sensitivity(l2_norm_clip)`, and beyond it to what float32 and the lattice of
-        the noise cost (`noise.lattice.charged_norm`); the noise's cut tail costs less than the
-        share of delta that is set aside for it, or the run is refused. Gradients are accepted only as `ClippedGradients` of
-        that very norm and mode, and only while batches of the plan are being consumed (or if the
-        plan declares participations). No step after the plan's last one changes a weight to
-        anything but NaN.
+        `clipping.sensitivity(l2_norm_clip)` and to what float32 and the noise's lattice add to it
+        (`noise.lattice.charged_norm`, which also says what is assumed of float32); the noise's
+        cut tail costs less than the share of delta set aside for it. Gradients are accepted only
+        as `ClippedGradients` of that very norm and mode, and only while batches of the plan are
+        being consumed (or if the plan declares participations). No step after the plan's last one
+        changes a weight to anything but NaN.
 
     Args:
         optimizer: the inner optimizer: a name, a config, or a `keras.optimizers.Optimizer`.
@@ -56,6 +53,9 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         l2_norm_clip: the bound on the norm of the gradient of an example. Constant for the run.
         clipping: "flat" (default), "per_layer", "automatic", or a `keras_bandmf.clipping` mode with
             settings, such as `clipping.PerLayerClipping({"embedding": 4.0})`.
+        noise: "default", or "exact": each value of the noise is then the rounding of an exact
+            normal, without the numerical assumption on float64 that `noise.CorrelatedNoise`
+            states. The noise costs two to three times as much; not with `jit_compile=True`.
         seed: an integer, for tests only: the noise can then be recomputed by anyone, and the
             statement says "not private". By default keys come from the operating system.
         replay: keep the noise key when a checkpoint is restored, for a bit-for-bit continuation
@@ -78,16 +78,18 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         l2_norm_clip: float = 1.0,
         *,
         clipping: str | ClippingMode = "flat",
+        noise: str = "default",
         seed: int | None = None,
         replay: bool = False,
         name: str | None = None,
     ):
-        check_arguments(plan, l2_norm_clip, seed)
+        check_arguments(plan, l2_norm_clip, seed, noise)
         super().__init__(learning_rate=0.0, name=name or "bandmf")
         self._inner_optimizer = checked_inner(optimizer)
         self._plan = plan
         self._l2_norm_clip = float(l2_norm_clip)
         self._clipping = checked_mode(clipping)
+        self._noise = noise
         self._seed = seed
         self._replay = bool(replay)
         words = self._clipping.describe(self._l2_norm_clip)
@@ -118,6 +120,11 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         return self._clipping
 
     @property
+    def noise(self) -> str:
+        """How noise is rounded to its lattice: "default" or "exact"."""
+        return self._noise
+
+    @property
     def seed(self) -> int | None:
         """The fixed seed of a test, or None."""
         return self._seed
@@ -146,29 +153,15 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             carriers = RunCarriers(variables, self.plan.strategy)
             self._run_state = RunState(
                 self.plan.strategy,
-                self._noise_stddev(carriers.shapes),
+                noise_stddev(self.plan, self.clipping, self.l2_norm_clip, carriers.shapes),
                 carriers.shapes,
-                run_fingerprint(self, variables, carriers.description),
+                fingerprint(self, variables, carriers.description),
                 self.seed,
                 carriers,
+                self.noise == "exact",
             )
             self._record.follow(self)
             history.begin(variables, self._record)
-
-    def _noise_stddev(self, shapes: Sequence[Sequence[int]]) -> float:
-        """The deviation of `Z`: that of the plan, at a norm that includes what numbers cost."""
-        size = sum(math.prod(shape) for shape in shapes)
-        check_tail(float(size) * self.plan.num_steps, self.plan.delta)
-        bound = self.clipping.sensitivity(self.l2_norm_clip)
-        norm = charged_norm(
-            largest_contribution(bound, self.clipping.least_norm(self.l2_norm_clip), len(shapes)),
-            self.plan.strategy,
-            self.plan.noise_stddev(1.0),
-            size,
-            self.plan.batch_size,
-            tf.distribute.get_strategy().num_replicas_in_sync,
-        )
-        return self.plan.noise_stddev(norm)
 
     @property
     def run_state(self) -> RunState:
@@ -398,6 +391,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             "plan": self.plan.to_json(),
             "l2_norm_clip": self.l2_norm_clip,
             "clipping": keras.saving.serialize_keras_object(self.clipping),
+            "noise": self.noise,
             "replay": self.replay,
         }
 

@@ -31,7 +31,7 @@ def test_the_noise_key_of_a_replaying_run_is_dropped_without_replay():
 
 def test_a_restore_keeps_ring_position_sampler_key_digest_and_provenance():
     saved = state(seed=1)
-    ring = np.random.default_rng(0).normal(size=(3, 13)).astype(np.float32)
+    ring = np.random.default_rng(0).integers(-(2**31), 2**31, (3, 13), dtype=np.int32)
     saved.noise.set_ring(ring)
     saved.noise.position = 7
     saved.accept_data(b"rows", seeded=False)
@@ -72,10 +72,19 @@ def test_a_finished_run_keeps_no_noise_key_even_if_it_may_replay():
     assert run.to_arrays(replay=True)["noise_key"].size == 0
 
 
+def test_a_state_of_the_format_with_a_float_ring_is_refused():
+    arrays = state().to_arrays() | {
+        "format": np.array(1, np.int32),
+        "noise_ring": np.zeros((3, 13), np.float32),
+    }
+    with pytest.raises(ValueError, match="Use the version of keras_bandmf that wrote it"):
+        state().from_arrays(arrays, replay=False)
+
+
 def test_a_refused_restore_leaves_position_and_keys_alone():
     run = state()
     arrays = run.to_arrays() | {
-        "noise_ring": np.zeros((2, 13), np.float32),
+        "noise_ring": np.zeros((2, 13), np.int32),
         "position": np.array(5, np.int64),
     }
     sampler_key, noise_key = run.sampler_key.copy(), run.noise.get_key()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from keras_bandmf.noise import lattice, normals, workers
+from keras_bandmf.noise import exact, lattice, normals, workers
 from keras_bandmf.noise.lattice import NoiseRows
 from keras_bandmf.noise.shards import ShardLayout
 
@@ -35,8 +35,9 @@ class CorrelatedNoise:
 
     Formal guarantees:
         *Lattice.* What `noisy_sums` returns is a function of the integers `w_i = G_i + n_i`, `G_i`
-        the clipped sum rounded to the lattice, added exactly (by replicas: partial sums, each
-        rounded, added exactly in any order). Since `n_j = w_j - G_j`, in exact arithmetic `w_i` is
+        the clipped sum rounded to the lattice, added exactly (of replicas: partial sums rounded to
+        a finer lattice, added exactly in any order, and their sum rounded to this one). Since
+        `n_j = w_j - G_j`, in exact arithmetic `w_i` is
         `rint(a_i (z_i + (C G)_i) - sum_k c_{i,k} w_{i-k})`: a function of `(C G)_i + z_i` and of
         earlier `w`, so all of them are a post-processing of the matrix mechanism `C G + Z`. Which
         values can appear does not depend on `G`. What the rounding of `G`, and float64 in the
@@ -50,7 +51,9 @@ class CorrelatedNoise:
         pair: its probability is that of the ideal noise times 1 +- 2^-24 (root mean square over
         cells, as of a trapezoid sum of 2^16 terms). If these factors are as good as independent,
         over d coordinates and n steps they move the privacy loss by 2^-24 sqrt(d n): 0.002 at
-        d n = 10^9. `noise="exact"` of the optimizer makes no such assumption.
+        d n = 10^9. With `exact` there is no such assumption: each value is the rounding of a
+        real normal, given ideal random words and float64 arithmetic of IEEE 754 in XLA
+        (`exact.doubtful`, `exact.rounded_pairs`; the 2^-46 are tested, not proved).
         *Once.* Each row is given out once and in order: the noise owns its position, and any other
         row is all NaN, for the same noise on two gradients would cancel. The key is secret: who
         knows it, or the ring, can subtract the noise.
@@ -60,6 +63,8 @@ class CorrelatedNoise:
         stddev: standard deviation of `Z`: noise multiplier times sensitivity times clip norm.
         shapes: the shapes of the gradients.
         seed: an integer for tests only. By default the key comes from the operating system.
+        exact: round each value as the real number would be, of which the float64 one is an
+            approximation. Cannot be compiled by XLA with what surrounds it.
 
     Raises:
         ValueError: if an argument is out of range, or a replica would draw 2**31 values or more.
@@ -71,6 +76,7 @@ class CorrelatedNoise:
         stddev: float,
         shapes: Sequence[Sequence[int]],
         seed: int | None = None,
+        exact: bool = False,
     ):
         if not isinstance(stddev, numbers.Real) or not 0 <= stddev < np.inf:
             raise ValueError(
@@ -79,6 +85,7 @@ class CorrelatedNoise:
             )
         self.strategy = strategy
         self.stddev = float(stddev)
+        self.exact = bool(exact)
         #: The lattice step is 2^exponent; None without noise.
         self.exponent = None
         if self.stddev:
@@ -87,6 +94,8 @@ class CorrelatedNoise:
         self.num_slots = strategy.num_bands - 1
         distribution = tf.distribute.get_strategy()
         self.num_replicas = distribution.num_replicas_in_sync
+        # Partial sums are rounded to so many bits more than the whole: see `lattice`.
+        self._finer = lattice.finer_bits(self.num_replicas)
         # A central storage has one place for state: the first replica draws the whole row.
         central = isinstance(distribution, tf.distribute.experimental.CentralStorageStrategy)
         self.layout = ShardLayout(shapes, 1 if central else self.num_replicas)
@@ -107,6 +116,7 @@ class CorrelatedNoise:
                 self._make_variables()
         # Programs of their own: XLA computes a row anew for each array that is made from it.
         self._row = tf.function(self._draw_and_pass, jit_compile=True, autograph=False)
+        self._doubtful = tf.function(self._doubtful_pairs, jit_compile=True, autograph=False)
         self._meet = tf.function(self._keep_and_add, jit_compile=True, autograph=False)
         self.set_key(normals.fresh_key() if seed is None else normals.key_from_seed(seed))
 
@@ -275,6 +285,8 @@ class CorrelatedNoise:
             allowed = tf.equal(step, expected) & (step < self.num_steps)
             position.assign(tf.where(allowed, step + 1, expected))
             row = self._row(step, replica)
+            if self.exact and self.exponent is not None:
+                row = self._settled(row, step, replica)
             flat = tf.reshape(tf.bitcast(row, tf.int32), [self.layout.shard_size])
         # A step that is not allowed is NaN in the partial sum, hence in the whole one.
         first = tf.where(allowed, tf.constant(1.0, tf.float64), np.nan)
@@ -282,29 +294,72 @@ class CorrelatedNoise:
             return self._meet(list(sums), row, flat, step, allowed, first * unit, replica)
         partial = self._meet(list(sums), row, flat, step, allowed, first, replica)
         total = tf.distribute.get_replica_context().all_reduce("SUM", partial)
+        if self.exponent is not None:
+            # Exact: the noise in it is whole, so this rounds the sum of the clipped sums.
+            total = [tf.floor(part * 2.0**-self._finer + 0.5) for part in total]
         return [tf.cast(part * unit, tf.float32) for part in total]
 
     def _draw_and_pass(self, step: tf.Tensor, replica: int) -> tf.Tensor:
         """A replica's part of row `step`, two int32 in each int64: one XLA program."""
+        pair, coefficients, terms = self._row_parts(step, replica)
+        return _packed(*_values(pair, coefficients, terms))
+
+    def _doubtful_pairs(self, step: tf.Tensor, replica: int) -> tf.Tensor:
+        """Which pairs of that part are to be computed exactly: shape (shard_size / 2,), bool."""
+        pair, coefficients, terms = self._row_parts(step, replica)
+        sizes = tf.constant(0.0, tf.float64)
+        if self.num_slots:
+            sizes = tf.add_n([tf.abs(term) for half in terms for term in half])
+        sizes *= (self.num_slots + 4) * 2.0**-52
+        values = _values(pair, coefficients, terms)
+        return exact.doubtful(pair, coefficients[0], values, sizes)
+
+    def _row_parts(
+        self, step: tf.Tensor, replica: int
+    ) -> tuple[tuple[tf.Tensor, tf.Tensor], tf.Tensor, list[list[tf.Tensor]]]:
+        """(standard normals; `a`, then `c` of each slot of the ring; terms of the sums over k)."""
         pair = normals.standard_normals(
             self._key.read_value(),
             step,
             self.layout.first_chunk(replica),
             self.layout.chunks_per_shard,
         )
-        index = step - (self.num_steps - self._table.shape[0])
-        coefficients = tf.gather(self._table, tf.clip_by_value(index, 0, self._table.shape[0] - 1))
-        pair = [z * coefficients[0] for z in pair]
-        if self.num_slots:
+        coefficients = self._coefficients(step)
+        terms: list[list[tf.Tensor]] = [[], []]
+        for slot in range(self.num_slots):
             ring = self._local(self._ring)[replica - self._first_replica]
-            # Slot s holds row i - k for the k in 1 .. b-1 with s = i - k modulo b - 1.
-            slots = tf.range(self.num_slots, dtype=tf.int64)
-            weights = tf.gather(coefficients[1:], (step - 1 - slots) % self.num_slots)
-            past = [_halves(ring[slot]) for slot in range(self.num_slots)]
-            for half in range(2):
-                terms = [past[slot][half] * weights[slot] for slot in range(self.num_slots)]
-                pair[half] -= tf.add_n(terms)
-        return _packed(*pair)
+            for half, value in enumerate(_halves(ring[slot])):
+                terms[half].append(value * coefficients[1 + slot])
+        return pair, coefficients, terms
+
+    def _coefficients(self, step: tf.Tensor) -> tf.Tensor:
+        """Shape (b,), float64: `a` of row `step` in lattice steps, then `c` of each slot."""
+        count = self._table.shape[0]
+        index = tf.clip_by_value(step - (self.num_steps - count), 0, count - 1)
+        coefficients = tf.gather(self._table, index)
+        if not self.num_slots:
+            return coefficients
+        # Slot s holds row i - k for the k in 1 .. b-1 with s = i - k modulo b - 1.
+        lags = (step - 1 - tf.range(self.num_slots, dtype=tf.int64)) % self.num_slots
+        return tf.concat([coefficients[:1], tf.gather(coefficients[1:], lags)], axis=0)
+
+    def _settled(self, row: tf.Tensor, step: tf.Tensor, replica: int) -> tf.Tensor:
+        """A row whose doubtful values are rounded as real numbers are."""
+        indices = tf.where(self._doubtful(step, replica))[:, 0]
+        first = self.layout.first_chunk(replica) * normals.COUNTERS_PER_CHUNK
+
+        def anew() -> tf.Tensor:
+            past = tf.zeros([0, tf.size(indices)], tf.int64)
+            if self.num_slots:
+                ring = self._local(self._ring)[replica - self._first_replica]
+                past = tf.gather(ring.read_value(), indices, axis=1)
+            inputs = [self._key.read_value(), step, indices + first]
+            inputs += [self._coefficients(step), tf.bitcast(past, tf.int32)]
+            pairs = tf.numpy_function(exact.rounded_pairs, inputs, tf.int32)
+            packed = tf.bitcast(tf.ensure_shape(pairs, [None, 2]), tf.int64)
+            return tf.tensor_scatter_nd_update(row, indices[:, tf.newaxis], packed)
+
+        return tf.cond(tf.size(indices) > 0, anew, lambda: row)
 
     def _keep_and_add(
         self,
@@ -327,16 +382,23 @@ class CorrelatedNoise:
         for total, share in zip(sums, shares, strict=True):
             total = tf.cast(total, tf.float64)
             if self.exponent is not None:
-                total = tf.round(total * 2.0**-self.exponent)
-            if self.num_replicas > 1:
-                if self.exponent is not None:
+                total = tf.round(total * 2.0 ** (self._finer - self.exponent))
+                if self.num_replicas > 1:
                     limit = _LARGEST_SUM / self.num_replicas
                     total = tf.clip_by_value(total, -limit, limit)
             if share is not None:
-                total += tf.cast(share, tf.float64)
+                total += tf.cast(share, tf.float64) * 2.0**self._finer
             total *= unit
             found.append(total if self.num_replicas > 1 else tf.cast(total, tf.float32))
         return found
+
+
+def _values(
+    pair: Sequence[tf.Tensor], coefficients: tf.Tensor, terms: Sequence[Sequence[tf.Tensor]]
+) -> list[tf.Tensor]:
+    """The values of a row before they are rounded."""
+    values = [z * coefficients[0] for z in pair]
+    return [v - tf.add_n(t) if t else v for v, t in zip(values, terms, strict=True)]
 
 
 def _packed(low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:

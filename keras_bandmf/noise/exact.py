@@ -1,7 +1,8 @@
-"""Rows of noise rounded as real numbers would be: the few doubtful values, to as many bits as needed.
+"""Rows of noise rounded as real numbers would be: the few doubtful values, to all bits needed.
 
-A row is `rint(v)`, `v = a z - sum_k c_k n_k`. Computed in float64, `rint(v)` can be wrong only where
-`v` is within a bound of a tie; there it is computed anew, by `decimal`, with further random bits.
+A row is `rint(v)`, `v = a z - sum_k c_k n_k`. Computed in float64, `rint(v)` can be wrong only
+where `v` is within a bound of a tie; there it is computed anew, by `decimal`, with further random
+bits.
 """
 
 from __future__ import annotations

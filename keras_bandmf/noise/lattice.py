@@ -27,6 +27,10 @@ LEAST_STDDEV, LARGEST_STDDEV = 2.0**-80, 2.0**90
 _ROUNDING_OF_AN_EXAMPLE = 2.0**-23
 
 
+#: Partial sums of R replicas are rounded to R * 2^5 times finer steps.
+_FINER_BITS = 5
+
+
 class NoiseRows(Protocol):
     """What the noise needs to know of a strategy `C` for `n` steps with `b` bands.
 
@@ -117,6 +121,11 @@ def step_exponent(stddev: float, row_norm: float) -> int:
     return max(fine, math.ceil(math.log2(RANGE * row_norm * stddev)) - 31)
 
 
+def finer_bits(num_replicas: int) -> int:
+    """Returns p: the partial sums of replicas are rounded to the lattice of step 2^(k - p)."""
+    return 0 if num_replicas == 1 else _FINER_BITS + math.ceil(math.log2(num_replicas))
+
+
 def rounding_steps(strategy: NoiseRows) -> float:
     """Returns what the float64 arithmetic of a row costs, in lattice steps of a coordinate.
 
@@ -137,19 +146,18 @@ def charged_norm(
     unit_stddev: float,
     size: int,
     batch_size: int,
-    num_replicas: int = 1,
 ) -> float:
     """Returns the norm the noise is scaled to, so that what numbers cost is paid for.
 
     Formal guarantees:
         The clipped sums on the lattice, with and without an example, differ by at most this norm
-        (times that of its columns of `C`). Beyond `norm` it covers, proved: the rounding of each
-        replica's partial sum to the lattice (one step a coordinate and replica: rows may move
-        from one replica to another); `rounding_steps`. Assumed: the float32 sum over a batch is
-        off by at most `batch_size * 2^-24 * norm`, with and without the example. (The worst order
-        of summation allows `batch_size^2 * 2^-24`; the bound holds if no partial sum of clipped
-        gradients is longer than `norm` times the root of the number of its terms, or if the
-        roundings are not all aligned.)
+        (times that of its columns of `C`). Beyond `norm` it covers, proved: the rounding of the sum
+        to the lattice (one step a coordinate), and before it of the partial sum of each replica
+        to one that is finer by more than their number (rows may move from one replica to
+        another, so all of them may change); `rounding_steps`. Assumed: the float32 sum over a
+        batch is off by at most `batch_size * 2^-24 * norm`, with and without the example. (That
+        is what independent roundings stay below; the worst case of `batch_size` aligned gradients
+        whose every rounding is the largest and of one sign allows `batch_size` times as much.)
 
     Args:
         norm: the largest norm of an example's contribution.
@@ -157,13 +165,12 @@ def charged_norm(
         unit_stddev: standard deviation of `Z` for a norm of 1.
         size: number of released coordinates.
         batch_size: expected.
-        num_replicas: of which each rounds a partial sum.
     """
     if unit_stddev == 0.0:
         return norm
     row_norm = largest_row_norm(strategy)
     summed = norm * (1.0 + batch_size * _ROUNDING_OF_AN_EXAMPLE)
-    steps = (num_replicas + rounding_steps(strategy)) * math.sqrt(size)
+    steps = (1.0 + 2.0**-_FINER_BITS + rounding_steps(strategy)) * math.sqrt(size)
     charged = summed
     while True:
         # The noise takes its step from the charged deviation, which may be twice as coarse.
@@ -175,7 +182,6 @@ def charged_norm(
             raise ValueError(
                 "The lattice of the noise is too coarse for so many parameters: rounding to it "
                 f"would more than double the noise. Received: {size} coordinates, noise of "
-                f"standard deviation {unit_stddev * norm:.3g} at clip norm {norm:.3g}. Raise the "
-                "noise multiplier's privacy (a smaller noise has a finer lattice), use fewer "
-                "replicas, or train fewer variables."
+                f"standard deviation {unit_stddev * norm:.3g} at clip norm {norm:.3g}. Train "
+                "fewer variables, or with less noise: its lattice is finer."
             )

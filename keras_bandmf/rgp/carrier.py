@@ -112,7 +112,8 @@ class Carrier:
         chunks = -(-self.rank * max(m, n) // normals.CHUNK)
         first, drawn = step * _ROWS_PER_STEP + 2 * self._index, []
         for side, row in ((m, first), (n, first + 1)):
-            values = normals.standard_normals(key, row, 0, chunks)
+            pairs = normals.standard_normals(key, row, 0, chunks)
+            values = tf.reshape(tf.stack(pairs, axis=-1), [chunks * normals.CHUNK])
             columns = tf.reshape(values[: side * self.rank], (side, self.rank))
             drawn.append(carriers.orthonormal(tf.cast(columns, self.dtype)))
         return drawn[0], tf.transpose(drawn[1])

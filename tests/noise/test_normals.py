@@ -94,7 +94,20 @@ def hard_words(count=400):
     flipped = tiny ^ np.uint64(2**32 - 1)
     root = int(math.sqrt(0.5) * 2**32)
     joints = np.tile(rng.integers(0, 2**32, (4, 1), dtype=np.uint64), 12)
-    joints[0] = [0, 1, 2**31 - 1, 2**31, root, root + 1, root - 1, root // 2, 2**30, 2**32 - 1, 3, 5]
+    joints[0] = [
+        0,
+        1,
+        2**31 - 1,
+        2**31,
+        root,
+        root + 1,
+        root - 1,
+        root // 2,
+        2**30,
+        2**32 - 1,
+        3,
+        5,
+    ]
     ends = np.array([[0] * 4, [2**32 - 1] * 4, [0, 0, 0, 1 << 31], [0, 0, 2**32 - 1, 3 << 30]])
     return np.concatenate([words, flipped, joints, ends.T.astype(np.uint64)], axis=1)
 
