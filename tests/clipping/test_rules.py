@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras import layers
 
 from keras_bandmf import clipping
+from keras_bandmf.clipping.registry import rule_of
 from tests.clipping import reference
 
 RNG = np.random.default_rng(0)
@@ -346,3 +347,25 @@ def test_an_argument_the_rule_does_not_know_sends_the_model_the_general_path():
     assert clipping.check_rule(Louder(), floats(3), times=1.0) < 1e-6
     with pytest.raises(ValueError, match="`times`"):
         clipping.check_rule(Louder(), floats(3), times=2.0)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.LayerNormalization(axis=0),
+        layers.LayerNormalization(axis=[1, 0]),
+        layers.GroupNormalization(2, axis=0),
+    ],
+    ids=["one axis", "two axes", "groups"],
+)
+def test_a_normalisation_over_the_rows_has_no_rule(layer):
+    rule, why = rule_of(layer)
+    assert rule is None and "axis 0" in why
+
+
+def test_a_layer_that_recomputes_its_activations_has_no_rule():
+    """Its `call` runs a second time in the backward pass, where no tap sees it."""
+    with keras.RematScope(mode="full"):
+        layer = layers.Dense(3)
+    rule, why = rule_of(layer)
+    assert rule is None and "remat" in why
