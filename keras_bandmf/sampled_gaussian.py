@@ -106,7 +106,7 @@ def sampled_gaussian_epsilon(
         if bound > epsilon:  # else the other order of the pair decides
             bound, order = direction.tried(bound, order, coarse)
         if bound > epsilon and accuracy < coarse:
-            bound = min(bound, direction.tilted(order, bound, accuracy))
+            bound = direction.refined(bound, order, accuracy)
         epsilon = max(epsilon, bound)
     return float(min(epsilon, everyone))
 
@@ -151,6 +151,14 @@ class _Direction:
             if abs(math.log(order / before)) < 0.25:
                 break
         return best, order
+
+    def refined(self, best: float, order: float, accuracy: float) -> float:
+        """An upper bound on epsilon, again and again while the grid was made for a larger one."""
+        for _ in range(_MAX_TILTS):
+            rough, best = best, min(best, self.tilted(order, best, accuracy))
+            if best > 0.9 * rough or best == 0.0:
+                break
+        return best
 
     def tilted(self, order: float, rough: float, accuracy: float) -> float:
         """An upper bound on epsilon, tilted by `order`, on a grid for an epsilon near `rough`."""
