@@ -71,7 +71,9 @@ def sampled_gaussian_epsilon(
      4. Rounding errors of the transform (10 units in the last place times log2 of its length, in
         the norm) and of the power are bounded and charged.
     The constants of steps 2 and 4 are those of the floating-point functions, taken generously,
-    not proved. The result is never above that of taking part in every round.
+    not proved. The result is never above that of taking part in every round. Where rare large
+    losses decide (rates below some 10^-5), no tilt suits, and what is charged for rounding can
+    raise epsilon by some percent when delta is below 10^-9.
 
     Args:
         rounds: at least 1.
