@@ -45,7 +45,9 @@ def test_one_round_by_the_closed_form(sweep, q, sigma, delta):
     epsilon = sampled_gaussian_epsilon(1, q, sigma, delta, 1e-5)
     reached = sweep.one_round_delta(q, sigma, epsilon)
     assert reached <= delta * (1 + 1e-9)
-    assert epsilon < 1e-2 or reached >= delta * (1 - 1e-2)  # and not far above
+    # And not far above: by 3 % at the most extreme rates, more where delta is tiny as well.
+    if epsilon > 1e-2 and delta > 1e-9:
+        assert sweep.one_round_delta(q, sigma, 0.97 * epsilon) > delta
 
 
 @pytest.mark.parametrize(
