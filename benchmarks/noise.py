@@ -2,10 +2,10 @@
 
     python benchmarks/noise.py [--peer_python PATH] [--repeats 20] [--skip_training]
 
-PATH is the interpreter of an environment with `jax` and `jax-privacy`. The ring pass is compared
-with the copy bandwidth of this machine, whole rows with draws (ours and TensorFlow's own), two
-replicas of one thread each with one replica of one thread, and a training step at 16 bands with
-DP-SGD. Steps that are compared are interleaved, and medians are shown. Run it on a machine that
+PATH is the interpreter of an environment with `jax` and `jax-privacy`. Whole rows are compared
+with draws (ours and TensorFlow's own), two replicas of one thread each with one replica of one
+thread, and a training step at 16 bands with DP-SGD; what tail, lattice and exact noise cost is
+printed. Steps that are compared are interleaved, and medians are shown. Run it on a machine that
 does nothing else.
 """
 
@@ -48,7 +48,8 @@ with devices.scope():
 def share(step):
     context = tf.distribute.get_replica_context()
     replica = int(tf.get_static_value(context.replica_id_in_sync_group))
-    return tf.add_n([part[0] for part in noise.share(step, replica) if part is not None])
+    zeros = [tf.zeros(shape) for shape in noise.layout.shapes]
+    return tf.add_n([part[0] for part in noise.noisy_sums(zeros, step, replica)])
 @tf.function(autograph=False)
 def take(step):
     return devices.run(share, (step,))
@@ -131,56 +132,63 @@ def noise_steps(size: int, num_bands: int):
 
     strategy = ToeplitzStrategy.optimize(10_000, num_bands)
     noise = CorrelatedNoise(strategy, 1.0, [(size,)], seed=0)
+    exact = CorrelatedNoise(strategy, 1.0, [(size,)], seed=0, exact=True)
     key = tf.constant(normals.key_from_seed(0).view(np.int64))
     counter = tf.Variable(0, dtype=tf.int64)
+    gradient = tf.Variable(tf.random.normal((size,)))
 
+    @tf.function(autograph=False, jit_compile=True)
     def draw() -> tf.Tensor:
-        return normals.standard_normals(
-            key, counter.assign_add(1), 0, noise.layout.chunks_per_shard
+        low, high = normals.standard_normals(
+            key, counter.read_value(), 0, noise.layout.chunks_per_shard
         )
+        return low + high  # of one array: for each XLA draws anew
 
+    @tf.function(autograph=False)
     def builtin() -> tf.Tensor:
         seed = tf.stack([counter.assign_add(1), key[0]])
         return tf.random.stateless_normal((size,), seed, alg="philox")
 
-    def ring_pass(z: tf.Tensor) -> tf.Tensor:
-        return noise._ring_pass(z, counter.read_value(), tf.constant(True), 0)
+    @tf.function(autograph=False)
+    def row() -> tf.Tensor:
+        return noise._row(noise._position.read_value(), 0)
 
-    draw, builtin, whole = (
-        tf.function(function, autograph=False) for function in (draw, builtin, noise.next)
-    )
-    ring_pass = tf.function(ring_pass, autograph=False, jit_compile=True)
-    z = draw()
+    def whole(which: CorrelatedNoise) -> tf.types.experimental.PolymorphicFunction:
+        return tf.function(
+            lambda: which.noisy_sums([gradient.read_value()], which._position.read_value())[0],
+            autograph=False,
+        )
+
+    add, add_exact = whole(noise), whole(exact)
     # The element is read so that the row is made, and not copied out of TensorFlow.
     return noise, {
-        "row": lambda: whole()[0][0].numpy(),
+        "row": lambda: row()[0].numpy(),
+        "add": lambda: add()[0].numpy(),
+        "exact": lambda: add_exact()[0].numpy(),
         "draw": lambda: draw()[0].numpy(),
         "builtin": lambda: builtin()[0].numpy(),
-        "pass": lambda: ring_pass(z)[0].numpy(),
     }
 
 
 def targets(repeats: int) -> None:
-    """The ring pass against copying, whole rows against draws."""
+    """Draw, row and addition against TensorFlow's own draw and copying; what exact noise costs."""
+    from keras_bandmf.noise import finite, lattice
+
     size = 4 * MILLION
-    _, steps = noise_steps(size, 32)
-    copied = 16 * size
-    pass_seconds, copy_seconds = interleaved([steps["pass"], copier(copied)], repeats)
-    # It reads b - 1 rows and z, and writes the new row twice: to the ring and to its caller.
-    moved = 4 * size * (31 + 3)
-    bandwidths = moved / pass_seconds / 1e9, 2 * copied / copy_seconds / 1e9
-    fraction = bandwidths[0] / bandwidths[1]
-    row("ring pass b=32 d=4e6 / copying, GB/s", f"{bandwidths[0]:.1f} / {bandwidths[1]:.1f}")
-    row("ring pass over copy bandwidth", f"{fraction:.2f}", verdict(fraction, 0.6, at_least=True))
-    _, steps = noise_steps(size, 8)
-    both, alone, builtin = interleaved([steps[k] for k in ("row", "draw", "builtin")], repeats)
-    milliseconds = " / ".join(f"{seconds * 1e3:.1f}" for seconds in (both, alone, builtin))
-    row("draw and pass / draw alone / TensorFlow's own draw, b=8, ms", milliseconds)
-    ratio = both / builtin
-    row("draw and pass over TensorFlow's own draw", f"{ratio:.2f}", verdict(ratio, 1.3))
-    # Seven rows are read and two written, whatever computes them.
-    least = 1 + 4 * size * 9 / bandwidths[1] / 1e9 / alone
-    row("draw and pass over our draw", f"{both / alone:.2f}", f"{least:.2f} at copy bandwidth")
+    for num_bands in (1, 8, 32):
+        noise, steps = noise_steps(size, num_bands)
+        named = [steps[k] for k in ("draw", "row", "add", "exact", "builtin")]
+        draw, drawn, added, exact, builtin = interleaved([*named, copier(4 * size)], repeats)[:5]
+        times = " / ".join(f"{s * 1e3:.1f}" for s in (draw, drawn, added, exact, builtin))
+        name = f"b={num_bands} d=4e6"
+        row(f"{name}: draw / row / row on the sum / exact / TensorFlow's draw, ms", times)
+        row(f"{name}: row over TensorFlow's own draw", f"{drawn / builtin:.2f}")
+        row(f"{name}: lattice, ring kept and sum added, over the row", f"{added / drawn:.2f}")
+        row(f"{name}: exact over default", f"{exact / added:.2f}")
+    norm = lattice.charged_norm(1.0, noise.strategy, 1.0, 10 * MILLION, 1)
+    row("lattice: more noise at d=1e7, sigma 1", f"{(norm - 1) * 100:.3f} %")
+    charge = finite.tail_total_variation(10 * MILLION * 10_000)
+    row("tail: delta of 10,000 steps at d=1e7", f"{charge:.1e}")
 
 
 def sizes(repeats: int, peer_python: str | None) -> None:
@@ -188,7 +196,7 @@ def sizes(repeats: int, peer_python: str | None) -> None:
     for size in (MILLION, 4 * MILLION, 16 * MILLION):
         for num_bands in (1, 8, 32):
             noise, steps = noise_steps(size, num_bands)
-            (seconds,) = interleaved([steps["row"]], repeats)
+            (seconds,) = interleaved([steps["add"]], repeats)
             name = f"b={num_bands} d={size:.0e}"
             each = f"{seconds * 1e9 / size:.1f} ns/parameter, {noise.state_bytes / 2**20:.0f} MiB"
             row(f"noise {name}", f"{seconds * 1e3:.1f} ms", each)
