@@ -1,12 +1,14 @@
-"""A whole private training step over a plain Keras step: `python benchmarks/private_step.py`.
+"""A private training step over a plain one, inside `fit`: `python benchmarks/private_step.py`.
 
-Both are Keras's compiled `train_step` with SGD and an accuracy metric on the same batch. The
-private one clips, draws noise, adds it and updates. Runs are interleaved; the table shows medians,
-their ratio, and what the noise alone costs.
+Both are steps of Keras's `fit` with SGD and an accuracy metric, timed from the begin of a batch to
+its end, reading of the data not included. The private one clips, draws noise, adds it and updates;
+it has the masked row that every private batch has. Calls of `fit` take turns; the table shows
+medians, their ratio, and what the noise alone costs.
 """
 
 import argparse
 import os
+import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -15,7 +17,7 @@ import clipping_models as models
 import keras
 import numpy as np
 import tensorflow as tf
-from clipping_measure import FULL, data, seconds
+from clipping_measure import FULL, data
 
 import keras_bandmf as bandmf
 
@@ -32,16 +34,38 @@ CASES = [
 ]
 
 
+# Steps of an epoch, at least the largest number of bands, and of a call of `fit`.
+EPOCH_STEPS, FIT_STEPS = 20, 5
+
+
 def make_plan(batch_size, num_bands):
-    """A plan long enough for the benchmark."""
+    """A plan in fixed order, whose batches all have the same size."""
     return bandmf.TrainingPlan(
-        num_examples=100 * batch_size,
+        num_examples=EPOCH_STEPS * batch_size,
         batch_size=batch_size,
         num_steps=10_000,
         noise_multiplier=1.0,
         delta=1e-6,
         num_bands=num_bands,
+        sampling="fixed_order",
     )
+
+
+class StepTimes(keras.callbacks.Callback):
+    """Seconds of every step, its result included."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Starts the clock."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Waits for the result and stops it."""
+        float(logs["loss"])
+        self.seconds.append(time.perf_counter() - self._start)
 
 
 def compiled_model(name, optimizer):
@@ -56,47 +80,59 @@ def compiled_model(name, optimizer):
     return model
 
 
-def make_steps(name, batch, num_bands):
-    """(plain step, private step, noise alone, parameters): functions without arguments."""
+def measured(name, batch, num_bands, repeats):
+    """(seconds of a plain step, of a private one, of the noise alone; number of parameters)."""
     plain = compiled_model(name, keras.optimizers.SGD(1e-3))
     plan = make_plan(batch, num_bands)
     private = bandmf.privatize(
         compiled_model(name, bandmf.BandMFOptimizer(keras.optimizers.SGD(1e-3), plan))
     )
-    x, y = keras.tree.map_structure(tf.constant, data(name, batch, FULL))
-    mask = tf.ones([batch], tf.bool)
-    bandmf.clipping.check_model(private, x, y)
-    private.optimizer.build(private.trainable_variables)
+    x, y = data(name, batch, FULL)
+    whole = keras.tree.map_structure(
+        lambda a: np.concatenate([np.asarray(a)] * EPOCH_STEPS), (x, y)
+    )
+    batches = plan.batches(*whole)
+    stream = tf.data.Dataset.from_tensors((x, y)).repeat().prefetch(2)
     noise = bandmf.noise.CorrelatedNoise(
         plan.strategy, 1.0, [v.shape for v in private.trainable_variables]
     )
-
-    plain_step = tf.function(lambda: plain.train_step((x, y)), autograph=False)
-    private_step = tf.function(
-        lambda: private.train_step({"x": x, "y": y, "mask": mask}), autograph=False
-    )
     noise_row = tf.function(lambda: [tf.reduce_sum(part) for part in noise.next()], autograph=False)
 
-    def run_private():
-        with private.optimizer.accepting("the benchmark"):
-            return private_step()["loss"].numpy()
+    def fit_steps(model, batches):
+        times = StepTimes()
+        model.fit(batches, steps_per_epoch=FIT_STEPS, verbose=0, callbacks=[times])
+        return times.seconds[1:]  # the first of a fit may trace
 
-    steps = (lambda: plain_step()["loss"].numpy(), run_private, lambda: noise_row()[0].numpy())
-    return steps, private.count_params()
+    def noise_steps():
+        found = []
+        for _ in range(FIT_STEPS):
+            start = time.perf_counter()
+            noise_row()[0].numpy()
+            found.append(time.perf_counter() - start)
+        return found[1:]
+
+    ways = (lambda: fit_steps(plain, stream), lambda: fit_steps(private, batches), noise_steps)
+    found = [[], [], []]
+    for round_ in range(1 + -(-repeats // (FIT_STEPS - 1))):
+        for way, seconds in zip(ways, found, strict=True):
+            seconds += way() if round_ else way()[:0]
+    return [np.median(seconds) for seconds in found], private.count_params()
 
 
 def main():
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--models", nargs="*", default=None, help="cnn, mlp, bert, embedding")
     options = parser.parse_args()
     print(
         f"{'model':<10}{'batch':>6}{'bands':>6}{'plain ms':>10}{'private ms':>12}{'ratio':>7}"
         f"{'at most':>9}{'noise ns/parameter':>20}"
     )
     for name, batch, num_bands, limit in CASES:
-        steps, parameters = make_steps(name, batch, num_bands)
-        plain, private, noise = np.median(seconds(steps, options.repeats), axis=0)
+        if options.models is not None and name not in options.models:
+            continue
+        (plain, private, noise), parameters = measured(name, batch, num_bands, options.repeats)
         print(
             f"{name:<10}{batch:>6}{num_bands:>6}{plain * 1e3:>10.1f}{private * 1e3:>12.1f}"
             f"{private / plain:>7.2f}{limit or '':>9}{noise / parameters * 1e9:>20.1f}",
