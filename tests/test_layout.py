@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -90,3 +91,10 @@ def test_library_files_are_small_and_never_assert_or_print(path):
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     assert not [f.lineno for f in calls if isinstance(f, ast.Name) and f.id == "print"]
     assert ast.get_docstring(tree)
+
+
+def test_the_threat_model_names_files_that_exist():
+    text = (ROOT / "docs" / "threat_model.md").read_text()
+    for name in set(re.findall(r"`([\w/]+\.py)`", text)):
+        places = (ROOT, PACKAGE, PACKAGE / "clipping")
+        assert any((place / name).exists() for place in places), name
