@@ -35,6 +35,7 @@ _WRITES_OUTSIDE = {
     "WriteSummary",
 }
 _FORWARDS = {"Identity", "IdentityN"}
+_CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 _FROM_SEEDS = "Stateless"
 _SEED_HELPERS = {"StatelessRandomGetAlg", "StatelessRandomGetKeyCounter"}
 _SEED_ARGUMENTS = {"seed", "key", "counter"}
@@ -171,7 +172,7 @@ class _Walk:
         self._followed = followed | {_KEY}
         self._labels = {} if first is None else {first.op.name: Labels([_KEY])}
         self._functions: dict[str, Any] | None = None
-        self._seen: set[tuple] = set()
+        self._seen: dict[tuple, Labels] = {}
         self._captured: dict[int, dict[int, tf.Tensor]] = {}
         self._draws: dict[str, tuple] = {}
 
@@ -235,8 +236,10 @@ class _Walk:
         kept = union if node.forwards or node.kind in _FORWARDS else union & self._followed
         bodies = _bodies(node)
         if bodies:
-            for body in bodies:
-                self._body(body, node.inputs)
+            results = [self._body(body, node.inputs) for body in bodies]
+            if node.kind in _CALLS and not node.forwards:
+                # What runs once, from its arguments to its results: no more than that is handed on.
+                kept = Labels().union(*results) & self._followed
         elif node.kind.startswith(_FROM_SEEDS):
             self._check_seed(node)
         elif node.definition is None or node.definition.is_stateful:
@@ -303,8 +306,8 @@ class _Walk:
             f"Received: operation '{node.name}' of type {kind}"
         )
 
-    def _body(self, name: str, inputs: list[Labels]) -> None:
-        """Look into a function, given what its arguments depend on."""
+    def _body(self, name: str, inputs: list[Labels]) -> Labels:
+        """Look into a function, given what its arguments depend on; what its results depend on."""
         function = self._function(name)
         if function is None:
             raise Refused(
@@ -318,8 +321,7 @@ class _Walk:
             fits = len(inputs) == len(arguments) + 1
             inputs = inputs[1:] if fits else [union] * len(arguments)
         if (name, *inputs) in self._seen:
-            return
-        self._seen.add((name, *inputs))
+            return self._seen[(name, *inputs)]
         labels = {a.name: given for a, given in zip(arguments, inputs, strict=True)}
         nodes = {node.name: node for node in function.node_def}
 
@@ -346,6 +348,9 @@ class _Walk:
         for node_def in function.node_def:
             if node_def.name not in labels:
                 visit(node_def)
+        results = Labels().union(*(of(reference) for reference in function.ret.values()))
+        self._seen[(name, *inputs)] = results
+        return results
 
     def _function(self, name: str) -> Any:
         if self._functions is None:
