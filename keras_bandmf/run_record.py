@@ -63,6 +63,7 @@ class RunRecord:
         self._restores = 0
         self._replayed = False
         self._carriers = ""
+        self._exact_noise, self._exact_before = False, True
         self._steps = 0
         self._iterations: Any = None
         self._counters: list[Any] = []
@@ -91,6 +92,7 @@ class RunRecord:
         self._restores = max(self._restores, state.restores)
         self._replayed = self._replayed or state.replayed
         self._carriers = str(state.carriers)
+        self._exact_noise = state.noise.exact and self._exact_before
 
     @property
     def steps(self) -> int:
@@ -185,11 +187,12 @@ class RunRecord:
         elif not drawn:
             reason = None
         sources = [fit.source for fit in self.fits] + [_LOOP] * self.looped
-        carriers = self._carriers
+        mechanism = [planned.mechanism, self._carriers]
+        mechanism += ["noise rounded exactly"] * self._exact_noise
         return dataclasses.replace(
             planned,
             executed=True,
-            mechanism=f"{planned.mechanism}; {carriers}" if carriers else planned.mechanism,
+            mechanism="; ".join(filter(None, mechanism)),
             steps_run=steps_run,
             l2_norm_clip=self._clip[0],
             clipping=self._clip[1],
@@ -245,6 +248,7 @@ class RunRecord:
             "started": self.started,
             "steps": self.steps,
             "looped": self.looped,
+            "exact_noise": self._exact_noise,
             "fits": [dataclasses.asdict(fit) for fit in self.fits],
         }
 
@@ -267,5 +271,6 @@ class RunRecord:
             self.run_id, self.started = run_id, started
             self.looped, self._steps, self.fits = False, 0, []
         self.looped = self.looped or looped
+        self._exact_before = self._exact_before and facts.get("exact_noise") is True
         self._steps = max(self._steps, steps)
         self.fits = list(dict.fromkeys([*fits, *self.fits]))

@@ -46,7 +46,8 @@ class CorrelatedNoise:
         differ, rarely, by the rounding that is charged there.
         *Tail.* `finite.tail_total_variation` of all values adds to delta.
         *Normals: a numerical assumption.* `z` is a float64 Box-Muller of 88 + 40 bits, off by
-        2^-46 of the radius from exact arithmetic: smooth errors, as of a slightly other deviation.
+        2^-33 of the radius from exact arithmetic: smooth errors, as of a slightly other deviation,
+        which change the density of a pair by 2^-28 of it (`normals.FAST`).
         A lattice cell is 2^-22 deviations wide and holds 2^30 of them, or 2^16 directions of a
         pair: its probability is that of the ideal noise times 1 +- 2^-24 (root mean square over
         cells, as of a trapezoid sum of 2^16 terms). If these factors are as good as independent,
@@ -323,6 +324,7 @@ class CorrelatedNoise:
             step,
             self.layout.first_chunk(replica),
             self.layout.chunks_per_shard,
+            normals.FINE if self.exact else normals.FAST,
         )
         coefficients = self._coefficients(step)
         terms: list[list[tf.Tensor]] = [[], []]
@@ -345,6 +347,7 @@ class CorrelatedNoise:
 
     def _settled(self, row: tf.Tensor, step: tf.Tensor, replica: int) -> tf.Tensor:
         """A row whose doubtful values are rounded as real numbers are."""
+        exact.check_not_compiled()
         indices = tf.where(self._doubtful(step, replica))[:, 0]
         first = self.layout.first_chunk(replica) * normals.COUNTERS_PER_CHUNK
 
@@ -374,9 +377,9 @@ class CorrelatedNoise:
         """Puts a row into the ring and adds it to sums on the lattice, times `unit`."""
         if row is not None and self.num_slots:
             ring = self._local(self._ring)[replica - self._first_replica]
-            slot = step % self.num_slots
-            kept = tf.where(allowed, row, tf.gather(ring, slot))
-            ring.scatter_nd_update([[slot]], kept[tf.newaxis])
+            # XLA drops what is scattered beyond the end.
+            slot = tf.where(allowed, step % self.num_slots, self.num_slots)
+            ring.scatter_nd_update([[slot]], row[tf.newaxis])
         shares = [None] * len(sums) if flat is None else self.layout.split(flat, replica)
         found = []
         for total, share in zip(sums, shares, strict=True):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
 from keras_bandmf.noise import philox
 
@@ -27,6 +28,21 @@ _PI = decimal.Decimal(
 _OF_RADIUS, _ABSOLUTE, _SQUARE_LIMIT = 2.0**-38, 2.0**-42, 40.0
 #: Rounds of further bits: 64 for the radius and 64 for the angle each.
 _ROUNDS = 15
+
+
+def check_not_compiled() -> None:
+    """Refuses to make exact noise in a program that XLA compiles.
+
+    Raises:
+        ValueError: there, when the program is traced.
+    """
+    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        raise ValueError(
+            'noise="exact" computes doubtful values in Python, which XLA cannot compile. Received: '
+            "a step inside `tf.function(jit_compile=True)`. Compile the gradients alone, and call "
+            "`apply_clipped` outside of it, as `fit` of a private model does; or use "
+            'noise="default".'
+        )
 
 
 def root_of_log(numerator: int, bits: int) -> decimal.Decimal:
@@ -56,10 +72,10 @@ def doubtful(
 
     Formal guarantees:
         Of any other pair, `rint(values)` is that of the real numbers whose first bits were drawn,
-        if float64 arithmetic is that of IEEE 754 (fused or not), and the normals are off by less
-        than 2^-46 of the radius: bits of the angle not drawn move a normal by at most
-        2^-38 * pi / 4 of the radius, those of the radius by at most 2^-43.5 near zero, and by
-        2^-88 exp(r^2 / 2) < 2^-58 elsewhere below the limit.
+        if float64 arithmetic is that of IEEE 754 (fused or not), and the normals, those of
+        `normals.FINE`, are off by less than 2^-46 of the radius: bits of the angle not drawn move
+        a normal by at most 2^-38 * pi / 4 of the radius, those of the radius by at most 2^-43.5
+        near zero, and by 2^-88 exp(r^2 / 2) < 2^-58 elsewhere below the limit.
 
     Args:
         pair: the standard normals.

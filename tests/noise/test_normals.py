@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import tensorflow as tf
+from numpy.polynomial import Polynomial
 
 from keras_bandmf.noise import exact, normals
 
@@ -112,19 +113,67 @@ def hard_words(count=400):
     return np.concatenate([words, flipped, joints, ends.T.astype(np.uint64)], axis=1)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_box_muller_is_that_of_60_digits(jit_compile):
-    """Off by less than 2^-46 of the radius, from 1e-13 to 11.1 sigma: radius, angle, swap, sign."""
-    words = hard_words()
+def compiled_pairs(words, series, jit_compile=True):
     compiled = tf.function(normals.box_muller, jit_compile=jit_compile, autograph=False)
-    found = np.stack(compiled(*[tf.constant(word) for word in words]), axis=-1)
+    return np.stack(compiled(*[tf.constant(word) for word in words], series), axis=-1)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    ("series", "bound"), [(normals.FAST, 2.0**-33), (normals.FINE, 2.0**-46)], ids=["fast", "fine"]
+)
+def test_box_muller_is_that_of_60_digits(jit_compile, series, bound):
+    """Off by so little of the radius, from 1e-13 to 11.1 sigma: radius, angle, swap, sign."""
+    words = hard_words()
+    found = compiled_pairs(words, series, jit_compile)
     for pair, column in zip(found, words.T, strict=True):
         expected = expected_pair(column)
         radius = exact.root_of_log(uniform_of(column), 89)
         for value, ideal in zip(pair, expected, strict=True):
-            assert abs(decimal.Decimal(float(value)) - ideal) < radius * decimal.Decimal(2.0**-46)
+            assert abs(decimal.Decimal(float(value)) - ideal) < radius * decimal.Decimal(bound)
     assert np.hypot(*found.T).max() > 11.1
     assert np.hypot(*found.T).min() < 1e-12
+
+
+def words_of(uniform, angle, swap=0):
+    """Words of U = uniform / 2^88 and of an angle of 38 bits."""
+    fourth = uniform % 2**24 + (angle % 64 << 24) + (swap << 31)
+    words = [uniform >> 56, (uniform >> 24) % 2**32, angle >> 6, fourth]
+    return [np.array([word], np.uint64) for word in words]
+
+
+@pytest.mark.parametrize("series", [normals.FAST, normals.FINE], ids=["fast", "fine"])
+def test_the_pieces_of_the_fast_functions_meet(series):
+    """On both sides of a joint the values differ by what the arguments do, and 2^-36."""
+    last = 2**38 - 1
+    for ends in ((last, 0), (0, 0), (last, last)):
+        # Angles within pi / 4 of the first axis end where those about the second one begin.
+        below, above = (
+            words_of(3 << 80, end, swap) for swap, end in zip((0, 1), ends, strict=True)
+        )
+        first, second = (compiled_pairs(words, series)[0] for words in (below, above))
+        np.testing.assert_allclose(np.abs(first), np.abs(second), rtol=2.0**-36)
+    for power in (1, 2, 3, 10, 40):
+        uniform = math.isqrt(2 ** (177 - 2 * power))  # sqrt(2) * 2^(88 - power), just below it
+        pairs = [compiled_pairs(words_of(uniform + more, 2**37), series)[0] for more in (-1, 2)]
+        np.testing.assert_allclose(pairs[0], pairs[1], rtol=2.0**-36, atol=2.0**-36)
+
+
+def test_the_fast_functions_change_the_density_little():
+    """The determinant of their map, piece by piece, from the polynomials: within 2^-28 of one."""
+    turn, odd, even = np.linspace(0.0, 0.5, 10_001), Polynomial([0, 1]), Polynomial([0, 0, 1])
+    cosine = Polynomial(normals.FAST.cosine)(even)
+    sine = odd * Polynomial(normals.FAST.sine)(even)
+    angle = (cosine * sine.deriv() - sine * cosine.deriv())(turn) * 2 / np.pi
+    assert np.abs(angle - 1).max() < 2.0**-28.4
+    mantissa = np.linspace(np.sqrt(0.5), np.sqrt(2), 10_001)
+    reciprocal = Polynomial(normals._RECIPROCAL)(Polynomial([1, 1]))
+    for _ in range(normals.FAST.newton_steps):
+        reciprocal = reciprocal + reciprocal * (1 - Polynomial([1, 1]) * reciprocal)
+    ratio = Polynomial([-1, 1]) * reciprocal
+    logarithm = odd * Polynomial(normals.FAST.logarithm)(even)
+    energy = logarithm.deriv()(ratio(mantissa)) * ratio.deriv()(mantissa) * mantissa / -2
+    assert np.abs(energy - 1).max() < 2.0**-30.5
 
 
 @pytest.mark.parametrize("sigmas", [7, 8, 9, 10, 11])
@@ -160,13 +209,13 @@ def assert_poisson(counts, expected, rate):
 
 
 def test_the_tail_beyond_five_sigma():
-    """16 million draws; false-alarm rate 1e-4 a limit."""
+    """33 million draws; false-alarm rate 1e-4 a limit."""
     assert_poisson(*tail_counts(4, 4096), 1e-4)
 
 
 @pytest.mark.slow
 def test_the_tail_beyond_six_and_a_half_sigma():
-    """A thousand million draws; false-alarm rate 1e-4 a limit."""
+    """Two thousand million draws; false-alarm rate 1e-4 a limit."""
     assert_poisson(*tail_counts(250, 4096), 1e-4)
 
 
