@@ -92,7 +92,7 @@ def test_a_fit_inside_the_scope_trains_as_no_strategy_does(strategy):
 
 def test_batches_with_no_row_at_all_are_steps_of_two_replicas():
     """Rule 4: a third of these batches is empty, and more have rows for one replica only."""
-    plan = runs.make_plan(batch_size=1, noise_multiplier=1e-7)
+    plan = runs.make_plan(batch_size=1, noise_multiplier=5e-7)
     model = runs.compiled_in_scope(2, runs.counting_model, plan)
     batches = plan.batches(*runs.counting_data(), seed=5)
     updates = runs.fit(model, batches, epochs=1)

@@ -40,7 +40,7 @@ def test_noise_has_the_covariance_of_the_mechanism(mode, replicas):
 )
 def test_every_step_sees_its_batch_once_and_divides_by_the_expected_size(mode, replicas):
     """Rules 2, 5 and 8: the counting model's update is 1/8 for each participant, else nothing."""
-    plan = runs.make_plan(noise_multiplier=1e-7)
+    plan = runs.make_plan(noise_multiplier=5e-7)
     model = runs.compiled_in_scope(replicas, runs.counting_model, plan, **MODES[mode])
     batches = plan.batches(*runs.counting_data(), seed=5)
     steps = 12 if mode == "eager" else 24
@@ -145,7 +145,7 @@ def test_fit_ends_at_the_last_step_and_then_refuses():
 
 
 def test_a_second_fit_goes_on_where_the_first_ended():
-    plan = runs.make_plan(noise_multiplier=1e-7)
+    plan = runs.make_plan(noise_multiplier=5e-7)
     whole = runs.compiled(runs.counting_model(), plan)
     expected = runs.fit(whole, plan.batches(*runs.counting_data()))
     model = runs.compiled(runs.counting_model(), plan)
