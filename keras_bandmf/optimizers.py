@@ -55,7 +55,8 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             settings, such as `clipping.PerLayerClipping({"embedding": 4.0})`.
         noise: "default", or "exact": each value of the noise is then the rounding of an exact
             normal, without the numerical assumption on float64 that `noise.CorrelatedNoise`
-            states. The noise costs four to five times as much; not with `jit_compile=True`.
+            states. The noise costs four to six times as much. `fit` works with `jit_compile=True`,
+            a loop of your own that calls `apply_clipped` in a program of XLA is refused.
         seed: an integer, for tests only: the noise can then be recomputed by anyone, and the
             statement says "not private". By default keys come from the operating system.
         replay: keep the noise key when a checkpoint is restored, for a bit-for-bit continuation

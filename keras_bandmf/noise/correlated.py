@@ -65,7 +65,7 @@ class CorrelatedNoise:
         shapes: the shapes of the gradients.
         seed: an integer for tests only. By default the key comes from the operating system.
         exact: round each value as the real number would be, of which the float64 one is an
-            approximation. Cannot be compiled by XLA with what surrounds it.
+            approximation. Refused in a program that XLA compiles.
 
     Raises:
         ValueError: if an argument is out of range, or a replica would draw 2**31 values or more.
