@@ -108,7 +108,7 @@ def _look(layer: Any, rank: int | None, found: Rowwise, seen: set) -> None:
         name = getattr(layer, "path", None) or layer.name
         found.unknown.append(f"{name} of type {type(layer).__name__}: {why}")
         return
-    graph = _graph(layer)
+    graph = graph_of(layer)
     if graph is not None:
         _look_at_graph(graph, found, seen)
         return
@@ -132,7 +132,7 @@ def _own_reason(layer: Any, rank: int | None, found: Rowwise) -> str | None:
         found.declared.append(layer.path)
         return None
     if isinstance(layer, (Functional, keras.Sequential)):
-        if _graph(layer) is None:
+        if graph_of(layer) is None:
             return "it has a `call` of its own, or no graph of layers"
         return None
     condition = condition_of(type(layer))
@@ -142,7 +142,7 @@ def _own_reason(layer: Any, rank: int | None, found: Rowwise) -> str | None:
     return condition(layer, rank)
 
 
-def _graph(layer: Any) -> Functional | None:
+def graph_of(layer: Any) -> Functional | None:
     """The graph that runs when `layer` is called, or None."""
     if type(layer) is keras.Sequential:
         return layer._functional
