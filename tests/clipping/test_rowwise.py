@@ -1,5 +1,6 @@
 """Which layers and operations are known to treat rows independently, and which path follows."""
 
+import functools
 import importlib
 import inspect
 
@@ -11,10 +12,6 @@ from keras import layers, ops
 
 from keras_bandmf import clipping
 from keras_bandmf.clipping import explain, rowwise_layers
-from keras_bandmf.clipping.book_keeping import forward
-from keras_bandmf.clipping.declared_shapes import checked_shapes
-from keras_bandmf.clipping.factors import Unsupported
-from keras_bandmf.clipping.routes import trial_reason
 from keras_bandmf.clipping.rowwise import rowwise
 from tests.clipping import zoo
 
@@ -126,12 +123,15 @@ def test_state_that_goes_from_batch_to_batch_is_refused():
 X = keras.Input((4, 6))
 V = keras.Input((6,))
 S = keras.Input(())
+LONG = keras.Input((None,))
+ONES = np.ones((1, 1, 1), "float32")
 TABLE = tf.constant(np.ones((6, 6), "float32"))
 
 ROW_WISE = {
     "add": lambda: X + 2 * X,
     "constant": lambda: X * tf.ones([4, 6]),
     "mean": lambda: ops.mean(X, axis=1),
+    "einsum of more axes than letters": lambda: ops.einsum("...ab->...ba", X),
     "softmax": lambda: ops.softmax(X, axis=-1),
     "slice": lambda: X[:, 0],
     "ellipsis": lambda: X[..., None],
@@ -168,6 +168,10 @@ NOT_ROW_WISE = {
     "gram": lambda: ops.matmul(V, ops.transpose(V)),
     "square": lambda: ops.matmul(V, V),
     "einsum": lambda: ops.einsum("bd,cd->bc", V, V),
+    "einsum of no more axes": lambda: ops.einsum("...ab->...ba", LONG)[:, :1],
+    "array as bound": lambda: ops.clip(V, -ONES, ONES),
+    "array as slope": lambda: ops.leaky_relu(V, negative_slope=ONES),
+    "array as threshold": lambda: ops.threshold(V, ONES, 0.0),
     "einsum sum": lambda: ops.einsum("btd,bsd->ts", X, X),
     "concatenate": lambda: ops.concatenate([X, X], axis=0),
     "take": lambda: ops.take(V, ops.cast(V, "int32"), axis=0),
@@ -188,11 +192,11 @@ def test_operations_that_may_mix_rows(name):
         output = NOT_ROW_WISE[name]()
     except (ValueError, TypeError):
         pytest.skip("Keras itself refuses")
-    inputs = [t for t in (X, V, S) if t in keras.Function([X, V, S], output).inputs]
+    inputs = [t for t in (X, V, S, LONG) if t in keras.Function([X, V, S, LONG], output).inputs]
     try:
         model = keras.Model(inputs, output)
     except ValueError:
-        model = keras.Model([X, V, S], [output])
+        model = keras.Model([X, V, S, LONG], [output])
     assert rowwise(model).unknown
 
 
@@ -210,7 +214,80 @@ BAD_LAYERS = {
     "activation that reduces": lambda: layers.Dense(2, activation=ops.mean)(X),
     "unbatched image": lambda: layers.RandomFlip()(X),
     "TimeDistributed": lambda: layers.TimeDistributed(layers.Softmax())(V),
+    "layer as activation": lambda: layers.Activation(layers.UnitNormalization(axis=-2))(V),
+    "Dense with a layer": lambda: layers.Dense(4, activation=layers.Softmax(axis=-2))(V),
+    "LSTM with a layer": lambda: layers.LSTM(3, activation=layers.Softmax(axis=-2))(X),
+    "inside TimeDistributed": lambda: layers.TimeDistributed(
+        layers.Activation(layers.UnitNormalization(axis=-2))
+    )(X),
+    "a vector of results": lambda: layers.EinsumDense("bd,d->b", None, activation="softmax")(V),
+    "dots for nothing": lambda: layers.EinsumDense("...ab,bc->...ac", (4, 3))(V),
+    "Rescaling": lambda: layers.Rescaling(ONES)(V),
+    "GaussianNoise": lambda: layers.GaussianNoise(0.1 * ONES)(V),
+    "LeakyReLU": lambda: layers.LeakyReLU(ONES)(V),
+    "bounded activation": lambda: layers.Activation(
+        functools.partial(keras.activations.relu, max_value=ONES)
+    )(V),
+    "mask of Softmax": lambda: layers.Softmax()(X, mask=V > 0),
+    "mask of MultiHeadAttention": lambda: layers.MultiHeadAttention(1, 2)(
+        X[:, :1], X, attention_mask=X[:, :, 0] > 0
+    ),
+    "replaced method": lambda: replaced()(2 * [V]),
 }
+GOOD_LAYERS = {
+    "layer as activation": lambda: layers.Activation(layers.UnitNormalization(axis=-1))(V),
+    "along time": lambda: layers.Activation(layers.UnitNormalization(axis=-2))(X),
+    "LSTM with a layer": lambda: layers.LSTM(3, activation=layers.Softmax(axis=-1))(X),
+    "EinsumDense": lambda: layers.EinsumDense("...b,bc->...c", (4, 3), activation="relu")(X),
+    "Rescaling": lambda: layers.Rescaling(np.ones(6), np.ones((4, 6)))(X),
+    "mask of attention": lambda: layers.MultiHeadAttention(1, 2)(
+        X, X, attention_mask=X[:, :, :4] > 0
+    ),
+}
+HUB_LAYERS = {
+    "FNetEncoder": lambda hub: hub.FNetEncoder(8)(V),
+    "PositionEmbedding": lambda hub: hub.PositionEmbedding(2048)(V),
+    "SinePositionEncoding": lambda hub: hub.SinePositionEncoding()(V),
+    "sequence axis": lambda hub: hub.RotaryEmbedding(sequence_axis=0)(X),
+    "feature axis": lambda hub: hub.RotaryEmbedding(sequence_axis=1, feature_axis=0)(X),
+    "positions": lambda hub: hub.RotaryEmbedding()(X[:, :1], positions=V[:, 0]),
+}
+
+
+def replaced():
+    layer = layers.Average()
+    layer._merge_function = lambda tensors: tensors[0][::-1]
+    return layer
+
+
+@pytest.mark.parametrize("name", GOOD_LAYERS)
+def test_settings_that_do_not_reach_the_rows(name):
+    assert not rowwise(keras.Model([X, V, S], GOOD_LAYERS[name]())).unknown
+
+
+@pytest.mark.parametrize("name", HUB_LAYERS)
+def test_layers_of_keras_hub_need_their_axes(name):
+    hub = pytest.importorskip("keras_hub")
+    try:
+        output = HUB_LAYERS[name](hub.layers)
+    except Exception:
+        pytest.skip("keras_hub itself refuses")
+    assert rowwise(keras.Model([X, V, S], output)).unknown
+
+
+MASKED = {
+    "pooling": lambda t: layers.GlobalAveragePooling1D()(t),
+    "TimeDistributed": lambda t: layers.TimeDistributed(layers.Dense(2))(t)[:, 0],
+    "Bidirectional": lambda t: layers.Bidirectional(layers.LSTM(2))(t),
+    "attention": lambda t: layers.MultiHeadAttention(1, 2)(t, t)[:, 0],
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_of_two_axes_is_not_what_a_layer_works_on(name):
+    words = keras.Input((6,), dtype="int32")
+    output = MASKED[name](layers.Embedding(5, 3, mask_zero=True)(words))
+    assert not rowwise(keras.Model(words, output)).unknown
 
 
 @pytest.mark.parametrize("name", BAD_LAYERS)
@@ -278,86 +355,3 @@ def test_no_value_of_a_row_chooses_the_path(value):
         clipping.check_model(model, x, y, weight)
         routes.append((explain(model).route, explain(model).why))
     assert routes[0] == routes[1] and routes[0][0] == "book-keeping"
-
-
-def normed(t):
-    """Along axis 1 as declared: of the rows if there is one more axis than that."""
-    return ops.reshape(ops.normalize(t, axis=1), (-1, 4))
-
-
-def queries(t):
-    """With a mask of one axis too many the scores are those of all rows with all rows."""
-    mask = ops.reshape(ops.mean(t, axis=-1), (-1, 1, 6)) > 0.5
-    return ops.mean(layers.Attention()([t, t], mask=[mask, None]), axis=1)
-
-
-def rotated(x):
-    hub = pytest.importorskip("keras_hub")
-    positions = ops.mean(x, axis=(1, 2))
-    return ops.max(hub.layers.RotaryEmbedding()(x[:, :1], positions=positions), axis=1)
-
-
-OTHER_SHAPES = {
-    "mask of attention": lambda x: queries(x),
-    "positions": rotated,
-    "in a nested model": lambda x: keras.Model(z := keras.Input((6, 4)), queries(z))(x),
-    "in a nested sequence": lambda x: keras.Sequential(
-        [keras.Model(z := keras.Input((6, 4)), queries(z)), layers.Dense(4)]
-    )(x),
-}
-
-
-@pytest.mark.parametrize("length", [6, None])
-@pytest.mark.parametrize("name", OTHER_SHAPES)
-def test_tensors_of_another_shape_than_declared_go_one_row_at_a_time(name, length):
-    """The tables read axes off declared shapes: the trial trace compares each with the tensor."""
-    x = keras.Input((6, 4))
-    model = keras.Model(x, layers.Dense(1)(OTHER_SHAPES[name](x)))
-    model.compile(loss="mse")
-    spec = tf.function(
-        lambda x, y: tf.constant(trial_reason(model, x, y, None, None) or "none"),
-        input_signature=[tf.TensorSpec([None, length, 4]), tf.TensorSpec([None, 1])],
-    )
-    found = spec(tf.ones([3, 6, 4]), tf.ones([3, 1])).numpy().decode()
-    assert "is not of the declared shape" in found
-
-
-def test_every_trace_is_looked_at_also_those_with_an_unknown_number_of_rows():
-    class Deep(layers.Layer):
-        """Of more axes than declared where the number of rows is not known, as in `fit`."""
-
-        def call(self, x):
-            return x[None] if x.shape[0] is None else x
-
-        def compute_output_shape(self, shape):
-            return shape
-
-    clipping.declare_row_wise(Deep)
-    x = keras.Input((4,))
-    model = keras.Model(x, layers.Dense(1)(normed(Deep()(x))))
-
-    def run(x):
-        with checked_shapes(model):
-            return forward(model, x)
-
-    with pytest.raises(Unsupported, match="not of the declared shape"):
-        tf.function(run).get_concrete_function(tf.TensorSpec([None, 4]))
-    tf.function(run).get_concrete_function(tf.TensorSpec([5, 4]))
-    model.compile(loss="mse")
-
-    @tf.function(input_signature=[tf.TensorSpec([None, 4]), tf.TensorSpec([None, 1])])
-    def sums(x, y):
-        return clipping.clipped_gradients(model, x, y).sums
-
-    sums(np.ones((5, 4), "float32"), np.ones((5, 1), "float32"))
-    assert explain(model).route == "general"
-    assert "_run_through_graph" not in vars(model)
-
-
-def test_a_shared_layer_is_compared_call_by_call():
-    x, shared = keras.Input((6, 4)), layers.Dense(4)
-    h = ops.mean(shared(shared(x)), axis=1) + shared(x[:, 0])
-    model = keras.Model(x, layers.Dense(1)(shared(h)))
-    model.compile(loss="mse")
-    clipping.check_model(model, np.ones((3, 6, 4), "float32"), np.ones((3, 1), "float32"))
-    assert explain(model).route == "book-keeping"
