@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.coordinates import released_shape
+from keras_bandmf.clipping.declared_shapes import checked_shapes
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.layer_rules import LayerRule
 from keras_bandmf.clipping.losses import BatchLoss
@@ -113,7 +114,7 @@ def clip_by_book_keeping(
     records: list[_Record] = []
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(values)
-        with tapped(model, tape, records):
+        with tapped(model, tape, records), checked_shapes(model):
             y_pred = forward(model, x)
     losses, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight, values)
     # A masked row has no loss: whatever gradient it has at a tap is that of another row's loss.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -20,7 +21,8 @@ _LEAST_ROWS = 64
 def check_declared(model: keras.Model, x: Any, declared: list[str], snapshot: Snapshot) -> None:
     """Replace half of the rows of a batch, again and again: the other half must not notice.
 
-    Each try draws the random state, the rows that stay, and the data, floats and integers, anew.
+    Each try draws the random state, the rows that stay, and the data, floats and integers, anew. It
+    runs as written, and as a graph of a number of rows that is not known, as most of `fit` does.
 
     Args:
         model: built.
@@ -32,12 +34,14 @@ def check_declared(model: keras.Model, x: Any, declared: list[str], snapshot: Sn
         ValueError: a row's output changed.
 
     Formal guarantees: a test on a sample. Mixing with probability p in a batch that shows in the
-    outputs passes with probability at most (1 - p)^20; what the outputs do not show passes.
+    outputs, whether the number of rows is known or not, passes with probability at most
+    (1 - p)^20; what the outputs do not show passes.
     """
     # Not secret: it decides what is tried, and nothing that is released.
     random = np.random.default_rng(0)
     rows = max(_LEAST_ROWS, int(keras.tree.flatten(x)[0].shape[0]))
     x = on_tensors(lambda t: tf.gather(t, np.arange(rows) % int(t.shape[0])), x)
+    ways = (lambda data: forward(model, data), _of_any_rows(model, x))
     for attempt in range(_TRIES):
         base = x if attempt == 0 else _varied(x, attempt, random)
         other = _varied(x, attempt + 1, random)
@@ -49,7 +53,9 @@ def check_declared(model: keras.Model, x: Any, declared: list[str], snapshot: Sn
             other,
         )
         seed = int(random.integers(2**31))
-        outputs = [_run(model, data, snapshot, seed) for data in (base, changed)]
+        outputs = [
+            [t for way in ways for t in _run(way, data, snapshot, seed)] for data in (base, changed)
+        ]
         for a, b in zip(*outputs, strict=True):
             if not same_columns(a[kept], b[kept]):
                 raise ValueError(
@@ -77,10 +83,23 @@ def same_columns(a: np.ndarray, b: np.ndarray, narrow: bool = False, wide: bool 
     return bool(np.all(close | (a == b) | (np.isnan(a) & np.isnan(b))))
 
 
-def _run(model: keras.Model, x: Any, snapshot: Snapshot, seed: int) -> list[np.ndarray]:
+def _of_any_rows(model: keras.Model, x: Any) -> Callable[[Any], Any]:
+    """The forward pass as a graph in which the number of rows is not known."""
+    leaves = [t for t in keras.tree.flatten(x) if t is not None]
+    specs = [tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in leaves]
+
+    @tf.function(input_signature=[specs], autograph=False)
+    def traced(tensors: list[tf.Tensor]) -> Any:
+        rows = iter(tensors)
+        return forward(model, on_tensors(lambda _: next(rows), x))
+
+    return lambda data: traced([t for t in keras.tree.flatten(data) if t is not None])
+
+
+def _run(way: Callable[[Any], Any], x: Any, snapshot: Snapshot, seed: int) -> list[np.ndarray]:
     snapshot.restore()
     snapshot.reseed(seed)
-    leaves = keras.tree.flatten(forward(model, x))
+    leaves = keras.tree.flatten(way(x))
     return [np.asarray(tf.cast(t, tf.float64)) for t in leaves if t.dtype != tf.string]
 
 

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_bandmf.clipping.book_keeping import clip_by_book_keeping
 from keras_bandmf.clipping.clipper import Clipper
+from keras_bandmf.clipping.declared_shapes import checked_shapes
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import batch_loss, overrides_compute_loss
 from keras_bandmf.clipping.registry import rule_of
@@ -104,6 +105,10 @@ def trial_reason(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: A
 def trial_graph(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> tf.Graph:
     """Trace the book-keeping path on `TRIAL_ROWS` symbolic rows: a tell-tale size.
 
+    Formal guarantees: of a graph, that every tensor between the layers of functional models has the
+    shape that the model declared, and the rows on axis 0 (`checked_shapes`). Each trace that trains
+    is looked at in the same way, as far as its sizes are known.
+
     Raises:
         Unsupported: the model cannot take this path.
     """
@@ -118,7 +123,8 @@ def trial_graph(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: An
         rows = iter(tensors)
         parts = on_tensors(lambda _: next(rows), (x, y, sample_weight))
         mask = tf.ones([TRIAL_ROWS], tf.bool)
-        clip_by_book_keeping(model, *parts, mask, Clipper.of(model), row_loss)
+        with checked_shapes(model, TRIAL_ROWS):
+            clip_by_book_keeping(model, *parts, mask, Clipper.of(model), row_loss)
 
     # Not under `tf.init_scope`, which stops tapes: every gradient would be None.
     traced = tf.function(trial, autograph=False)

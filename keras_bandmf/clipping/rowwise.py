@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import keras
 from keras.src.models.functional import Functional
 
-from keras_bandmf.clipping.rowwise_layers import activation_reason, condition_of, is_the_one
+from keras_bandmf.clipping.rowwise_layers import (
+    activation_reason,
+    array_reason,
+    condition_of,
+    inner_rank,
+    is_the_one,
+    replaced_reason,
+)
 from keras_bandmf.clipping.rowwise_ops import operation_reason
 
 # Only filled at import time, by the modules that define layers and models of one's own.
@@ -82,7 +90,14 @@ def rowwise(model: keras.Model) -> Rowwise:
 
     Formal guarantees: if both lists are empty, then `model` consists of layers and operations of
     the tables of `rowwise_layers` and `rowwise_ops`, and row i of its outputs depends on row i of
-    its inputs alone. The tables were made by reading the sources of Keras and keras_hub.
+    its inputs alone, provided that each tensor between them has as many axes as Keras declared, and
+    the rows on axis 0 alone. That is not taken on trust: the trial trace that decides on the path
+    before the first step compares every such tensor, of all functional models inside too, with what
+    was declared, at a number of rows that no other axis has, and each trace that trains compares it
+    again as far as sizes are known, so that an unknown number of rows is covered
+    (`declared_shapes`); a model that differs goes the general path. The tables were made by reading
+    the sources of Keras and keras_hub, and rest on them. Methods replaced on an instance, other
+    than `build` and `quantize`, are found; what is inside objects that a layer holds is not.
     """
     found = Rowwise([], [])
     _look(model, None, found, set())
@@ -108,31 +123,32 @@ def _look(layer: Any, rank: int | None, found: Rowwise, seen: set) -> None:
         name = getattr(layer, "path", None) or layer.name
         found.unknown.append(f"{name} of type {type(layer).__name__}: {why}")
         return
-    graph = _graph(layer)
+    graph = graph_of(layer)
     if graph is not None:
         _look_at_graph(graph, found, seen)
         return
-    inner = None
-    if type(layer) is keras.layers.TimeDistributed and rank is not None:
-        inner = rank - 1  # its layer sees one point in time
     for part in _parts(layer):
-        _look(part, inner, found, seen)
+        _look(part, inner_rank(layer, rank), found, seen)
 
 
 def _own_reason(layer: Any, rank: int | None, found: Rowwise) -> str | None:
     """Why the code of this layer itself may mix rows."""
-    if "call" in vars(layer) or "__call__" in vars(layer):
-        return "its `call` was replaced on the instance"
+    if isinstance(layer, keras.Model):  # of which `compile` and `privatize` replace some
+        why = next((f"its `{n}` was replaced on it" for n in _RUNS if n in vars(layer)), None)
+    else:
+        why = replaced_reason(layer)
+    if why is not None:
+        return why
     if getattr(layer, "quantization_mode", None) is not None:
         return "it is quantized"
-    why = activation_reason(layer)
+    why = activation_reason(layer) or array_reason(layer)
     if why is not None:
         return why
     if type(layer) in _DECLARED:
         found.declared.append(layer.path)
         return None
     if isinstance(layer, (Functional, keras.Sequential)):
-        if _graph(layer) is None:
+        if graph_of(layer) is None:
             return "it has a `call` of its own, or no graph of layers"
         return None
     condition = condition_of(type(layer))
@@ -142,7 +158,7 @@ def _own_reason(layer: Any, rank: int | None, found: Rowwise) -> str | None:
     return condition(layer, rank)
 
 
-def _graph(layer: Any) -> Functional | None:
+def graph_of(layer: Any) -> Functional | None:
     """The graph that runs when `layer` is called, or None."""
     if type(layer) is keras.Sequential:
         return layer._functional
@@ -175,7 +191,7 @@ def _look_at_graph(graph: Functional, found: Rowwise, seen: set) -> None:
         if why is not None:
             name = type(operation).__name__
             found.unknown.append(f"{operation.path} of type {name}: {why}")
-        for rank in {len(t.shape) for t in node.input_tensors}:
+        for rank in {len(t.shape) for t in _first_argument(node)}:
             _look(operation, rank, found, seen)
 
 
@@ -187,9 +203,40 @@ def _call_reason(node: Any) -> str | None:
     tensors = [*node.input_tensors, *node.outputs]
     if any(not len(t.shape) or t.shape[0] != tensors[0].shape[0] for t in tensors):
         return "axis 0 is not the rows in all of its inputs and outputs"
-    if type(node.operation).__module__.startswith("keras.src.layers.merging"):
-        if len({len(t.shape) for t in node.input_tensors}) != 1:
-            return "its inputs have different numbers of axes"
+    ranks = {len(t.shape) for t in _first_argument(node)}
+    if type(node.operation).__module__.startswith("keras.src.layers.merging") and len(ranks) != 1:
+        return "its inputs have different numbers of axes"
+    return _side_reason(node, ranks)
+
+
+def _first_argument(node: Any) -> list[Any]:
+    """The tensors that a layer works on: masks and the like have axes of their own."""
+    first = [t for t in keras.tree.flatten(node.arguments.args[:1]) if hasattr(t, "shape")]
+    return first or node.input_tensors
+
+
+def _side_reason(node: Any, ranks: set[int]) -> str | None:
+    """Why another argument than the first may be read along the rows: axes are missing."""
+    if isinstance(node.operation, keras.Model):
+        return None  # its own layers are looked at
+    try:
+        bound = inspect.signature(type(node.operation).call).bind(
+            node.operation, *node.arguments.args, **node.arguments.kwargs
+        )
+    except TypeError:
+        return "its arguments are not those of its `call`"
+    for name, value in list(bound.arguments.items())[2:]:
+        sides = {len(t.shape) for t in keras.tree.flatten(value) if hasattr(t, "shape")}
+        if not sides:
+            continue
+        if name == "mask" and isinstance(node.operation, keras.layers.Softmax):
+            fits = sides == ranks
+        elif name == "mask" and isinstance(node.operation, keras.layers.Attention):
+            fits = sides == {2}
+        else:
+            fits = min(sides) >= (3 if name.endswith("attention_mask") else 2)
+        if not fits:
+            return f"its `{name}` has {min(sides)} axes, and may be read along the rows"
     return None
 
 

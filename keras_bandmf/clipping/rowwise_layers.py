@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 # The rank of the first input where a functional model tells it, else None: inside a layer of this
@@ -28,6 +29,9 @@ MIXERS: dict[str, str] = {
     "`top_db` is below the loudest point of the whole batch",
     "MixUp": _AUGMENT,
     "RandAugment": _AUGMENT + "; its equalization takes one histogram of the whole batch",
+    "RandomElasticTransform": _AUGMENT
+    + "; where the number of rows is not known, as in `fit`, its "
+    "first image takes the place of all",
 }
 
 # Of these nothing is known: they run whatever code they are given, or write state.
@@ -69,7 +73,11 @@ def _axis(attribute: str = "axis") -> Condition:
 
 
 def axis_reason(axes: Any, rank: Rank, name: str = "axis") -> str | None:
-    """Why an operation along `axes` of a tensor of this rank may reach axis 0; None if not."""
+    """Why an operation along `axes` of a tensor of this rank may reach axis 0; None if not.
+
+    With a rank that is not known, of the negative axes -1 alone is taken, which is that of the rows
+    in a vector only: layers of the tables let no vector get to the layers inside them.
+    """
     if axes is None:
         return f"`{name}` is None, which takes in axis 0"
     axes = keras.tree.flatten(axes)
@@ -78,6 +86,8 @@ def axis_reason(axes: Any, rank: Rank, name: str = "axis") -> str | None:
     for axis in axes:
         if axis == 0 or (rank is not None and (axis == -rank or not -rank <= axis < rank)):
             return f"`{name}` {axis} of {rank if rank is not None else 'its'} axes is that of rows"
+        if rank is None and axis < -1:
+            return f"`{name}` {axis} may be that of rows: the number of axes is not known"
     return None
 
 
@@ -97,32 +107,61 @@ def _dot(layer: Any, rank: Rank) -> str | None:
 
 
 def _einsum(layer: Any, rank: Rank) -> str | None:
-    return _rank(2)(layer, rank) or einsum_reason(layer.equation, 1)
+    why = _rank(2)(layer, rank) or einsum_reason(layer.equation, [rank])
+    if why is None and layer.activation is not keras.activations.linear:
+        # It may work along the last axis.
+        return _rank(2)(layer, einsum_rank(layer.equation, rank))
+    return why
 
 
-def einsum_reason(equation: str, row_operands: int) -> str | None:
+def einsum_rank(equation: str, rank: Rank) -> Rank:
+    """The rank of the result of an einsum of one operand of this rank, and of constants."""
+    operands, result = equation.replace(" ", "").split("->")
+    if "..." not in result:
+        return len(result)
+    if rank is None:
+        return None
+    return rank - len(_letters(operands.split(",")[0])) + len(_letters(result))
+
+
+def _letters(operand: str) -> str:
+    return operand.replace("...", "")
+
+
+def einsum_reason(equation: str, ranks: list[Rank]) -> str | None:
     """Why an einsum may mix rows: the first letter of operands and result must be the row.
 
     Args:
         equation: of the form "abc,cd->abd" or "...x,xy->...y".
-        row_operands: how many operands, from the first on, have rows on axis 0.
+        ranks: of the operands, from the first on, that have rows on axis 0.
     """
     sides = equation.replace(" ", "").split("->")
     why = f"its equation {equation!r} does not keep the rows on the first axis of all"
     if len(sides) != 2 or not sides[1]:
         return why
     operands, result = sides[0].split(","), sides[1]
-    rows, others = operands[:row_operands], operands[row_operands:]
+    rows, others = operands[: len(ranks)], operands[len(ranks) :]
     if any(not operand for operand in rows):
         return why
-    if result.startswith("...") and row_operands == 1:
+    if result.startswith("...") and len(ranks) == 1:
         fits = rows[0].startswith("...") and not any("..." in operand for operand in others)
+        # The dots may stand for no axis at all.
+        fits = fits and ranks[0] is not None and ranks[0] > len(_letters(rows[0]))
         return None if fits else why
     row = result[0]
     fits = row.isalpha() and "..." not in "".join(others) and row not in "".join(others)
     for operand in rows:
         fits = fits and operand[0] == row and row not in operand[1:]
     return None if fits and row not in result[1:] else why
+
+
+def _scaled(layer: Any, rank: Rank) -> str | None:
+    axes = max(np.ndim(layer.scale), np.ndim(layer.offset))
+    if axes and keras.config.image_data_format() == "channels_first":
+        axes = max(axes, 3)
+    if axes and (rank is None or axes >= rank):
+        return "its scale or offset may have an axis where the rows are"
+    return None
 
 
 def _attention_axes(layer: Any, rank: Rank) -> str | None:
@@ -153,7 +192,7 @@ def _any(layer: Any, rank: Rank) -> str | None:
 
 _BY_NAME: dict[Condition, str] = {
     # Element by element, or row by row whatever the rank.
-    _any: "InputLayer Identity Embedding ReversibleEmbedding Rescaling Add Subtract Multiply "
+    _any: "InputLayer Identity Embedding ReversibleEmbedding Add Subtract Multiply "
     "Average Maximum Minimum Dropout AlphaDropout GaussianDropout GaussianNoise ReLU LeakyReLU ELU "
     "Flatten Reshape RepeatVector Hashing LSTMCell GRUCell SimpleRNNCell StackedRNNCells",
     _rank(3): "Conv1D Conv1DTranspose DepthwiseConv1D SeparableConv1D AveragePooling1D "
@@ -165,13 +204,14 @@ _BY_NAME: dict[Condition, str] = {
     "MaxPooling2D GlobalAveragePooling2D GlobalMaxPooling2D AdaptiveAveragePooling2D "
     "AdaptiveMaxPooling2D Cropping2D UpSampling2D ZeroPadding2D SpatialDropout2D AutoContrast "
     "CenterCrop ContrastLimitedAdaptiveHistogramEqualization RandomBrightness "
-    "RandomColorDegeneration RandomColorJitter RandomContrast RandomCrop RandomElasticTransform "
+    "RandomColorDegeneration RandomColorJitter RandomContrast RandomCrop "
     "RandomErasing RandomFlip RandomGaussianBlur RandomGrayscale RandomHue RandomInvert "
     "RandomPerspective RandomPosterization RandomRotation RandomSaturation RandomSharpness "
     "RandomShear RandomTranslation RandomZoom Resizing Solarization",
     _rank(5): "Conv3D Conv3DTranspose AveragePooling3D MaxPooling3D GlobalAveragePooling3D "
     "GlobalMaxPooling3D AdaptiveAveragePooling3D AdaptiveMaxPooling3D Cropping3D UpSampling3D "
     "ZeroPadding3D SpatialDropout3D",
+    _scaled: "Rescaling",
     _integers: "Discretization IntegerLookup StringLookup",
     _all(_rank(2), _axis()): "LayerNormalization GroupNormalization RMSNormalization Softmax "
     "UnitNormalization",
@@ -237,6 +277,20 @@ _OWN = {
 }
 
 
+# Their arrays are along axes that were looked up at `build`, or tables.
+_WITH_ARRAYS = tuple(
+    getattr(keras.layers, name)
+    for name in "Rescaling Normalization Discretization IntegerLookup StringLookup Hashing "
+    "HashedCrossing CategoryEncoding".split()
+)
+# What is inside of these gets as many axes as they do themselves.
+_KEEP_RANK = frozenset(
+    "Activation Dense Bidirectional Conv1D Conv2D Conv3D Conv1DTranspose Conv2DTranspose "
+    "Conv3DTranspose DepthwiseConv1D DepthwiseConv2D SeparableConv1D SeparableConv2D LSTMCell "
+    "GRUCell SimpleRNNCell StackedRNNCells".split()
+)
+
+
 def _names() -> frozenset[str]:
     found, package = set(), ""
     for word in _OTHERS.split():
@@ -248,6 +302,19 @@ def _names() -> frozenset[str]:
 
 
 OTHER_NAMES = _names()
+# By the name of the class.
+_OTHER_CONDITIONS: dict[str, Condition] = {
+    "ReversibleEmbedding": _any,
+    "RotaryEmbedding": _all(_rank(3), _axis("sequence_axis"), _axis("feature_axis")),
+    "LlamaRotaryEmbedding": _all(_rank(3), _axis("sequence_axis"), _axis("feature_axis")),
+    "ViTPatchingAndEmbedding": _rank(4),
+}
+
+
+def _other_rank(name: str) -> int:
+    """Axes that a layer of keras_hub needs: rows of vectors, or, of all others, of sequences."""
+    vectors = "Norm" in name or name in ("MLP", "TokenAndPositionEmbedding")
+    return 2 if vectors else 3
 
 
 def is_the_one(thing: Any) -> bool:
@@ -260,10 +327,40 @@ def condition_of(layer_class: type) -> Condition | None:
     """The condition under which layers of exactly this class treat rows independently, or None."""
     name = f"{layer_class.__module__}.{layer_class.__qualname__}"
     if name in OTHER_NAMES and is_the_one(layer_class):
-        return _any
+        return _OTHER_CONDITIONS.get(layer_class.__name__, _rank(_other_rank(layer_class.__name__)))
     if name in _OWN and is_the_one(layer_class):
         layer_class = _OWN[name]
     return _KERAS.get(layer_class)
+
+
+def replaced_reason(operation: Any) -> str | None:
+    """Why a layer or an operation is not what its class says: a method of its own."""
+    for name in vars(operation):
+        # These two Keras itself wraps on each layer.
+        if name not in ("build", "quantize") and callable(getattr(type(operation), name, None)):
+            return f"its `{name}` was replaced on the instance"
+    return None
+
+
+def array_reason(layer: keras.layers.Layer) -> str | None:
+    """Why what a layer of Keras holds may mix rows: an array in place of a number."""
+    if type(layer) not in _KERAS or isinstance(layer, _WITH_ARRAYS):
+        return None
+    for name, value in vars(layer).items():
+        if isinstance(value, (np.ndarray, tf.Tensor)) and len(value.shape):
+            return f"its {name.lstrip('_')} is an array, which may have an axis where the rows are"
+    return None
+
+
+def inner_rank(layer: keras.layers.Layer, rank: Rank) -> Rank:
+    """The rank of what gets to the layers inside a layer, or None where it is not known."""
+    if rank is None or type(layer) not in _KERAS:
+        return None
+    if isinstance(layer, (keras.layers.TimeDistributed, keras.layers.RNN)):
+        return rank - 1  # one point in time
+    if isinstance(layer, keras.layers.EinsumDense):
+        return einsum_rank(layer.equation, rank)
+    return rank if type(layer).__name__ in _KEEP_RANK else None
 
 
 def replacement_of(layer: keras.layers.Layer) -> str | None:
@@ -287,6 +384,8 @@ def activation_reason(layer: keras.layers.Layer) -> str | None:
         if "activation" not in name or not callable(value) or isinstance(value, keras.layers.Layer):
             continue
         if isinstance(value, functools.partial) and not value.args and "axis" not in value.keywords:
+            if any(np.ndim(setting) for setting in value.keywords.values()):
+                return f"its {name.lstrip('_')} is called with an array"
             value = value.func
         module = getattr(value, "__module__", "")
         known = module == "keras.src.activations.activations" and is_the_one(value)

@@ -12,7 +12,7 @@ from keras.src.ops import core, linalg, nn
 from keras.src.ops import math as math_ops
 from keras.src.ops import numpy as numpy_ops
 
-from keras_bandmf.clipping.rowwise_layers import axis_reason, einsum_reason
+from keras_bandmf.clipping.rowwise_layers import axis_reason, einsum_reason, replaced_reason
 
 Condition = Callable[[Any], str | None]
 
@@ -21,21 +21,33 @@ def operation_reason(node: Any) -> str | None:
     """Why one call of an operation of a functional model may mix rows, or None.
 
     Formal guarantees: of None, that every output has a row per row of the inputs, on axis 0, and
-    that it depends on that row alone, provided the same holds of every symbolic input. Constants
-    may take part where they cannot be aligned with the rows.
+    that it depends on that row alone, provided the same holds of every symbolic input, and that
+    each tensor has the number of axes that Keras declared, and the rows on axis 0 alone: that is
+    looked at when the model runs (`declared_shapes`). Constants may take part as arguments where
+    they cannot be aligned with the rows, and never as settings.
 
     Args:
         node: Keras's record of the call.
     """
     condition = _TABLE.get(type(node.operation))
-    if condition is None or "call" in vars(node.operation):
+    if condition is None:
         return "it is not among the operations known to treat rows independently"
+    why = replaced_reason(node.operation)
+    if why is not None:
+        return why
+    for setting in keras.tree.flatten([v for v in vars(node.operation).values() if _plain(v)]):
+        if hasattr(setting, "shape") and np.ndim(setting):
+            return "one of its settings is an array, which may have an axis where the rows are"
     inputs = node.input_tensors
     if any(t.shape is None or not len(t.shape) for t in [*inputs, *node.outputs]):
         return "a tensor without axes takes part"
     if any(t.shape[0] != inputs[0].shape[0] for t in [*inputs, *node.outputs]):
         return "axis 0 is not the rows in all of its tensors"
     return condition(node)
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) or hasattr(value, "shape")
 
 
 def _arguments(node: Any) -> list[Any]:
@@ -145,7 +157,8 @@ def _einsum(node: Any) -> str | None:
     rows = [isinstance(t, keras.KerasTensor) for t in operands if not isinstance(t, str)]
     if not rows or rows != sorted(rows, reverse=True):
         return "a constant comes before a tensor with rows"
-    return einsum_reason(node.operation.subscripts, sum(rows))
+    ranks = [len(t.shape) for t in operands if isinstance(t, keras.KerasTensor)]
+    return einsum_reason(node.operation.subscripts, ranks)
 
 
 def _getitem(node: Any) -> str | None:

@@ -1,5 +1,6 @@
 """Which layers and operations are known to treat rows independently, and which path follows."""
 
+import functools
 import importlib
 import inspect
 
@@ -122,12 +123,15 @@ def test_state_that_goes_from_batch_to_batch_is_refused():
 X = keras.Input((4, 6))
 V = keras.Input((6,))
 S = keras.Input(())
+LONG = keras.Input((None,))
+ONES = np.ones((1, 1, 1), "float32")
 TABLE = tf.constant(np.ones((6, 6), "float32"))
 
 ROW_WISE = {
     "add": lambda: X + 2 * X,
     "constant": lambda: X * tf.ones([4, 6]),
     "mean": lambda: ops.mean(X, axis=1),
+    "einsum of more axes than letters": lambda: ops.einsum("...ab->...ba", X),
     "softmax": lambda: ops.softmax(X, axis=-1),
     "slice": lambda: X[:, 0],
     "ellipsis": lambda: X[..., None],
@@ -164,6 +168,10 @@ NOT_ROW_WISE = {
     "gram": lambda: ops.matmul(V, ops.transpose(V)),
     "square": lambda: ops.matmul(V, V),
     "einsum": lambda: ops.einsum("bd,cd->bc", V, V),
+    "einsum of no more axes": lambda: ops.einsum("...ab->...ba", LONG)[:, :1],
+    "array as bound": lambda: ops.clip(V, -ONES, ONES),
+    "array as slope": lambda: ops.leaky_relu(V, negative_slope=ONES),
+    "array as threshold": lambda: ops.threshold(V, ONES, 0.0),
     "einsum sum": lambda: ops.einsum("btd,bsd->ts", X, X),
     "concatenate": lambda: ops.concatenate([X, X], axis=0),
     "take": lambda: ops.take(V, ops.cast(V, "int32"), axis=0),
@@ -184,11 +192,11 @@ def test_operations_that_may_mix_rows(name):
         output = NOT_ROW_WISE[name]()
     except (ValueError, TypeError):
         pytest.skip("Keras itself refuses")
-    inputs = [t for t in (X, V, S) if t in keras.Function([X, V, S], output).inputs]
+    inputs = [t for t in (X, V, S, LONG) if t in keras.Function([X, V, S, LONG], output).inputs]
     try:
         model = keras.Model(inputs, output)
     except ValueError:
-        model = keras.Model([X, V, S], [output])
+        model = keras.Model([X, V, S, LONG], [output])
     assert rowwise(model).unknown
 
 
@@ -206,7 +214,80 @@ BAD_LAYERS = {
     "activation that reduces": lambda: layers.Dense(2, activation=ops.mean)(X),
     "unbatched image": lambda: layers.RandomFlip()(X),
     "TimeDistributed": lambda: layers.TimeDistributed(layers.Softmax())(V),
+    "layer as activation": lambda: layers.Activation(layers.UnitNormalization(axis=-2))(V),
+    "Dense with a layer": lambda: layers.Dense(4, activation=layers.Softmax(axis=-2))(V),
+    "LSTM with a layer": lambda: layers.LSTM(3, activation=layers.Softmax(axis=-2))(X),
+    "inside TimeDistributed": lambda: layers.TimeDistributed(
+        layers.Activation(layers.UnitNormalization(axis=-2))
+    )(X),
+    "a vector of results": lambda: layers.EinsumDense("bd,d->b", None, activation="softmax")(V),
+    "dots for nothing": lambda: layers.EinsumDense("...ab,bc->...ac", (4, 3))(V),
+    "Rescaling": lambda: layers.Rescaling(ONES)(V),
+    "GaussianNoise": lambda: layers.GaussianNoise(0.1 * ONES)(V),
+    "LeakyReLU": lambda: layers.LeakyReLU(ONES)(V),
+    "bounded activation": lambda: layers.Activation(
+        functools.partial(keras.activations.relu, max_value=ONES)
+    )(V),
+    "mask of Softmax": lambda: layers.Softmax()(X, mask=V > 0),
+    "mask of MultiHeadAttention": lambda: layers.MultiHeadAttention(1, 2)(
+        X[:, :1], X, attention_mask=X[:, :, 0] > 0
+    ),
+    "replaced method": lambda: replaced()(2 * [V]),
 }
+GOOD_LAYERS = {
+    "layer as activation": lambda: layers.Activation(layers.UnitNormalization(axis=-1))(V),
+    "along time": lambda: layers.Activation(layers.UnitNormalization(axis=-2))(X),
+    "LSTM with a layer": lambda: layers.LSTM(3, activation=layers.Softmax(axis=-1))(X),
+    "EinsumDense": lambda: layers.EinsumDense("...b,bc->...c", (4, 3), activation="relu")(X),
+    "Rescaling": lambda: layers.Rescaling(np.ones(6), np.ones((4, 6)))(X),
+    "mask of attention": lambda: layers.MultiHeadAttention(1, 2)(
+        X, X, attention_mask=X[:, :, :4] > 0
+    ),
+}
+HUB_LAYERS = {
+    "FNetEncoder": lambda hub: hub.FNetEncoder(8)(V),
+    "PositionEmbedding": lambda hub: hub.PositionEmbedding(2048)(V),
+    "SinePositionEncoding": lambda hub: hub.SinePositionEncoding()(V),
+    "sequence axis": lambda hub: hub.RotaryEmbedding(sequence_axis=0)(X),
+    "feature axis": lambda hub: hub.RotaryEmbedding(sequence_axis=1, feature_axis=0)(X),
+    "positions": lambda hub: hub.RotaryEmbedding()(X[:, :1], positions=V[:, 0]),
+}
+
+
+def replaced():
+    layer = layers.Average()
+    layer._merge_function = lambda tensors: tensors[0][::-1]
+    return layer
+
+
+@pytest.mark.parametrize("name", GOOD_LAYERS)
+def test_settings_that_do_not_reach_the_rows(name):
+    assert not rowwise(keras.Model([X, V, S], GOOD_LAYERS[name]())).unknown
+
+
+@pytest.mark.parametrize("name", HUB_LAYERS)
+def test_layers_of_keras_hub_need_their_axes(name):
+    hub = pytest.importorskip("keras_hub")
+    try:
+        output = HUB_LAYERS[name](hub.layers)
+    except Exception:
+        pytest.skip("keras_hub itself refuses")
+    assert rowwise(keras.Model([X, V, S], output)).unknown
+
+
+MASKED = {
+    "pooling": lambda t: layers.GlobalAveragePooling1D()(t),
+    "TimeDistributed": lambda t: layers.TimeDistributed(layers.Dense(2))(t)[:, 0],
+    "Bidirectional": lambda t: layers.Bidirectional(layers.LSTM(2))(t),
+    "attention": lambda t: layers.MultiHeadAttention(1, 2)(t, t)[:, 0],
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_of_two_axes_is_not_what_a_layer_works_on(name):
+    words = keras.Input((6,), dtype="int32")
+    output = MASKED[name](layers.Embedding(5, 3, mask_zero=True)(words))
+    assert not rowwise(keras.Model(words, output)).unknown
 
 
 @pytest.mark.parametrize("name", BAD_LAYERS)
