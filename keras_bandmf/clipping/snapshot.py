@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf.clipping.book_keeping import forward
 from keras_bandmf.clipping.passes import traced_pass
 from keras_bandmf.clipping.seeds import seed_generators
 
@@ -18,7 +18,8 @@ class Snapshot:
 
     Args:
         model: built.
-        run: a training forward pass; traced once, to see what it captures.
+        x: inputs, tensors, of which only shapes and dtypes are used: the training forward pass is
+            traced once, to see what it captures.
 
     Attributes:
         untraceable: why the pass cannot be traced, or None.
@@ -27,13 +28,13 @@ class Snapshot:
         Refused: the pass writes, reads or draws what no private pass may (`captures.Watch`).
     """
 
-    def __init__(self, model: keras.Model, run: Callable[[], Any]):
+    def __init__(self, model: keras.Model, x: Any):
         seeds = [generator.state for generator in seed_generators(model)]
         known = [*model.variables, *model.metrics_variables, *seeds]
         owned = {id(v.value): v.path for v in known}
         metrics = {id(v.value) for v in model.metrics_variables}
         found = {id(v.value): v.value for v in known}
-        graph = traced_pass(run, model)
+        graph = traced_pass(lambda x: forward(model, x), model, x)
         self.untraceable = graph if isinstance(graph, Exception) else None
         if self.untraceable is None:
             found.update((id(v), v) for v in graph.variables)

@@ -94,6 +94,22 @@ def test_mixing_is_found_for_each_number_of_rows():
         check_model(model_of(Center()), same, Y[:3])
 
 
+@pytest.mark.parametrize("threshold", [3, 15])
+def test_mixing_of_many_rows_or_of_an_unknown_number_is_found(threshold):
+    """As layers of Keras do that take an unknown number of rows for one."""
+
+    class Sometimes(Center):
+        def call(self, x):
+            unknown = x.shape[0] is None
+            if threshold == 3:
+                return super().call(x) if unknown else x
+            many = ops.shape(x)[0] > threshold
+            return ops.where(many, super().call(x), x)
+
+    with pytest.raises(ValueError, match="Sometimes mixes"):
+        check_model(model_of(Sometimes()), X, Y)
+
+
 def test_mixing_of_token_ids_is_found():
     tokens = keras.Input((4,), dtype="int32")
     x = Center(name="center")(layers.Embedding(9, 3)(tokens))
