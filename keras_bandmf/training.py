@@ -42,8 +42,7 @@ def privatize(
         are trained one example at a time, unless their author declares that they do. Before the
         first step that is tested, and in each step a masked row is watched: if it has a gradient,
         the update is NaN and `fit` raises. Compiled, the Python code of layers and losses sees no
-        value of a row. With `run_eagerly=True` it does, as does that of callbacks, metrics and
-        validation: what it keeps of them is outside the guarantee.
+        value of a row; with `run_eagerly=True` it does, and what it keeps has no noise.
 
     Args:
         model: any `keras.Model` of Keras 3 that does not override `train_step`.

@@ -42,7 +42,8 @@ def check_model(
 ) -> None:
     """Test that the model can be trained privately, before it is.
 
-    Puts every variable back. In order: forward pass and loss may write no variable but metrics, may
+    Puts every variable back. Comparisons are made with other values of the trainable variables, too:
+    a kernel of zeros would hide what comes before it. In order: forward pass and loss may write no variable but metrics, may
     not depend on metrics, and must draw random numbers from seed generators, all of it read off
     their graphs; other rows must not change an example's outputs; where layers were declared
     row-wise, other rows must not change an example's outputs in a whole batch, with many random
@@ -88,6 +89,8 @@ def check_model(
         y_pred = run(x)
         _check_written(snapshot)
         _check_rows(model, run, x, snapshot)
+        snapshot.randomize()
+        _check_rows(model, run, x, snapshot)
         general = structural_reason(model, loss)
         declared = rowwise(model).declared
         if general is None and declared:
@@ -105,7 +108,7 @@ def check_model(
         if general is None:
             general = disagreement(model, x, y, sample_weight, row_loss, snapshot, mode)
     finally:
-        snapshot.restore()
+        snapshot.put_back()
     store_checked(model, general)
 
 

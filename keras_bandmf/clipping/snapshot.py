@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
@@ -39,7 +40,8 @@ class Snapshot:
         if self.untraceable is None:
             found.update((id(v), v) for v in graph.variables)
         self._variables = list(found.values())
-        self._values = [v.numpy() for v in self._variables]
+        self._kept = self._values = [v.numpy() for v in self._variables]
+        self._trained = {id(v.value) for v in model.trainable_variables}
         self._names = [owned.get(id(v), v.name) for v in self._variables]
         self._seeds = [v for v in self._variables if "seed_generator_state" in v.name]
         self._free = [id(v) in metrics or "seed_generator_state" in v.name for v in self._variables]
@@ -54,10 +56,27 @@ class Snapshot:
             if not free and not np.array_equal(v.numpy(), value)
         ]
 
+    def randomize(self) -> None:
+        """Move every trainable variable; from here on `restore` goes back to these values.
+
+        A kernel that is zero hides from what comes after it what layers before it do.
+        """
+        random = np.random.default_rng(0)
+        self._values = [
+            _moved(value, random) if id(v) in self._trained and v.dtype.is_floating else value
+            for v, value in zip(self._variables, self._kept, strict=True)
+        ]
+        self.restore()
+
     def restore(self) -> None:
         """Put every variable back, seed generators included: the next pass draws the same masks."""
         for v, value in zip(self._variables, self._values, strict=True):
             v.assign(value)
+
+    def put_back(self) -> None:
+        """Put every variable back to its value before all checks."""
+        self._values = self._kept
+        self.restore()
 
     def reseed(self, seed: int) -> None:
         """Give every seed generator a state that follows from `seed`."""
@@ -65,3 +84,14 @@ class Snapshot:
         for v in self._seeds:
             words = random.integers(2**31, size=v.shape)
             v.assign(tf.cast(tf.constant(words), v.dtype))
+
+
+def _moved(value: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Other values of that size; what has one sign keeps it, as it may be under a root."""
+    wide = np.asarray(value, np.float64)
+    drawn = random.normal(size=wide.shape)
+    if np.all(wide > 0) or np.all(wide < 0):
+        moved = wide * np.exp(0.3 * drawn)
+    else:
+        moved = wide + drawn / np.sqrt(max(1, math.prod(wide.shape[:-1])))
+    return moved.astype(value.dtype)
