@@ -42,14 +42,14 @@ def check_model(
 ) -> None:
     """Test that the model can be trained privately, before it is.
 
-    Puts every variable back. Comparisons are made with other values of the trainable variables, too:
-    a kernel of zeros would hide what comes before it. In order: forward pass and loss may write no variable but metrics, may
+    Puts every variable back. In order: forward pass and loss may write no variable but metrics, may
     not depend on metrics, and must draw random numbers from seed generators, all of it read off
     their graphs; other rows must not change an example's outputs; where layers were declared
     row-wise, other rows must not change an example's outputs in a whole batch, with many random
     states; the loss must be a sum or mean over examples; and the book-keeping path must give what
-    one-example-at-a-time gradients give on rows of random numbers. A model that fails only the
-    last goes the general path from here on (`explain` says why).
+    one-example-at-a-time gradients give on rows of random numbers. All but the first with moved
+    weights: zeros would hide what comes before them. A model that fails only the last goes the
+    general path from here on (`explain` says why).
 
     Args:
         model: a Keras model, compiled unless `loss` is given.
