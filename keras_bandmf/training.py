@@ -41,7 +41,8 @@ def privatize(
         public values reach the weights. Models that are not known to treat examples independently
         are trained one example at a time, unless their author declares that they do. Before the
         first step that is tested, and in each step a masked row is watched: if it has a gradient,
-        the update is NaN and `fit` raises.
+        the update is NaN and `fit` raises. Python code of layers and losses sees no value of a row
+        but with `run_eagerly=True`, and what it keeps then has no noise.
 
     Args:
         model: any `keras.Model` of Keras 3 that does not override `train_step`.

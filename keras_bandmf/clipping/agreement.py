@@ -52,9 +52,8 @@ def disagreement(
     if parts is None:
         return None
     x, y, sample_weight = parts
-    snapshot.restore()
     try:
-        expected = _one_by_one(model, x, y, sample_weight, loss)
+        expected = _one_by_one(model, x, y, sample_weight, loss, snapshot)
     except tf.errors.OpError:  # values that a layer or the loss does not take
         return None
     return _difference(model, (x, y, sample_weight), loss, snapshot, mode, expected)
@@ -131,17 +130,22 @@ def _difference(
 
 
 def _one_by_one(
-    model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: BatchLoss
+    model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: BatchLoss, snapshot: Snapshot
 ) -> list[np.ndarray]:
-    """Released gradients of the three examples, from one forward pass (same dropout)."""
+    """Released gradients of the three examples, each from a forward pass of its own.
+
+    The pass of a row has it in all three places, so that at its own it has the same dropout masks
+    as in the batch, and another row nowhere.
+    """
     variables = model.trainable_variables
     values = [v.value for v in variables]
-    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-        tape.watch(values)
-        y_pred = forward(model, x)
-    _, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight)
     found = []
     for i in range(3):
+        snapshot.restore()
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(values)
+            y_pred = forward(model, on_tensors(lambda t, i=i: tf.gather(t, [i] * 3), x))
+        _, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight)
         own = [tf.where(over_rows(tf.range(3) == i, s), s, tf.zeros_like(s)) for s in slopes]
         found.append(
             tape.gradient(

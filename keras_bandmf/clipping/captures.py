@@ -284,6 +284,8 @@ class _Walk:
         kind = node.kind
         if kind in _READS or kind in _WRITES_OUTSIDE:
             return
+        if kind == "Empty" and node.node_def().attr["init"].b:  # zeros, in spite of its name
+            return
         if kind.startswith("CudnnRNN") and not node.node_def().attr["dropout"].f:
             return
         if _is_random(kind):

@@ -25,9 +25,11 @@ from keras_bandmf.clipping.passes import refuse_untraceable, traced_pass
 from keras_bandmf.clipping.refusals import refuse_arguments, refuse_model, refuse_short_products
 from keras_bandmf.clipping.routes import store_checked, structural_reason, trial_reason
 from keras_bandmf.clipping.row_losses import per_example_losses
-from keras_bandmf.clipping.rows import all_rows, each_row_repeated, three_rows
+from keras_bandmf.clipping.rows import FEW, all_rows, each_row_repeated, few_rows
 from keras_bandmf.clipping.rowwise import rowwise
+from keras_bandmf.clipping.shapes import on_tensors
 from keras_bandmf.clipping.snapshot import Snapshot
+from keras_bandmf.clipping.unseen import UnseenForward, unseen
 
 
 def check_model(
@@ -40,13 +42,14 @@ def check_model(
 ) -> None:
     """Test that the model can be trained privately, before it is.
 
-    Runs eagerly and puts every variable back. In order: forward pass and loss may write no variable
-    but metrics, may not depend on metrics, and must draw random numbers from seed generators, all
-    of it read off their graphs; other rows must not change an example's outputs, of three rows;
-    where layers were declared row-wise, other rows must not change an example's outputs in a whole
-    batch, with many random states; the loss must be a sum or mean over examples; and the
-    book-keeping path must give what one-example-at-a-time gradients give on rows of random numbers.
-    A model that fails only the last goes the general path from here on (`explain` says why).
+    Puts every variable back. In order: forward pass and loss may write no variable but metrics, may
+    not depend on metrics, and must draw random numbers from seed generators, all of it read off
+    their graphs; other rows must not change an example's outputs; where layers were declared
+    row-wise, other rows must not change an example's outputs in a whole batch, with many random
+    states; the loss must be a sum or mean over examples; and the book-keeping path must give what
+    one-example-at-a-time gradients give on rows of random numbers. All but the first with moved
+    weights: zeros would hide what comes before them. A model that fails only the last goes the
+    general path from here on (`explain` says why).
 
     Args:
         model: a Keras model, compiled unless `loss` is given.
@@ -65,24 +68,29 @@ def check_model(
     rounding, can pass it. Privacy does not rest on it unless layers were declared row-wise: the
     path is chosen by structure (`rowwise`), and no value of the data takes part in that choice. The
     data given can only lead to an error. What is read off graphs is found on any sample;
-    `captures.Watch` says what is out of sight.
+    `captures.Watch` says what is out of sight. No Python code of the model or the loss gets to see
+    a value of the data, which it could keep and make a constant of the graph and of the released
+    model: on the data it runs as a graph alone (`unseen`), eagerly on zeros and random numbers.
     """
     refuse_arguments(x, y, sample_weight, 1.0, None)
     refuse_short_products()
     mode = checked_mode(clipping)
     refuse_model(model, sample_weight, loss)
     whole = all_rows(x, y, sample_weight)
-    x, y, sample_weight = three_rows(x, y, sample_weight)
+    x, y, sample_weight = few_rows(x, y, sample_weight)
     if not model.built:
-        forward(model, x)
+        forward(model, on_tensors(tf.zeros_like, x))
     mode.variable_groups(model)
-    snapshot = Snapshot(model, lambda: forward(model, x))
+    snapshot = Snapshot(model, x)
     try:
-        y_pred = forward(model, x)
         if snapshot.untraceable is not None:
             refuse_untraceable("The forward pass", snapshot.untraceable)
+        run = UnseenForward(model, x)
+        y_pred = run(x)
         _check_written(snapshot)
-        _check_rows(model, x, y_pred, snapshot)
+        _check_rows(model, run, x, snapshot)
+        snapshot.randomize()
+        _check_rows(model, run, x, snapshot)
         general = structural_reason(model, loss)
         declared = rowwise(model).declared
         if general is None and declared:
@@ -90,9 +98,8 @@ def check_model(
         build_loss(model, x, y)
         row_loss = batch_loss(model, loss)
         snapshot.restore()
-        _check_loss_captures(model, row_loss, x, y, forward(model, x), sample_weight)
-        snapshot.restore()
-        _check_loss(row_loss, x, y, forward(model, x), sample_weight)
+        _check_loss_captures(model, row_loss, x, y, sample_weight)
+        _check_loss(row_loss, x, y, run(x), sample_weight)
         # A loss of `compute_loss` may look at x; one that ignores a class divides by the others.
         if not (loss is None and overrides_compute_loss(model)):
             if not with_ignored_class(model, loss):
@@ -101,7 +108,7 @@ def check_model(
         if general is None:
             general = disagreement(model, x, y, sample_weight, row_loss, snapshot, mode)
     finally:
-        snapshot.restore()
+        snapshot.put_back()
     store_checked(model, general)
 
 
@@ -115,18 +122,23 @@ def _check_written(snapshot: Snapshot) -> None:
         )
 
 
-def _check_rows(model: keras.Model, x: Any, y_pred: Any, snapshot: Snapshot) -> None:
-    """Changing row j must not change the output of row i."""
+def _check_rows(model: keras.Model, run: UnseenForward, x: Any, snapshot: Snapshot) -> None:
+    """Changing the other rows must not change the output of a row.
+
+    Of real rows: layers may take no random ones (strings, numbers of categories).
+    """
+    snapshot.restore()
+    y_pred = run(x)
     for leaf in keras.tree.flatten(y_pred):
-        if not leaf.shape.rank or leaf.shape[0] != 3:
+        if not leaf.shape.rank or leaf.shape[0] != FEW:
             raise ValueError(
                 "Axis 0 of every output must be the example, as it is of the inputs: the model is "
                 "time-major, folds the batch axis, or reduces over it. "
-                f"Received: an output of shape {tuple(leaf.shape)} for 3 examples"
+                f"Received: an output of shape {tuple(leaf.shape)} for {FEW} examples"
             )
-    for i, changed in enumerate(each_row_repeated(x)):
+    for i, changed in each_row_repeated(x):
         snapshot.restore()
-        other = forward(model, changed)
+        other = run(changed)
         if all(
             same_row(a, b, i)
             for a, b in zip(keras.tree.flatten(y_pred), keras.tree.flatten(other), strict=True)
@@ -147,16 +159,17 @@ def same_row(a: tf.Tensor, b: tf.Tensor, i: int) -> bool:
 
 
 def _check_loss_captures(
-    model: keras.Model, loss: BatchLoss, x: Any, y: Any, y_pred: Any, sample_weight: Any
+    model: keras.Model, loss: BatchLoss, x: Any, y: Any, sample_weight: Any
 ) -> None:
     """The loss keeps nothing from one step to another."""
 
-    def run() -> tf.Tensor:
+    def run(x: Any, y: Any, sample_weight: Any) -> tf.Tensor:
+        y_pred = forward(model, x)
         if overrides_compute_loss(model):
             return loss(x, y, y_pred, sample_weight)
         return per_example_losses(loss, y, y_pred, sample_weight).losses
 
-    error = traced_pass(run, model)
+    error = traced_pass(run, model, x, y, sample_weight)
     if isinstance(error, Exception):
         refuse_untraceable("The loss", error)
 
@@ -164,18 +177,22 @@ def _check_loss_captures(
 def _check_loss(loss: BatchLoss, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> None:
     """The batch's loss must be a sum over examples, each on its own output only."""
 
-    def slopes(outputs: Any) -> list[tf.Tensor]:
+    def slopes(outputs: Any, masks: list, x: Any, y: Any, sample_weight: Any) -> list[tf.Tensor]:
+        for output, mask in zip(keras.tree.flatten(outputs), masks, strict=True):
+            if mask is not None:
+                output._keras_mask = mask
         leaves = [t for t in keras.tree.flatten(outputs) if t.dtype.is_floating]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(leaves)
             value = loss(x, y, outputs, sample_weight)
         return tape.gradient(value, leaves, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
-    # Without the logits Keras keeps beside an output: they would not change with it.
-    y_pred = keras.tree.map_structure(_alone, y_pred)
-    before = slopes(y_pred)
-    for i, changed in enumerate(each_row_repeated(y_pred)):
-        for a, b in zip(before, slopes(changed), strict=True):
+    masks = [getattr(t, "_keras_mask", None) for t in keras.tree.flatten(y_pred)]
+    rest = (masks, x, y, sample_weight)
+    run = unseen(slopes, y_pred, *rest)
+    before = run(y_pred, *rest)
+    for i, changed in each_row_repeated(y_pred):
+        for a, b in zip(before, run(changed, *rest), strict=True):
             if not same_row(a, b, i):
                 raise ValueError(
                     "The loss must be a sum over examples: here the output of one example changes "
@@ -183,11 +200,3 @@ def _check_loss(loss: BatchLoss, x: Any, y: Any, y_pred: Any, sample_weight: Any
                     "pass `axis` so that axis 0 is left (for images axis=(1, 2, 3)). "
                     f"Received: a loss that couples example {i} with the others"
                 )
-
-
-def _alone(output: tf.Tensor) -> tf.Tensor:
-    copy = tf.identity(output)
-    mask = getattr(output, "_keras_mask", None)
-    if mask is not None:
-        copy._keras_mask = mask
-    return copy

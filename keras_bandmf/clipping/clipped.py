@@ -105,7 +105,9 @@ def clipped_gradients(
 
     Models whose layers all have a clipping rule take the book-keeping path, one forward and one
     backward pass (Bu et al., 2023); any other goes one example at a time. `explain(model)` tells
-    which, and why. Works in eager mode, `tf.function`, XLA and a replica context.
+    which, and why. Works in eager mode, `tf.function`, XLA and a replica context. In eager mode the
+    Python code of model and loss sees the rows themselves, and what it keeps of them has no noise:
+    call this inside a `tf.function` that gets the rows as arguments.
 
     Args:
         model: a built Keras model; compiled, unless `loss` is given.

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_bandmf.clipping.book_keeping import forward
 from keras_bandmf.clipping.snapshot import Snapshot
+from keras_bandmf.clipping.unseen import unseen
 
 SameRow = Callable[[tf.Tensor, tf.Tensor, int], bool]
 
@@ -32,7 +33,7 @@ def first_mixing_layer(
 
     Args:
         model: the model.
-        x: three rows.
+        x: some rows.
         changed: the same with all rows but i replaced.
         i: the row.
         snapshot: restored before each run, so that both draw the same masks.
@@ -41,24 +42,32 @@ def first_mixing_layer(
     Returns:
         (what mixes, what to use instead), both for an error message.
     """
+    rows = int(keras.tree.flatten(x)[0].shape[0])
+    operations: list[Any] = []
+
+    def run(x: Any) -> list[tuple[list, list]]:
+        calls: list[_Call] = []
+        with _recorded(model, calls):
+            forward(model, x)
+        operations[:] = [call.operation for call in calls]
+        return [(call.inputs, call.outputs) for call in calls]
+
+    run = unseen(run, x)
     runs = []
     for data in (x, changed):
         snapshot.restore()
-        calls: list[_Call] = []
-        with _recorded(model, calls):
-            forward(model, data)
-        runs.append(calls)
+        runs.append([_Call(o, *t) for o, t in zip(operations, run(data), strict=True)])
 
     folded = None
-    for one, other in zip(*runs, strict=False):
-        if _row_axis(one.inputs) and not _row_axis(one.outputs) and folded is None:
+    for one, other in zip(*runs, strict=True):
+        if _row_axis(one.inputs, rows) and not _row_axis(one.outputs, rows) and folded is None:
             folded = one.operation
-        if _agree(one.outputs, other.outputs, i, same_row):
+        if _agree(one.outputs, other.outputs, i, rows, same_row):
             continue
         operation = one.operation
         if folded is not None:
             return _name(folded), _KEEP_AXIS
-        if not _agree(one.inputs, other.inputs, i, same_row):
+        if not _agree(one.inputs, other.inputs, i, rows, same_row):
             return f"code before {_name(operation)}", _PER_EXAMPLE
         return _name(operation), _instead(operation)
     return f"the model '{model.name}'", _KEEP_AXIS if folded is not None else _PER_EXAMPLE
@@ -82,9 +91,13 @@ def _recorded(model: keras.Model, calls: list[_Call]) -> Iterator[None]:
 
 
 def _recording(operation: Any, original: Callable, calls: list[_Call]) -> Callable:
+    outer = tf.compat.v1.get_default_graph()
+
     def call(*args: Any, **kwargs: Any) -> Any:
         outputs = original(*args, **kwargs)
-        calls.append(_Call(operation, _tensors((args, kwargs)), _tensors(outputs)))
+        # What is computed in the body of a loop cannot be returned.
+        if tf.compat.v1.get_default_graph() is outer:
+            calls.append(_Call(operation, _tensors((args, kwargs)), _tensors(outputs)))
         return outputs
 
     return call
@@ -94,16 +107,16 @@ def _tensors(structure: Any) -> list[tf.Tensor]:
     return [t for t in keras.tree.flatten(structure) if isinstance(t, tf.Tensor)]
 
 
-def _row_axis(tensors: list[tf.Tensor]) -> bool:
-    return bool(tensors) and all(t.shape.rank and t.shape[0] == 3 for t in tensors)
+def _row_axis(tensors: list[tf.Tensor], rows: int) -> bool:
+    return bool(tensors) and all(t.shape.rank and t.shape[0] == rows for t in tensors)
 
 
-def _agree(a: list[tf.Tensor], b: list[tf.Tensor], i: int, same_row: SameRow) -> bool:
+def _agree(a: list[tf.Tensor], b: list[tf.Tensor], i: int, rows: int, same_row: SameRow) -> bool:
     pairs = list(zip(a, b, strict=False))
     if any(s.dtype != t.dtype or s.shape != t.shape for s, t in pairs):
         return False
-    rows = [(s, t) for s, t in pairs if s.shape.rank and s.shape[0] == 3]
-    return all(same_row(s, t, i) for s, t in rows if s.dtype != tf.string)
+    pairs = [(s, t) for s, t in pairs if s.shape.rank and s.shape[0] == rows]
+    return all(same_row(s, t, i) for s, t in pairs if s.dtype != tf.string)
 
 
 def _name(operation: Any) -> str:

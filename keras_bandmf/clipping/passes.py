@@ -14,6 +14,7 @@ from keras_bandmf.clipping.captures import Refused, Watch
 from keras_bandmf.clipping.chunks import ChunkFunction
 from keras_bandmf.clipping.seeds import MaskSeeds, drawing, seed_generators
 from keras_bandmf.clipping.shapes import dims
+from keras_bandmf.clipping.unseen import unseen
 
 
 class RowsOf(NamedTuple):
@@ -81,12 +82,13 @@ def private_pass(run: Callable[[], Any], model: keras.Model, first: tf.Tensor | 
     return results
 
 
-def traced_pass(run: Callable[[], Any], model: keras.Model) -> tf.Graph | Exception:
+def traced_pass(run: Callable[..., Any], model: keras.Model, *data: Any) -> tf.Graph | Exception:
     """Trace a private pass without running it, to see what it does.
 
     Args:
-        run: forward pass or loss.
+        run: forward pass or loss, of structures like `data`.
         model: whose.
+        data: structures of tensors, of which only shapes and dtypes are used.
 
     Returns:
         The graph, or the error of a pass that cannot be traced.
@@ -95,12 +97,12 @@ def traced_pass(run: Callable[[], Any], model: keras.Model) -> tf.Graph | Except
         Refused: as `private_pass`.
     """
 
-    def trace() -> Any:
+    def trace(*data: Any) -> Any:
         seeds = MaskSeeds(tf.zeros([2], tf.int64), tf.zeros([], tf.int64))
-        return private_pass(run, model, seeds.of_pass(0))
+        private_pass(lambda: run(*data), model, seeds.of_pass(0))
 
     try:
-        return tf.function(trace, autograph=False).get_concrete_function().graph
+        return unseen(trace, *data).graph
     except Refused:
         raise
     except Exception as error:

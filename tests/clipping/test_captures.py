@@ -209,6 +209,26 @@ def test_constants_and_printing_are_fine(call):
     call(model_of(layers.Lambda(scale), frozen, layers.Dropout(0.1)))
 
 
+def test_connectionist_temporal_classification_trains():
+    """Its gradient starts from `Empty`, which is filled with zeros there."""
+    x = np.random.default_rng(2).normal(size=(5, 6, 4)).astype("float32")
+    y = np.random.default_rng(3).integers(1, 4, size=(5, 2)).astype("int32")
+    model = keras.Sequential([keras.Input((6, 4)), layers.Dense(5)])
+    model.compile(loss=keras.losses.CTC())
+    check_model(model, x, y)
+    seeds = MaskSeeds(tf.constant([3, 4], tf.int64), tf.constant(0, tf.int64))
+    run = tf.function(lambda x, y: clipped_gradients(model, x, y, mask_seeds=seeds).sums)
+    assert all(np.any(s) and np.all(np.isfinite(s)) for s in run(x, y))
+
+
+def test_memory_that_nobody_filled_is_refused():
+    def add(x):
+        return x + tf.raw_ops.Empty(shape=[1], dtype=tf.float32, init=False)
+
+    with pytest.raises(ValueError, match="Empty"):
+        check_model(model_of(layers.Lambda(add)), X, Y)
+
+
 def test_a_model_that_cannot_be_traced_is_refused():
     class Looks(layers.Layer):
         def compute_output_shape(self, shape):

@@ -7,6 +7,10 @@ import tensorflow as tf
 from keras import layers, ops
 
 from keras_bandmf.clipping import check_model, clipped_gradients, declare_row_wise, explain
+from keras_bandmf.clipping.agreement import disagreement
+from keras_bandmf.clipping.losses import batch_loss
+from keras_bandmf.clipping.modes import checked_mode
+from keras_bandmf.clipping.snapshot import Snapshot
 from tests.clipping import zoo
 
 X = np.random.default_rng(0).normal(size=(5, 4, 6)).astype("float32")
@@ -92,6 +96,22 @@ def test_mixing_is_found_for_each_number_of_rows():
     same = np.repeat(X[:1], 3, axis=0)
     with pytest.raises(ValueError, match="Center"):
         check_model(model_of(Center()), same, Y[:3])
+
+
+@pytest.mark.parametrize("threshold", [3, 15])
+def test_mixing_of_many_rows_or_of_an_unknown_number_is_found(threshold):
+    """As layers of Keras do that take an unknown number of rows for one."""
+
+    class Sometimes(Center):
+        def call(self, x):
+            unknown = x.shape[0] is None
+            if threshold == 3:
+                return super().call(x) if unknown else x
+            many = ops.shape(x)[0] > threshold
+            return ops.where(many, super().call(x), x)
+
+    with pytest.raises(ValueError, match="Sometimes mixes"):
+        check_model(model_of(Sometimes()), X, Y)
 
 
 def test_mixing_of_token_ids_is_found():
@@ -259,6 +279,54 @@ def test_pairwise_loss_on_scalar_scores_is_refused():
     model = keras.Sequential([keras.Input((6,)), layers.Dense(1)])
     with pytest.raises(ValueError, match="sum over examples"):
         check_model(model, X[:, 0], Y[:, :1], loss=ranking)
+
+
+@declare_row_wise
+class DeclaredCenter(Center):
+    """A false promise."""
+
+
+def test_a_head_of_zeros_does_not_hide_mixing():
+    """Its gradient is that of mixed rows all the same."""
+    model = model_of(DeclaredCenter())
+    head = model.get_layer("after")
+    head.kernel.assign(tf.zeros_like(head.kernel.value))
+    before = [v.numpy() for v in model.variables]
+    with pytest.raises(ValueError, match="DeclaredCenter mixes"):
+        check_model(model, X, Y)
+    for v, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(v.numpy(), value)
+
+
+def test_book_keeping_is_compared_with_passes_of_single_rows():
+    """What mixes before the first trained layer would do so in both ways in a pass of the batch."""
+    stack = [keras.Input((4, 6)), DeclaredCenter(), layers.Flatten(), layers.Dense(2)]
+    model = keras.Sequential(stack)
+    model.compile(loss="mse")
+    data = (tf.constant(X), tf.constant(Y), None)
+    snapshot = Snapshot(model, data[0])
+    args = (batch_loss(model), snapshot, checked_mode("flat"))
+    assert "disagree" in (disagreement(model, *data, *args) or "")
+    model = model_of(layers.Dropout(0.5, seed=1))
+    args = (batch_loss(model), Snapshot(model, data[0]), checked_mode("flat"))
+    assert disagreement(model, *data, *args) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_bfloat16", "bfloat16"])
+def test_moved_variables_are_finite_keep_their_sign_and_are_put_back(dtype):
+    inputs = keras.Input((4,))
+    x = layers.LayerNormalization(dtype=dtype)(inputs)
+    model = keras.Model(inputs, layers.Dense(2, kernel_initializer="zeros", dtype=dtype)(x))
+    before = [v.numpy() for v in model.variables]
+    snapshot = Snapshot(model, tf.ones([3, 4]))
+    snapshot.randomize()
+    moved = [v.numpy().astype("float64") for v in model.variables]
+    for value, was in zip(moved, before, strict=True):
+        assert np.all(np.isfinite(value)) and np.all(value != was.astype("float64"))
+    assert np.all(moved[0] > 0)
+    snapshot.put_back()
+    for v, was in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(v.numpy(), was)
 
 
 def test_no_rows_no_loss_no_model():
