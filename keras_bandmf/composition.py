@@ -171,6 +171,7 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
         plan_fingerprint=None,
         events=tuple(event for run in runs for event in run.events),
         runs=tuple(runs),
+        run_id=None,
     )
 
 
