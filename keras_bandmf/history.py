@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from keras_bandmf.checks import checked_int
-from keras_bandmf.composition import check_same
+from keras_bandmf.composition import check_same, delta_of_ideal_noise
 from keras_bandmf.documents import read_document, write_document
 from keras_bandmf.fresh import is_fresh, is_noted, small_enough
 from keras_bandmf.plan import TrainingPlan
@@ -72,8 +72,8 @@ def observe(variables: Sequence[Any]) -> None:
         A variable is taken for fresh only if its value is, bit for bit, what its own layer's
         initializer gives from its fixed seed (see `fresh`). One that private runs have trained is
         known only if it was fresh before the first, and if its value is still the one it had after
-        the last `fit`; values that changed otherwise make it unknown, for good. Changes between
-        the steps of a loop of the user's own are not seen.
+        the last `fit`, step of an eager loop, or restored checkpoint; values that changed otherwise
+        make it unknown, for good. Changes between the steps of a compiled loop are not seen.
     """
     if not small_enough(variables):
         for variable in variables:
@@ -116,9 +116,14 @@ def remembering(variables: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        if small_enough(variables):
-            for variable in variables:
-                _of(variable).seen = _of(variable).steps(), _digest(variable)
+        remember(variables)
+
+
+def remember(variables: Sequence[Any]) -> None:
+    """Notes the values of variables after private steps, so that later changes are seen."""
+    if small_enough(variables):
+        for variable in variables:
+            _of(variable).seen = _of(variable).steps(), _digest(variable)
 
 
 def changed(variables: Iterable[Any]) -> list[str]:
@@ -147,16 +152,20 @@ def check_plan(variables: Iterable[Any], plan: TrainingPlan) -> None:
     """Refuses to begin a run that could not be composed with earlier ones on the variables.
 
     Raises:
-        ValueError: if their guarantees are about other neighbors, or a restore failed.
+        ValueError: if their guarantees are about other neighbors, a restore failed, or the plan's
+            delta cannot pay for the noise of the earlier runs.
     """
-    found = [plan.adjacency]
+    found, deltas = [plan.adjacency], []
     for run in runs_of(variables):
         if isinstance(run, PastRun):
             found.append(run.past.adjacency)
+            deltas += [one.delta for one in (run.past.runs or (run.past,))]
         else:
             run.check_restored()
             found += [run.plan.adjacency] * (run.steps > 0)
+            deltas += [run.plan.delta] * (run.steps > 0)
     check_same("adjacency", found)
+    delta_of_ideal_noise([*deltas, plan.delta], plan.delta)
 
 
 def runs_of(variables: Iterable[Any]) -> list[Run]:

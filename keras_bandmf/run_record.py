@@ -243,6 +243,11 @@ class RunRecord:
                 "resumed or extended, which may have depended on what was seen"
             )
         caveats += [remark for fit in self.fits for remark in fit.remarks]
+        if self.looped:
+            caveats.append(
+                "a loop of the user's own made steps: that nothing else changed the weights between "
+                "them was not watched if it was compiled"
+            )
         if self._restores:
             caveats.append(
                 f"restored from a checkpoint {self._restores} times: steps repeated after a "
