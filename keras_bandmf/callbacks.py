@@ -88,6 +88,7 @@ class StepGuard(keras.callbacks.Callback):
         self._array_steps = array_steps
         self._epoch_start = 0
         self._position: int | None = None
+        self._restores = 0
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Moves the batches to the optimizer's step.
@@ -115,20 +116,36 @@ class StepGuard(keras.callbacks.Callback):
             state = optimizer.run_state
             self._batches.bind(state.sampler_key)
             state.accept_data(self._batches.digest(), self._batches.seed is not None)
+        if self._position is None and optimizer.built:
+            self._restores = optimizer.run_state.restores
         if self._batches is not None:
             optimizer.run_state.check_workers()
             self._batches.cursor = step
         self._epoch_start = self._position = step
 
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        """Sees steps and restores by a callback before this one, before the next step is made.
+
+        Raises:
+            ValueError: if the counter is not where the batches are, or a state was restored.
+        """
+        self._check_position(self._optimizer.steps_done)
+
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Ends `fit` after the last step of the plan.
 
         Raises:
-            ValueError: if the counter is not where the batches are.
+            ValueError: if the counter is not where the batches are. The step may then have been
+                made with rows of another one, and the run is not private from then on.
         """
         num_steps = self._optimizer.plan.num_steps
         self._position = min(self._epoch_start + batch + 1, num_steps)
         step = self._optimizer.steps_done
+        restored = self._optimizer.run_state.restores != self._restores
+        if step != self._position and not restored:
+            self._optimizer.record.broken = (
+                f"a step was made on rows of another one (step {step} at place {self._position})"
+            )
         self._check_position(step)
         if step >= num_steps:
             self.model.stop_training = True
@@ -151,10 +168,13 @@ class StepGuard(keras.callbacks.Callback):
             self._check_position(self._optimizer.steps_done)
 
     def _check_position(self, step: int) -> None:
-        if step != self._position:
+        optimizer = self._optimizer
+        restored = optimizer.built and optimizer.run_state.restores != self._restores
+        if step != self._position or restored:
             raise ValueError(
                 "The optimizer's step changed during `fit` other than by training, which would "
-                f"repeat or lose batches. Expected step {self._position}. Received: {step}. "
+                f"repeat or lose batches. Expected step {self._position}. Received: {step}"
+                f"{', of a restored state' if restored else ''}. "
                 "Restore checkpoints before `fit`, or at its beginning as BackupAndRestore does."
             )
 
@@ -204,17 +224,39 @@ def remarks(callbacks: Iterable[keras.callbacks.Callback], monitored: Iterable[s
     return found
 
 
-def check_callbacks(callbacks: Iterable[keras.callbacks.Callback]) -> list[str]:
+def refuse_validation_names(names: Iterable[str]) -> None:
+    """Refuses training metrics that would pass for metrics of validation data.
+
+    Args:
+        names: of metrics and outputs, or the keys of the logs of a training step.
+
+    Raises:
+        ValueError: if one begins with `val_`.
+    """
+    found = sorted({str(name) for name in names if str(name).startswith("val_")})
+    if found:
+        raise ValueError(
+            "Names of metrics and outputs must not begin with 'val_', by which callbacks tell "
+            "metrics of validation data: those of training are not private. "
+            f"Received: {', '.join(found)}. Rename them."
+        )
+
+
+def check_callbacks(
+    callbacks: Iterable[keras.callbacks.Callback], validates: bool = True
+) -> list[str]:
     """Refuses callbacks that let a training metric influence the run.
 
     Formal guarantees:
         Training metrics are computed from examples without noise. A callback known to act on one
         is refused; one that acts on a `val_` metric is allowed and named in the result, for the
-        statement to say that validation data must be public or disjoint. Callbacks of classes
-        unknown to this library cannot be checked.
+        statement to say that validation data must be public or disjoint. Without validation
+        data it is refused, and `refuse_validation_names` refuses training metrics of such a name.
+        Callbacks of classes unknown to this library cannot be checked.
 
     Args:
         callbacks: the callbacks given to `fit`.
+        validates: whether `fit` is given validation data.
 
     Returns:
         The monitored validation metrics.
@@ -240,6 +282,12 @@ def check_callbacks(callbacks: Iterable[keras.callbacks.Callback]) -> list[str]:
                 f"{type(callback).__name__} must monitor a metric of validation data that is "
                 "public or disjoint from the training data, such as monitor='val_loss': training "
                 f"metrics are not private. Received: monitor={monitor!r}"
+            )
+        if not validates:
+            raise ValueError(
+                f"{type(callback).__name__} monitors {monitor!r}, of which there is none without "
+                "validation data. Pass `validation_data` that is public or disjoint from the "
+                "training data. Received: validation_data=None"
             )
         monitored.append(f"{type(callback).__name__}({monitor})")
     return monitored

@@ -137,7 +137,8 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
                 f"Received: events=() with steps_charged={run.steps_charged}"
             )
     epsilon, accountant = composed_epsilon(
-        [e for run in runs for e in run.events], _delta_of_ideal_noise(runs, delta)
+        [e for run in runs for e in run.events],
+        delta_of_ideal_noise([run.delta for run in runs], delta),
     )
     caveats = [caveat for run in runs for caveat in run.caveats]
     if delta > 1 / min(run.num_examples for run in runs):
@@ -171,10 +172,11 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
         plan_fingerprint=None,
         events=tuple(event for run in runs for event in run.events),
         runs=tuple(runs),
+        run_id=None,
     )
 
 
-def _delta_of_ideal_noise(runs: Sequence[Statement], delta: float) -> float:
+def delta_of_ideal_noise(deltas: Sequence[float], delta: float) -> float:
     """The delta of which `epsilon_of` takes its share, once the noise of every run is charged.
 
     The noise of each run may be off by `FINITE_NOISE_SHARE` of its own delta in total variation.
@@ -182,7 +184,7 @@ def _delta_of_ideal_noise(runs: Sequence[Statement], delta: float) -> float:
     Raises:
         ValueError: if that leaves nothing.
     """
-    charged = FINITE_NOISE_SHARE * math.fsum(run.delta for run in runs)
+    charged = FINITE_NOISE_SHARE * math.fsum(deltas)
     if charged >= delta:
         raise ValueError(
             "The noise of the runs is made of finitely many random bits, which costs up to "

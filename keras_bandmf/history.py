@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -15,11 +16,11 @@ import keras
 import numpy as np
 
 from keras_bandmf.checks import checked_int
-from keras_bandmf.composition import check_same
+from keras_bandmf.composition import check_same, delta_of_ideal_noise
 from keras_bandmf.documents import read_document, write_document
 from keras_bandmf.fresh import is_fresh, is_noted, small_enough
 from keras_bandmf.plan import TrainingPlan
-from keras_bandmf.run_record import RunRecord
+from keras_bandmf.run_record import RunRecord, steps_at_restore
 from keras_bandmf.statement import Statement
 
 _ATTRIBUTE = "_keras_bandmf_history"
@@ -71,8 +72,8 @@ def observe(variables: Sequence[Any]) -> None:
         A variable is taken for fresh only if its value is, bit for bit, what its own layer's
         initializer gives from its fixed seed (see `fresh`). One that private runs have trained is
         known only if it was fresh before the first, and if its value is still the one it had after
-        the last `fit`; values that changed otherwise make it unknown, for good. Changes between
-        the steps of a loop of the user's own are not seen.
+        the last `fit`, step of an eager loop, or restored checkpoint; values that changed otherwise
+        make it unknown, for good. Changes between the steps of a compiled loop are not seen.
     """
     if not small_enough(variables):
         for variable in variables:
@@ -87,6 +88,22 @@ def observe(variables: Sequence[Any]) -> None:
         history.seen = history.steps(), _digest(variable)
 
 
+def inherit(weights: Sequence[Any], trainable: Sequence[Any]) -> None:
+    """Notes that variables are about to be trained with gradients that run through all weights.
+
+    Formal guarantees:
+        Every run that trained any of the weights is from now on in the history of each variable
+        that is trained with them; if the history of one of the weights is unknown, so is theirs.
+    """
+    runs = runs_of(weights)
+    known = not unknown(weights)
+    for variable in trainable:
+        for run in runs:
+            add([variable], run)
+        if not known:
+            _of(variable).is_known = False
+
+
 def begin(variables: Sequence[Any], record: RunRecord) -> None:
     """Puts the record of an optimizer that is being built into the history of its variables."""
     observe([variable for variable in variables if is_noted(variable)])
@@ -99,9 +116,14 @@ def remembering(variables: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        if small_enough(variables):
-            for variable in variables:
-                _of(variable).seen = _of(variable).steps(), _digest(variable)
+        remember(variables)
+
+
+def remember(variables: Sequence[Any]) -> None:
+    """Notes the values of variables after private steps, so that later changes are seen."""
+    if small_enough(variables):
+        for variable in variables:
+            _of(variable).seen = _of(variable).steps(), _digest(variable)
 
 
 def changed(variables: Iterable[Any]) -> list[str]:
@@ -130,33 +152,57 @@ def check_plan(variables: Iterable[Any], plan: TrainingPlan) -> None:
     """Refuses to begin a run that could not be composed with earlier ones on the variables.
 
     Raises:
-        ValueError: if their guarantees are about other neighbors, or a restore failed.
+        ValueError: if their guarantees are about other neighbors, a restore failed, or the plan's
+            delta cannot pay for the noise of the earlier runs.
     """
-    found = [plan.adjacency]
+    found, deltas = [plan.adjacency], []
     for run in runs_of(variables):
         if isinstance(run, PastRun):
             found.append(run.past.adjacency)
+            deltas += [one.delta for one in (run.past.runs or (run.past,))]
         else:
             run.check_restored()
             found += [run.plan.adjacency] * (run.steps > 0)
+            deltas += [run.plan.delta] * (run.steps > 0)
     check_same("adjacency", found)
+    delta_of_ideal_noise([*deltas, plan.delta], plan.delta)
 
 
 def runs_of(variables: Iterable[Any]) -> list[Run]:
-    """Returns the runs that trained any of the variables, in the order in which they began."""
+    """Returns the runs that trained any of the variables, in the order in which they began.
+
+    Formal guarantees:
+        A run that is over is left out only if another one holds all its steps: the same run, later,
+        or one that went on from a checkpoint of it, of no fewer steps. Each restore begins a run
+        with an id of its own, so that two that went on from one checkpoint are both kept.
+    """
     found: dict[int, Run] = {id(run): run for v in variables for run in _of(v).runs}
-    live = {run.run_id: run for run in found.values() if isinstance(run, RunRecord)}
-    kept: dict[Any, Run] = {}
+    live = [run for run in found.values() if isinstance(run, RunRecord)]
+    past: dict[str, PastRun] = {}
     for run in found.values():
-        if isinstance(run, RunRecord):
-            kept[id(run)] = run
-            continue
-        going_on = live.get(run.run_id)
-        if going_on and going_on.steps >= run.past.steps_run:
-            continue
-        if run.run_id not in kept or kept[run.run_id].past.steps_run < run.past.steps_run:
-            kept[run.run_id] = run
-    return sorted(kept.values(), key=lambda run: run.started)
+        if isinstance(run, PastRun):
+            past[run.run_id] = max(past.get(run.run_id, run), run, key=_extent)
+    kept: list[Run] = [*live, *past.values()]
+    kept = [
+        run
+        for run in kept
+        if isinstance(run, RunRecord) or not any(_holds(other, run) for other in kept)
+    ]
+    return sorted(kept, key=lambda run: run.started)
+
+
+def _extent(run: PastRun) -> tuple[int, int, bool]:
+    return run.past.steps_run, run.past.steps_charged, not run.past.private
+
+
+def _holds(run: Run, part: PastRun) -> bool:
+    """Whether all steps of `part` are among those of the other run."""
+    if run is part:
+        return False
+    if run.run_id == part.run_id:
+        return isinstance(run, RunRecord) and run.steps >= part.past.steps_run
+    restored_at = steps_at_restore(run.run_id, part.run_id)
+    return restored_at is not None and restored_at >= part.past.steps_run
 
 
 def unknown(variables: Iterable[Any]) -> list[str]:
@@ -190,12 +236,11 @@ def _named(paths: Sequence[str]) -> str:
 
 def to_json(variables: Sequence[Any], extra_runs: Sequence[Run] = ()) -> str:
     """The history of a model as JSON: a statement of each run, no key and no data."""
-    runs = {run.run_id: run for run in [*runs_of(variables), *extra_runs]}
     entries = [
-        {"run_id": run_id, "started": run.started, "statement": run.statement().to_json()}
-        for run_id, run in runs.items()
+        {"run_id": run.run_id, "started": run.started, "statement": run.statement().to_json()}
+        for run in [*runs_of(variables), *extra_runs]
     ]
-    facts = {"runs": entries, "is_known": not unknown(variables)}
+    facts = {"runs": entries, "is_known": not unknown(variables) and not changed(variables)}
     return write_document(_FORMAT, _VERSION, facts, indent=2)
 
 
@@ -242,15 +287,17 @@ def take_over(variables: Sequence[Any], history: Any) -> None:
         add(variables, run)
     for variable in variables:
         own = _of(variable)
-        own.is_known = is_known if own.is_known is None else own.is_known and is_known
+        before = own.is_known is not False and not changed([variable])
+        own.is_known = before and is_known
         own.seen = own.steps(), _digest(variable)
 
 
 def _of_statement(statement: Statement) -> tuple[list[PastRun], bool]:
-    runs = []
-    for number, run in enumerate(statement.runs or (statement,)):
-        run_id = hashlib.sha256(run.to_json().encode()).hexdigest()
-        runs.append(PastRun(run_id, number, run))
+    # A run without an id might be any, and is counted each time it is given.
+    runs = [
+        PastRun(run.run_id or uuid.uuid4().hex, number, run)
+        for number, run in enumerate(statement.runs or (statement,))
+    ]
     # What it does not know its caveats say, and those are kept.
     return runs, True
 
@@ -280,7 +327,9 @@ def to_array(variables: Sequence[Any], record: RunRecord) -> np.ndarray:
     facts = {
         "run": record.to_facts(),
         "others": [] if not others else to_json([], others),
-        "is_known": [_of(variable).is_known for variable in variables],
+        "is_known": [_of(v).is_known and not changed([v]) for v in variables],
+        # Empty where looking takes too long: is_known is False then.
+        "digests": [_digest(v).hex() if small_enough(variables) else "" for v in variables],
     }
     return np.frombuffer(json.dumps(facts).encode(), np.uint8)
 
@@ -299,6 +348,7 @@ def from_array(
     Raises:
         ValueError: if it is damaged.
     """
+    digests = [""] * len(variables)
     if array is None:
         known = [False] * len(variables)
     else:
@@ -306,7 +356,8 @@ def from_array(
             facts = json.loads(np.asarray(array, np.uint8).tobytes())
             run, others, known = facts["run"], facts["others"], facts["is_known"]
             others = _from_json(others)[0] if others else []
-            other_id = run["run_id"] != record.run_id
+            other_id = not record.goes_back_to(run["run_id"])
+            digests = [bytes.fromhex(digest) for digest in facts["digests"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"The history in the checkpoint is damaged: {error}. Received: {len(array)} bytes"
@@ -317,7 +368,9 @@ def from_array(
         record.take_over(run)
         for other in others:
             add(variables, other)
-    for variable, is_known in zip(variables, known, strict=True):
+    for variable, is_known, digest in zip(variables, known, digests, strict=True):
         own = _of(variable)
         own.is_known = is_known if own.is_known is None else own.is_known and is_known
-        own.seen = None  # the values come from the file, before or after this
+        # The values of the file come before or after this, and the step counter too.
+        steps = own.steps() - record.steps + record.noted_steps
+        own.seen = (steps, digest) if digest else None

@@ -22,8 +22,11 @@ def statement(model: keras.Model, delta: float | None = None) -> Statement:
         See `RunRecord.statement`: all steps of a plan are charged unless fewer were fixed in
         advance, and a fixed seed withdraws the claim. Every run that a `BandMFOptimizer` made on
         any weight of the model in this process is in it, and those that a restored optimizer or
-        `privatize(model, history=...)` brought. Weights that were neither initial values nor left
-        by these runs are named.
+        `privatize(model, history=...)` brought, with every run that trained weights which their
+        gradients ran through when they were trained. Weights whose values were not shown to be
+        initial ones, or those that the last `fit` or a restored checkpoint left, are named in a
+        caveat; without any private step the claim is withdrawn then. Not seen are changes between
+        the steps of a `fit` (by callbacks, which are named) or of a compiled loop.
 
     Args:
         model: a model made private and compiled with a `BandMFOptimizer`, or any model whose
@@ -35,9 +38,15 @@ def statement(model: keras.Model, delta: float | None = None) -> Statement:
     """
     runs = [run for run in history.runs_of(model.weights)]
     statements = [one for one in (run.statement() for run in runs) if one.steps_charged]
-    if not statements:
-        return compose([private_training(model).optimizer.record.statement()], delta)
+    ran = bool(statements)
+    if not ran:
+        statements = [private_training(model).optimizer.record.statement()]
     fresh.note_initializers(model)
     whole = compose(statements, delta)
     caveats = [*history.caveats(model.weights), *whole.caveats]
-    return dataclasses.replace(whole, caveats=tuple(dict.fromkeys(caveats)))
+    whole = dataclasses.replace(whole, caveats=tuple(dict.fromkeys(caveats)))
+    lost = history.unknown(model.weights) or history.changed(model.weights)
+    if lost and not ran and whole.private:
+        reason = "no private step was made, and where the weights come from is unknown"
+        whole = dataclasses.replace(whole, private=False, not_private_reason=reason)
+    return whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bandmf import history
+from keras_bandmf import fresh, history
 from keras_bandmf.clipping import ClippedGradients, ClippingMode, checked_mode
 from keras_bandmf.noise import workers
 from keras_bandmf.optimizer_arguments import (
@@ -96,7 +97,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         words = self._clipping.describe(self._l2_norm_clip)
         self._record = RunRecord(plan, self._l2_norm_clip, words, seed is not None)
         self._run_state: RunState | None = None
-        self._data_source: str | None = None
+        self._data_source: tuple[str, int] | None = None
         self._noised_variables: tuple[int, ...] = ()
 
     # Read-only: the noise is scaled to plan and clip norm once, when the optimizer is built.
@@ -147,6 +148,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         variables = list(variables)
         if not variables:
             raise ValueError("The model has no trainable variable. Received: variables=[]")
+        history.check_plan(variables, self.plan)
         with tf.init_scope():
             self.inner_optimizer.build(variables)
             super().build(variables)
@@ -181,7 +183,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     @contextlib.contextmanager
     def accepting(self, source: str) -> Iterator[None]:
         """Accepts gradients for the time of a private `fit`, from batches named by `source`."""
-        previous, self._data_source = self._data_source, source
+        previous, self._data_source = self._data_source, (source, threading.get_ident())
         try:
             yield
         finally:
@@ -259,11 +261,20 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
                 (eagerly) if the plan has no step left.
         """
         check_clipped(clipped, self.l2_norm_clip, self.clipping)
-        check_accounted(self.plan, self._data_source)
-        self._record.looped |= self._data_source is None
+        source = self._accepted_source()
+        check_accounted(self.plan, source)
         if trainable_variables is None:
             trainable_variables = self._trainable_variables
         trainable_variables = list(trainable_variables)
+        if not clipped.origin.belongs_to(trainable_variables):
+            raise ValueError(
+                "The gradients must be those of the variables they update, taken at their values: "
+                "pass the model itself to `clipped_gradients`, and its `trainable_variables` here. "
+                f"Received: gradients of {[v.path for v in clipped.origin.variables]} for "
+                f"{[v.path for v in trainable_variables]}"
+            )
+        if source is None:
+            self._note_loop(clipped.origin.model, trainable_variables)
         self.build(trainable_variables)
         if tuple(id(variable) for variable in trainable_variables) != self._noised_variables:
             raise ValueError(
@@ -297,6 +308,28 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         ]
         self.inner_optimizer.apply(gradients, trainable_variables)
         state.carriers.refresh(step + 1, replica)
+        if source is None and eager_step:
+            history.remember(clipped.origin.model.weights)
+
+    def _accepted_source(self) -> str | None:
+        """The batches of the private `fit` of this thread, whose step this is; else None."""
+        if self._data_source is None:
+            return None
+        source, thread = self._data_source
+        # Strategies run the step of each replica in a thread of their own, in their scope.
+        own = thread == threading.get_ident() or tf.distribute.has_strategy()
+        return source if own else None
+
+    def _note_loop(self, model: keras.Model, trainable_variables: Sequence[Any]) -> None:
+        """Looks at the weights before a step of a loop of the user's own, or before its trace."""
+        self._record.looped = True
+        with tf.init_scope():
+            # A replica sees its own part only: what the weights hold is then unknown.
+            if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+                if not fresh.is_noted(trainable_variables[0]):
+                    fresh.note_initializers(model)
+                history.observe(model.weights)
+            history.inherit(model.weights, trainable_variables)
 
     def budget_message(self) -> str:
         """Returns the error text for a step beyond the plan."""
@@ -355,7 +388,10 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the optimizer is not built, or the state does not belong to it.
         """
-        self._restore({name: np.asarray(store[name]) for name in store.keys()})
+        arrays = {name: np.asarray(store[name]) for name in store.keys()}
+        if not arrays and not self.steps_done:
+            return  # of a model without this optimizer, or that no step trained: begin anew
+        self._restore(arrays)
 
     def _saved_arrays(self) -> dict[str, np.ndarray]:
         self.run_state.warn_of_secrets(self.replay)
@@ -364,7 +400,13 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
 
     def _restore(self, arrays: dict[str, np.ndarray]) -> None:
         # Keras may go on after the error, with weights that are no longer those of this run.
-        record, variables = self._record, self._trainable_variables if self.built else []
+        if not self.built:
+            raise ValueError(
+                "BandMFOptimizer has no state before it is built, into which a checkpoint could be "
+                "restored. Call `optimizer.build(model.trainable_variables)` after `compile`, and "
+                f"then load. Received: a checkpoint with {sorted(arrays)}"
+            )
+        record, variables = self._record, self._trainable_variables
         record.restore_failed = True
         record.update()
         own_steps = record.steps
@@ -383,6 +425,17 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
 
     def _restore_from_tensors(self, restored_tensors: dict[str, tf.Tensor]) -> None:
         self._restore({name: value.numpy() for name, value in restored_tensors.items()})
+
+    def __reduce__(self) -> tuple:
+        """Copies an optimizer that is not built by its config; one that is has secrets."""
+        if self.built:
+            raise ValueError(
+                "A built BandMFOptimizer cannot be copied or pickled alone: it has the secret "
+                "state of a run, which goes on once. Copy the config "
+                "(`BandMFOptimizer.from_config(optimizer.get_config())`), or save the model. "
+                f"Received: a copy of {self.name!r}"
+            )
+        return type(self).from_config, (self.get_config(),)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the config. Neither keys nor the test seed are part of it."""

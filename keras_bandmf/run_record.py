@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import time
 import uuid
 import weakref
@@ -39,6 +40,17 @@ class Fit:
     remarks: tuple[str, ...] = ()
 
 
+def steps_at_restore(run_id: str, earlier: str) -> int | None:
+    """The steps of run `earlier` that run `run_id` went on from; None if it did not.
+
+    The id of a run that went on from a checkpoint is that of the checkpoint's run, "/", the steps
+    of the checkpoint, "-" and something random.
+    """
+    if not run_id.startswith(f"{earlier}/"):
+        return None
+    return int(run_id.removeprefix(f"{earlier}/").split("-")[0])
+
+
 class RunRecord:
     """The record of one optimizer's run. The variables it trains keep it (see `history`).
 
@@ -58,6 +70,8 @@ class RunRecord:
         self.fits: list[Fit] = []
         self.looped = False
         self.restore_failed = False
+        self.broken: str | None = None  # why what ran is not what is accounted for
+        self.lock = threading.Lock()  # held by a `fit`
         self._clip = l2_norm_clip, clipping
         self._seeded = seeded
         self._restores = 0
@@ -97,8 +111,16 @@ class RunRecord:
     @property
     def steps(self) -> int:
         """The most steps the run is known to have made, in this process or before a restore."""
-        now = [int(counter.numpy()) for counter in self._counters]
-        return max([self._steps, *now, *(fit.last_step for fit in self.fits)])
+        return max([self.noted_steps, *(int(counter.numpy()) for counter in self._counters)])
+
+    @property
+    def noted_steps(self) -> int:
+        """As `steps`, without counters that a restore may still be about to change."""
+        return max([self._steps, *(fit.last_step for fit in self.fits)])
+
+    def goes_back_to(self, run_id: str) -> bool:
+        """Whether this is the run of that id, or went on from a checkpoint of it."""
+        return self.run_id == run_id or steps_at_restore(self.run_id, run_id) is not None
 
     @contextlib.contextmanager
     def fit(
@@ -182,6 +204,7 @@ class RunRecord:
             reason = "noise or batches were drawn from a fixed seed"
             origin = "a fixed seed (tests only)"
         drawn = self._iterations is not None
+        reason = self.broken or reason
         if not planned.private:
             reason = planned.not_private_reason
         elif not drawn:
@@ -202,6 +225,7 @@ class RunRecord:
             caveats=tuple(dict.fromkeys(caveats)),
             private=reason is None,
             not_private_reason=reason,
+            run_id=self.run_id,
         )
 
     def _steps_charged(self, steps_run: int) -> int:
@@ -222,6 +246,11 @@ class RunRecord:
                 "resumed or extended, which may have depended on what was seen"
             )
         caveats += [remark for fit in self.fits for remark in fit.remarks]
+        if self.looped:
+            caveats.append(
+                "a loop of the user's own made steps: that nothing else changed the weights between "
+                "them was not watched if it was compiled"
+            )
         if self._restores:
             caveats.append(
                 f"restored from a checkpoint {self._restores} times: steps repeated after a "
@@ -249,11 +278,16 @@ class RunRecord:
             "steps": self.steps,
             "looped": self.looped,
             "exact_noise": self._exact_noise,
+            "broken": self.broken,
             "fits": [dataclasses.asdict(fit) for fit in self.fits],
         }
 
     def take_over(self, facts: dict[str, Any]) -> None:
-        """Goes on as the run of a file: what `to_facts` returned.
+        """Goes on from the run of a file: what `to_facts` returned.
+
+        Formal guarantees:
+            Its id is a new one, which names that of the file and its steps: who else goes on from
+            the same file is another run.
 
         Raises:
             ValueError: if the facts are damaged.
@@ -263,14 +297,17 @@ class RunRecord:
             steps = checked_int("steps", facts["steps"], minimum=0)
             started = checked_int("started", facts["started"], minimum=0)
             looped, run_id = bool(facts["looped"]), str(facts["run_id"])
+            broken = facts["broken"]
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"The record of the run in the checkpoint is damaged. Received: {facts!r} ({error})"
             ) from None
-        if run_id != self.run_id:  # what this optimizer did before is the caller's to keep
-            self.run_id, self.started = run_id, started
+        if not self.goes_back_to(run_id):  # what was done before is the caller's to keep
+            self.started = started
             self.looped, self._steps, self.fits = False, 0, []
+        self.run_id = f"{run_id}/{steps}-{uuid.uuid4().hex}"
         self.looped = self.looped or looped
         self._exact_before = self._exact_before and facts.get("exact_noise") is True
+        self.broken = self.broken or broken
         self._steps = max(self._steps, steps)
         self.fits = list(dict.fromkeys([*fits, *self.fits]))

@@ -12,7 +12,7 @@ from keras_bandmf.documents import read_document, write_document
 from keras_bandmf.printed import rounded_down, rounded_up
 
 _FORMAT = "keras_bandmf.Statement"
-_VERSION = 2
+_VERSION = 3
 _WIDTH = 88
 
 # What was paid for: (rounds, sampling probability, noise multiplier) of Gaussians.
@@ -76,6 +76,8 @@ class Statement:
         runs: of several runs on the same data, the statement of each; else empty. Steps are then
             those of all runs together, epsilon and delta are composed, and other single numbers
             (batch size, bands, noise, clip norm) are those of the last run.
+        run_id: which run it is of, at random; None for a plan or several runs. By it one run is
+            not counted twice, and two equal ones are not taken for one.
     """
 
     executed: bool
@@ -105,6 +107,7 @@ class Statement:
     plan_fingerprint: str | None = None
     events: tuple[Event, ...] = ()
     runs: tuple[Statement, ...] = ()
+    run_id: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("executed", "private"):
@@ -137,6 +140,8 @@ class Statement:
         self._set("other_accountants", others)
         self._set("events", tuple(_checked_event(event) for event in self.events))
         self._set("runs", tuple(self.runs))
+        if self.run_id is not None and (not isinstance(self.run_id, str) or not self.run_id):
+            _refuse("run_id", "a non-empty string or None", self.run_id)
         if not all(isinstance(run, Statement) for run in self.runs):
             _refuse("runs", "a sequence of statements", self.runs)
         self._check_steps()

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
 from keras_bandmf.optimizers import BandMFOptimizer
+
+
+@contextlib.contextmanager
+def held(lock: threading.Lock) -> Iterator[None]:
+    """Holds a lock, which nobody else may hold already.
+
+    Raises:
+        ValueError: if a `fit` holds it.
+    """
+    if not lock.acquire(blocking=False):
+        raise ValueError(
+            "The model, or its optimizer, is being trained: a second `fit` would move the step of "
+            "the first one away from its batches. Received: `fit` from a callback or another "
+            "thread, during `fit`. Call them one after the other."
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class StepGate(keras.callbacks.Callback):
@@ -31,11 +51,13 @@ class StepGate(keras.callbacks.Callback):
         self._fit: tuple[BandMFOptimizer, str] | None = None
         self._is_open = False
         self._is_running = False
+        self._thread: int | None = None
 
     @contextlib.contextmanager
     def during_fit(self, optimizer: BandMFOptimizer, source: str) -> Iterator[None]:
         """Takes announcements for the time of a private `fit` on the batches named by `source`."""
         previous, self._fit = self._fit, (optimizer, source)
+        self._thread = threading.get_ident()
         try:
             yield
         finally:
@@ -49,7 +71,8 @@ class StepGate(keras.callbacks.Callback):
         """Returns a train function that runs `function` only through the open gate."""
 
         def train_function(iterator: Any) -> Any:
-            if self._fit is None or not self._is_open:
+            elsewhere = self._thread != threading.get_ident()
+            if self._fit is None or not self._is_open or elsewhere:
                 raise ValueError(
                     "The private step runs once for each batch of `model.fit(plan.batches(x, y))` "
                     "of the private model. Received: a call from elsewhere (`train_function`, "

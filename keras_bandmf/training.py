@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ from keras_bandmf.mixed_rows import MixedRows
 from keras_bandmf.optimizers import BandMFOptimizer
 from keras_bandmf.regularisers import regularisation
 from keras_bandmf.sampling import PrivateBatches
-from keras_bandmf.step_gate import StepGate
+from keras_bandmf.step_gate import StepGate, held
 
 _ATTRIBUTE = "_keras_bandmf_training"
 
@@ -132,6 +134,17 @@ def private_training(model: keras.Model) -> _PrivateTraining:
     return training
 
 
+def _alone(fit: Callable) -> Callable:
+    """Lets one `fit` of a model, and of an optimizer, run at a time: neither nested nor threads."""
+
+    @functools.wraps(fit)
+    def alone(self: _PrivateTraining, *args: Any, **kwargs: Any) -> keras.callbacks.History:
+        with held(self.lock), held(self.optimizer.record.lock):
+            return fit(self, *args, **kwargs)
+
+    return alone
+
+
 class _PrivateTraining:
     """The methods that `privatize` puts on a model, and what they remember of the run."""
 
@@ -144,6 +157,7 @@ class _PrivateTraining:
         self._checked: Any = None
         self._needs_mask = False
         self._gate = StepGate()
+        self.lock = threading.Lock()
         self._train_function: Callable | None = None
         self._clip: Callable = self._clipped_gradients
 
@@ -234,6 +248,7 @@ class _PrivateTraining:
         penalty, penalties = regularisation(variables)
         optimizer.apply_clipped(clipped, variables, penalties)
         logs = self._metrics(x, y, sample_weight, clipped, penalty)
+        private_callbacks.refuse_validation_names(logs)
         return keras_faults.reducible_logs(model, logs)
 
     def _clipped_gradients(
@@ -282,6 +297,7 @@ class _PrivateTraining:
             unpadded(x), unpadded(y), unpadded(clipped.outputs), unpadded(sample_weight)
         )
 
+    @_alone
     def fit(
         self,
         x: Any = None,
@@ -324,7 +340,7 @@ class _PrivateTraining:
         fit_arguments.check_distribution(model, x)
         fit_arguments.refuse_changed_data(class_weight, validation_split)
         listed = private_callbacks.flat_callbacks(callbacks)
-        monitored = private_callbacks.check_callbacks(listed)
+        monitored = private_callbacks.check_callbacks(listed, validation_data is not None)
         batches, array_steps = x if isinstance(x, PrivateBatches) else None, None
         if batches is not None:
             fit_arguments.check_batches(
@@ -383,9 +399,14 @@ class _PrivateTraining:
         with model.distribute_strategy.scope():
             # Metrics too: made inside a replica, their variables would break the graph.
             model._symbolic_build(data_batch=keras.tree.map_structure(_symbolic_batch, parts))
+            names = [metric.name for metric in model.metrics]
+            private_callbacks.refuse_validation_names(
+                [*names, *(getattr(model, "output_names", None) or [])]
+            )
             fresh.note_initializers(model)
             variable_history.observe(model.weights)
             variable_history.check_plan(model.weights, optimizer.plan)
+            variable_history.inherit(model.weights, model.trainable_variables)
             optimizer.build(model.trainable_variables)
         state = (optimizer, tuple(id(variable) for variable in model.trainable_variables))
         # `compile` drops the train function: loss and layers may be others now.

@@ -24,6 +24,25 @@ from keras_bandmf.clipping.seeds import MaskSeeds
 from keras_bandmf.clipping.shapes import on_tensors
 
 
+class Origin:
+    """The model that gradients were taken at, and its variables: compared by identity."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.variables = tuple(model.trainable_variables)
+
+    def belongs_to(self, variables: Any) -> bool:
+        """Whether these are the very variables, in their order."""
+        return [id(v) for v in self.variables] == [id(v) for v in variables]
+
+    def __eq__(self, other: Any) -> bool:
+        same = isinstance(other, Origin) and self.model is other.model
+        return same and self.belongs_to(other.variables)
+
+    def __hash__(self) -> int:
+        return hash((id(self.model), *(id(v) for v in self.variables)))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClippedGradients:
     """Clipped gradients of one batch, summed over its examples.
@@ -45,6 +64,7 @@ class ClippedGradients:
             clipping bounds nothing. All of `sums` is then NaN.
         l2_norm_clip: the largest norm of one example's contribution.
         clipping: the clipping mode.
+        origin: the model, and the variables whose gradients these are.
     """
 
     sums: list[tf.Tensor]
@@ -56,10 +76,11 @@ class ClippedGradients:
     rows_mixed: tf.Tensor
     l2_norm_clip: float
     clipping: ClippingMode
+    origin: Origin
 
     def __tf_flatten__(self) -> tuple:
         """TensorFlow's protocol for structures: (constants, tensors)."""
-        constants = (self.l2_norm_clip, self.clipping)
+        constants = (self.l2_norm_clip, self.clipping, self.origin)
         rows = (self.norms, self.losses, self.was_clipped, self.outputs, self.mask)
         rows = (*rows, self.rows_mixed)
         return constants, (list(self.sums), *rows)
@@ -78,6 +99,7 @@ class ClippedGradients:
             rows_mixed=rows_mixed,
             l2_norm_clip=constants[0],
             clipping=constants[1],
+            origin=constants[2],
         )
 
 
@@ -191,7 +213,9 @@ def clipped_gradients(
         )
         result = clip_in_chunks(by_example, *data, 1)
     result = result._replace(sums=[_or_nan(s, result.rows_mixed) for s in result.sums])
-    return ClippedGradients(**result._asdict(), mask=mask, l2_norm_clip=clip, clipping=mode)
+    return ClippedGradients(
+        **result._asdict(), mask=mask, l2_norm_clip=clip, clipping=mode, origin=Origin(model)
+    )
 
 
 def _or_nan(total: tf.Tensor, rows_mixed: tf.Tensor) -> tf.Tensor:
