@@ -14,6 +14,7 @@ from typing import Any
 import keras
 
 from keras_bandmf.checks import checked_int
+from keras_bandmf.noise.finite import affords_tail
 from keras_bandmf.plan import TrainingPlan
 from keras_bandmf.statement import Statement
 
@@ -79,6 +80,7 @@ class RunRecord:
         self._carriers = ""
         self._exact_noise, self._exact_before = False, True
         self._steps = 0
+        self._num_values = 0.0
         self._iterations: Any = None
         self._counters: list[Any] = []
         self._optimizer: Any = lambda: None
@@ -92,7 +94,9 @@ class RunRecord:
         self._optimizer = weakref.ref(optimizer)
         # They outlive the optimizer. An interrupted step has moved those of the noise alone.
         self._iterations = optimizer.iterations
-        self._counters = optimizer.run_state.noise.counters
+        noise = optimizer.run_state.noise
+        self._counters = noise.counters
+        self._num_values = float(noise.layout.size) * noise.num_steps
         self.update()
 
     def update(self) -> None:
@@ -126,7 +130,6 @@ class RunRecord:
     def fit(
         self,
         source: str,
-        callbacks: Sequence[keras.callbacks.Callback],
         remarks: Sequence[str],
         epochs: int,
         steps_per_epoch: int | None,
@@ -135,8 +138,7 @@ class RunRecord:
 
         Args:
             source: what was trained on, in words.
-            callbacks: the callbacks given to `fit`.
-            remarks: what the reader of a statement must know about them.
+            remarks: what the reader of a statement must know about its callbacks.
             epochs: how many epochs were asked for.
             steps_per_epoch: of how many steps, None if unknown.
         """
@@ -151,13 +153,8 @@ class RunRecord:
             completed = True
         finally:
             last = self._counted()
-            stopped = any(
-                isinstance(callback, keras.callbacks.EarlyStopping) and callback.stopped_epoch
-                for callback in callbacks
-            )
-            # EarlyStopping looks at the end of an epoch: within one, something else stopped.
-            stopped = stopped and bool(steps_per_epoch) and (last - first) % steps_per_epoch == 0
-            completed = completed and (stopped or last == requested)
+            # Who stopped it earlier has looked at weights or metrics: all steps are charged then.
+            completed = completed and last == requested
             self.fits.append(Fit(source, first, last, requested, completed, tuple(remarks)))
             self.update()
 
@@ -182,9 +179,11 @@ class RunRecord:
 
         Formal guarantees:
             Fewer than all steps of the plan are charged only if one uninterrupted `fit` in this
-            process made them all and ended where it was asked to, or by an EarlyStopping on
-            validation data; stopping or going on may else have depended on what was seen, and so
-            may a loop of the user's own. A fixed seed of noise or sampler withdraws the claim.
+            process made them all and ended where it was asked to. Stopping or going on may else
+            have depended on released weights, as that of EarlyStopping does even on public
+            validation data, and so may a loop of the user's own. A fixed seed of noise or sampler
+            withdraws the claim, and so does an epsilon so large that the finite tails of the noise
+            cost more than their share of delta (`noise.finite.affords_tail`).
 
         Raises:
             ValueError: if a restore failed, so that the weights may hold steps of another run.
@@ -205,6 +204,12 @@ class RunRecord:
             origin = "a fixed seed (tests only)"
         drawn = self._iterations is not None
         reason = self.broken or reason
+        if reason is None and drawn and not self._exact_noise:
+            if not affords_tail(self._num_values, planned.delta, planned.epsilon):
+                reason = (
+                    "at so large an epsilon the finite tails of the noise cost more than delta "
+                    "allows (use noise='exact' or more noise)"
+                )
         if not planned.private:
             reason = planned.not_private_reason
         elif not drawn:
@@ -248,8 +253,8 @@ class RunRecord:
         caveats += [remark for fit in self.fits for remark in fit.remarks]
         if self.looped:
             caveats.append(
-                "a loop of the user's own made steps: that nothing else changed the weights between "
-                "them was not watched if it was compiled"
+                "a loop of the user's own made steps: that nothing else changed the weights "
+                "between them was not watched if it was compiled"
             )
         if self._restores:
             caveats.append(

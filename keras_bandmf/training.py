@@ -371,7 +371,7 @@ class _PrivateTraining:
         with (
             self._gate.during_fit(optimizer, source),
             variable_history.remembering(model.weights),
-            optimizer.record.fit(source, listed, remarks, epochs - initial_epoch, steps_per_epoch),
+            optimizer.record.fit(source, remarks, epochs - initial_epoch, steps_per_epoch),
             keras_faults.worked_around(model, symbolic_build=batches is None),
         ):
             return keras.Model.fit(

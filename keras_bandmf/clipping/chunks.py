@@ -124,13 +124,17 @@ def _stacked(
 
     def body(i: Any, sums: list[tf.Tensor], arrays: list[tf.TensorArray]) -> tuple:
         added, rows = step(i)
-        sums = [s + a for s, a in zip(sums, added, strict=True)]
+        sums = [s + tf.cast(a, s.dtype) for s, a in zip(sums, added, strict=True)]
         return i + 1, sums, [a.write(i, r) for a, r in zip(arrays, rows, strict=True)]
 
+    # In float64: a long chain of float32 additions could move by more than is charged for it.
+    dtypes = [s.dtype for s in sums]
+    sums = [tf.cast(s, tf.float64) for s in sums]
     # One iteration at a time: running several would cost the memory that chunks save.
     _, sums, arrays = tf.while_loop(
         lambda i, *_: i < count, body, (tf.constant(1), sums, arrays), parallel_iterations=1
     )
+    sums = [tf.cast(s, dtype) for s, dtype in zip(sums, dtypes, strict=True)]
     return sums, [a.stack() for a in arrays]
 
 

@@ -200,7 +200,9 @@ class Lookup:
         sizes = dims(self.g)
         flat = tf.reshape(_weighted(self.g, weights), [sizes[0] * sizes[1], sizes[2]])
         ids = tf.reshape(self.ids, [sizes[0] * sizes[1]])
-        return tf.math.unsorted_segment_sum(flat, ids, self.rows)
+        # In float64: a row that many positions read is a long chain of additions.
+        total = tf.math.unsorted_segment_sum(tf.cast(flat, tf.float64), ids, self.rows)
+        return tf.cast(total, self.g.dtype)
 
 
 def prefers_product(count: object, width_in: int, width_out: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from keras_bandmf.noise.normals import RADIUS_BITS
 
 #: The share of a plan's delta that is set aside for the noise: epsilon is computed at the rest.
@@ -16,7 +18,7 @@ def tail_total_variation(num_values: float) -> float:
         have probability 2^-88.9, and so does the smallest of the cells of its distribution. A row
         is beyond the range of the ring's int32 with probability below 2^-110 a value. Noise whose
         tail goes on differs from this one with at most the probability returned, whatever the
-        data: it adds to delta at every epsilon.
+        data. At epsilon it adds (1 + e^epsilon) times that to delta: both neighbors are cut.
 
     Args:
         num_values: coordinates times steps.
@@ -33,14 +35,26 @@ def tail_total_variation(num_values: float) -> float:
     return num_values * 2.0**-RADIUS_BITS * (1.0 + 1e-9)
 
 
+def affords_tail(num_values: float, delta: float, epsilon: float) -> bool:
+    """Returns whether `DELTA_SHARE` of delta pays for the noise's tail at an epsilon.
+
+    Args:
+        num_values: coordinates times steps.
+        delta: of the plan.
+        epsilon: of the steps charged; may be infinite.
+    """
+    factor = 1.0 + math.exp(min(epsilon, 700.0))
+    return tail_total_variation(num_values) * factor <= DELTA_SHARE * delta
+
+
 def check_tail(num_values: float, delta: float) -> None:
-    """Refuses a run whose delta cannot pay for the noise's tail.
+    """Refuses a run whose delta cannot pay for the noise's tail, however small its epsilon.
 
     Raises:
         ValueError: if the charge is above `DELTA_SHARE` of `delta`.
     """
-    charge = tail_total_variation(num_values)
-    if not charge <= DELTA_SHARE * delta:
+    if not affords_tail(num_values, delta, 0.0):
+        charge = 2 * tail_total_variation(num_values)
         raise ValueError(
             "The noise has tails of finite length, which cost "
             f"{charge:.3g} of delta over all coordinates and steps: more than {DELTA_SHARE:g} of "
