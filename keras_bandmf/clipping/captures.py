@@ -68,6 +68,7 @@ class Watch:
         model: whose pass is traced.
         first: the seed tensor of `MaskSeeds.of_pass`; None if Keras's generators serve.
         generators: the seed generators that may be written then.
+        unread: what no result may depend on besides metrics, from `written_in`.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Watch:
         model: keras.Model,
         first: tf.Tensor | None,
         generators: Iterable[keras.random.SeedGenerator] = (),
+        unread: dict[int, str] | None = None,
     ):
         self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         if self._graph is None:
@@ -84,7 +86,8 @@ class Watch:
         metrics = [*model.metrics_variables, *_metric_variables(model)]
         self._metrics = set(_handles(metrics))
         self._seeds = set(_handles([] if first is not None else [g.state for g in generators]))
-        self._names = _handles([*model.variables, *metrics])
+        self._unread = self._metrics | set(unread or {})
+        self._names = {**(unread or {}), **_handles([*model.variables, *metrics])}
 
     def refuse(self, results: Any) -> None:
         """Refuse the pass if what it computed carries more than weights, constants and seeds.
@@ -100,11 +103,12 @@ class Watch:
         Formal guarantees: if it returns in a graph, `results` are functions of the weights, the
             data, constants, the seeds and of variables that the pass does not write and that
             belong to no metric of the model. Out of sight: Python code that runs at each step of an
-            eager run, and variables that something else (a callback) changes.
+            eager run, and variables that something else (a callback) changes. Of variables that a
+            metric function changes without owning them, those are known that `written_in` found.
         """
         if self._graph is None:
             return
-        walk = _Walk(self._graph, self._first, self._metrics)
+        walk = _Walk(self._graph, self._first, self._unread)
         walk.operations(self._graph.get_operations()[self._start :])
         for handle in walk.written:
             if handle not in self._metrics and handle not in self._seeds:
@@ -117,7 +121,7 @@ class Watch:
                 )
         for tensor in keras.tree.flatten(results):
             if isinstance(tensor, tf.Tensor):
-                for handle in walk.labels(tensor) & self._metrics:
+                for handle in walk.labels(tensor) & self._unread:
                     raise Refused(
                         "A metric holds data of earlier steps without noise: no output of the "
                         "model and no loss may depend on one. Write it, but do not read it in "
@@ -127,6 +131,18 @@ class Watch:
 
     def _name(self, handle: int, walk: _Walk) -> str:
         return self._names.get(handle) or walk.names.get(handle, "a variable or table")
+
+
+def written_in(graph: tf.Graph) -> dict[int, str]:
+    """What a traced function may write: identities of resources, with names for messages.
+
+    Formal guarantees: every variable and table that an operation of the graph, or of a function
+    it calls, gets otherwise than to read it. What Python code writes (`tf.py_function`) is not
+    among them.
+    """
+    walk = _Writes(graph, None, set())
+    walk.operations(graph.get_operations())
+    return {handle: walk.names.get(handle, "a variable or table") for handle in walk.written}
 
 
 def _metric_variables(model: keras.Model) -> list[Any]:
@@ -359,6 +375,20 @@ class _Walk:
             library = self._graph.as_graph_def().library.function
             self._functions = {function.signature.name: function for function in library}
         return self._functions.get(name)
+
+
+class _Writes(_Walk):
+    """Collects what is written and refuses nothing."""
+
+    def _check_stateful(self, node: _Node) -> None:
+        if node.kind not in _READS:
+            self.written |= Labels().union(*node.inputs) - {_KEY}
+
+    def _body(self, name: str, inputs: list[Labels]) -> None:
+        if self._function(name) is None:
+            self.written |= Labels().union(*inputs)
+        else:
+            super()._body(name, inputs)
 
 
 def _bodies(node: _Node) -> list[str]:

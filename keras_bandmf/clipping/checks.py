@@ -21,7 +21,7 @@ from keras_bandmf.clipping.losses import (
     with_ignored_class,
 )
 from keras_bandmf.clipping.modes import ClippingMode, checked_mode
-from keras_bandmf.clipping.passes import refuse_untraceable, traced_pass
+from keras_bandmf.clipping.passes import refuse_untraceable, traced_pass, written_by_metrics
 from keras_bandmf.clipping.refusals import refuse_arguments, refuse_model, refuse_short_products
 from keras_bandmf.clipping.routes import store_checked, structural_reason, trial_reason
 from keras_bandmf.clipping.row_losses import per_example_losses
@@ -89,16 +89,17 @@ def check_model(
         y_pred = run(x)
         _check_written(snapshot)
         _check_rows(model, run, x, snapshot)
+        build_loss(model, x, y)
+        row_loss = batch_loss(model, loss)
         snapshot.randomize()
         _check_rows(model, run, x, snapshot)
         general = structural_reason(model, loss)
         declared = rowwise(model).declared
         if general is None and declared:
             check_declared(model, whole[0], declared, snapshot)
-        build_loss(model, x, y)
-        row_loss = batch_loss(model, loss)
         snapshot.restore()
-        _check_loss_captures(model, row_loss, x, y, sample_weight)
+        unread = written_by_metrics(model, x, y, y_pred, sample_weight)
+        _check_loss_captures(model, row_loss, x, y, sample_weight, unread)
         _check_loss(row_loss, x, y, run(x), sample_weight)
         # A loss of `compute_loss` may look at x; one that ignores a class divides by the others.
         if not (loss is None and overrides_compute_loss(model)):
@@ -159,9 +160,14 @@ def same_row(a: tf.Tensor, b: tf.Tensor, i: int) -> bool:
 
 
 def _check_loss_captures(
-    model: keras.Model, loss: BatchLoss, x: Any, y: Any, sample_weight: Any
+    model: keras.Model,
+    loss: BatchLoss,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    unread: dict[int, str],
 ) -> None:
-    """The loss keeps nothing from one step to another."""
+    """The loss keeps nothing from one step to another, and reads nothing that a metric keeps."""
 
     def run(x: Any, y: Any, sample_weight: Any) -> tf.Tensor:
         y_pred = forward(model, x)
@@ -169,7 +175,7 @@ def _check_loss_captures(
             return loss(x, y, y_pred, sample_weight)
         return per_example_losses(loss, y, y_pred, sample_weight).losses
 
-    error = traced_pass(run, model, x, y, sample_weight)
+    error = traced_pass(run, model, x, y, sample_weight, unread=unread)
     if isinstance(error, Exception):
         refuse_untraceable("The loss", error)
 

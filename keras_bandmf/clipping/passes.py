@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf.clipping.book_keeping import Clipped
-from keras_bandmf.clipping.captures import Refused, Watch
+from keras_bandmf.clipping.captures import Refused, Watch, written_in
 from keras_bandmf.clipping.chunks import ChunkFunction
 from keras_bandmf.clipping.seeds import MaskSeeds, drawing, seed_generators
 from keras_bandmf.clipping.shapes import dims
@@ -61,13 +61,19 @@ def in_passes(
     return one
 
 
-def private_pass(run: Callable[[], Any], model: keras.Model, first: tf.Tensor | None) -> Any:
+def private_pass(
+    run: Callable[[], Any],
+    model: keras.Model,
+    first: tf.Tensor | None,
+    unread: dict[int, str] | None = None,
+) -> Any:
     """Run one pass: draws answered from `first`, writes and dependences looked at.
 
     Args:
         run: forward pass, loss, gradients, or some of them.
         model: whose.
         first: of `MaskSeeds.of_pass`, or None for Keras's own generators.
+        unread: as for `Watch`.
 
     Returns:
         What `run` returns.
@@ -75,20 +81,23 @@ def private_pass(run: Callable[[], Any], model: keras.Model, first: tf.Tensor | 
     Raises:
         Refused: as `captures.Watch.refuse` and `seeds.drawing`.
     """
-    watch = Watch(model, first, seed_generators(model))
+    watch = Watch(model, first, seed_generators(model), unread)
     with contextlib.nullcontext() if first is None else drawing(model, first):
         results = run()
     watch.refuse(results)
     return results
 
 
-def traced_pass(run: Callable[..., Any], model: keras.Model, *data: Any) -> tf.Graph | Exception:
+def traced_pass(
+    run: Callable[..., Any], model: keras.Model, *data: Any, unread: dict[int, str] | None = None
+) -> tf.Graph | Exception:
     """Trace a private pass without running it, to see what it does.
 
     Args:
         run: forward pass or loss, of structures like `data`.
         model: whose.
         data: structures of tensors, of which only shapes and dtypes are used.
+        unread: as for `Watch`.
 
     Returns:
         The graph, or the error of a pass that cannot be traced.
@@ -99,7 +108,7 @@ def traced_pass(run: Callable[..., Any], model: keras.Model, *data: Any) -> tf.G
 
     def trace(*data: Any) -> Any:
         seeds = MaskSeeds(tf.zeros([2], tf.int64), tf.zeros([], tf.int64))
-        private_pass(lambda: run(*data), model, seeds.of_pass(0))
+        private_pass(lambda: run(*data), model, seeds.of_pass(0), unread)
 
     try:
         return unseen(trace, *data).graph
@@ -107,6 +116,30 @@ def traced_pass(run: Callable[..., Any], model: keras.Model, *data: Any) -> tf.G
         raise
     except Exception as error:
         return error
+
+
+def written_by_metrics(
+    model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any
+) -> dict[int, str]:
+    """What the compiled metrics write, variables of their own and others: as `written_in`.
+
+    Args: structures of tensors, of which only shapes and dtypes are used.
+
+    Formal guarantees: empty if the metrics are not built yet, which `fit` does, or cannot be
+    traced: they run eagerly then, and what they write is out of sight.
+    """
+    compiled = getattr(model, "_compile_metrics", None)
+    if compiled is None or not compiled.built:
+        return {}
+
+    def run(x: Any, y: Any, y_pred: Any, sample_weight: Any) -> list:
+        model.compute_metrics(x, y, y_pred, sample_weight)
+        return []
+
+    try:
+        return written_in(unseen(run, x, y, y_pred, sample_weight).graph)
+    except Exception:
+        return {}
 
 
 def refuse_untraceable(what: str, error: Exception) -> None:

@@ -1,12 +1,16 @@
 """What a pass reads, writes and draws: constants, seeds and weights, or it is refused (rule 17)."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
 
+import keras_bandmf as bandmf
 from keras_bandmf.clipping import MaskSeeds, check_model, clipped_gradients
+from tests import runs
 
 X = np.random.default_rng(0).normal(size=(5, 6)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(5, 2)).astype("float32")
@@ -261,3 +265,48 @@ def test_python_state_of_an_eager_run_is_out_of_sight():
     model = model_of(layers.Lambda(lambda x: (kept.append(1), x)[1]))
     check_model(model, X, Y)
     assert kept
+
+
+@pytest.mark.parametrize("reader", ["loss", "layer", "nobody"])
+@pytest.mark.parametrize("way", ["plain", "branch", "function"])
+def test_what_a_metric_function_writes_is_not_read(reader, way):
+    """Here the largest label of earlier steps, without noise."""
+    kept = tf.Variable(0.0, trainable=False, name="kept")
+
+    def write(y):
+        kept.assign(tf.maximum(kept, tf.reduce_max(tf.abs(y))))
+        return 0.0
+
+    def metric(y, y_pred):
+        if way == "plain":
+            write(y)
+        elif way == "branch":
+            tf.cond(tf.reduce_max(y) > 0.0, lambda: write(y), lambda: 0.0)
+        else:
+            tf.function(write)(y)
+        return tf.abs(y - y_pred)
+
+    def loss(y, y_pred):
+        scale = 1.0 / (1.0 + kept) if reader == "loss" else 1.0
+        return tf.reduce_mean(tf.square(scale * y - y_pred), axis=-1)
+
+    plan = runs.make_plan()
+    middle = layers.Lambda(lambda x: x * kept if reader == "layer" else x * 1.0)
+    model = bandmf.privatize(keras.Sequential([keras.Input((6,)), middle, layers.Dense(2)]))
+    runs.compiled(model, plan, loss=loss, metrics=[metric])
+    random = np.random.default_rng(0)
+    x, y = (random.normal(size=(96, n)).astype("float32") for n in (6, 2))
+    refused = pytest.raises(ValueError, match="holds data of earlier steps.*kept")
+    with contextlib.nullcontext() if reader == "nobody" else refused:
+        model.fit(plan.batches(x, y), epochs=1, steps_per_epoch=1, verbose=0)
+
+
+def test_metrics_of_python_code_and_of_keras_go_on():
+    def metric(y, y_pred):
+        found = tf.numpy_function(lambda a, b: np.abs(a - b).mean(), [y, y_pred], tf.float32)
+        return tf.ensure_shape(found, [])
+
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(2)])
+    model.compile(loss="mse", metrics=[metric, "mae", keras.metrics.AUC()])
+    model.evaluate(X, np.abs(Y) / 10, verbose=0)
+    check_model(model, X, np.abs(Y) / 10)
