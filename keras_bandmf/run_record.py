@@ -245,8 +245,8 @@ class RunRecord:
         caveats += [remark for fit in self.fits for remark in fit.remarks]
         if self.looped:
             caveats.append(
-                "a loop of the user's own made steps: that nothing else changed the weights between "
-                "them was not watched if it was compiled"
+                "a loop of the user's own made steps: that nothing else changed the weights "
+                "between them was not watched if it was compiled"
             )
         if self._restores:
             caveats.append(
