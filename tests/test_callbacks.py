@@ -130,3 +130,45 @@ def test_batches_of_a_fixed_seed_are_remembered_by_the_run(seed):
     guard.set_model(model)
     guard.on_epoch_begin(0)
     assert model.optimizer.run_state.seeded == (seed is not None)
+
+
+def test_without_validation_data_no_callback_may_act_on_a_validation_metric():
+    model = runs.compiled(runs.counting_model(), runs.make_plan())
+    batches = model.optimizer.plan.batches(*runs.counting_data())
+    with pytest.raises(ValueError, match="validation_data"):
+        model.fit(batches, callbacks=[keras.callbacks.EarlyStopping("val_loss")], verbose=0)
+
+
+@keras.saving.register_keras_serializable(package="keras_bandmf_tests")
+class Several(keras.metrics.Mean):
+    """A metric whose result has names of its own."""
+
+    def result(self):
+        """One of validation, as it seems."""
+        return {"val_inner": super().result()}
+
+
+@pytest.mark.parametrize("way", ["metric", "result", "output"])
+def test_training_metrics_must_not_pass_for_validation_metrics(way):
+    metrics = {"metric": keras.metrics.Mean(name="val_mean"), "result": Several(), "output": None}
+    name = "val_out" if way == "output" else "out"
+    model = keras.Sequential([keras.Input((96,)), keras.layers.Dense(1, name=name)])
+    metric = metrics[way]
+    extra = {} if metric is None else {"metrics": [metric]}
+    runs.compiled(bandmf.privatize(model), runs.make_plan(), **extra)
+    with pytest.raises(ValueError, match="must not begin with 'val_'"):
+        model.fit(model.optimizer.plan.batches(*runs.counting_data()), verbose=0)
+
+
+def test_a_step_that_was_made_on_rows_of_another_one_is_not_private():
+    model = runs.compiled(runs.counting_model(), runs.make_plan(), seed=None)
+    model.fit(model.optimizer.plan.batches(*runs.counting_data()), steps_per_epoch=1, verbose=0)
+    optimizer = model.optimizer
+    assert bandmf.statement(model).private
+    guard = callbacks.StepGuard(optimizer, None)
+    guard.set_model(model)
+    guard.on_epoch_begin(0)
+    optimizer.iterations.assign(5)
+    with pytest.raises(ValueError, match="changed during `fit`"):
+        guard.on_train_batch_end(0)
+    assert not bandmf.statement(model).private

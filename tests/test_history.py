@@ -304,3 +304,148 @@ def test_the_record_holds_no_optimizer_alive_and_no_secret():
     train(model, runs.make_plan())
     gc.collect()
     assert kept() is None and len(bandmf.statement(model).runs) == 2
+
+
+def other_weights():
+    """Weights that no private run made: as of training without noise."""
+    return [
+        value + 1.0 for value in keras.Sequential([keras.Input((96,)), *layers()]).get_weights()
+    ]
+
+
+def test_parts_know_the_runs_that_their_gradients_ran_through():
+    """The body was trained through a head of an earlier run, and a new head over such a body."""
+    model = model_of(layers())
+    model.layers[0].trainable = False
+    train(model, runs.make_plan())
+    model.layers[0].trainable = True
+    train(model, runs.make_plan())
+    body = keras.Sequential([keras.Input((96,)), model.layers[0]])
+    assert len(bandmf.statement(body).runs) == 2
+    body.trainable = False
+    head = keras.layers.Dense(1)
+    train(model_of([model.layers[0], head]), runs.make_plan())
+    assert len(bandmf.statement(keras.Sequential([keras.Input((4,)), head])).runs) == 3
+
+
+def test_a_head_over_a_body_of_unknown_history_is_unknown_too():
+    parts = layers()
+    model = model_of(parts)
+    parts[0].set_weights(other_weights()[:2])
+    parts[0].trainable = False
+    train(model, runs.make_plan())
+    assert "unknown" in caveats(keras.Sequential([keras.Input((4,)), parts[1]]))
+
+
+def test_without_a_private_step_weights_of_unknown_history_are_not_private():
+    model = runs.compiled(model_of(layers()), runs.make_plan(), seed=None)
+    assert bandmf.statement(model).private
+    model.set_weights(other_weights())
+    model = runs.compiled(model_of(layers()), runs.make_plan(), seed=None)
+    model.set_weights(other_weights())
+    statement = bandmf.statement(model)
+    assert not statement.private and "unknown" in str(statement)
+
+
+def test_equal_runs_in_a_statement_are_several():
+    """Two runs of one plan say the same, but for their ids."""
+    model, plan = model_of(layers()), runs.make_plan()
+    train(train(model, plan), plan)
+    before = bandmf.statement(model)
+    for given in (before, before.to_json()):
+        other = bandmf.privatize(model_of(layers()), history=given)
+        assert len(bandmf.statement(other).runs) == 2
+        assert bandmf.statement(other).epsilon == before.epsilon
+
+
+def test_two_that_went_on_from_one_file_are_two_runs(tmp_path):
+    model = train(model_of(layers()), runs.make_plan())
+    model.save(tmp_path / "run.keras")
+    branch = keras.saving.load_model(tmp_path / "run.keras")
+    both = keras.Sequential([keras.Input((96,)), model.layers[0], branch.layers[1]])
+    assert len(bandmf.statement(both).runs) == 2
+    # The file holds no step that the branch does not.
+    bandmf.privatize(branch, history=tmp_path / "run.keras")
+    assert bandmf.statement(branch).runs == ()
+    bandmf.privatize(both).save(tmp_path / "both.keras")
+    again = keras.saving.load_model(tmp_path / "both.keras", compile=False)
+    bandmf.privatize(again, history=tmp_path / "both.keras")
+    assert len(bandmf.statement(again).runs) == 2
+
+
+@pytest.mark.parametrize("road", [with_keras_file, with_weights, with_checkpoint])
+def test_values_that_are_not_those_of_the_restored_file_are_named(road, tmp_path):
+    model = road(train(model_of(layers()), runs.make_plan()), tmp_path)
+    assert "not those" not in caveats(model)
+    model.set_weights(other_weights())
+    assert "not those" in caveats(model)
+    model.fit(model.optimizer.plan.batches(*DATA), steps_per_epoch=1, verbose=0)
+    assert "history unknown of 4" in caveats(model)
+
+
+@pytest.mark.parametrize("road", ["file", "history", "loop"])
+def test_moved_values_are_not_forgotten(road, tmp_path):
+    """By saving, by a history that is given, or by one step of a loop."""
+    model = model_of(layers())
+    runs.compiled(model, runs.make_plan(**FIXED), seed=None)
+    model.fit(*DATA, epochs=1, verbose=0)
+    before = bandmf.statement(model)
+    model.set_weights(other_weights())
+    if road == "file":
+        model.save(tmp_path / "run.keras")
+        model = keras.saving.load_model(tmp_path / "run.keras", compile=False)
+        bandmf.privatize(model, history=tmp_path / "run.keras")
+    elif road == "history":
+        bandmf.privatize(model, history=before)
+    else:
+        loop_step(model, model.optimizer)
+    assert "history unknown of 4" in caveats(model)
+
+
+def loop_step(model, optimizer):
+    """One eager step of the user's own."""
+    gradients = bandmf.clipped_gradients(model, DATA[0][:8], DATA[1][:8], loss="mse")
+    optimizer.apply_clipped(gradients, model.trainable_variables)
+
+
+def test_values_moved_between_the_steps_of_an_eager_loop_are_seen():
+    model = keras.Sequential([keras.Input((96,)), *layers()])
+    optimizer = bandmf.BandMFOptimizer("sgd", runs.make_plan(**FIXED))
+    loop_step(model, optimizer)
+    loop_step(model, optimizer)
+    assert "unknown" not in caveats(model) and "loop" in caveats(model)
+    model.set_weights(other_weights())
+    loop_step(model, optimizer)
+    assert "unknown" in caveats(model)
+
+
+def test_a_loop_that_cannot_be_composed_is_refused_before_its_first_step():
+    model = train(model_of(layers()), runs.make_plan())
+    before = model.get_weights()
+    optimizer = bandmf.BandMFOptimizer("sgd", runs.make_plan(**FIXED))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="adjacency"):
+            loop_step(model, optimizer)
+    with pytest.raises(ValueError, match="delta"):
+        train(train(model_of(layers()), runs.make_plan(delta=1e-3)), runs.make_plan(delta=1e-6))
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_a_model_saved_before_its_first_step_begins_its_run_when_loaded(tmp_path):
+    model = runs.compiled(model_of(layers()), runs.make_plan(), seed=None)
+    model.save(tmp_path / "new.keras")
+    other = bandmf.privatize(keras.saving.load_model(tmp_path / "new.keras"))
+    other.fit(other.optimizer.plan.batches(*DATA), steps_per_epoch=1, verbose=0)
+    assert bandmf.statement(other).steps_run == 1 and "unknown" in caveats(other)
+
+
+def test_loading_a_run_into_an_optimizer_that_is_not_built_says_what_to_do(tmp_path):
+    model = train(model_of(layers()), runs.make_plan())
+    model.save_weights(tmp_path / "run.weights.h5")
+    other = runs.compiled(model_of(layers()), model.optimizer.plan, seed=None)
+    with pytest.raises(ValueError, match="optimizer.build"):
+        other.load_weights(tmp_path / "run.weights.h5")
+    other.optimizer.build(other.trainable_variables)
+    other.load_weights(tmp_path / "run.weights.h5")
+    assert bandmf.statement(other).steps_run == 2

@@ -1,5 +1,7 @@
 """The private step runs for the batches of a private fit, whoever holds the train function."""
 
+import threading
+
 import keras
 import numpy as np
 import pytest
@@ -123,3 +125,71 @@ def test_an_input_called_mask_is_not_taken_for_the_mask_of_a_batch(monkeypatch):
         with pytest.raises(ZeroDivisionError):
             training._gate.guarded(model.train_step)(data)
     assert seen[0][0] is data and seen[0][3] is None
+
+
+@pytest.mark.parametrize("way", ["fit", "restore"])
+def test_no_step_is_made_on_a_batch_drawn_before_the_run_moved(way, tmp_path):
+    """A callback trains or restores between the draw of a batch and its step."""
+    plan = runs.make_plan()
+    model = runs.compiled(runs.counting_model(), plan, seed=None)
+    batches = plan.batches(*DATA)
+    model.fit(batches, steps_per_epoch=1, verbose=0)
+    model.save_weights(tmp_path / "one.weights.h5")
+    left = []
+
+    def move(batch, logs=None):
+        if batch == 2:
+            if way == "restore":
+                model.load_weights(tmp_path / "one.weights.h5")
+            left.append(model.get_weights()[0])
+            if way == "fit":
+                model.fit(batches, steps_per_epoch=1, verbose=0)
+
+    callback = keras.callbacks.LambdaCallback(on_train_batch_begin=move)
+    with pytest.raises(ValueError, match="being trained|changed during `fit`"):
+        model.fit(batches, steps_per_epoch=4, callbacks=[callback], verbose=0)
+    np.testing.assert_array_equal(model.get_weights()[0], left[0])
+
+
+def test_another_thread_neither_fits_nor_applies_during_a_fit():
+    plan = runs.make_plan()
+    model = runs.compiled(runs.counting_model(), plan, run_eagerly=True)
+    rows = [part[:8] for part in DATA]
+    errors = []
+
+    def attack():
+        gradients = bandmf.clipped_gradients(model, *rows)
+        for call in (
+            lambda: model.fit(plan.batches(*DATA), steps_per_epoch=1, verbose=0),
+            lambda: model.optimizer.apply_clipped(gradients, model.trainable_variables),
+        ):
+            try:
+                call()
+            except ValueError as error:
+                errors.append(str(error))
+
+    class Metric(keras.metrics.Mean):
+        """Is called in the middle of a step."""
+
+        def update_state(self, *args, **kwargs):
+            """Starts a thread and waits for it."""
+            if tf.executing_eagerly() and model.optimizer._data_source and not errors:
+                thread = threading.Thread(target=attack)
+                thread.start()
+                thread.join()
+
+    model.compile(model.optimizer, loss=runs.prediction_loss, metrics=[Metric()], run_eagerly=True)
+    model.fit(plan.batches(*DATA), steps_per_epoch=1, verbose=0)
+    assert len(errors) == 2
+    assert "being trained" in errors[0] and "not accounted" in errors[1]
+    assert bandmf.statement(model).steps_run == 1
+
+
+def test_a_loop_takes_no_gradients_of_another_model():
+    """They would carry what that model learnt."""
+    plan = runs.make_plan(**DECLARED)
+    model, other = (runs.compiled(runs.counting_model(), plan) for _ in range(2))
+    gradients = bandmf.clipped_gradients(other, *[part[:8] for part in DATA])
+    with pytest.raises(ValueError, match="their values"):
+        model.optimizer.apply_clipped(gradients, model.trainable_variables)
+    assert not model.get_weights()[0].any()
