@@ -1,5 +1,6 @@
 """What is charged, and when nothing is stated: the optimizer's counter stands in for a run."""
 
+import numpy as np
 import pytest
 
 import keras_bandmf as bandmf
