@@ -85,8 +85,13 @@ def check_model(
     try:
         if snapshot.untraceable is not None:
             refuse_untraceable("The forward pass", snapshot.untraceable)
-        run = UnseenForward(model, x)
-        y_pred = run(x)
+        try:
+            run = UnseenForward(model, x)
+            y_pred = run(x)
+        except tf.errors.OpError:
+            raise
+        except Exception as error:  # what the first trace left behind may not fit a second one
+            refuse_untraceable("The forward pass", error)
         _check_written(snapshot)
         _check_rows(model, run, x, snapshot)
         build_loss(model, x, y)

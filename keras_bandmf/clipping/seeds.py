@@ -98,7 +98,8 @@ def seed_generators(model: keras.layers.Layer) -> list[keras.random.SeedGenerato
     Keras makes that one on first use. A replica cannot make it; `check_model` does.
     """
     if not tf.distribute.has_strategy():
-        with tf.init_scope():
+        # Where it cannot be made, a draw from it is refused: it would write its new variable.
+        with contextlib.suppress(RuntimeError), tf.init_scope():
             global_seed_generator()
     shared = get_global_attribute(GLOBAL_SEED_GENERATOR)
     found = [] if shared is None else [shared]

@@ -17,13 +17,14 @@ from keras_bandmf.clipping.captures import Refused
 from keras_bandmf.clipping.shapes import on_tensors
 
 
-def unseen(function: Callable[..., Any], *data: Any) -> Any:
+def unseen(function: Callable[..., Any], *data: Any, known: bool = False) -> Any:
     """Trace `function` with symbols in place of rows, their number unknown where it can be.
 
     Args:
         function: of as many structures as `data` has, all of rows on axis 0; it returns tensors
             and None in lists or tuples.
         data: structures of tensors, of which only shapes and dtypes are used.
+        known: trace for the number of rows of `data`, and no other.
 
     Returns:
         A callable of structures like `data`, the number of rows apart; its attribute `graph` is
@@ -47,12 +48,13 @@ def unseen(function: Callable[..., Any], *data: Any) -> Any:
         specs = [tf.TensorSpec([rows, *t.shape[1:]], t.dtype) for t in leaves]
         return tf.function(flat, autograph=False).get_concrete_function(*specs)
 
+    rows = int(leaves[0].shape[0])
     try:
-        concrete = traced(None)
+        concrete = traced(rows if known else None)
     except Refused:
         raise
     except Exception:  # a model may need the number of rows while it is traced
-        concrete = traced(int(leaves[0].shape[0]))
+        concrete = traced(rows)
     return _Unseen(concrete)
 
 
@@ -73,9 +75,10 @@ class UnseenForward:
     Args:
         model: built.
         x: inputs, tensors, of which only shapes and dtypes are used.
+        known: as for `unseen`.
     """
 
-    def __init__(self, model: keras.Model, x: Any):
+    def __init__(self, model: keras.Model, x: Any, known: bool = False):
         self._structure: Any = None
 
         def run(x: Any) -> tuple[list, list]:
@@ -84,7 +87,7 @@ class UnseenForward:
             leaves = keras.tree.flatten(outputs)
             return leaves, [getattr(t, "_keras_mask", None) for t in leaves]
 
-        self._run = unseen(run, x)
+        self._run = unseen(run, x, known=known)
 
     def __call__(self, x: Any) -> Any:
         """The outputs of the model, with their Keras masks."""

@@ -97,6 +97,27 @@ def test_check_model_shows_no_private_row(kind, functions_run_eagerly):
     assert not sight.saw_private_rows()
 
 
+def test_a_layer_that_keeps_a_tensor_of_its_first_call_is_refused():
+    class Keeping(layers.Layer):
+        first = None
+
+        def build(self, shape):
+            pass
+
+        def compute_output_spec(self, x):
+            return keras.KerasTensor(x.shape, x.dtype)
+
+        def call(self, x):
+            if self.first is None:
+                self.first = ops.mean(x, axis=0, keepdims=True)
+            return x - self.first
+
+    model = model_with(Keeping())
+    model.compile(loss="mse")
+    with pytest.raises(ValueError, match="forward pass must be traceable"):
+        check_model(model, X, Y)
+
+
 class OwnLoss(keras.Model):
     """`compute_loss` of its own."""
 
