@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -224,11 +224,17 @@ def remarks(callbacks: Iterable[keras.callbacks.Callback], monitored: Iterable[s
     return found
 
 
+def log_names(logs: Mapping[str, Any]) -> list[str]:
+    """Returns the names in the logs of a step, of inner ones too: Keras flattens them."""
+    inner = [value for value in logs.values() if isinstance(value, Mapping)]
+    return [*logs, *(name for each in inner for name in log_names(each))]
+
+
 def refuse_validation_names(names: Iterable[str]) -> None:
     """Refuses training metrics that would pass for metrics of validation data.
 
     Args:
-        names: of metrics and outputs, or the keys of the logs of a training step.
+        names: of metrics and outputs, or of the logs of a training step.
 
     Raises:
         ValueError: if one begins with `val_`.

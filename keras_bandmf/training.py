@@ -248,7 +248,7 @@ class _PrivateTraining:
         penalty, penalties = regularisation(variables)
         optimizer.apply_clipped(clipped, variables, penalties)
         logs = self._metrics(x, y, sample_weight, clipped, penalty)
-        private_callbacks.refuse_validation_names(logs)
+        private_callbacks.refuse_validation_names(private_callbacks.log_names(logs))
         return keras_faults.reducible_logs(model, logs)
 
     def _clipped_gradients(

@@ -140,7 +140,7 @@ def test_without_validation_data_no_callback_may_act_on_a_validation_metric():
 
 
 @keras.saving.register_keras_serializable(package="keras_bandmf_tests")
-class Several(keras.metrics.Mean):
+class Several(keras.metrics.MeanSquaredError):
     """A metric whose result has names of its own."""
 
     def result(self):
@@ -150,14 +150,21 @@ class Several(keras.metrics.Mean):
 
 @pytest.mark.parametrize("way", ["metric", "result", "output"])
 def test_training_metrics_must_not_pass_for_validation_metrics(way):
-    metrics = {"metric": keras.metrics.Mean(name="val_mean"), "result": Several(), "output": None}
-    name = "val_out" if way == "output" else "out"
-    model = keras.Sequential([keras.Input((96,)), keras.layers.Dense(1, name=name)])
-    metric = metrics[way]
-    extra = {} if metric is None else {"metrics": [metric]}
-    runs.compiled(bandmf.privatize(model), runs.make_plan(), **extra)
+    plan, (x, y) = runs.make_plan(), runs.counting_data()
+    if way == "output":
+        inputs = keras.Input((96,))
+        names = ("val_out", "other")
+        outputs = {name: keras.layers.Dense(1, name=name)(inputs) for name in names}
+        model = bandmf.privatize(keras.Model(inputs, outputs))
+        runs.compiled(model, plan, loss=dict.fromkeys(names, "mse"))
+        y = dict.fromkeys(names, y)
+    else:
+        metric = keras.metrics.MeanSquaredError(name="val_mse") if way == "metric" else Several()
+        model = runs.compiled(runs.counting_model(), plan, metrics=[metric])
+    before = model.get_weights()[0]
     with pytest.raises(ValueError, match="must not begin with 'val_'"):
-        model.fit(model.optimizer.plan.batches(*runs.counting_data()), verbose=0)
+        model.fit(plan.batches(x, y), verbose=0)
+    np.testing.assert_array_equal(model.get_weights()[0], before)
 
 
 def test_a_step_that_was_made_on_rows_of_another_one_is_not_private():
