@@ -106,8 +106,10 @@ def clip_by_book_keeping(
     the group's clip norm, up to rounding; masked-out examples and those with a gradient that is not
     finite in any variable add exactly zero. `rows_mixed` is True only if the loss of one row
     depends on an activation of another, masked one. It is a sentinel, not a proof: it does not see
-    statistics behind `stop_gradient`, mixing of inputs that no gradient is taken by, rows that read
-    others while nobody reads the masked ones, or mixing behind an activation with slope zero.
+    statistics behind `stop_gradient`, mixing of inputs that no gradient is taken by, as any mixing
+    is that comes before the first trained layer, rows that read others while nobody reads the
+    masked ones, mixing behind an activation with slope zero, or weights of zero between. Tensors
+    of functional models that are not of the declared shape are refused (`checked_shapes`).
     """
     variables = model.trainable_variables
     values = [v.value for v in variables]

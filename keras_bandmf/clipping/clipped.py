@@ -164,8 +164,9 @@ def clipped_gradients(
 
     Formal guarantees: adding or removing one row, or setting its mask, changes `sums` by a vector
     of joint norm at most `l2_norm_clip`, up to rounding. By construction: a model of layers and
-    operations known to treat rows independently (`rowwise`) takes the book-keeping path, any other
-    goes one row at a time. It rests on a promise only where a layer was declared row-wise. Rows
+    operations known to treat rows independently (`rowwise`), whose tensors have the declared shapes
+    in the very trace that runs, takes the book-keeping path, any other goes
+    one row at a time. It rests on a promise only where a layer was declared row-wise. Rows
     that are masked out, or whose gradient is not finite, contribute exactly zero and leave the
     others as they were. On the book-keeping path masked rows are sentinels besides: a gradient at
     one of their activations makes all of `sums` NaN (`clip_by_book_keeping` says what this cannot

@@ -25,6 +25,12 @@ def check_loss(loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any) -> None
     Training always takes the loss of one row at a time, so that rows cannot be coupled. This is to
     tell a user whose loss means something else on a batch: it would train another objective.
 
+    Formal guarantees: none; privacy does not rest on it. It is a test on invented outputs, and some
+    objectives that differ pass in silence. Keras masks are dropped before: a masked loss is
+    divided by the places of its own row that count, and not by those of the batch. `check_model`
+    does not call it for a loss that ignores a class, of which the same holds, nor for a model that
+    overrides `compute_loss`, where the loss of a batch of one row is what is trained.
+
     Args:
         loss: from `batch_loss`; it must not look at x.
         y: targets or None, tensors, of a whole batch.

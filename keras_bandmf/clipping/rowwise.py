@@ -74,7 +74,7 @@ def declare_row_wise(layer_class: type) -> type:
     Formal guarantees: none of its own. It is a promise of the author's on which privacy rests.
     `check_model` tests it on a batch of the run's size with many random states, and in `fit` each
     batch has a masked row whose gradients must be zero; both can miss a promise that is broken
-    rarely.
+    rarely, or where no gradient shows it (before the first trained layer, behind weights of zero).
     """
     if not (isinstance(layer_class, type) and issubclass(layer_class, keras.layers.Layer)):
         raise ValueError(
@@ -93,11 +93,12 @@ def rowwise(model: keras.Model) -> Rowwise:
     its inputs alone, provided that each tensor between them has as many axes as Keras declared, and
     the rows on axis 0 alone. That is not taken on trust: the trial trace that decides on the path
     before the first step compares every such tensor, of all functional models inside too, with what
-    was declared, at a number of rows that no other axis has, and each trace that trains compares it
-    again as far as sizes are known, so that an unknown number of rows is covered
+    was declared, with 1009 rows, so that their axis is known by its size, and each trace that
+    trains compares it again as far as sizes are known, so that an unknown number of rows is covered
     (`declared_shapes`); a model that differs goes the general path. The tables were made by reading
-    the sources of Keras and keras_hub, and rest on them. Methods replaced on an instance, other
-    than `build` and `quantize`, are found; what is inside objects that a layer holds is not.
+    the sources of Keras and keras_hub, and rest on that reading. Methods replaced on an instance of
+    a layer or operation, other than `build` and `quantize`, are found, and on a functional model
+    those that run its graph; what is replaced inside other objects that a layer holds is not.
     """
     found = Rowwise([], [])
     _look(model, None, found, set())
