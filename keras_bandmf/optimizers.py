@@ -268,9 +268,9 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         trainable_variables = list(trainable_variables)
         if not clipped.origin.belongs_to(trainable_variables):
             raise ValueError(
-                "The gradients must be those of the variables they update, taken at their values: "
-                "pass the model itself to `clipped_gradients`, and its `trainable_variables` here. "
-                f"Received: gradients of {[v.path for v in clipped.origin.variables]} for "
+                "The gradients must be those of the variables they update, taken at their values, "
+                "in the same order: pass the model itself to `clipped_gradients`, and its `trainable_variables`"
+                f" here. Received: gradients of {[v.path for v in clipped.origin.variables]} for "
                 f"{[v.path for v in trainable_variables]}"
             )
         if source is None:

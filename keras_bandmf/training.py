@@ -56,8 +56,8 @@ def privatize(
             computed without noise; the statement names it.
         history: what private runs did to the weights before they were loaded: the path of the
             `.keras` file, if a private model saved it, or a `Statement`, or its JSON. It is
-            composed into every later statement. Weights loaded with their `BandMFOptimizer` bring
-            it with them.
+            composed into every later statement. Weights trained by a `BandMFOptimizer` that is
+            loaded with them bring it; those frozen in that run are of unknown history then.
 
     Returns:
         The same model.

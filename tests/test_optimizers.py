@@ -1,5 +1,8 @@
 """BandMFOptimizer: what it accepts, adds and refuses."""
 
+import copy
+import pickle
+
 import keras
 import numpy as np
 import pytest
@@ -248,3 +251,13 @@ def test_a_compiled_loop_on_fewer_replicas_than_the_noise_is_refused():
             lambda: optimizer.apply_clipped(clipped(model), model.trainable_variables),
             autograph=False,
         )()
+
+
+def test_an_optimizer_with_the_state_of_a_run_is_not_copied_alone():
+    model = runs.compiled(runs.counting_model(), runs.make_plan(), seed=None)
+    fresh = copy.deepcopy(model.optimizer)
+    assert fresh.get_config() == model.optimizer.get_config()
+    model.optimizer.build(model.trainable_variables)
+    for copier in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(ValueError, match="alone"):
+            copier(model.optimizer)

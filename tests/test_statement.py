@@ -134,7 +134,7 @@ def test_json_round_trip(changes):
 def test_json_refuses_the_unknown():
     document = json.loads(statement().to_json())
     for change in (
-        {"version": 3},
+        {"version": 4},
         {"version": True},
         {"format": "other"},
         {"surprise": 1},
