@@ -269,8 +269,8 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         if not clipped.origin.belongs_to(trainable_variables):
             raise ValueError(
                 "The gradients must be those of the variables they update, taken at their values, "
-                "in the same order: pass the model itself to `clipped_gradients`, and its `trainable_variables`"
-                f" here. Received: gradients of {[v.path for v in clipped.origin.variables]} for "
+                "in the same order: pass the model itself to `clipped_gradients`, and its "
+                f"`trainable_variables` here. Received: gradients of {[v.path for v in clipped.origin.variables]} for "
                 f"{[v.path for v in trainable_variables]}"
             )
         if source is None:
@@ -400,6 +400,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
 
     def _restore(self, arrays: dict[str, np.ndarray]) -> None:
         # Keras may go on after the error, with weights that are no longer those of this run.
+        self._record.restore_failed = True
         if not self.built:
             raise ValueError(
                 "BandMFOptimizer has no state before it is built, into which a checkpoint could be "
@@ -407,7 +408,6 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
                 f"then load. Received: a checkpoint with {sorted(arrays)}"
             )
         record, variables = self._record, self._trainable_variables
-        record.restore_failed = True
         record.update()
         own_steps = record.steps
         self.run_state.from_arrays(arrays, self.replay)
