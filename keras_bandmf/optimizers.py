@@ -269,7 +269,8 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             raise ValueError(
                 "The gradients must be those of the variables they update, taken at their values, "
                 "in the same order: pass the model itself to `clipped_gradients`, and its "
-                f"`trainable_variables` here. Received: gradients of {[v.path for v in clipped.origin.variables]} for "
+                "`trainable_variables` here. Received: gradients of "
+                f"{[v.path for v in clipped.origin.variables]} for "
                 f"{[v.path for v in trainable_variables]}"
             )
         if source is None:
