@@ -8,6 +8,7 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 
 from keras_bandmf import composition
+from keras_bandmf.accounting import FINITE_NOISE_SHARE
 from tests.planning import make_plan
 
 HEAD = make_plan(noise_multiplier=2.0, epochs=1)
@@ -37,12 +38,16 @@ def test_unsampled_gaussians_merge_exactly():
     whole = composition.compose([FIXED.statement(), FIXED.statement()])
     merged = dp_accounting.GaussianDpEvent(3.0 / math.sqrt(2))
     accountant = PLDAccountant(value_discretization_interval=1e-4).compose(merged)
-    assert whole.epsilon == pytest.approx(accountant.get_epsilon(FIXED.delta), rel=1e-4)
+    # The noise of either run has its share of delta.
+    delta = FIXED.delta * (1 - 2 * FINITE_NOISE_SHARE)
+    assert whole.epsilon == pytest.approx(accountant.get_epsilon(delta), rel=1e-4)
 
 
 def test_the_same_plan_twice_is_one_of_twice_the_rounds():
     whole = composition.compose([WHOLE.statement()] * 2)
-    assert whole.epsilon == pytest.approx(make_plan(**TWICE).epsilon(), rel=1e-6)
+    # Two runs have two shares of delta for their noise, a plan of twice the rounds has one.
+    assert whole.epsilon == pytest.approx(make_plan(**TWICE).epsilon(), rel=1e-3)
+    assert whole.epsilon > make_plan(**TWICE).epsilon()
 
 
 TWICE = {"noise_multiplier": 1.2, "num_bands": 2, "epochs": 6}
@@ -59,7 +64,7 @@ def test_delta_may_be_chosen_and_is_the_last_runs_otherwise():
     assert alone.runs == () and alone.delta == 1e-6
 
 
-@pytest.mark.parametrize("delta", [1e-14, 1e-300])
+@pytest.mark.parametrize("delta", [1e-14, 1e-90])
 def test_where_the_accountant_cannot_the_sum_is_the_bound(delta):
     epsilon, name = composition.composed_epsilon([(15, 0.2, 2.0), (30, 0.1, 1.2)], delta)
     assert "summed" in name and epsilon >= by_dp_accounting([HEAD, WHOLE], 1e-9)
