@@ -18,7 +18,7 @@ import tensorflow as tf
 
 # The generator that `seed=None` stands for; Keras does not export it.
 from keras.src.backend.common.global_state import get_global_attribute
-from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
+from keras.src.random.seed_generator import global_seed_generator
 
 from keras_bandmf.clipping.captures import Refused
 
@@ -101,7 +101,7 @@ def seed_generators(model: keras.layers.Layer) -> list[keras.random.SeedGenerato
         # Where it cannot be made, a draw from it is refused: it would write its new variable.
         with contextlib.suppress(RuntimeError), tf.init_scope():
             global_seed_generator()
-    shared = get_global_attribute(GLOBAL_SEED_GENERATOR)
+    shared = get_global_attribute("global_seed_generator")
     found = [] if shared is None else [shared]
     for layer in model._flatten_layers():
         found += layer._seed_generators
