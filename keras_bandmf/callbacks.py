@@ -26,11 +26,12 @@ _KNOWN = (
 
 
 class EpsilonSoFar(keras.callbacks.Callback):
-    """Adds `epsilon`, the privacy spent so far, to the logs of each epoch.
+    """Adds `epsilon`, what the steps of this run have spent so far, to the logs of each epoch.
 
     The number is that of the plan's accountant for the steps taken, rounded up to what Keras's
-    progress bar shows of it. It may be charged for an
-    unfinished run only if the number of steps was fixed in advance.
+    progress bar shows of it. It shows progress and is no guarantee: earlier runs on the same
+    weights come on top, and a run that ends early is charged in full. `keras_bandmf.statement`
+    counts all of it.
     """
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
