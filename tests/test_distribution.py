@@ -111,7 +111,7 @@ def test_a_last_batch_of_one_row_leaves_the_second_replica_without_any():
         sampling="fixed_order",
         max_participations=2,
         min_separation=13,
-        noise_multiplier=1e-7,
+        noise_multiplier=5e-7,
     )
     model = runs.compiled_in_scope(2, lambda: runs.counting_model(97), plan)
     x, y = runs.counting_data(97)
