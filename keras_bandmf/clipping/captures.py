@@ -384,11 +384,11 @@ class _Writes(_Walk):
         if node.kind not in _READS:
             self.written |= Labels().union(*node.inputs) - {_KEY}
 
-    def _body(self, name: str, inputs: list[Labels]) -> None:
+    def _body(self, name: str, inputs: list[Labels]) -> Labels:
         if self._function(name) is None:
             self.written |= Labels().union(*inputs)
-        else:
-            super()._body(name, inputs)
+            return Labels().union(*inputs)
+        return super()._body(name, inputs)
 
 
 def _bodies(node: _Node) -> list[str]:
