@@ -343,4 +343,6 @@ def test_sums_in_other_coordinates_are_refused():
     x, y = small_data()
     clipped = bandmf.clipped_gradients(carried, x, y, loss="mse")
     with pytest.raises(ValueError, match="coordinates"):
+        optimizer.run_state.carriers.check_sums(clipped.sums)
+    with pytest.raises(ValueError, match="variables they update"):
         optimizer.apply_clipped(clipped, model.trainable_variables)
