@@ -10,6 +10,7 @@ import dp_accounting
 import scipy.optimize
 
 from keras_bandmf.checks import checked_choice, checked_float, checked_int
+from keras_bandmf.noise.finite import DELTA_SHARE
 from keras_bandmf.printed import rounded_up
 from keras_bandmf.sampled_gaussian import gaussian_epsilon, sampled_gaussian_epsilon
 
@@ -18,7 +19,7 @@ ADJACENCY = {"cyclic_poisson": "add-or-remove-one", "fixed_order": "zero-out"}
 
 # The noise is made of finitely many random bits. What that costs in total variation, over all
 # coordinates and steps, may take this share of delta; epsilon is computed for the rest.
-FINITE_NOISE_SHARE = 1e-3
+FINITE_NOISE_SHARE = DELTA_SHARE
 
 FINE_ACCURACY = 1e-5  # what is reported is above the exact epsilon by about this share of it
 COARSE_ACCURACY = 1e-3  # for sweeps; still on the safe side
@@ -232,7 +233,7 @@ class Schedule:
 
 def accountant_name(event: dp_accounting.DpEvent) -> str:
     """What `epsilon_of` computes with: "PLD", or "analytic Gaussian" where nothing is sampled."""
-    rounds, probability, _ = _unpack(event)
+    rounds, probability, _ = parts_of(event)
     return "analytic Gaussian" if rounds and probability == 1.0 else "PLD"
 
 
@@ -257,7 +258,7 @@ def epsilon_of(
         ValueError: for an event of another make, or a delta out of range.
     """
     delta = checked_delta(delta)
-    rounds, probability, sigma = _unpack(event)
+    rounds, probability, sigma = parts_of(event)
     if rounds == 0:
         return 0.0
     if sigma < _LEAST_NOISE:
@@ -368,14 +369,18 @@ def _bracket(excess: Callable[[float], float], start: float, step: float) -> tup
 
 def _unamplified_noise(schedule: Schedule, epsilon: float, delta: float) -> float:
     """Enough noise without amplification: rho-zCDP has epsilon rho + 2 sqrt(rho log(1/delta))."""
-    rounds, _, _ = _unpack(schedule.dp_event(1.0))
+    rounds, _, _ = parts_of(schedule.dp_event(1.0))
     log = math.log(1 / delta)
     root_rho = epsilon / (math.sqrt(log + epsilon) + math.sqrt(log))
     return math.sqrt(rounds / 2) / root_rho
 
 
-def _unpack(event: dp_accounting.DpEvent) -> tuple[int, float, float]:
-    """The (rounds, sampling probability, noise multiplier) of an event of this file."""
+def parts_of(event: dp_accounting.DpEvent) -> tuple[int, float, float]:
+    """The (rounds, sampling probability, noise multiplier) of what `Schedule.dp_event` made.
+
+    Raises:
+        ValueError: for an event of another make.
+    """
     if isinstance(event, dp_accounting.NoOpDpEvent):
         return 0, 0.0, 0.0
     if isinstance(event, dp_accounting.GaussianDpEvent):

@@ -9,7 +9,12 @@ from collections.abc import Iterable, Sequence
 import dp_accounting
 from dp_accounting.pld import PLDAccountant
 
-from keras_bandmf.accounting import FINITE_NOISE_SHARE, accountant_name, epsilon_of
+from keras_bandmf.accounting import (
+    FINITE_NOISE_SHARE,
+    accountant_name,
+    epsilon_of,
+    parts_of,
+)
 from keras_bandmf.checks import checked_float
 from keras_bandmf.statement import Event, Statement
 
@@ -83,25 +88,13 @@ def dp_event(event: Event) -> dp_accounting.DpEvent:
 
 
 def event_parts(event: dp_accounting.DpEvent) -> tuple[Event, ...]:
-    """(rounds, sampling probability, noise multiplier) of what `Schedule.dp_event` made.
+    """What `Schedule.dp_event` made, as a statement keeps it: nothing, or one triple.
 
     Raises:
         ValueError: for an event of another make.
     """
-    if isinstance(event, dp_accounting.NoOpDpEvent):
-        return ()
-    if isinstance(event, dp_accounting.GaussianDpEvent):
-        return ((1, 1.0, float(event.noise_multiplier)),)
-    sampled = event.event if isinstance(event, dp_accounting.SelfComposedDpEvent) else None
-    if isinstance(sampled, dp_accounting.PoissonSampledDpEvent) and isinstance(
-        sampled.event, dp_accounting.GaussianDpEvent
-    ):
-        sigma = float(sampled.event.noise_multiplier)
-        return ((int(event.count), float(sampled.sampling_probability), sigma),)
-    raise ValueError(
-        "Expected an event made by `Schedule.dp_event`: a Gaussian, or a composition of Poisson-"
-        f"sampled Gaussians. Received: event={event!r}."
-    )
+    rounds, probability, sigma = parts_of(event)
+    return ((int(rounds), float(probability), float(sigma)),) if rounds else ()
 
 
 def compose(statements: Sequence[Statement], delta: float | None = None) -> Statement:

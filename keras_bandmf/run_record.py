@@ -29,7 +29,7 @@ class Fit:
         source: what was trained on, in words.
         first_step, last_step: the optimizer's counter before and after it.
         requested_step: where it was to end.
-        completed: whether it ended there, or by a stop that looked at nothing private.
+        completed: whether it ended there.
         remarks: what the reader of a statement must know about it.
     """
 

@@ -121,9 +121,8 @@ def clip_by_book_keeping(
     losses, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight, values)
     # A masked row has no loss: whatever gradient it has at a tap is that of another row's loss.
     slopes = [tf.where(over_rows(mask, s), s, tf.zeros_like(s)) for s in slopes]
-    taps = _at_taps(tape, records, variables, outputs, slopes, mask)
+    factors, taps = example_gradients(tape, records, variables, outputs, slopes, mask)
     dtype = accumulation_dtype(variables)
-    factors = _by_variable(records, taps, variables, dtype)
     squared = [factors[i].squared_norms() if i in factors else None for i in range(len(variables))]
     weights, norms, was_clipped = clipper.factors(squared, mask)
     sums = [
@@ -161,7 +160,7 @@ def example_gradients(
     outputs: list[tf.Tensor],
     slopes: list[tf.Tensor],
     mask: tf.Tensor,
-) -> dict[int, Factor]:
+) -> tuple[dict[int, Factor], list[tf.Tensor | None]]:
     """Every example's gradient, as a factor per variable, from one backward pass.
 
     Args:
@@ -173,24 +172,12 @@ def example_gradients(
         mask: (batch,) for the number of examples only.
 
     Returns:
-        Position in `variables` -> factor; those without a gradient are left out.
+        Position in `variables` -> factor, those without a gradient left out; and the gradients at
+        all taps, in the order of `records`, None for an output that nobody used.
 
     Raises:
         Unsupported: a weight used outside a layer with a rule, or a call that is not by example.
     """
-    taps = _at_taps(tape, records, variables, outputs, slopes, mask)
-    return _by_variable(records, taps, variables, accumulation_dtype(variables))
-
-
-def _at_taps(
-    tape: tf.GradientTape,
-    records: list[_Record],
-    variables: list[keras.Variable],
-    outputs: list[tf.Tensor],
-    slopes: list[tf.Tensor],
-    mask: tf.Tensor,
-) -> list[tf.Tensor | None]:
-    """The gradients at all taps, in the order of `records`; as `example_gradients` otherwise."""
     _check_records(records, tf.convert_to_tensor(mask))
     taps, direct = tape.gradient(
         outputs, ([r.outputs for r in records], [v.value for v in variables]), slopes
@@ -198,7 +185,7 @@ def _at_taps(
     leaks = [v.path for v, g in zip(variables, direct, strict=True) if g is not None]
     if leaks:
         raise Unsupported(f"used outside a layer that has a rule: {', '.join(leaks)}")
-    return taps
+    return _by_variable(records, taps, variables, accumulation_dtype(variables)), taps
 
 
 def _by_variable(

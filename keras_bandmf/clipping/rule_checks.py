@@ -84,7 +84,7 @@ def _by_rule(layer: Any, inputs: tuple, slopes: Any) -> tuple[Any, list[np.ndarr
         with tapped(layer, tape, records):
             outputs = layer(x, *args, **kwargs)
     mask = tf.ones([dims(x)[0]], tf.bool)
-    factors = example_gradients(
+    factors, _ = example_gradients(
         tape, records, variables, keras.tree.flatten(outputs), keras.tree.flatten(slopes), mask
     )
     dtype = accumulation_dtype(variables)
