@@ -36,8 +36,8 @@ def statement(model: keras.Model, delta: float | None = None) -> Statement:
     Raises:
         ValueError: if the model is not private, a restore failed, or the runs cannot be composed.
     """
-    runs = [run for run in history.runs_of(model.weights)]
-    statements = [one for one in (run.statement() for run in runs) if one.steps_charged]
+    every = (run.statement() for run in history.runs_of(model.weights))
+    statements = [one for one in every if one.steps_charged]
     ran = bool(statements)
     if not ran:
         statements = [private_training(model).optimizer.record.statement()]
