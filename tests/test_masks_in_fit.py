@@ -96,3 +96,33 @@ def test_too_many_steps_for_the_seeds_are_refused(monkeypatch):
     monkeypatch.setattr(optimizer_state, "STEP_BITS", 4)
     with pytest.raises(ValueError, match="steps times replicas.*24 steps on 1 replicas"):
         trained()
+
+
+@pytest.mark.parametrize("options", [{}, {"jit_compile": True}, {"run_eagerly": True}], ids=str)
+def test_each_step_of_a_fit_draws_masks_of_its_own(options):
+    """The same eight rows of ones in every step: the updates are sums of masks."""
+    plan = runs.make_plan(
+        num_examples=8, num_bands=1, num_steps=6, noise_multiplier=1e-4, sampling="fixed_order"
+    )
+    model = keras.Sequential(
+        [keras.Input((40,)), layers.Dropout(0.5), layers.Dense(1, kernel_initializer="zeros")]
+    )
+    model = runs.compiled(bandmf.privatize(model), plan, clip=100.0, **options)
+    rows = np.ones((8, 40), np.float32), np.zeros(8, np.float32)
+    masks = np.rint(runs.fit(model, plan.batches(*rows), epochs=6)[:, :40] * 8 / 2)
+    assert len({tuple(row) for row in masks}) == 6
+    assert 3 < masks.mean() < 5
+
+
+def test_seeds_of_steps_and_replicas_are_distinct():
+    found = set()
+
+    @tf.function(autograph=False)
+    def seeds(state, step):
+        return runs.mirrored().run(lambda: state.mask_seeds(step).of_pass(0))
+
+    model, _ = trained(2)
+    for step in range(24):
+        values = seeds(model.optimizer.run_state, tf.constant(step))
+        found |= {int(v) for v in runs.mirrored().experimental_local_results(values)}
+    assert len(found) == 48

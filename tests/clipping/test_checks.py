@@ -6,7 +6,16 @@ import pytest
 import tensorflow as tf
 from keras import layers, ops
 
-from keras_bandmf.clipping import check_model, clipped_gradients, declare_row_wise, explain
+from keras_bandmf.clipping import (
+    LayerRule,
+    Rows,
+    check_model,
+    clipped_gradients,
+    constant,
+    declare_row_wise,
+    explain,
+    register_rule,
+)
 from keras_bandmf.clipping.agreement import disagreement
 from keras_bandmf.clipping.losses import batch_loss
 from keras_bandmf.clipping.modes import checked_mode
@@ -112,6 +121,25 @@ def test_mixing_of_many_rows_or_of_an_unknown_number_is_found(threshold):
 
     with pytest.raises(ValueError, match="Sometimes mixes"):
         check_model(model_of(Sometimes()), X, Y)
+
+
+class Shift(layers.Layer):
+    """Adds to each row the one before it, or the one behind it; the row at that end is alone."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before = before
+
+    def call(self, x):
+        if self.before:
+            return ops.concatenate([x[:1], x[1:] + x[:-1]], axis=0)
+        return ops.concatenate([x[:-1] + x[1:], x[-1:]], axis=0)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_mixing_that_spares_the_first_or_the_last_row_is_found(before):
+    with pytest.raises(ValueError, match="mixes examples"):
+        check_model(model_of(Shift(before)), X, Y)
 
 
 def test_mixing_of_token_ids_is_found():
@@ -296,6 +324,50 @@ def test_a_head_of_zeros_does_not_hide_mixing():
         check_model(model, X, Y)
     for v, value in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(v.numpy(), value)
+
+
+class Scaled:
+    """Rows of gradients whose squared norms, or whose sums, are said to be another multiple."""
+
+    def __init__(self, rows, norms, sums):
+        self.rows, self.norms, self.sums = rows, norms, sums
+
+    def joined(self, factors):
+        return self
+
+    def squared_norms(self):
+        return self.norms**2 * self.rows.squared_norms()
+
+    def weighted_sum(self, weights):
+        return self.sums * self.rows.weighted_sum(weights)
+
+
+@pytest.mark.parametrize(
+    ("norms", "sums", "why"),
+    [(1.0, 1.0, None), (0.9, 1.0, "norms disagree"), (1.0, 1.1, "disagrees with one example")],
+)
+def test_a_rule_whose_norms_or_sums_alone_are_wrong_is_not_used(norms, sums, why):
+    class Gain(layers.Layer):
+        def build(self, shape):
+            self.gain = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+        def call(self, x):
+            return x * self.gain
+
+    class GainRule(LayerRule):
+        def forward(self, layer, inputs):
+            return inputs * constant(layer.gain), inputs
+
+        def gradients(self, layer, saved, g):
+            rows = Rows(tf.reduce_sum(tf.cast(saved, g.dtype) * g, axis=1))
+            return [(layer.gain, Scaled(rows, norms, sums))]
+
+    register_rule(Gain, GainRule())
+    model = model_of(Gain())
+    check_model(model, X, Y)
+    found = explain(model)
+    assert found.route == ("book-keeping" if why is None else "general")
+    assert why is None or why in found.why
 
 
 def test_book_keeping_is_compared_with_passes_of_single_rows():
