@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from keras_bandmf.clipping import ClippedGradients, ClippingMode
 from keras_bandmf.clipping.norms import largest_contribution, refuse_clip_norm
@@ -66,6 +67,7 @@ def noise_stddev(
     clipping: ClippingMode,
     l2_norm_clip: float,
     shapes: Sequence[Sequence[int]],
+    float64_sums: bool,
 ) -> float:
     """Returns the deviation of `Z`: that of the plan, at a norm that includes what numbers cost.
 
@@ -78,6 +80,7 @@ def noise_stddev(
         clipping: its mode.
         l2_norm_clip: its clip norm.
         shapes: of the released gradients.
+        float64_sums: whether `check_clipped` demands them.
 
     Raises:
         ValueError: if the plan's delta cannot pay for the tail, or float32 or the lattice cannot
@@ -92,6 +95,7 @@ def noise_stddev(
         plan.noise_stddev(1.0),
         size,
         plan.batch_size,
+        float64_sums,
     )
     return plan.noise_stddev(norm)
 
@@ -116,12 +120,15 @@ def fingerprint(optimizer: Any, variables: Sequence[Any], coordinates: list) -> 
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def check_clipped(clipped: Any, l2_norm_clip: float, clipping: ClippingMode) -> None:
+def check_clipped(
+    clipped: Any, l2_norm_clip: float, clipping: ClippingMode, float64_sums: bool
+) -> None:
     """Accepts gradients clipped just as the optimizer says, and nothing else.
 
     Raises:
         TypeError: if `clipped` is not `ClippedGradients`.
-        ValueError: if they were clipped at another norm or in another mode.
+        ValueError: if they were clipped at another norm or in another mode, or summed in float32
+            where float64 is charged for.
     """
     if not isinstance(clipped, ClippedGradients):
         raise TypeError(
@@ -139,6 +146,12 @@ def check_clipped(clipped: Any, l2_norm_clip: float, clipping: ClippingMode) -> 
             "The gradients must be clipped in the optimizer's mode, which is fixed for the run and "
             "named in the statement: pass `clipping=optimizer.clipping` to `clipped_gradients`. "
             f"Expected: {clipping}. Received: gradients clipped by {clipped.clipping}"
+        )
+    if float64_sums and any(total.dtype != tf.float64 for total in clipped.sums):
+        raise ValueError(
+            'With `noise="exact"` gradients must be summed in float64: pass `float64_sums=True` to '
+            "`clipped_gradients`. Received: sums of "
+            f"{sorted({total.dtype.name for total in clipped.sums})}"
         )
 
 

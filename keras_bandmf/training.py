@@ -266,6 +266,7 @@ class _PrivateTraining:
             mask=mask,
             microbatch_size=self._microbatch_size,
             mask_seeds=optimizer.run_state.mask_seeds(optimizer.iterations),
+            float64_sums=optimizer.float64_sums,
         )
 
     def _metrics(

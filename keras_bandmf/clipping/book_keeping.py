@@ -69,12 +69,6 @@ def forward(model: keras.Model, x: Any) -> Any:
     return y_pred
 
 
-def accumulation_dtype(variables: list[keras.Variable]) -> tf.DType:
-    """float64 if any variable is, else float32: never the compute dtype of a mixed policy."""
-    wide = any(tf.as_dtype(v.dtype) == tf.float64 for v in variables)
-    return tf.float64 if wide else tf.float32
-
-
 def clip_by_book_keeping(
     model: keras.Model,
     x: Any,
@@ -121,14 +115,15 @@ def clip_by_book_keeping(
     losses, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight, values)
     # A masked row has no loss: whatever gradient it has at a tap is that of another row's loss.
     slopes = [tf.where(over_rows(mask, s), s, tf.zeros_like(s)) for s in slopes]
-    factors, taps = example_gradients(tape, records, variables, outputs, slopes, mask)
-    dtype = accumulation_dtype(variables)
+    factors, taps = example_gradients(
+        tape, records, variables, outputs, slopes, mask, clipper.dtype
+    )
     squared = [factors[i].squared_norms() if i in factors else None for i in range(len(variables))]
     weights, norms, was_clipped = clipper.factors(squared, mask)
     sums = [
         factors[i].weighted_sum(weights[group])
         if i in factors
-        else tf.zeros(released_shape(v), dtype)
+        else tf.zeros(released_shape(v), clipper.dtype)
         for i, (v, group) in enumerate(zip(variables, clipper.groups, strict=True))
     ]
     return Clipped(sums, norms, losses, was_clipped, y_pred, _rows_mixed(taps, mask))
@@ -160,6 +155,7 @@ def example_gradients(
     outputs: list[tf.Tensor],
     slopes: list[tf.Tensor],
     mask: tf.Tensor,
+    dtype: tf.DType,
 ) -> tuple[dict[int, Factor], list[tf.Tensor | None]]:
     """Every example's gradient, as a factor per variable, from one backward pass.
 
@@ -170,6 +166,7 @@ def example_gradients(
         outputs: tensors of that forward pass, the example on axis 0.
         slopes: gradients of the summed losses by `outputs`.
         mask: (batch,) for the number of examples only.
+        dtype: float32 or float64, of the factors.
 
     Returns:
         Position in `variables` -> factor, those without a gradient left out; and the gradients at
@@ -185,7 +182,7 @@ def example_gradients(
     leaks = [v.path for v, g in zip(variables, direct, strict=True) if g is not None]
     if leaks:
         raise Unsupported(f"used outside a layer that has a rule: {', '.join(leaks)}")
-    return _by_variable(records, taps, variables, accumulation_dtype(variables)), taps
+    return _by_variable(records, taps, variables, dtype), taps
 
 
 def _by_variable(

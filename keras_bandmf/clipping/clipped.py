@@ -53,7 +53,7 @@ class ClippedGradients:
     Attributes:
         sums: one tensor per entry of `model.trainable_variables`, in its shape (a vector of
             coordinates for a kernel with low-rank carriers): the SUM over examples, never a mean;
-            float32, or float64 if the model has float64 variables.
+            float32, or float64 with `float64_sums` or if the model has float64 variables.
         norms: (batch,) gradient norms before clipping. Not private: for tests and diagnosis.
         losses: (batch,) the loss of each example, masked ones included. Not private.
         was_clipped: (batch,) bool, whether clipping made the gradient smaller or dropped it; False
@@ -116,6 +116,7 @@ def clipped_gradients(
     microbatch_size: int | str | None = None,
     loss: Any = None,
     mask_seeds: MaskSeeds | None = None,
+    float64_sums: bool = False,
 ) -> ClippedGradients:
     """Clip the gradient of every example to norm `l2_norm_clip` and sum.
 
@@ -152,6 +153,9 @@ def clipped_gradients(
             differ by the mask of one row (`sampling="fixed_order"`, for which alone a loop of
             one's own is accepted): masks belong to places, and no place changes. Where the rows of
             a batch are sampled it is not: one row more gives all others new masks.
+        float64_sums: compute norms and sums in float64, from the activations and gradients of the
+            pass. `noise="exact"` asks for it. Products of matrices then take about five times as
+            long on a processor, and memory twice as much.
 
     Returns:
         `ClippedGradients`.
@@ -163,7 +167,8 @@ def clipped_gradients(
             a variable or draws random numbers otherwise (`captures.Watch`).
 
     Formal guarantees: adding or removing one row, or setting its mask, changes `sums` by a vector
-    of joint norm at most `l2_norm_clip`, up to rounding. By construction: a model of layers and
+    of joint norm at most `l2_norm_clip`, up to rounding (`noise.lattice.charged_norm` says of which
+    size, and what is proved of it). By construction: a model of layers and
     operations known to treat rows independently (`rowwise`), whose tensors have the declared shapes
     in the very trace that runs, takes the book-keeping path, any other goes
     one row at a time. It rests on a promise only where a layer was declared row-wise. Rows
@@ -191,7 +196,7 @@ def clipped_gradients(
     row_loss = batch_loss(model, loss)
     general = route_of(model, x, y, sample_weight, loss).general
     clip = float(l2_norm_clip)
-    common = {"clipper": Clipper.of(model, clip, mode), "loss": row_loss}
+    common = {"clipper": Clipper.of(model, clip, mode, float64_sums), "loss": row_loss}
     data = (with_row_numbers(x, mask), y, sample_weight, mask)
     result = None
     if general is None:

@@ -12,6 +12,12 @@ import tensorflow as tf
 from keras_bandmf.clipping.modes import ClippingMode, FlatClipping
 
 
+def accumulation_dtype(variables: list[keras.Variable]) -> tf.DType:
+    """float64 if any variable is, else float32: never the compute dtype of a mixed policy."""
+    wide = any(tf.as_dtype(v.dtype) == tf.float64 for v in variables)
+    return tf.float64 if wide else tf.float32
+
+
 class Factors(NamedTuple):
     """What clipping does to every example.
 
@@ -27,24 +33,43 @@ class Factors(NamedTuple):
 
 
 class Clipper(NamedTuple):
-    """A mode, the group of every trainable variable, and the clip norm of every group."""
+    """How one model is clipped.
+
+    Attributes:
+        mode: of the factors.
+        groups: the group of every trainable variable.
+        clip_norms: of every group.
+        dtype: of gradients, norms and sums.
+    """
 
     mode: ClippingMode
     groups: list[int]
     clip_norms: list[float]
+    dtype: tf.DType
 
     @classmethod
     def of(
-        cls, model: keras.Model, l2_norm_clip: float = 1.0, mode: ClippingMode | None = None
+        cls,
+        model: keras.Model,
+        l2_norm_clip: float = 1.0,
+        mode: ClippingMode | None = None,
+        float64_sums: bool = False,
     ) -> Clipper:
         """The clipper of `model`'s trainable variables.
+
+        Args:
+            model: built.
+            l2_norm_clip: clip norm over all groups.
+            mode: flat by default.
+            float64_sums: whether norms and sums are float64 even if no variable is.
 
         Raises:
             ValueError: the mode does not fit the model.
         """
         mode = mode or FlatClipping()
         groups, shares = mode.variable_groups(model)
-        return cls(mode, groups, [l2_norm_clip * math.sqrt(share) for share in shares])
+        dtype = tf.float64 if float64_sums else accumulation_dtype(model.trainable_variables)
+        return cls(mode, groups, [l2_norm_clip * math.sqrt(share) for share in shares], dtype)
 
     def factors(self, squared_norms: list[tf.Tensor], mask: tf.Tensor) -> Factors:
         """Weights of every example.

@@ -14,12 +14,18 @@ import tensorflow as tf
 
 from keras_bandmf.clipping.shapes import dims, over_rows, product, static
 
-# Below this share of the largest value it could have, a Gram norm is rounding error.
-_GRAM_FLOOR = 64.0
+# Below this share of the largest value it could have, a squared norm of float32 is rounding error.
+# In float64 it is not, but a floor also bounds how large the terms of a gradient may be that is
+# small itself, hence how much they disturb the sum over the batch.
+_GRAM_FLOOR = 64.0 * 2.0**-23
 #: Norms up to the root of this may be lost to squares below the smallest normal number.
 VANISHING = 1e-14
-# Times the unit of rounding: what the sum of vectors may be off by, as a share of their lengths.
-_SUM_FLOOR = 64.0
+# What a float32 sum of vectors may be off by, as a share of their lengths.
+_SUM_FLOOR = 64.0 * 2.0**-23
+#: So many float32 terms are added in a row; what they add up to is added in float64.
+BLOCK_ROWS = 16
+#: In float64 so many terms may be added in a row: rows of a chunk times positions.
+LARGEST_CHAIN = 2**20
 # Up to so many positions, comparing all pairs of them is faster than sorting.
 _FEW_POSITIONS = 64
 # Positions assumed when their number is unknown before the graph runs.
@@ -83,9 +89,30 @@ class Rows:
         """Sum over examples of weight times gradient, in the variable's shape."""
         sizes = dims(self.values)
         flat = tf.reshape(self.values, [sizes[0], product(sizes[1:])])
-        total = tf.linalg.matvec(_kept(flat, weights), weights, transpose_a=True)
-        total = tf.reshape(total, sizes[1:])
+        total = tf.reshape(_total_of_blocks(_kept(flat, weights), weights), sizes[1:])
         return total if self.layout is None else self.layout(total)
+
+
+def _total_of_blocks(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    """Sum over rows of weight times row.
+
+    Formal guarantees: of N rows in float32, off by at most (`BLOCK_ROWS` + 2) 2^-24 times the sum
+    of weight times norm of a row, whatever the rows and their order: `BLOCK_ROWS` roundings in a
+    block, one of the total, and one to spare for float64. A product of matrices adds all N in a
+    row, and may be off by N 2^-24 times that: 16,384 equal rows were off by a whole one.
+    """
+    if values.dtype == tf.float64:
+        return tf.linalg.matvec(values, weights, transpose_a=True)
+    count, width = dims(values)
+    blocks = count // BLOCK_ROWS
+    whole = blocks * BLOCK_ROWS
+    sums = tf.matmul(
+        tf.reshape(weights[:whole], [blocks, 1, BLOCK_ROWS]),
+        tf.reshape(values[:whole], [blocks, BLOCK_ROWS, width]),
+    )
+    rest = tf.matmul(weights[None, whole:], values[whole:])[0]
+    total = tf.reduce_sum(tf.cast(sums, tf.float64), axis=[0, 1]) + tf.cast(rest, tf.float64)
+    return tf.cast(total, values.dtype)
 
 
 class Outer:
@@ -114,7 +141,7 @@ class Outer:
 
     def squared_norms(self) -> tf.Tensor:
         """Squared norms by Gram matrices: sum over positions s, t of (a_s . a_t)(g_s . g_t)."""
-        return floored(*self.gram(), self.a.dtype)
+        return floored(*self.gram())
 
     def gram(self) -> tuple[tf.Tensor, tf.Tensor]:
         """(squared norms up to rounding, the largest norms they could have), both (batch,)."""
@@ -139,6 +166,7 @@ class Outer:
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Sum over examples of weight times a'g, in the variable's shape."""
+        _check_chain(self.a)
         a, g = _kept(self.a, weights), _weighted(self.g, weights)
         if a.shape[1] == 1:
             total = tf.matmul(_flat(a), _flat(g), transpose_a=True)[None]
@@ -168,7 +196,8 @@ class Lookup:
         else:
             exact = self._by_order()
         # `weighted_sum` rounds anew: what is left of large vectors that cancel may differ there.
-        rounding = _SUM_FLOOR * _epsilon(self.g.dtype) * tf.reduce_sum(tf.norm(self.g, axis=-1), 1)
+        share = _GRAM_FLOOR**0.5 if self.g.dtype == tf.float64 else _SUM_FLOOR
+        rounding = share * tf.reduce_sum(tf.norm(self.g, axis=-1), 1)
         return tf.where(tf.math.is_nan(exact), exact, tf.maximum(exact, tf.square(rounding)))
 
     def _by_pairs(self) -> tf.Tensor:
@@ -197,12 +226,25 @@ class Lookup:
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Sum over examples of weight times gradient, dense: (rows, width)."""
+        _check_chain(self.g)
         sizes = dims(self.g)
         flat = tf.reshape(_weighted(self.g, weights), [sizes[0] * sizes[1], sizes[2]])
         ids = tf.reshape(self.ids, [sizes[0] * sizes[1]])
         # In float64: a row that many positions read is a long chain of additions.
         total = tf.math.unsorted_segment_sum(tf.cast(flat, tf.float64), ids, self.rows)
         return tf.cast(total, self.g.dtype)
+
+
+def _check_chain(stacked: tf.Tensor) -> None:
+    """Refuses float64 sums so long that their rounding would count."""
+    sizes = [static(size) for size in dims(stacked)]
+    if stacked.dtype == tf.float64 and None not in (sizes[0], sizes[-2]):
+        if sizes[0] * sizes[-2] > LARGEST_CHAIN:
+            raise ValueError(
+                f"In float64 up to {LARGEST_CHAIN} rows times positions are added at once. "
+                f"Received: {sizes[0]} rows of {sizes[-2]} positions. Pass a smaller "
+                "`microbatch_size` to `compile` or `clipped_gradients`."
+            )
 
 
 def prefers_product(count: object, width_in: int, width_out: int) -> bool:
@@ -222,7 +264,7 @@ def prefers_product(count: object, width_in: int, width_out: int) -> bool:
     return width_in * width_out <= 2 * known * (width_in + width_out)
 
 
-def floored(exact: tf.Tensor, bound: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+def floored(exact: tf.Tensor, bound: tf.Tensor) -> tf.Tensor:
     """Squared norms that rounding cannot have understated.
 
     Cancelling terms leave only rounding error, which could hide a large gradient: the floor keeps
@@ -231,9 +273,8 @@ def floored(exact: tf.Tensor, bound: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     Args:
         exact: (batch,) squared norms as a sum of terms that may cancel.
         bound: (batch,) the norms there would be if nothing cancelled.
-        dtype: what `exact` was computed in.
     """
-    floor = _GRAM_FLOOR * _epsilon(dtype) * tf.square(bound)
+    floor = _GRAM_FLOOR * tf.square(bound)
     # A NaN stays a NaN: the example is dropped, not clipped.
     return tf.where(tf.logical_or(exact > floor, tf.math.is_nan(exact)), exact, floor)
 
@@ -251,8 +292,6 @@ def _flat(stacked: tf.Tensor) -> tf.Tensor:
     return tf.reshape(stacked, [batch * count, width])
 
 
-def _epsilon(dtype: tf.DType) -> float:
-    return 2.0**-52 if dtype == tf.float64 else 2.0**-23
 
 
 def _tiny(dtype: tf.DType) -> float:

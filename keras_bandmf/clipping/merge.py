@@ -50,7 +50,7 @@ class Tied:
         cross = tf.reduce_sum(read * tf.matmul(b, g, transpose_b=True), axis=[1, 2])
         exact, bound = self.outer.gram()
         bound += tf.reduce_sum(tf.norm(g, axis=-1), axis=1)
-        return floored(self.lookup.squared_norms() + exact + 2 * cross, bound, g.dtype)
+        return floored(self.lookup.squared_norms() + exact + 2 * cross, bound)
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Sum over examples of weight times gradient, in the table's shape."""

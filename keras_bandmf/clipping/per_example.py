@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bandmf.clipping.book_keeping import Clipped, accumulation_dtype, forward
+from keras_bandmf.clipping.book_keeping import Clipped, forward
 from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.coordinates import released
 from keras_bandmf.clipping.losses import BatchLoss
@@ -39,10 +39,9 @@ def clip_one_example(
         tape.watch(values)
         y_pred = forward(model, x)
         value = loss(x, y, y_pred, sample_weight)
-    dtype = accumulation_dtype(variables)
     gradients = tape.gradient(value, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     gradients = [
-        released(v, tf.cast(tf.convert_to_tensor(g), dtype))
+        released(v, tf.cast(tf.convert_to_tensor(g), clipper.dtype))
         for v, g in zip(variables, gradients, strict=True)
     ]
     squared = [tf.reshape(tf.reduce_sum(tf.square(g)), [1]) for g in gradients]

@@ -8,7 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bandmf.clipping.book_keeping import accumulation_dtype, example_gradients, tapped
+from keras_bandmf.clipping.book_keeping import example_gradients, tapped
+from keras_bandmf.clipping.clipper import accumulation_dtype
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.shapes import dims, on_tensors
 
@@ -84,10 +85,9 @@ def _by_rule(layer: Any, inputs: tuple, slopes: Any) -> tuple[Any, list[np.ndarr
         with tapped(layer, tape, records):
             outputs = layer(x, *args, **kwargs)
     mask = tf.ones([dims(x)[0]], tf.bool)
-    factors, _ = example_gradients(
-        tape, records, variables, keras.tree.flatten(outputs), keras.tree.flatten(slopes), mask
-    )
     dtype = accumulation_dtype(variables)
+    ends = keras.tree.flatten(outputs), keras.tree.flatten(slopes)
+    factors, _ = example_gradients(tape, records, variables, *ends, mask, dtype)
     found = []
     for i, variable in enumerate(variables):
         rows = [

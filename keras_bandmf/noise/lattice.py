@@ -22,10 +22,9 @@ RANGE = 12.5
 #: Between these, lattice points up to the end of the range are normal numbers of float32.
 LEAST_STDDEV, LARGEST_STDDEV = 2.0**-80, 2.0**90
 
-#: What float32 may be off by in a clipped sum, as a share of the clip norm, for each example of
-#: the batch: two units of rounding. An assumption: see `charged_norm`.
-_ROUNDING_OF_AN_EXAMPLE = 2.0**-23
-
+#: What each row of a batch may move the rounding of clipped sums by, as a share of the clip norm:
+#: twice what a sum is off by, with and without an example. See `charged_norm`.
+FLOAT32_ROUNDING, FLOAT64_ROUNDING = 36 * 2.0**-24, 2.0**-23
 
 #: Partial sums of R replicas are rounded to R * 2^5 times finer steps.
 _FINER_BITS = 5
@@ -140,12 +139,18 @@ def rounding_steps(strategy: NoiseRows) -> float:
     return float(2.0 * math.sqrt(bands) * steps.max() * np.abs(table[:, 0]).max())
 
 
+def largest_batch(batch_size: int) -> float:
+    """Returns the rows that a batch has at most, but for a probability of 1e-30 (Chernoff)."""
+    return batch_size + 12.0 * math.sqrt(batch_size) + 100.0
+
+
 def charged_norm(
     norm: float,
     strategy: NoiseRows,
     unit_stddev: float,
     size: int,
     batch_size: int,
+    float64_sums: bool = False,
 ) -> float:
     """Returns the norm the noise is scaled to, so that what numbers cost is paid for.
 
@@ -154,10 +159,13 @@ def charged_norm(
         (times that of its columns of `C`). Beyond `norm` it covers, proved: the rounding of the sum
         to the lattice (one step a coordinate), and before it of the partial sum of each replica
         to one that is finer by more than their number (rows may move from one replica to
-        another, so all of them may change); `rounding_steps`. Assumed: the float32 sum over a
-        batch is off by at most `batch_size * 2^-24 * norm`, with and without the example. (That
-        is what independent roundings stay below; the worst case of `batch_size` aligned gradients
-        whose every rounding is the largest and of one sign allows `batch_size` times as much.)
+        another, so all of them may change); `rounding_steps`; the rounding of the sum over a batch
+        where it is in float64 (of at most `factors.LARGEST_CHAIN` terms, which are at most 362
+        times the norm in sum: `factors.floored`), or where gradients of single examples are added
+        (`factors.Rows`, chunks, look-ups). Assumed: in float32 products of matrices
+        (`factors.Outer`), one example more changes the rounding by no more than that. Whoever
+        chooses all others, and their order, can make it change by more than the clip norm.
+        A batch has at most `largest_batch` rows: more are drawn with probability below 1e-30.
 
     Args:
         norm: the largest norm of an example's contribution.
@@ -165,11 +173,13 @@ def charged_norm(
         unit_stddev: standard deviation of `Z` for a norm of 1.
         size: number of released coordinates.
         batch_size: expected.
+        float64_sums: whether all sums are added up in float64.
     """
     if unit_stddev == 0.0:
         return norm
     row_norm = largest_row_norm(strategy)
-    summed = norm * (1.0 + batch_size * _ROUNDING_OF_AN_EXAMPLE)
+    rounding = FLOAT64_ROUNDING if float64_sums else FLOAT32_ROUNDING
+    summed = norm * (1.0 + largest_batch(batch_size) * rounding)
     steps = (1.0 + 2.0**-_FINER_BITS + rounding_steps(strategy)) * math.sqrt(size)
     charged = summed
     while True:
