@@ -292,7 +292,5 @@ def _flat(stacked: tf.Tensor) -> tf.Tensor:
     return tf.reshape(stacked, [batch * count, width])
 
 
-
-
 def _tiny(dtype: tf.DType) -> float:
     return 2.0**-1022 if dtype == tf.float64 else 2.0**-126

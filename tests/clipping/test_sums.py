@@ -1,4 +1,4 @@
-"""What one row more changes in a clipped sum, when the other rows are chosen to make it round badly.
+"""What one row more changes in a clipped sum whose other rows are chosen to make it round badly.
 
 The rows: half of them carry the sum to where a float32 is 2^-k wide, the others move it by a
 little more than half of that up and a little less than half of it down, so that each pair of
@@ -32,8 +32,8 @@ def chosen_rows(with_row):
 
 def change(total):
     """Norm of what the row in question changes in `total(rows)`."""
-    with_row, without = (np.asarray(total(chosen_rows(present)), float) for present in (True, False))
-    return float(np.linalg.norm(with_row - without))
+    sums = [np.asarray(total(chosen_rows(present)), float) for present in (True, False)]
+    return float(np.linalg.norm(sums[0] - sums[1]))
 
 
 def by_rows(rows):
