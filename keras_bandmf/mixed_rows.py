@@ -9,8 +9,8 @@ import tensorflow as tf
 class MixedRows(keras.callbacks.Callback):
     """Remembers whether rows were mixed, and raises at the end of that very step.
 
-    Formal guarantees: by then all clipped sums of the step are NaN on one replica at least, and
-    with them every update: no number that depends on the examples has reached the weights. It sees
+    Formal guarantees: by then every update of the step is NaN (`apply_clipped`), on all replicas if
+    on one: no number that depends on the examples has reached the weights. It sees
     what `clipping.clipped_gradients` calls `rows_mixed`, on the replicas of its own process.
 
     Args:

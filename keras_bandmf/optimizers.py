@@ -255,7 +255,8 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         Formal guarantees:
             What reaches the inner optimizer is `(sum + (C^-1 Z)_i) / batch_size` plus
             `penalties`, with the public batch size of the plan, whatever the batch held. Sum and
-            noise are added exactly, on one lattice: see `noise.CorrelatedNoise`.
+            noise are added exactly, on one lattice: see `noise.CorrelatedNoise`. If rows were
+            mixed (`clipped.rows_mixed`) it is NaN.
 
         Args:
             clipped: what `keras_bandmf.clipped_gradients` returned, at this `l2_norm_clip` and
@@ -303,10 +304,16 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         # Asserts vanish under XLA; a NaN update does not.
         in_budget = tf.where(step < self.plan.num_steps, 1.0, np.nan)
         gradients = state.noise.noisy_sums(
-            clipped.sums, step, replica, in_budget / self.plan.batch_size
+            clipped.sums,
+            step,
+            replica,
+            in_budget / self.plan.batch_size,
+            usable=tf.logical_not(clipped.rows_mixed),
         )
-        # Every replica has the whole; the inner optimizer adds them up once more.
-        gradients = [g / replicas for g in state.carriers.gradients(gradients)]
+        gradients = state.carriers.gradients(gradients)
+        if replicas > 1:
+            # Every replica has the whole; the inner optimizer adds them up once more.
+            gradients = [g / replicas for g in gradients]
         if penalties is not None:
             gradients = [
                 gradient if penalty is None else gradient + tf.cast(penalty, gradient.dtype)

@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras_bandmf import callbacks as private_callbacks
 from keras_bandmf import clipping, fit_arguments, fresh, keras_faults
 from keras_bandmf import history as variable_history
+from keras_bandmf.clipping.clipped import clipped_for_noise
 from keras_bandmf.clipping.losses import no_replicas
 from keras_bandmf.clipping.refusals import refuse_microbatch_size
 from keras_bandmf.mixed_rows import MixedRows
@@ -256,7 +257,7 @@ class _PrivateTraining:
     ) -> clipping.ClippedGradients:
         model, optimizer = self.model, self.optimizer
         optimizer.build(model.trainable_variables)
-        return clipping.clipped_gradients(
+        return clipped_for_noise(
             model,
             x,
             y,

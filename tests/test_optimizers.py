@@ -1,6 +1,7 @@
 """BandMFOptimizer: what it accepts, adds and refuses."""
 
 import copy
+import dataclasses
 import pickle
 
 import keras
@@ -95,6 +96,25 @@ def test_step_beyond_the_plan_is_an_error_or_nan(jit_compile):
     with pytest.raises(ValueError, match="4 steps"):
         optimizer.apply_clipped(clipped(model), model.trainable_variables)
     step()
+    assert all(np.isnan(variable.numpy()).all() for variable in model.trainable_variables)
+
+
+@pytest.mark.parametrize("compiled", [None, {}, {"jit_compile": True}])
+def test_mixed_rows_make_every_update_nan(compiled):
+    """Rule 8: clipping bounds nothing then."""
+    model = loop_model()
+    optimizer = bandmf.BandMFOptimizer("sgd", declared_plan(), seed=1)
+    optimizer.build(model.trainable_variables)
+
+    def step(mixed):
+        sums = dataclasses.replace(clipped(model), rows_mixed=mixed)
+        optimizer.apply_clipped(sums, model.trainable_variables)
+
+    if compiled is not None:
+        step = tf.function(step, **compiled)
+    step(tf.constant(False))
+    assert all(np.isfinite(variable.numpy()).all() for variable in model.trainable_variables)
+    step(tf.constant(True))
     assert all(np.isnan(variable.numpy()).all() for variable in model.trainable_variables)
 
 

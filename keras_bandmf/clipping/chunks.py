@@ -119,22 +119,20 @@ def _stacked(
     step: Callable[[Any], tuple[list[tf.Tensor], list[tf.Tensor]]],
     count: Any,
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-    """Add up the sums of steps 1 .. count - 1 and stack their rows, given those of step 0."""
+    """Add up the sums, float64, and stack the rows of all steps, given those of step 0."""
     arrays = [tf.TensorArray(r.dtype, size=count, element_shape=r.shape).write(0, r) for r in rows]
 
     def body(i: Any, sums: list[tf.Tensor], arrays: list[tf.TensorArray]) -> tuple:
         added, rows = step(i)
-        sums = [s + tf.cast(a, s.dtype) for s, a in zip(sums, added, strict=True)]
+        sums = [s + tf.cast(a, tf.float64) for s, a in zip(sums, added, strict=True)]
         return i + 1, sums, [a.write(i, r) for a, r in zip(arrays, rows, strict=True)]
 
     # In float64: a long chain of float32 additions could move by more than is charged for it.
-    dtypes = [s.dtype for s in sums]
     sums = [tf.cast(s, tf.float64) for s in sums]
     # One iteration at a time: running several would cost the memory that chunks save.
     _, sums, arrays = tf.while_loop(
         lambda i, *_: i < count, body, (tf.constant(1), sums, arrays), parallel_iterations=1
     )
-    sums = [tf.cast(s, dtype) for s, dtype in zip(sums, dtypes, strict=True)]
     return sums, [a.stack() for a in arrays]
 
 

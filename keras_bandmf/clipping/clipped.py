@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_bandmf.clipping.book_keeping import clip_by_book_keeping
 from keras_bandmf.clipping.chunks import clip_at_once, clip_in_chunks
-from keras_bandmf.clipping.clipper import Clipper
+from keras_bandmf.clipping.clipper import Clipper, accumulation_dtype
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import batch_loss, build_loss
 from keras_bandmf.clipping.microbatches import rows_at_a_time
@@ -61,7 +61,8 @@ class ClippedGradients:
         outputs: what the model returned in the training forward pass. Not private.
         mask: (batch,) bool; False marks padding, which contributed zero.
         rows_mixed: scalar bool: the loss of one row was seen to depend on another row, so that
-            clipping bounds nothing. All of `sums` is then NaN.
+            clipping bounds nothing, and `sums` must not be used. `apply_clipped` makes the update
+            NaN.
         l2_norm_clip: the largest norm of one example's contribution.
         clipping: the clipping mode.
         origin: the model, and the variables whose gradients these are.
@@ -174,11 +175,47 @@ def clipped_gradients(
     one row at a time. It rests on a promise only where a layer was declared row-wise. Rows
     that are masked out, or whose gradient is not finite, contribute exactly zero and leave the
     others as they were. On the book-keeping path masked rows are sentinels besides: a gradient at
-    one of their activations makes all of `sums` NaN (`clip_by_book_keeping` says what this cannot
-    see). Without masked rows, as in a direct call without `mask`, there is no sentinel. With random
+    one of their activations sets `rows_mixed` (`clip_by_book_keeping` says what this cannot see).
+    Without masked rows, as in a direct call without `mask`, there is no sentinel. With random
     layers this holds for each value of the masks: with `mask_seeds` whatever places the rows stand
     at (`MaskSeeds` has the proof), without them for setting the mask of a row only. `norms`,
     `losses`, `was_clipped` and `outputs` carry no guarantee.
+    """
+    clipped = clipped_for_noise(
+        model,
+        x,
+        y,
+        sample_weight,
+        l2_norm_clip=l2_norm_clip,
+        clipping=clipping,
+        mask=mask,
+        microbatch_size=microbatch_size,
+        loss=loss,
+        mask_seeds=mask_seeds,
+        float64_sums=float64_sums,
+    )
+    dtype = tf.float64 if float64_sums else accumulation_dtype(model.trainable_variables)
+    return dataclasses.replace(clipped, sums=[tf.cast(total, dtype) for total in clipped.sums])
+
+
+@tf.autograph.experimental.do_not_convert
+def clipped_for_noise(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    *,
+    l2_norm_clip: float,
+    clipping: str | ClippingMode,
+    mask: Any,
+    microbatch_size: int | str | None,
+    loss: Any = None,
+    mask_seeds: MaskSeeds | None,
+    float64_sums: bool,
+) -> ClippedGradients:
+    """`clipped_gradients` whose `sums` are float64 where they were added up in it, else float32.
+
+    The noise adds in float64 anyway: to round before costs two passes over a large table.
     """
     refuse_arguments(x, y, sample_weight, l2_norm_clip, microbatch_size)
     refuse_short_products()
@@ -218,15 +255,9 @@ def clipped_gradients(
             functools.partial(clip_one_example, model, **common), model, mask_seeds
         )
         result = clip_in_chunks(by_example, *data, 1)
-    result = result._replace(sums=[_or_nan(s, result.rows_mixed) for s in result.sums])
     return ClippedGradients(
         **result._asdict(), mask=mask, l2_norm_clip=clip, clipping=mode, origin=Origin(model)
     )
-
-
-def _or_nan(total: tf.Tensor, rows_mixed: tf.Tensor) -> tf.Tensor:
-    # A choice, not an assertion, which would vanish under XLA.
-    return tf.where(rows_mixed, tf.constant(float("nan"), total.dtype), total)
 
 
 def _tensor(leaf: Any) -> tf.Tensor:

@@ -86,7 +86,7 @@ class Rows:
         return tf.reduce_sum(tf.square(self.values), axis=list(range(1, self.values.shape.rank)))
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        """Sum over examples of weight times gradient, in the variable's shape."""
+        """Sum over examples of weight times gradient, in the variable's shape, float64."""
         sizes = dims(self.values)
         flat = tf.reshape(self.values, [sizes[0], product(sizes[1:])])
         total = tf.reshape(_total_of_blocks(_kept(flat, weights), weights), sizes[1:])
@@ -94,12 +94,13 @@ class Rows:
 
 
 def _total_of_blocks(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Sum over rows of weight times row.
+    """Sum over rows of weight times row, float64.
 
     Formal guarantees: of N rows in float32, off by at most (`BLOCK_ROWS` + 2) 2^-24 times the sum
     of weight times norm of a row, whatever the rows and their order: `BLOCK_ROWS` roundings in a
-    block, one of the total, and one to spare for float64. A product of matrices adds all N in a
-    row, and may be off by N 2^-24 times that: 16,384 equal rows were off by a whole one.
+    block, one where the total becomes float32 again, and one to spare for float64. A product of
+    matrices adds all N in a row, and may be off by N 2^-24 times that: 16,384 equal rows were off
+    by a whole one.
     """
     if values.dtype == tf.float64:
         return tf.linalg.matvec(values, weights, transpose_a=True)
@@ -111,8 +112,7 @@ def _total_of_blocks(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
         tf.reshape(values[:whole], [blocks, BLOCK_ROWS, width]),
     )
     rest = tf.matmul(weights[None, whole:], values[whole:])[0]
-    total = tf.reduce_sum(tf.cast(sums, tf.float64), axis=[0, 1]) + tf.cast(rest, tf.float64)
-    return tf.cast(total, values.dtype)
+    return tf.reduce_sum(tf.cast(sums, tf.float64), axis=[0, 1]) + tf.cast(rest, tf.float64)
 
 
 class Outer:
@@ -165,7 +165,7 @@ class Outer:
         return tf.where(may_vanish, tf.square(coarse), exact), bound
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        """Sum over examples of weight times a'g, in the variable's shape."""
+        """Sum over examples of weight times a'g, in the variable's shape, of the dtype of a."""
         _check_chain(self.a)
         a, g = _kept(self.a, weights), _weighted(self.g, weights)
         if a.shape[1] == 1:
@@ -225,14 +225,13 @@ class Lookup:
         return tf.reduce_sum(tf.square(tf.reshape(added, [batch, count, width])), axis=[1, 2])
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        """Sum over examples of weight times gradient, dense: (rows, width)."""
+        """Sum over examples of weight times gradient, dense: (rows, width), float64."""
         _check_chain(self.g)
         sizes = dims(self.g)
         flat = tf.reshape(_weighted(self.g, weights), [sizes[0] * sizes[1], sizes[2]])
         ids = tf.reshape(self.ids, [sizes[0] * sizes[1]])
         # In float64: a row that many positions read is a long chain of additions.
-        total = tf.math.unsorted_segment_sum(tf.cast(flat, tf.float64), ids, self.rows)
-        return tf.cast(total, self.g.dtype)
+        return tf.math.unsorted_segment_sum(tf.cast(flat, tf.float64), ids, self.rows)
 
 
 def _check_chain(stacked: tf.Tensor) -> None:

@@ -53,8 +53,10 @@ class Tied:
         return floored(self.lookup.squared_norms() + exact + 2 * cross, bound)
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        """Sum over examples of weight times gradient, in the table's shape."""
-        return self.lookup.weighted_sum(weights) + self.outer.weighted_sum(weights)
+        """Sum over examples of weight times gradient, in the table's shape, float64."""
+        return self.lookup.weighted_sum(weights) + tf.cast(
+            self.outer.weighted_sum(weights), tf.float64
+        )
 
 
 Factor = Rows | Outer | Lookup | Tied

@@ -256,6 +256,7 @@ class CorrelatedNoise:
         step: tf.Tensor,
         replica: int = 0,
         scale: float | tf.Tensor = 1.0,
+        usable: bool | tf.Tensor = True,
     ) -> list[tf.Tensor]:
         """Advances the ring to row `step` and adds that row to clipped sums.
 
@@ -268,6 +269,7 @@ class CorrelatedNoise:
             replica: the replica in whose context this is called, a Python integer; with several
                 worker processes its number among all of them.
             scale: public factor of the result, such as 1 / batch size.
+            usable: whether the sums of this replica may be used; if not, the result is all NaN.
 
         Returns:
             For each shape the whole noisy sum times `scale`, float32, the same on all replicas.
@@ -290,7 +292,7 @@ class CorrelatedNoise:
                 row = self._settled(row, step, replica)
             flat = tf.reshape(tf.bitcast(row, tf.int32), [self.layout.shard_size])
         # A step that is not allowed is NaN in the partial sum, hence in the whole one.
-        first = tf.where(allowed, tf.constant(1.0, tf.float64), np.nan)
+        first = tf.where(allowed & usable, tf.constant(1.0, tf.float64), np.nan)
         if self.num_replicas == 1:
             return self._meet(list(sums), row, flat, step, allowed, first * unit, replica)
         partial = self._meet(list(sums), row, flat, step, allowed, first, replica)

@@ -99,9 +99,13 @@ class CarrierFactor:
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Sum over examples of weight times coordinates, (r (m + n),)."""
         left, _ = self.carrier.pair(self.g.dtype)
-        total = tf.reshape(self.whole.weighted_sum(weights), left.shape)
+        total, right = (
+            tf.cast(factor.weighted_sum(weights), left.dtype)
+            for factor in (self.whole, self._right())
+        )
+        total = tf.reshape(total, left.shape)
         total -= carriers.inside(total, left)
-        return self.carrier.joined(total, self._right().weighted_sum(weights))
+        return self.carrier.joined(total, right)
 
 
 class ForwardedRule(LayerRule):

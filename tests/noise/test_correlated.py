@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import tensorflow as tf
 
-from keras_bandmf.noise import CorrelatedNoise, normals
+from keras_bandmf.noise import CorrelatedNoise, normals, workers
 from keras_bandmf.strategies import ToeplitzStrategy
 from tests import runs
 
@@ -142,6 +142,27 @@ def test_long_rows_are_bit_equal_on_two_replicas(num_bands):
     single = CorrelatedNoise(strategy, 1.5, shapes, seed=7)
     for row in shared:
         np.testing.assert_array_equal(row, np.concatenate([np.ravel(p) for p in single.next()]))
+
+
+@pytest.mark.parametrize("stddev", [0.0, 1.0])
+@pytest.mark.parametrize("replica", [0, 1])
+def test_sums_that_one_replica_cannot_use_are_nan_on_all(replica, stddev):
+    distribution = runs.mirrored()
+    with distribution.scope():
+        noise = CorrelatedNoise(STRATEGIES["toeplitz"](), stddev, SHAPES)
+
+    @tf.function(autograph=False)
+    def step(number):
+        def own():
+            index = workers.replica_id()
+            sums = [tf.ones(shape) for shape in SHAPES]
+            return noise.noisy_sums(sums, number, index, usable=tf.constant(index != replica))
+
+        found = distribution.run(own)
+        return [distribution.experimental_local_results(part) for part in found]
+
+    for parts in step(tf.constant(0, tf.int64)):
+        assert all(np.isnan(part.numpy()).all() for part in parts)
 
 
 @pytest.mark.parametrize("replica", [0, 1])
