@@ -45,7 +45,9 @@ def test_update_is_sum_plus_noise_over_the_expected_batch_size():
     before = [variable.numpy() for variable in model.trainable_variables]
     optimizer.apply_clipped(gradients, model.trainable_variables)
     shapes = [variable.shape for variable in model.trainable_variables]
-    noise = bandmf.noise.CorrelatedNoise(plan.strategy, plan.noise_stddev(0.5), shapes)
+    stddev = optimizer.run_state.noise.stddev  # the plan's, and what numbers cost
+    assert plan.noise_stddev(0.5) < stddev < 1.001 * plan.noise_stddev(0.5)
+    noise = bandmf.noise.CorrelatedNoise(plan.strategy, stddev, shapes)
     noise.set_key(optimizer.run_state.noise.get_key())
     for old, new, total, row in zip(
         before, model.trainable_variables, gradients.sums, noise.next(), strict=True

@@ -153,15 +153,20 @@ class Outer:
             grams = tf.matmul(self.a, self.a, transpose_b=True)
             grams *= tf.matmul(self.g, self.g, transpose_b=True)
             exact = tf.reduce_sum(grams, axis=[1, 2, 3])
-        # Squares of one matrix may vanish where the other is so large that the product counts:
-        # then a coarse bound that squares neither, which can only clip more.
+        # Squares of one matrix may vanish where the other is so large that the product counts: then
+        # a coarse bound with the most that each entry may lose, which can only clip more.
         largest = tf.reduce_max(tf.maximum(a_lengths, g_lengths), axis=[1, 2])
-        coarse = tf.reduce_sum(_sums(self.a) * _sums(self.g), axis=[1, 2])
+        dtype = self.a.dtype
         _, groups, count, width = dims(self.a)
-        # Every entry of every position may lose a square of its own.
-        terms = tf.cast(groups * count, self.a.dtype)
-        entries = terms * terms * tf.cast(width + dims(self.g)[-1], self.a.dtype)
-        may_vanish = largest > VANISHING / _tiny(self.a.dtype) / entries
+        widths = tf.cast(width, dtype), tf.cast(dims(self.g)[-1], dtype)
+        a_most, g_most = (
+            tf.sqrt(lengths + _tiny(dtype) * size)
+            for lengths, size in zip((a_lengths, g_lengths), widths, strict=True)
+        )
+        coarse = tf.reduce_sum(a_most * g_most, axis=[1, 2])
+        terms = tf.cast(groups * count, dtype)
+        entries = terms * terms * (widths[0] + widths[1])
+        may_vanish = largest > VANISHING / _tiny(dtype) / entries
         return tf.where(may_vanish, tf.square(coarse), exact), bound
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
@@ -280,10 +285,6 @@ def floored(exact: tf.Tensor, bound: tf.Tensor) -> tf.Tensor:
 
 def _lengths(matrix: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(tf.square(matrix), axis=-1)
-
-
-def _sums(matrix: tf.Tensor) -> tf.Tensor:
-    return tf.reduce_sum(tf.abs(matrix), axis=-1)
 
 
 def _flat(stacked: tf.Tensor) -> tf.Tensor:
