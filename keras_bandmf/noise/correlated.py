@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf.environment import refuse_loose_arithmetic
 from keras_bandmf.noise import exact, lattice, normals, workers
 from keras_bandmf.noise.lattice import NoiseRows
 from keras_bandmf.noise.shards import ShardLayout
@@ -68,7 +69,8 @@ class CorrelatedNoise:
             approximation. Refused in a program that XLA compiles.
 
     Raises:
-        ValueError: if an argument is out of range, or a replica would draw 2**31 values or more.
+        ValueError: if an argument is out of range, a replica would draw 2**31 values or more, or
+            flags of XLA make its arithmetic too loose.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class CorrelatedNoise:
         seed: int | None = None,
         exact: bool = False,
     ):
+        refuse_loose_arithmetic()
         if not isinstance(stddev, numbers.Real) or not 0 <= stddev < np.inf:
             raise ValueError(
                 "Argument `stddev` must be a finite number that is not negative. "
