@@ -112,9 +112,14 @@ class CorrelatedNoise:
         self._distribution = distribution
         self._first_replica = workers.local_replicas(distribution)[0]
         if central:
-            # Its variables combine what all replicas assign. A new thread is in no scope.
+            # Its variables combine what all replicas assign. A new thread is in no scope, and
+            # knows no device: a program of XLA takes variables of its own device only.
+            def make() -> None:
+                with tf.device(distribution.extended.worker_devices[0]):
+                    self._make_variables()
+
             with concurrent.futures.ThreadPoolExecutor(1) as thread:
-                thread.submit(self._make_variables).result()
+                thread.submit(make).result()
         else:
             with tf.init_scope(), distribution.scope():
                 self._make_variables()
