@@ -125,6 +125,8 @@ def main():
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--models", nargs="*", default=None, help="cnn, mlp, bert, embedding")
     options = parser.parse_args()
+    # A GPU would use it in the plain step; the private one refuses it.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
     print(
         f"{'model':<10}{'batch':>6}{'bands':>6}{'plain ms':>10}{'private ms':>12}{'ratio':>7}"
         f"{'at most':>9}{'noise ns/parameter':>20}"

@@ -57,9 +57,10 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         noise: "default", or "exact": without numerical assumptions. Each value of the noise is
             then the rounding of an exact normal (see `noise.CorrelatedNoise`), and norms and sums
             of gradients are computed in float64 (see `noise.lattice.charged_norm`). The noise
-            costs four to six times as much, the clipped sums about five times on a processor. `fit`
-            works with `jit_compile=True`; a loop of your own that calls `apply_clipped` in a
-            program of XLA is refused.
+            costs four to six times as much, the clipped sums about five times on a processor; with
+            a GPU the noise costs 30 to 160 times as much (docs/distributed.md). `fit` works with
+            `jit_compile=True`; a loop of your own that calls `apply_clipped` in a program of XLA is
+            refused.
         seed: an integer, for tests only: the noise can then be recomputed by anyone, and the
             statement says "not private". By default keys come from the operating system.
         replay: keep the noise key when a checkpoint is restored, for a bit-for-bit continuation

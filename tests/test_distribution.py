@@ -8,13 +8,24 @@ import pytest
 import scipy.stats
 import tensorflow as tf
 
+import keras_bandmf as bandmf
 from keras_bandmf.fit_arguments import check_distribution
 from tests import runs, worker_job
 
 
-def central():
+def central(first=0):
     """Two replicas with one place for variables."""
-    return tf.distribute.experimental.CentralStorageStrategy(["CPU:0", "CPU:1"], "CPU:0")
+    replicas = [f"CPU:{first}", f"CPU:{1 - first}"]
+    return tf.distribute.experimental.CentralStorageStrategy(replicas, "CPU:0")
+
+
+def test_noise_of_central_storage_is_on_the_device_of_its_replica():
+    """Not where TensorFlow puts a variable by itself: XLA on another device cannot read it."""
+    plan = worker_job.regression_plan()
+    with central(first=1).scope():
+        noise = bandmf.noise.CorrelatedNoise(plan.strategy, 1.0, [(3,)])
+    kept = [noise._key, noise._table, noise._ring, noise._position]
+    assert [variable.device[-5:] for variable in kept] == ["CPU:1"] * 4
 
 
 def test_central_storage_trains_to_the_weights_of_one_device():

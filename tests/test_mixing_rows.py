@@ -221,7 +221,8 @@ def test_mixing_that_begins_at_step_seven_ends_fit_at_step_seven(way):
     options = {"eager": {"run_eagerly": True}, "jit": {"jit_compile": True}}.get(way, {})
 
     def make():
-        FromStepSeven.step = tf.Variable(0)
+        # Programs of XLA on a GPU cannot read int32 variables: they are kept on the CPU.
+        FromStepSeven.step = tf.Variable(0, dtype=tf.int64)
         model = model_with(kind(), private=False)
         return bandmf.privatize(model, microbatch_size=4 if way == "microbatches" else None)
 

@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_bandmf.clipping.losses import overrides_compute_loss, with_mean_by_weight
 from keras_bandmf.clipping.norms import refuse_clip_norm
 from keras_bandmf.clipping.rowwise_layers import GROUP_OR_LAYER_NORM, replacement_of
+from keras_bandmf.environment import refuse_loose_arithmetic
 
 # Options of grappler, and variables of the environment that TensorFlow or oneDNN reads.
 _MIXED = "auto_mixed_precision"
@@ -20,6 +21,8 @@ _MATH_MODES = (
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "DNNL_DEFAULT_FPMATH_MODE",
 )
+# Read by NVIDIA's libraries: 0 forbids TensorFloat-32, 1 forces it.
+_TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
 
 def refuse_arguments(
@@ -60,17 +63,20 @@ def refuse_short_products() -> None:
     """Raise ValueError where products of float32 matrices may keep only 8 to 11 binary digits.
 
     What is left of terms that cancel is then far from the norm of what is summed, beyond what the
-    floors of norms cover. Three switches do that:
+    floors of norms cover. These switches do that:
 
-     * TensorFloat-32, NVIDIA's default since Ampere;
+     * TensorFloat-32, NVIDIA's default since Ampere; `NVIDIA_TF32_OVERRIDE` of the environment
+       turns it on whatever TensorFlow says (measured on an H100: products wrong by up to 3e-4);
      * grappler's mixed precision, for float16 on GPUs and for bfloat16 on CPUs, where a product
        in a graph was measured to be wrong by 0.3 % of the largest entry;
      * oneDNN's math mode, for bfloat16 on CPUs that have it: Arm's; an x86 CPU without AMX was
-       measured to ignore it.
+       measured to ignore it;
+     * flags of XLA (`environment.refuse_loose_arithmetic`).
 
     Formal guarantees: necessary conditions only. It reads TensorFlow's options and the
     environment of the process, which must not change after the first trace.
     """
+    refuse_loose_arithmetic()
     _refuse_tensor_float()
     options = tf.config.optimizer.get_experimental_options()
     on = [name for name, value in options.items() if name.startswith(_MIXED) and value]
@@ -93,16 +99,25 @@ def refuse_short_products() -> None:
 
 
 def _refuse_tensor_float() -> None:
-    if not tf.config.experimental.tensor_float_32_execution_enabled():
+    override = os.environ.get(_TF32_OVERRIDE, "")
+    forced = override.strip() not in ("", "0")
+    if not forced and not tf.config.experimental.tensor_float_32_execution_enabled():
         return
     for device in tf.config.get_visible_devices("GPU"):
         details = tf.config.experimental.get_device_details(device)
         if details.get("compute_capability", (8, 0)) >= (8, 0):
+            where = details.get("device_name", device.name)
             raise ValueError(
                 "Norms of float32 gradients need float32 products: rounded as TensorFloat-32 they "
-                "can be understated. Call "
-                "`tf.config.experimental.enable_tensor_float_32_execution(False)` first. Received: "
-                f"TensorFloat-32 enabled on {details.get('device_name', device.name)}"
+                "can be understated. "
+                + (
+                    "Unset the environment variable, which overrides what TensorFlow is told, "
+                    f"before TensorFlow is imported. Received: {_TF32_OVERRIDE}={override} and "
+                    if forced
+                    else "Call `tf.config.experimental.enable_tensor_float_32_execution(False)` "
+                    "first. Received: TensorFloat-32 enabled on "
+                )
+                + f"{where}"
             )
 
 
@@ -145,6 +160,12 @@ def _refuse_layer(layer: keras.layers.Layer) -> None:
             'scaling), which no privacy statement covers. Use "mixed_bfloat16" or "float32", for '
             f'example keras.config.set_dtype_policy("mixed_bfloat16"). {where}'
         )
+    if layer.compute_dtype == "bfloat16" and _may_use_cudnn(layer):
+        raise ValueError(
+            "On a GPU, cuDNN's backward pass of LSTM and GRU in bfloat16 reads memory that nothing "
+            "wrote, so that a gradient may hold what other rows or steps left there. Make the "
+            f'layer with `use_cudnn=False`, or with `dtype="float32"`. {where}'
+        )
     if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
         raise ValueError(
             "BatchNormalization mixes the examples of a batch, so no example has a gradient of its "
@@ -167,3 +188,9 @@ def _refuse_layer(layer: keras.layers.Layer) -> None:
             "`activity_regularizer` adds a loss that depends on the data of the whole batch. "
             f"Remove it; weight regularizers (`kernel_regularizer=`) are fine. {where}"
         )
+
+
+def _may_use_cudnn(layer: keras.layers.Layer) -> bool:
+    """Measured with TensorFlow 2.21 and cuDNN 9.19 on an H100: not so in float32."""
+    recurrent = isinstance(layer, (keras.layers.LSTM, keras.layers.GRU))
+    return recurrent and bool(layer.use_cudnn) and bool(tf.config.get_visible_devices("GPU"))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf.environment import refuse_loose_arithmetic
 from keras_bandmf.noise import exact, lattice, normals, workers
 from keras_bandmf.noise.lattice import NoiseRows
 from keras_bandmf.noise.shards import ShardLayout
@@ -68,7 +69,8 @@ class CorrelatedNoise:
             approximation. Refused in a program that XLA compiles.
 
     Raises:
-        ValueError: if an argument is out of range, or a replica would draw 2**31 values or more.
+        ValueError: if an argument is out of range, a replica would draw 2**31 values or more, or
+            flags of XLA make its arithmetic too loose.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class CorrelatedNoise:
         seed: int | None = None,
         exact: bool = False,
     ):
+        refuse_loose_arithmetic()
         if not isinstance(stddev, numbers.Real) or not 0 <= stddev < np.inf:
             raise ValueError(
                 "Argument `stddev` must be a finite number that is not negative. "
@@ -109,9 +112,14 @@ class CorrelatedNoise:
         self._distribution = distribution
         self._first_replica = workers.local_replicas(distribution)[0]
         if central:
-            # Its variables combine what all replicas assign. A new thread is in no scope.
+            # Its variables combine what all replicas assign. A new thread is in no scope, and
+            # knows no device: a program of XLA takes variables of its own device only.
+            def make() -> None:
+                with tf.device(distribution.extended.worker_devices[0]):
+                    self._make_variables()
+
             with concurrent.futures.ThreadPoolExecutor(1) as thread:
-                thread.submit(self._make_variables).result()
+                thread.submit(make).result()
         else:
             with tf.init_scope(), distribution.scope():
                 self._make_variables()

@@ -166,11 +166,14 @@ def _words(
     key: tf.Tensor, step: tf.Tensor, first_chunk: int, num_chunks: int
 ) -> tuple[tf.Tensor, ...]:
     """The four Philox words of each pair of a part of row `step`."""
-    key = tf.bitcast(key, tf.uint64)
+    key, offset = tf.bitcast(key, tf.uint64)[0], tf.bitcast(key, tf.int64)[1]
     # The offset also keeps compilers from embedding, as a constant, what depends on `low` alone.
-    low = tf.constant(first_chunk * COUNTERS_PER_CHUNK, tf.uint64) + key[1]
-    counters = tf.range(num_chunks * COUNTERS_PER_CHUNK, dtype=tf.int32)
-    return philox.words(tf.cast(counters, tf.uint64) + low, tf.cast(step, tf.uint64), key[0])
+    # Counters are added as int64, to the same bits: grappler makes sums of uint64 an operation
+    # that GPUs do not have.
+    low = tf.constant(first_chunk * COUNTERS_PER_CHUNK, tf.int64) + offset
+    counters = tf.cast(tf.range(num_chunks * COUNTERS_PER_CHUNK, dtype=tf.int32), tf.int64)
+    low = tf.bitcast(counters + low, tf.uint64)
+    return philox.words(low, tf.cast(step, tf.uint64), key)
 
 
 def box_muller(

@@ -156,6 +156,8 @@ def test_float64(make, float64):
 
 @CASES
 def test_bfloat16(make, bfloat16):
+    if make.__name__ == "lstm" and tf.config.get_visible_devices("GPU"):
+        pytest.skip("refused there: cuDNN's gradients in bfloat16 are wrong, also in the reference")
     model, x, y, weight, clip, _, norms, sums = expectation(make)
     check_model(model, x, y, weight)
     assert explain(model).route == ("general" if make.__name__ in GENERAL else "book-keeping")

@@ -216,13 +216,19 @@ def test_rule_12_float32_products_of_ten_bits_are_refused(monkeypatch, capabilit
     monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda device: details)
     model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
     model.compile(loss="mse")
-    for call in (clipped_gradients, check_model):
-        with contextlib.ExitStack() as stack:
-            if refused:
-                stack.enter_context(pytest.raises(ValueError, match="TensorFloat-32"))
-            call(model, np.ones((3, 2)), np.ones((3, 1)))
-    tf.config.experimental.enable_tensor_float_32_execution(False)
+    tf.config.experimental.enable_tensor_float_32_execution(True)
     try:
-        clipped_gradients(model, np.ones((3, 2)), np.ones((3, 1)))
+        for call in (clipped_gradients, check_model):
+            with contextlib.ExitStack() as stack:
+                if refused:
+                    stack.enter_context(pytest.raises(ValueError, match="TensorFloat-32"))
+                call(model, np.ones((3, 2)), np.ones((3, 1)))
     finally:
-        tf.config.experimental.enable_tensor_float_32_execution(True)
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+    for override, stricter in (("0", False), ("", False), ("1", refused), ("true", refused)):
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+        with contextlib.ExitStack() as stack:
+            if stricter:
+                match = f"Received: NVIDIA_TF32_OVERRIDE={override}"
+                stack.enter_context(pytest.raises(ValueError, match=match))
+            clipped_gradients(model, np.ones((3, 2)), np.ones((3, 1)))

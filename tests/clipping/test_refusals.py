@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_bandmf
-from keras_bandmf.clipping.refusals import refuse_short_products
+from keras_bandmf.clipping.refusals import refuse_model, refuse_short_products
 
 PROGRAM = """
 import numpy as np
@@ -74,3 +74,22 @@ def test_what_loses_digits_here_is_refused(option):
     assert "refused" in printed if option else "refused" not in printed
     if not option:
         assert error < 1e-5
+
+
+@pytest.mark.parametrize("kind", [keras.layers.LSTM, keras.layers.GRU])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_recurrent_kernels_of_cudnn_in_bfloat16(monkeypatch, kind, wrapped):
+    """They read memory that nothing wrote; they run where a GPU is visible."""
+
+    def model(dtype, **options):
+        layer = kind(3, dtype=dtype, **options)
+        layer = keras.layers.Bidirectional(layer, dtype=dtype) if wrapped else layer
+        return keras.Sequential([keras.Input((4, 2)), layer])
+
+    refuse_model(model("mixed_bfloat16"))
+    gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [gpu])
+    with pytest.raises(ValueError, match="use_cudnn=False"):
+        refuse_model(model("mixed_bfloat16"))
+    refuse_model(model("mixed_bfloat16", use_cudnn=False))
+    refuse_model(model("float32"))

@@ -132,7 +132,8 @@ def test_a_row_moves_the_sum_by_its_own_clipped_gradient(name):
         np.testing.assert_allclose(everyone - without, alone, atol=1e-6)
         assert np.linalg.norm(everyone - without) <= CLIP * (1 + 1e-4)
     again, other = run(EVERYONE, 3), run(EVERYONE, 4)
-    np.testing.assert_array_equal(again[0], everyone)
+    # GPUs may add in another order; other masks change far more.
+    np.testing.assert_allclose(again[0], everyone, rtol=1e-5, atol=1e-7)
     assert np.abs(other[1] - norms).max() > 1e-4
     for a, b in zip(before, states(model), strict=True):
         np.testing.assert_array_equal(a, b)

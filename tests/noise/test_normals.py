@@ -265,6 +265,19 @@ def test_graph_eager_and_xla_agree():
         np.testing.assert_allclose(draw(step=2, jit_compile=jit_compile), compiled, atol=1e-13)
 
 
+def test_counters_are_not_added_as_unsigned_numbers():
+    """Grappler makes such sums an operation (AddN of uint64) that GPUs do not have."""
+    drawn = tf.function(normals.standard_normals, autograph=False).get_concrete_function(
+        tf.TensorSpec([2], tf.int64), tf.TensorSpec([], tf.int64), 3, 8
+    )
+    sums = [op for op in drawn.graph.get_operations() if op.type in ("Add", "AddV2")]
+    sums = [op for op in sums if op.outputs[0].dtype == tf.uint64]
+    assert sums
+    # It joins sums that nothing else reads.
+    joined = [t for op in sums for t in op.inputs if t.op in sums and len(t.consumers()) == 1]
+    assert not joined
+
+
 def test_fold_key_separates_purposes_and_runs():
     keys = [normals.fold_key(k, p) for k in (KEY, normals.fresh_key()) for p in ("a", "b")]
     assert len({key.tobytes() for key in keys}) == 4
