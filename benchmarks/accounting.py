@@ -27,7 +27,7 @@ import numpy as np
 import scipy.special
 from dp_accounting.pld import privacy_loss_distribution
 
-from keras_bandmf.accounting import (
+from keras_bandmf.accounting.accountant import (
     FINE_ACCURACY,
     FINITE_NOISE_SHARE,
     Schedule,

@@ -1,14 +1,14 @@
 """Differentially private training of Keras models with correlated noise."""
 
 from keras_bandmf import callbacks, clipping, noise, strategies, tfx_input
-from keras_bandmf.band_choice import max_bands
-from keras_bandmf.calibration import compare_bands
 from keras_bandmf.clipping import ClippedGradients, clipped_gradients
-from keras_bandmf.model_statement import statement
-from keras_bandmf.optimizer_workload import workload_from_optimizer
-from keras_bandmf.optimizers import BandMFOptimizer
-from keras_bandmf.plan import TrainingPlan
-from keras_bandmf.progress import ProgressBar
+from keras_bandmf.optimizers.bandmf import BandMFOptimizer
+from keras_bandmf.planning.band_choice import max_bands
+from keras_bandmf.planning.calibration import compare_bands
+from keras_bandmf.planning.keras_workload import workload_from_optimizer
+from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.planning.progress import ProgressBar
+from keras_bandmf.planning.statement import Statement
 from keras_bandmf.release import export
 from keras_bandmf.rgp import (
     RGPConv2D,
@@ -18,8 +18,8 @@ from keras_bandmf.rgp import (
     enable_rgp,
     merge_rgp,
 )
-from keras_bandmf.statement import Statement
-from keras_bandmf.training import privatize
+from keras_bandmf.training.model_statement import statement
+from keras_bandmf.training.private_training import privatize
 
 __version__ = "0.1.0"
 

@@ -75,8 +75,8 @@ def _plan(values: flags.FlagValues) -> str:
     for name in ("plot", "json"):
         _check_writable(name, values[name].value)
     # TensorFlow takes seconds to import: not before the flags are known to be good.
-    from keras_bandmf.calibration import compare_bands
-    from keras_bandmf.plan import TrainingPlan
+    from keras_bandmf.planning.calibration import compare_bands
+    from keras_bandmf.planning.plan import TrainingPlan
 
     arguments: dict[str, Any] = {
         "num_examples": values.num_examples,

@@ -7,8 +7,8 @@ from typing import Any
 
 import keras
 
-from keras_bandmf.optimizers import BandMFOptimizer
-from keras_bandmf.printed import raised_for_progress
+from keras_bandmf._printed import raised_for_progress
+from keras_bandmf.optimizers.bandmf import BandMFOptimizer
 from keras_bandmf.sampling import PrivateBatches
 
 # They write, save or stop by rules that `check_callbacks` knows.

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from keras_bandmf.band_choice import BandChoice
-from keras_bandmf.plan import TrainingPlan
-from keras_bandmf.plan_table import rmse_unit
-from keras_bandmf.printed import rounded_down, rounded_up
+from keras_bandmf._printed import rounded_down, rounded_up
+from keras_bandmf.planning.band_choice import BandChoice
+from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.planning.plan_table import rmse_unit
 from keras_bandmf.strategies import ToeplitzStrategy
 
 _BLUE, _GREY = "#1f5fa8", "#8a8a8a"

@@ -21,7 +21,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_bandmf.plan import TrainingPlan
+from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.sampling import PrivateBatches, StreamedBatches
 
 PLAN_KEY = "keras_bandmf_plan"

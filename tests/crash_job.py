@@ -1,4 +1,4 @@
-"""Training processes of `tests/test_crash.py`, each killed at any moment but the last."""
+"""Training processes of `tests/training/test_crash.py`, each killed at any moment but the last."""
 
 import json
 import multiprocessing

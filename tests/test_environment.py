@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_bandmf as bandmf
-from keras_bandmf.environment import refuse_loose_arithmetic
+from keras_bandmf._environment import refuse_loose_arithmetic
 from keras_bandmf.strategies import ToeplitzStrategy
 
 STRATEGY = ToeplitzStrategy([1.0, 0.5], 8)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from keras_bandmf.__main__ import main
-from keras_bandmf.plan import TrainingPlan
+from keras_bandmf.planning.plan import TrainingPlan
 
 GOOD = {
     "num_examples": "1000",

@@ -5,11 +5,11 @@ import builtins
 import numpy as np
 import pytest
 
-from keras_bandmf.band_choice import BandCandidate, BandChoice
-from keras_bandmf.plan import TrainingPlan
+from keras_bandmf.planning.band_choice import BandCandidate, BandChoice
+from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.plots import plot_plan
 from keras_bandmf.strategies import Workload
-from tests.planning import make_plan
+from tests.plans import make_plan
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from keras_bandmf.printed import raised_for_progress, rounded_down, rounded_up
+from keras_bandmf._printed import raised_for_progress, rounded_down, rounded_up
 
 POSITIVE = st.floats(1e-300, 1e300, allow_subnormal=False)
 NEAR_TENS = st.builds(

@@ -1,4 +1,4 @@
-"""What a worker process of `tests/test_workers.py` does: `-m tests.worker_job JOB FOLDER`."""
+"""A worker process of `tests/training/test_workers.py`: `-m tests.worker_job JOB FOLDER`."""
 
 import os
 import pathlib

@@ -1,10 +1,9 @@
 """Per-example gradients, clipped and summed."""
 
-from keras_bandmf.clipping.checks import check_model
+from keras_bandmf.clipping.checks.model import check_model
+from keras_bandmf.clipping.checks.rule import check_rule
 from keras_bandmf.clipping.clipped import ClippedGradients, clipped_gradients
-from keras_bandmf.clipping.explain import Explanation, explain
 from keras_bandmf.clipping.factors import Lookup, Outer, Rows
-from keras_bandmf.clipping.layer_rules import LayerRule, constant
 from keras_bandmf.clipping.modes import (
     AutomaticClipping,
     ClippingMode,
@@ -12,9 +11,10 @@ from keras_bandmf.clipping.modes import (
     PerLayerClipping,
     checked_mode,
 )
-from keras_bandmf.clipping.registry import register_rule
-from keras_bandmf.clipping.rowwise import declare_row_wise
-from keras_bandmf.clipping.rule_checks import check_rule
+from keras_bandmf.clipping.paths.explanation import Explanation, explain
+from keras_bandmf.clipping.rowwise.decision import declare_row_wise
+from keras_bandmf.clipping.rules.base import LayerRule, constant
+from keras_bandmf.clipping.rules.registry import register_rule
 from keras_bandmf.clipping.seeds import MaskSeeds
 
 __all__ = [

@@ -9,17 +9,21 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bandmf.clipping.book_keeping import clip_by_book_keeping
-from keras_bandmf.clipping.chunks import clip_at_once, clip_in_chunks
+from keras_bandmf.clipping.checks.refusals import (
+    refuse_arguments,
+    refuse_model,
+    refuse_short_products,
+)
 from keras_bandmf.clipping.clipper import Clipper, accumulation_dtype
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import batch_loss, build_loss
-from keras_bandmf.clipping.microbatches import rows_at_a_time
 from keras_bandmf.clipping.modes import ClippingMode, checked_mode
 from keras_bandmf.clipping.passes import in_passes, with_row_numbers
-from keras_bandmf.clipping.per_example import clip_one_example
-from keras_bandmf.clipping.refusals import refuse_arguments, refuse_model, refuse_short_products
-from keras_bandmf.clipping.routes import give_up, route_of
+from keras_bandmf.clipping.paths.book_keeping import clip_by_book_keeping
+from keras_bandmf.clipping.paths.chunks import clip_at_once, clip_in_chunks
+from keras_bandmf.clipping.paths.microbatches import rows_at_a_time
+from keras_bandmf.clipping.paths.per_example import clip_one_example
+from keras_bandmf.clipping.paths.routing import give_up, route_of
 from keras_bandmf.clipping.seeds import MaskSeeds
 from keras_bandmf.clipping.shapes import on_tensors
 

@@ -11,8 +11,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bandmf.clipping.trained import trained_layers
-from keras_bandmf.printed import rounded_up
+from keras_bandmf._keras_internals import trained_layers
+from keras_bandmf._printed import rounded_up
 
 # Below this norm automatic clipping no longer scales up to the clip norm: squares of smaller
 # gradients may vanish in float32 (up to norms of 1e-7 in each variable), and a norm found too small

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_bandmf.clipping.book_keeping import Clipped
-from keras_bandmf.clipping.captures import Refused, Watch, written_in
-from keras_bandmf.clipping.chunks import ChunkFunction
+from keras_bandmf.clipping.checks.captures import Refused, Watch, written_in
+from keras_bandmf.clipping.checks.unseen import unseen
+from keras_bandmf.clipping.paths.book_keeping import Clipped
+from keras_bandmf.clipping.paths.chunks import ChunkFunction
 from keras_bandmf.clipping.seeds import MaskSeeds, drawing, seed_generators
 from keras_bandmf.clipping.shapes import dims
-from keras_bandmf.clipping.unseen import unseen
 
 
 class RowsOf(NamedTuple):

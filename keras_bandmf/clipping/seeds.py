@@ -20,7 +20,7 @@ import tensorflow as tf
 from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.random.seed_generator import global_seed_generator
 
-from keras_bandmf.clipping.captures import Refused
+from keras_bandmf.clipping.checks.captures import Refused
 
 # A seed has 64 bits: 28 number steps and replicas, 26 the rows of a batch, 10 the draws of a pass.
 STEP_BITS = 28

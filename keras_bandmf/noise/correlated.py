@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from keras_bandmf.environment import refuse_loose_arithmetic
-from keras_bandmf.noise import exact, lattice, normals, workers
+from keras_bandmf import _distribution
+from keras_bandmf._environment import refuse_loose_arithmetic
+from keras_bandmf.noise import exact, lattice, normals
 from keras_bandmf.noise.lattice import NoiseRows
 from keras_bandmf.noise.shards import ShardLayout
 
@@ -110,7 +111,7 @@ class CorrelatedNoise:
                 "more replicas (a central storage counts as one), or fewer of its variables."
             )
         self._distribution = distribution
-        self._first_replica = workers.local_replicas(distribution)[0]
+        self._first_replica = _distribution.local_replicas(distribution)[0]
         if central:
             # Its variables combine what all replicas assign. A new thread is in no scope, and
             # knows no device: a program of XLA takes variables of its own device only.
@@ -187,7 +188,7 @@ class CorrelatedNoise:
         """Replaces the key of all rows to come: shape (2,), uint64. The chief's key counts."""
         key = np.asarray(key, np.uint64).view(np.int64)
         self._process = os.getpid()
-        self._key.assign(workers.from_chief(self._distribution, key))
+        self._key.assign(_distribution.from_chief(self._distribution, key))
 
     def check_process(self) -> None:
         """Refuses to draw in another process than the key was set in.
@@ -216,7 +217,7 @@ class CorrelatedNoise:
         if not self.num_slots:
             return np.zeros((0, self.layout.size), np.int32)
         rings = [ring.numpy().view(np.int32) for ring in self._local(self._ring)]
-        return self.layout.gather(workers.gather_parts(self._distribution, rings))
+        return self.layout.gather(_distribution.gather_parts(self._distribution, rings))
 
     def set_ring(self, ring: np.ndarray) -> None:
         """Restores what `get_ring` returned, on any number of replicas.

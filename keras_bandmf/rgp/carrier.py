@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_bandmf import carriers
-from keras_bandmf.noise import normals, workers
+from keras_bandmf import _distribution
+from keras_bandmf.noise import normals
+from keras_bandmf.rgp import algebra
 from keras_bandmf.rgp.layouts import MatrixLayout
 
 # Rows of the carriers' random stream between one step and the next: more than a model has kernels.
@@ -90,14 +91,14 @@ class Carrier:
                 "Gradient carriers need a copy of themselves on every replica. Received: "
                 "CentralStorageStrategy, which keeps one of everything. Use MirroredStrategy."
             )
-        self._first_replica = workers.local_replicas(self._distribution)[0]
+        self._first_replica = _distribution.local_replicas(self._distribution)[0]
         self._index = index
         key = np.asarray(key, np.uint64).view(np.int64)
         weights = tf.cast(kernel.value, self.dtype)
         left, right = self._drawn(tf.constant(key), tf.constant(0, tf.int64))
         if self.warmup_steps:
             matrix = self.layout.matrix(weights)
-            left, right = carriers.refined(matrix, left, right, self.power_iterations)
+            left, right = algebra.refined(matrix, left, right, self.power_iterations)
         values = {"start": weights, "left": left, "right": right}
         if self.restart:
             values["key"] = tf.constant(key)
@@ -115,7 +116,7 @@ class Carrier:
             pairs = normals.standard_normals(key, row, 0, chunks)
             values = tf.reshape(tf.stack(pairs, axis=-1), [chunks * normals.CHUNK])
             columns = tf.reshape(values[: side * self.rank], (side, self.rank))
-            drawn.append(carriers.orthonormal(tf.cast(columns, self.dtype)))
+            drawn.append(algebra.orthonormal(tf.cast(columns, self.dtype)))
         return drawn[0], tf.transpose(drawn[1])
 
     def pair(self, dtype: tf.DType | None = None) -> tuple[tf.Tensor, tf.Tensor]:
@@ -135,7 +136,7 @@ class Carrier:
     def of(self, gradient: tf.Tensor) -> tf.Tensor:
         """The coordinates of a gradient of the kernel, (r (m + n),)."""
         left, right = self.pair(gradient.dtype)
-        return self.joined(*carriers.project(self.layout.matrix(gradient), left, right))
+        return self.joined(*algebra.project(self.layout.matrix(gradient), left, right))
 
     def joined(self, left_gradient: tf.Tensor, right_gradient: tf.Tensor) -> tf.Tensor:
         """(dL, dR) as one vector."""
@@ -147,7 +148,7 @@ class Carrier:
         coordinates = tf.cast(coordinates, self.dtype)
         left_gradient = tf.reshape(coordinates[: m * self.rank], (m, self.rank))
         right_gradient = tf.reshape(coordinates[m * self.rank :], (self.rank, n))
-        matrix = carriers.reconstruct(left_gradient, right_gradient, *self.pair())
+        matrix = algebra.reconstruct(left_gradient, right_gradient, *self.pair())
         return self.layout.kernel(matrix)
 
     def refresh(self, kernel: Any, step: tf.Tensor, replica: int) -> None:
@@ -180,7 +181,7 @@ class Carrier:
         begin = self.pair()
         if self.restart:
             begin = self._drawn(tf.convert_to_tensor(self._state["key"]), step)
-        return carriers.refined(self.layout.matrix(history), *begin, self.power_iterations)
+        return algebra.refined(self.layout.matrix(history), *begin, self.power_iterations)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The state, to be saved with the run."""

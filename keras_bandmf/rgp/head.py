@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_bandmf.clipping import LayerRule
 from keras_bandmf.clipping.coordinates import set_coordinates
-from keras_bandmf.clipping.registry import set_rule
+from keras_bandmf.clipping.rules.registry import set_rule
 from keras_bandmf.rgp.layouts import carried_kernel
 from keras_bandmf.rgp.rules import ForwardedRule, type_rule
 

@@ -8,12 +8,12 @@ from typing import Any
 import keras
 
 from keras_bandmf.clipping import register_rule
-from keras_bandmf.clipping.conv_rules import ConvRule
 from keras_bandmf.clipping.coordinates import coordinates_of, set_coordinates
-from keras_bandmf.clipping.einsum_rules import EinsumDenseRule
-from keras_bandmf.clipping.embedding_rules import EmbeddingRule
-from keras_bandmf.clipping.layer_rules import DenseRule
-from keras_bandmf.clipping.registry import set_rule
+from keras_bandmf.clipping.rules.base import DenseRule
+from keras_bandmf.clipping.rules.conv import ConvRule
+from keras_bandmf.clipping.rules.einsum import EinsumDenseRule
+from keras_bandmf.clipping.rules.embedding import EmbeddingRule
+from keras_bandmf.clipping.rules.registry import set_rule
 from keras_bandmf.rgp.arguments import check_flag, check_numbers, check_scale, named_layers, within
 from keras_bandmf.rgp.carrier import Carrier
 from keras_bandmf.rgp.head import head_layers, scale_head

@@ -12,15 +12,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bandmf import carriers
 from keras_bandmf.clipping import LayerRule
-from keras_bandmf.clipping.conv_rules import ConvRule
-from keras_bandmf.clipping.einsum_rules import EinsumDenseRule
-from keras_bandmf.clipping.embedding_rules import EmbeddingRule, nearest_ids
 from keras_bandmf.clipping.factors import Layout, Outer, Rows
-from keras_bandmf.clipping.layer_rules import DenseRule
 from keras_bandmf.clipping.merge import Factor, merged
+from keras_bandmf.clipping.rules.base import DenseRule
+from keras_bandmf.clipping.rules.conv import ConvRule
+from keras_bandmf.clipping.rules.einsum import EinsumDenseRule
+from keras_bandmf.clipping.rules.embedding import EmbeddingRule, nearest_ids
 from keras_bandmf.clipping.shapes import dims, positions, static
+from keras_bandmf.rgp import algebra
 from keras_bandmf.rgp.carrier import Carrier
 from keras_bandmf.rgp.layouts import einsum_labels, kind_of
 
@@ -104,7 +104,7 @@ class CarrierFactor:
             for factor in (self.whole, self._right())
         )
         total = tf.reshape(total, left.shape)
-        total -= carriers.inside(total, left)
+        total -= algebra.inside(total, left)
         return self.carrier.joined(total, right)
 
 

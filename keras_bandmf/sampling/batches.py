@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf.sampling.draws import SamplingRule, arrangement, positive_int, round_up
-from keras_bandmf.sampling.store import ExampleStore
+from keras_bandmf.sampling.examples import ExampleStore
 
 _DATASET_METHODS = frozenset(
     name for name in dir(tf.data.Dataset) if not name.startswith("_") and name != "element_spec"

@@ -11,8 +11,8 @@ import tensorflow as tf
 
 from keras_bandmf.sampling.batches import PrivateBatches
 from keras_bandmf.sampling.draws import FIXED_ORDER, SamplingRule, positive_int
+from keras_bandmf.sampling.examples import ExampleStore
 from keras_bandmf.sampling.sources import leaves, refuse_composites, unpacked
-from keras_bandmf.sampling.store import ExampleStore
 
 _PROBED_BATCHES = 8
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from keras_bandmf.strategies.arguments import choice
 from keras_bandmf.strategies.banded import BandedStrategy
-from keras_bandmf.strategies.banded_inverse import BandedInverseStrategy
+from keras_bandmf.strategies.baselines.banded_inverse import BandedInverseStrategy
+from keras_bandmf.strategies.baselines.buffered import BufferedToeplitzStrategy
+from keras_bandmf.strategies.baselines.tree import TreeStrategy
 from keras_bandmf.strategies.block_diagonal import BlockDiagonalStrategy
-from keras_bandmf.strategies.buffered import BufferedToeplitzStrategy
 from keras_bandmf.strategies.toeplitz import ToeplitzStrategy
-from keras_bandmf.strategies.tree import TreeStrategy
 from keras_bandmf.strategies.workload import Workload
 
 __all__ = [

@@ -21,13 +21,13 @@ from keras_bandmf.strategies.arguments import (
     participation_schema,
     positive_integer,
 )
-from keras_bandmf.strategies.banded_search import normalize_columns, search
-from keras_bandmf.strategies.checkpoints import Checkpoints
-from keras_bandmf.strategies.covariance import BandedErrors, block_size
+from keras_bandmf.strategies.errors.banded import BandedErrors, block_size
 from keras_bandmf.strategies.long_start import is_long, long_start
-from keras_bandmf.strategies.minimize import Progress
+from keras_bandmf.strategies.search.banded import normalize_columns, search
+from keras_bandmf.strategies.search.cache import Record, Store, digest
+from keras_bandmf.strategies.search.checkpoints import Checkpoints
+from keras_bandmf.strategies.search.scipy_lbfgs import Progress
 from keras_bandmf.strategies.sensitivity import banded_sensitivity
-from keras_bandmf.strategies.store import Record, Store, digest
 from keras_bandmf.strategies.toeplitz import ERRORS, MAX_MATERIALIZED_STEPS, ToeplitzStrategy
 from keras_bandmf.strategies.workload import (
     Workload,

@@ -15,8 +15,8 @@ from keras_bandmf.strategies.arguments import (
     positive_integer,
 )
 from keras_bandmf.strategies.banded import BandedStrategy
-from keras_bandmf.strategies.banded_search import normalize_columns, power_mean
-from keras_bandmf.strategies.covariance import BandedErrors, block_size
+from keras_bandmf.strategies.errors.banded import BandedErrors, block_size
+from keras_bandmf.strategies.search.banded import normalize_columns, power_mean
 from keras_bandmf.strategies.toeplitz import ERRORS, ToeplitzStrategy
 from keras_bandmf.strategies.workload import (
     Workload,

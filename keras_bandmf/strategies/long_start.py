@@ -24,16 +24,16 @@ import functools
 import numpy as np
 import scipy.interpolate
 
-from keras_bandmf.strategies.banded_search import (
+from keras_bandmf.strategies.errors.banded import BandedErrors, block_size
+from keras_bandmf.strategies.search.banded import (
     FIRST_STEP,
     MEMORY,
     LogLoss,
     normalize_columns,
     weighted_mean,
 )
-from keras_bandmf.strategies.covariance import BandedErrors, block_size
-from keras_bandmf.strategies.descent import descend
-from keras_bandmf.strategies.preconditioner import preconditioner_of
+from keras_bandmf.strategies.search.lbfgs import descend
+from keras_bandmf.strategies.search.preconditioner import preconditioner_of
 from keras_bandmf.strategies.toeplitz import ToeplitzStrategy
 from keras_bandmf.strategies.workload import blocks_of
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from keras_bandmf.strategies import normalized, solvers
 from keras_bandmf.strategies.arguments import (
     boolean,
     check_bands,
@@ -18,7 +17,8 @@ from keras_bandmf.strategies.arguments import (
     positive_integer,
 )
 from keras_bandmf.strategies.coefficients import checked_coefficients, square_root_coefficients
-from keras_bandmf.strategies.minimize import Progress, minimize
+from keras_bandmf.strategies.errors import normalized, toeplitz
+from keras_bandmf.strategies.search.scipy_lbfgs import Progress, minimize
 from keras_bandmf.strategies.sensitivity import banded_toeplitz, toeplitz_sensitivity
 from keras_bandmf.strategies.toeplitz_workload import optimal_for_workload, workload_errors
 from keras_bandmf.strategies.workload import (
@@ -169,15 +169,15 @@ class ToeplitzStrategy:
         n, b = self.num_steps, self.num_bands
         if self.workload is not None:
             return workload_errors(self.coefficients, self.workload, self.column_normalize)
-        if n > solvers.MAX_VECTOR_STEPS:
+        if n > toeplitz.MAX_VECTOR_STEPS:
             raise ValueError(
-                f"The error of each step is computed for at most {solvers.MAX_VECTOR_STEPS} steps. "
-                f"Received: num_steps={n}. Use `loss()`, which works for any number of steps."
+                "The error of each step is computed for at most "
+                f"{toeplitz.MAX_VECTOR_STEPS} steps. Received: num_steps={n}. Use `loss()`, which works for any number of steps."
             )
         if b == 1:
             return np.arange(1.0, n + 1.0)
         route = "scan" if b <= 256 else "fft"
-        response = solvers.impulse_response(self.coefficients, n, route).numpy()
+        response = toeplitz.impulse_response(self.coefficients, n, route).numpy()
         with np.errstate(over="ignore", invalid="ignore"):
             sums = np.cumsum(response)
             # Summed in extended precision where there is one: a million equal terms in a row
@@ -207,11 +207,11 @@ class ToeplitzStrategy:
         n, b = self.num_steps, self.num_bands
         if b == 1 and self.workload is None:
             return (n + 1) / 2.0 if error == "mean" else float(n)
-        if self.workload is not None or solvers.cheapest_route(n, b) != "doubling":
+        if self.workload is not None or toeplitz.cheapest_route(n, b) != "doubling":
             errors = self.per_step_error()
             return float(np.mean(errors) if error == "mean" else np.max(errors))
         raw_rows = n - b + 1 if self.column_normalize else n
-        doubled = solvers.doubling(self.coefficients, solvers.step_bits(raw_rows), 0.0, 1.0)
+        doubled = toeplitz.doubling(self.coefficients, toeplitz.step_bits(raw_rows), 0.0, 1.0)
         total, largest = float(doubled.summed), float(doubled.last)
         if self.column_normalize:
             tail = self._doubled_tail(doubled.state.numpy(), doubled.covariance.numpy())
@@ -345,12 +345,12 @@ def _optimal_coefficients(
     """Minimises log(loss) over coefficients with leading 1, which removes their scale."""
     if num_bands == 1:
         return np.ones(1)
-    route = solvers.cheapest_route(num_steps, num_bands)
+    route = toeplitz.cheapest_route(num_steps, num_bands)
     mean_weight, last_weight = (1.0 / num_steps, 0.0) if error == "mean" else (0.0, 1.0)
 
     def log_loss(free: np.ndarray) -> tuple[float, np.ndarray]:
         coefficients = np.concatenate([[1.0], free])
-        found = solvers.weighted_error(coefficients, num_steps, mean_weight, last_weight, route)
+        found = toeplitz.weighted_error(coefficients, num_steps, mean_weight, last_weight, route)
         value, gradient = float(found[0]), found[1].numpy()
         square = float(coefficients @ coefficients)
         if not (0.0 < value < math.inf):

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 
 from keras_bandmf.strategies.arguments import check_shape
-from keras_bandmf.strategies.banded_search import normalize_columns, power_mean, stages
-from keras_bandmf.strategies.covariance import BandedErrors, block_size
-from keras_bandmf.strategies.descent import descend
-from keras_bandmf.strategies.minimize import Progress
+from keras_bandmf.strategies.errors.banded import BandedErrors, block_size
+from keras_bandmf.strategies.search.banded import normalize_columns, power_mean, stages
+from keras_bandmf.strategies.search.lbfgs import descend
+from keras_bandmf.strategies.search.scipy_lbfgs import Progress
 from keras_bandmf.strategies.workload import Workload
 
 _FIRST_STEP = 0.01

@@ -8,7 +8,7 @@ import numbers
 import numpy as np
 
 from keras_bandmf.strategies.arguments import boolean, positive_integer
-from keras_bandmf.strategies.covariance import WorkloadBlocks
+from keras_bandmf.strategies.errors.banded import WorkloadBlocks
 
 _FIELDS = {"num_steps", "learning_rates", "momentum", "nesterov", "weight_decay"}
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_bandmf.clipping.embedding_rules import lookup
 from keras_bandmf.clipping.factors import Layout, Lookup, Outer, Rows, Unsupported, prefers_product
 from keras_bandmf.clipping.merge import Tied, merged
 from keras_bandmf.clipping.modes import AutomaticClipping
+from keras_bandmf.clipping.rules.embedding import lookup
 
 WEIGHTS = np.array([0.5, 0.0, 1.0], "float32")
 LAYOUT = Layout((5, 3))

@@ -5,7 +5,8 @@ import pytest
 import scipy.stats
 import tensorflow as tf
 
-from keras_bandmf.noise import CorrelatedNoise, normals, workers
+from keras_bandmf import _distribution
+from keras_bandmf.noise import CorrelatedNoise, normals
 from keras_bandmf.strategies import ToeplitzStrategy
 from tests import runs
 
@@ -154,7 +155,7 @@ def test_sums_that_one_replica_cannot_use_are_nan_on_all(replica, stddev):
     @tf.function(autograph=False)
     def step(number):
         def own():
-            index = workers.replica_id()
+            index = _distribution.replica_id()
             sums = [tf.ones(shape) for shape in SHAPES]
             return noise.noisy_sums(sums, number, index, usable=tf.constant(index != replica))
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from keras_bandmf.strategies import BandedStrategy, ToeplitzStrategy
-from keras_bandmf.strategies.banded_search import normalize_columns, weighted_mean
 from keras_bandmf.strategies.long_start import is_long, long_start
+from keras_bandmf.strategies.search.banded import normalize_columns, weighted_mean
 
 N, B = 17_000, 3
 

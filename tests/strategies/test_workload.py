@@ -8,7 +8,7 @@ import pytest
 
 from keras_bandmf import strategies
 from keras_bandmf.strategies import BandedStrategy, ToeplitzStrategy, Workload
-from keras_bandmf.strategies.covariance import BandedErrors, block_size
+from keras_bandmf.strategies.errors.banded import BandedErrors, block_size
 from tests.strategies import reference
 
 

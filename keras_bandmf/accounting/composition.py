@@ -1,0 +1,141 @@
+"""The epsilon of several mechanisms on the same data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import dp_accounting
+from dp_accounting.pld import PLDAccountant
+
+from keras_bandmf._checks import checked_float
+from keras_bandmf.accounting.accountant import (
+    FINITE_NOISE_SHARE,
+    accountant_name,
+    epsilon_of,
+    parts_of,
+)
+
+#: (rounds, sampling probability, noise multiplier) of a sampled Gaussian.
+Event = tuple[int, float, float]
+
+# Of privacy loss: the grid of dp_accounting's accountant, the most it may be, and how many buckets
+# a round and the whole may have; and the rounding of its FFT.
+_FINE_INTERVAL = 1e-4
+_MAX_BUCKETS = 2**18, 2**22
+_MAX_INTERVAL = 0.1
+_LEAST_NOISE = 1e-6
+_ROUNDING = 2.0**-52
+
+
+def composed_epsilon(events: Sequence[Event], delta: float) -> tuple[float, str]:
+    """The epsilon of several events on the same data.
+
+    Formal guarantees: an upper bound for mechanisms that may see the results of those before them
+    (adaptive composition), if their parameters were fixed in advance, at
+    delta * (1 - FINITE_NOISE_SHARE), as of `epsilon_of`. Unsampled Gaussians are
+    merged exactly. Losses are rounded up to a grid, and `delta` is lowered by the rounding error
+    of the accountant's FFT. Where the accountant cannot do it, the sum of the epsilons of the
+    parts, each at its share of delta (basic composition), bounds it.
+
+    Args:
+        events: (rounds, sampling probability, noise multiplier) of each.
+        delta: in (0, 1).
+
+    Returns:
+        Epsilon, and what computed it: that of `accountant_name`, or "PLD, summed over the runs".
+    """
+    delta = checked_float("delta", delta, above=0.0, below=1.0)
+    merged = _merged(events)
+    if any(sigma < _LEAST_NOISE for _, _, sigma in merged):
+        return math.inf, "PLD"
+    if not merged:
+        return 0.0, "PLD"
+    if len(merged) == 1:
+        event = dp_event(merged[0])
+        return epsilon_of(event, delta), accountant_name(event)
+    rounds = sum(count for count, _, _ in merged)
+    interval = _affordable_interval(merged)
+    if interval <= _MAX_INTERVAL and delta > 10 * rounds * _ROUNDING:
+        accountant = PLDAccountant(value_discretization_interval=interval)
+        try:
+            for part in merged:
+                accountant.compose(dp_event(part))
+            ideal = delta * (1.0 - FINITE_NOISE_SHARE)
+            return float(accountant.get_epsilon(ideal - rounds * _ROUNDING)), "PLD"
+        except ValueError:  # dp_accounting's own checks fail on rounding errors of its own
+            pass
+    return _summed(merged, delta), "PLD, summed over the runs"
+
+
+def _summed(events: Sequence[Event], delta: float) -> float:
+    share = delta / len(events)
+    return math.fsum(epsilon_of(dp_event(event), share) for event in events)
+
+
+def dp_event(event: Event) -> dp_accounting.DpEvent:
+    """The event as `dp_accounting` has it, in the form that `Schedule.dp_event` makes."""
+    rounds, probability, sigma = event
+    gaussian = dp_accounting.GaussianDpEvent(sigma)
+    if probability == 1.0 and rounds == 1:
+        return gaussian
+    sampled = dp_accounting.PoissonSampledDpEvent(probability, gaussian)
+    return dp_accounting.SelfComposedDpEvent(sampled, rounds)
+
+
+def event_parts(event: dp_accounting.DpEvent) -> tuple[Event, ...]:
+    """What `Schedule.dp_event` made, as a statement keeps it: nothing, or one triple.
+
+    Raises:
+        ValueError: for an event of another make.
+    """
+    rounds, probability, sigma = parts_of(event)
+    return ((int(rounds), float(probability), float(sigma)),) if rounds else ()
+
+
+def delta_of_ideal_noise(deltas: Sequence[float], delta: float) -> float:
+    """The delta of which `epsilon_of` takes its share, once the noise of every run is charged.
+
+    The noise of each run may be off by `FINITE_NOISE_SHARE` of its own delta in total variation.
+
+    Raises:
+        ValueError: if that leaves nothing.
+    """
+    charged = FINITE_NOISE_SHARE * math.fsum(deltas)
+    if charged >= delta:
+        raise ValueError(
+            "The noise of the runs is made of finitely many random bits, which costs up to "
+            f"{charged!r} of delta in all. Expected a larger `delta`. Received: delta={delta!r}"
+        )
+    return (delta - charged) / (1.0 - FINITE_NOISE_SHARE)
+
+
+def _merged(events: Sequence[Event]) -> list[Event]:
+    """Adds up the rounds of equal events, and merges Gaussians that are not sampled."""
+    precision, rounds = 0.0, {}
+    for count, probability, sigma in events:
+        if probability < 1.0:
+            rounds[probability, sigma] = rounds.get((probability, sigma), 0) + count
+        elif sigma < _LEAST_NOISE:
+            precision = math.inf
+        else:
+            precision += count / sigma**2
+    merged = [(count, *parts) for parts, count in rounds.items()]
+    return [(1, 1.0, precision**-0.5), *merged] if precision else merged
+
+
+def _affordable_interval(events: Sequence[Event]) -> float:
+    """The fine interval, doubled until the distributions of rounds and of the whole are small.
+
+    A round's loss spans about 10 / sigma + 1 / (2 sigma^2), and the whole about 16 of its standard
+    deviations; that of a round is at most q sqrt(exp(1 / sigma^2) - 1).
+    """
+    widest, variance = 0.0, 0.0
+    for rounds, probability, sigma in events:
+        inverse = 1.0 / sigma
+        widest = max(widest, 10 * inverse + inverse * inverse / 2)
+        spread = probability * math.sqrt(math.expm1(min(inverse * inverse, 700.0)))
+        variance += rounds * min(inverse, spread) ** 2
+    spans = widest, 16 * math.sqrt(variance)
+    grid = max(span / most for span, most in zip(spans, _MAX_BUCKETS, strict=True))
+    return _FINE_INTERVAL * 2.0 ** max(0, math.ceil(math.log2(max(grid, 1e-300) / _FINE_INTERVAL)))

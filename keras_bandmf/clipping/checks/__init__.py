@@ -1,0 +1,1 @@
+"""What is refused, compared or searched before a model trains."""

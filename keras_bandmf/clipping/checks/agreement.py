@@ -1,0 +1,163 @@
+"""Does book-keeping give what one-example-at-a-time gradients give: compared on synthetic rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_bandmf.clipping.checks.snapshot import Snapshot
+from keras_bandmf.clipping.clipper import Clipper
+from keras_bandmf.clipping.coordinates import released
+from keras_bandmf.clipping.factors import Unsupported
+from keras_bandmf.clipping.losses import BatchLoss
+from keras_bandmf.clipping.modes import ClippingMode
+from keras_bandmf.clipping.paths.book_keeping import clip_by_book_keeping, forward
+from keras_bandmf.clipping.row_losses import per_example_losses
+from keras_bandmf.clipping.shapes import on_tensors, over_rows
+
+# What a layer that looks up rows of a table calls their number.
+_TABLE_SIZES = ("input_dim", "vocabulary_size", "num_tokens")
+
+
+def disagreement(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    loss: BatchLoss,
+    snapshot: Snapshot,
+    mode: ClippingMode,
+) -> str | None:
+    """What differs between book-keeping and gradients of one example at a time, or None.
+
+    Args:
+        model: built, on the book-keeping path as far as its structure tells.
+        x: three rows, of which only structure, shapes and dtypes are used; so of the others.
+        y: targets or None.
+        sample_weight: weights or None.
+        loss: from `batch_loss`.
+        snapshot: restored before each pass, so that both draw the same masks.
+        mode: the clipping mode.
+
+    Formal guarantees: the result depends on the model and on the shapes and dtypes of the data, not
+    on its values: rows drawn here at random take their place. Where the model does not take such
+    rows, there is nothing to compare, and the structure of the model alone decides.
+    """
+    if not model.trainable_variables:
+        return None
+    parts = synthetic_rows(model, x, y, sample_weight)
+    if parts is None:
+        return None
+    x, y, sample_weight = parts
+    try:
+        expected = _one_by_one(model, x, y, sample_weight, loss, snapshot)
+    except tf.errors.OpError:  # values that a layer or the loss does not take
+        return None
+    return _difference(model, (x, y, sample_weight), loss, snapshot, mode, expected)
+
+
+def synthetic_rows(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> list[Any] | None:
+    """Three random rows of the shapes and dtypes of the data; None for strings.
+
+    Integers are below the size of every table that a layer of `model` looks up, or 0 and 1.
+    """
+    random = np.random.default_rng(0)
+    sizes = [
+        getattr(layer, name)
+        for layer in model._flatten_layers()
+        for name in _TABLE_SIZES
+        if isinstance(getattr(layer, name, None), int)
+    ]
+    below = max(1, min(sizes, default=2))
+
+    def draw(t: tf.Tensor, kind: str) -> tf.Tensor:
+        shape = (3, *t.shape[1:])
+        if t.dtype.is_floating and kind == "x":
+            values = random.normal(size=shape)
+        elif t.dtype.is_floating:
+            values = random.uniform(0.25, 1.0, size=shape)
+        else:
+            values = random.integers(0, below if kind == "x" else 2, size=shape)
+        return tf.cast(tf.constant(values), t.dtype)
+
+    named = (("x", x), ("y", y), ("sample_weight", sample_weight))
+    leaves = [t for t in keras.tree.flatten((x, y, sample_weight)) if t is not None]
+    if any(t.dtype == tf.string for t in leaves):
+        return None
+    return [on_tensors(lambda t, kind=kind: draw(t, kind), part) for kind, part in named]
+
+
+def _difference(
+    model: keras.Model,
+    data: tuple,
+    loss: BatchLoss,
+    snapshot: Snapshot,
+    mode: ClippingMode,
+    expected: list[np.ndarray],
+) -> str | None:
+    flat = np.concatenate([np.reshape(g, [3, -1]) for g in expected], axis=1)
+    norms = np.linalg.norm(flat, axis=1)
+    finite = np.isfinite(norms)
+    clip = float(np.median(norms[finite])) if finite.any() and norms[finite].any() else 1.0
+
+    snapshot.restore()
+    mask = tf.constant([True] * 3)
+    clipper = Clipper.of(model, clip, mode)
+    try:
+        got = clip_by_book_keeping(model, *data, mask, clipper, loss)
+    except Unsupported as reason:
+        return str(reason)
+    narrow = any(layer.compute_dtype == "bfloat16" for layer in model._flatten_layers())
+    tolerance = 5e-2 if narrow else 1e-3
+    scale = max(float(np.max(norms[finite], initial=0.0)), 1e-30)
+    difference = np.abs(np.asarray(got.norms)[finite] - norms[finite])
+    if not np.all(difference <= tolerance * scale):
+        return "book-keeping norms disagree with those of one example at a time"
+    squared = [tf.constant(np.sum(np.reshape(g, [3, -1]) ** 2, axis=1)) for g in expected]
+    factors = [np.asarray(weights) for weights in clipper.factors(squared, mask).weights]
+    for variable, group, g, total in zip(
+        model.trainable_variables, clipper.groups, expected, got.sums, strict=True
+    ):
+        kept = np.where(finite.reshape([-1] + [1] * (g.ndim - 1)), g, 0)
+        if not np.allclose(
+            np.tensordot(factors[group], kept, 1), np.asarray(total), rtol=0, atol=tolerance * clip
+        ):
+            return f"book-keeping disagrees with one example at a time on {variable.path}"
+    return None
+
+
+def _one_by_one(
+    model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: BatchLoss, snapshot: Snapshot
+) -> list[np.ndarray]:
+    """Released gradients of the three examples, each from a forward pass of its own.
+
+    The pass of a row has it in all three places, so that at its own it has the same dropout masks
+    as in the batch, and another row nowhere.
+    """
+    variables = model.trainable_variables
+    values = [v.value for v in variables]
+    found = []
+    for i in range(3):
+        snapshot.restore()
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(values)
+            y_pred = forward(model, on_tensors(lambda t, i=i: tf.gather(t, [i] * 3), x))
+        _, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight)
+        own = [tf.where(over_rows(tf.range(3) == i, s), s, tf.zeros_like(s)) for s in slopes]
+        found.append(
+            tape.gradient(
+                outputs,
+                values,
+                output_gradients=own,
+                unconnected_gradients=tf.UnconnectedGradients.ZERO,
+            )
+        )
+    return [
+        np.stack(
+            [np.asarray(released(v, tf.cast(tf.convert_to_tensor(g), tf.float64))) for g in column]
+        )
+        for v, column in zip(variables, zip(*found, strict=True), strict=True)
+    ]

@@ -1,0 +1,196 @@
+"""What is refused by looking at model and arguments alone, before anything runs."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf._environment import refuse_loose_arithmetic
+from keras_bandmf.clipping.losses import overrides_compute_loss, with_mean_by_weight
+from keras_bandmf.clipping.norms import refuse_clip_norm
+from keras_bandmf.clipping.rowwise.known_layers import GROUP_OR_LAYER_NORM, replacement_of
+
+# Options of grappler, and variables of the environment that TensorFlow or oneDNN reads.
+_MIXED = "auto_mixed_precision"
+_MATH_MODES = (
+    "TF_SET_ONEDNN_FPMATH_MODE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+)
+# Read by NVIDIA's libraries: 0 forbids TensorFloat-32, 1 forces it.
+_TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
+
+
+def refuse_arguments(
+    x: Any, y: Any, sample_weight: Any, l2_norm_clip: float, microbatch_size: int | str | None
+) -> None:
+    """Raise ValueError on a clip norm, a microbatch size or data of the wrong kind."""
+    number = isinstance(l2_norm_clip, (int, float)) and not isinstance(l2_norm_clip, bool)
+    if not number or not math.isfinite(l2_norm_clip) or l2_norm_clip <= 0:
+        raise ValueError(
+            "`l2_norm_clip` must be a finite positive Python number, fixed before training. "
+            f"Received: l2_norm_clip={l2_norm_clip!r}"
+        )
+    refuse_clip_norm(l2_norm_clip)
+    refuse_microbatch_size(microbatch_size)
+    for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
+        for leaf in keras.tree.flatten(part):
+            if isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)):
+                raise ValueError(
+                    f"`{name}` must be dense: an example is a row of axis 0. Use `.to_tensor()` or "
+                    f"`tf.sparse.to_dense` and a mask. Received: {name}={type(leaf).__name__}"
+                )
+
+
+def refuse_microbatch_size(microbatch_size: Any) -> None:
+    """Raise ValueError on anything but None, "auto" and a positive integer."""
+    if microbatch_size is None or microbatch_size == "auto":
+        return
+    whole = isinstance(microbatch_size, int) and not isinstance(microbatch_size, bool)
+    if not whole or microbatch_size < 1:
+        raise ValueError(
+            '`microbatch_size` must be None, "auto" or a positive integer: examples worked on at a '
+            "time. It changes memory, never the result. "
+            f"Received: microbatch_size={microbatch_size!r}"
+        )
+
+
+def refuse_short_products() -> None:
+    """Raise ValueError where products of float32 matrices may keep only 8 to 11 binary digits.
+
+    What is left of terms that cancel is then far from the norm of what is summed, beyond what the
+    floors of norms cover. These switches do that:
+
+     * TensorFloat-32, NVIDIA's default since Ampere; `NVIDIA_TF32_OVERRIDE` of the environment
+       turns it on whatever TensorFlow says (measured on an H100: products wrong by up to 3e-4);
+     * grappler's mixed precision, for float16 on GPUs and for bfloat16 on CPUs, where a product
+       in a graph was measured to be wrong by 0.3 % of the largest entry;
+     * oneDNN's math mode, for bfloat16 on CPUs that have it: Arm's; an x86 CPU without AMX was
+       measured to ignore it;
+     * flags of XLA (`_environment.refuse_loose_arithmetic`).
+
+    Formal guarantees: necessary conditions only. It reads TensorFlow's options and the
+    environment of the process, which must not change after the first trace.
+    """
+    refuse_loose_arithmetic()
+    _refuse_tensor_float()
+    options = tf.config.optimizer.get_experimental_options()
+    on = [name for name, value in options.items() if name.startswith(_MIXED) and value]
+    if on:
+        raise ValueError(
+            "Norms of float32 gradients need float32 products: grappler's mixed precision computes "
+            "them in 16 bits, so that they can be understated. Call "
+            f"`tf.config.optimizer.set_experimental_options({{{on[0]!r}: False}})` first, and use "
+            "Keras's bfloat16 policies where fewer digits are wanted. "
+            f"Received: {', '.join(f'{name}={options[name]}' for name in on)}"
+        )
+    for name in _MATH_MODES:
+        mode = os.environ.get(name, "")
+        if mode.upper() not in ("", "STRICT"):
+            raise ValueError(
+                "Norms of float32 gradients need float32 products: oneDNN's math mode allows fewer "
+                "digits, so that they can be understated. Unset the environment variable before "
+                f"TensorFlow is imported. Received: {name}={mode}"
+            )
+
+
+def _refuse_tensor_float() -> None:
+    override = os.environ.get(_TF32_OVERRIDE, "")
+    forced = override.strip() not in ("", "0")
+    if not forced and not tf.config.experimental.tensor_float_32_execution_enabled():
+        return
+    for device in tf.config.get_visible_devices("GPU"):
+        details = tf.config.experimental.get_device_details(device)
+        if details.get("compute_capability", (8, 0)) >= (8, 0):
+            where = details.get("device_name", device.name)
+            raise ValueError(
+                "Norms of float32 gradients need float32 products: rounded as TensorFloat-32 they "
+                "can be understated. "
+                + (
+                    "Unset the environment variable, which overrides what TensorFlow is told, "
+                    f"before TensorFlow is imported. Received: {_TF32_OVERRIDE}={override} and "
+                    if forced
+                    else "Call `tf.config.experimental.enable_tensor_float_32_execution(False)` "
+                    "first. Received: TensorFloat-32 enabled on "
+                )
+                + f"{where}"
+            )
+
+
+def refuse_model(model: keras.Model, sample_weight: Any = None, loss: Any = None) -> None:
+    """Raise ValueError on a model whose per-example gradients do not exist or are not private.
+
+    Formal guarantees: necessary conditions only, those one can read off the layers; `check_model`
+    tests the model's behaviour.
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            "`model` must be a Keras 3 `keras.Model` (`import keras`, not `tf.keras`, which "
+            "`import tensorflow_transform` makes Keras 2). "
+            f"Received: model of type {type(model).__module__}.{type(model).__name__}"
+        )
+    for layer in model._flatten_layers():
+        _refuse_layer(layer)
+    if sample_weight is not None and with_mean_by_weight(model, loss):
+        raise ValueError(
+            'A loss with reduction="mean_with_sample_weight" divides by the sum of the weights: on '
+            'one example its weight cancels. Use reduction="sum_over_batch_size", or drop '
+            f"`sample_weight`. Received: loss={model.loss if loss is None else loss!r}"
+        )
+    if loss is None and overrides_compute_loss(model):
+        regularised = [v.path for v in model.trainable_variables if v.regularizer is not None]
+        if regularised:
+            raise ValueError(
+                f"{type(model).__name__} overrides `compute_loss` and has weight regularizers: "
+                "they would be clipped with every example and added again after the noise. Remove "
+                "the override (use `compile(loss=...)`) or the regularizers. "
+                f"Received: regularizers on {', '.join(regularised)}"
+            )
+
+
+def _refuse_layer(layer: keras.layers.Layer) -> None:
+    where = f"Received: layer '{layer.path}' of type {type(layer).__name__}"
+    if layer.compute_dtype == "float16":
+        raise ValueError(
+            "float16 is refused: Keras skips whole steps by looking at the data (dynamic loss "
+            'scaling), which no privacy statement covers. Use "mixed_bfloat16" or "float32", for '
+            f'example keras.config.set_dtype_policy("mixed_bfloat16"). {where}'
+        )
+    if layer.compute_dtype == "bfloat16" and _may_use_cudnn(layer):
+        raise ValueError(
+            "On a GPU, cuDNN's backward pass of LSTM and GRU in bfloat16 reads memory that nothing "
+            "wrote, so that a gradient may hold what other rows or steps left there. Make the "
+            f'layer with `use_cudnn=False`, or with `dtype="float32"`. {where}'
+        )
+    if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
+        raise ValueError(
+            "BatchNormalization mixes the examples of a batch, so no example has a gradient of its "
+            f"own. Replace it by {GROUP_OR_LAYER_NORM}, or freeze it "
+            f"(`layer.trainable = False`). {where}"
+        )
+    instead = replacement_of(layer)
+    if instead is not None:
+        raise ValueError(
+            f"{type(layer).__name__} mixes the examples of a batch, so no example has a gradient "
+            f"of its own. Use {instead}. {where}"
+        )
+    if getattr(layer, "stateful", False):
+        raise ValueError(
+            "With `stateful=True` a layer carries the state of one batch into the next, past the "
+            f"noise. Use stateful=False. {where}"
+        )
+    if getattr(layer, "activity_regularizer", None) is not None:
+        raise ValueError(
+            "`activity_regularizer` adds a loss that depends on the data of the whole batch. "
+            f"Remove it; weight regularizers (`kernel_regularizer=`) are fine. {where}"
+        )
+
+
+def _may_use_cudnn(layer: keras.layers.Layer) -> bool:
+    """Measured with TensorFlow 2.21 and cuDNN 9.19 on an H100: not so in float32."""
+    recurrent = isinstance(layer, (keras.layers.LSTM, keras.layers.GRU))
+    return recurrent and bool(layer.use_cudnn) and bool(tf.config.get_visible_devices("GPU"))

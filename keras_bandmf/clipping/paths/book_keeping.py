@@ -1,0 +1,296 @@
+"""The book-keeping path: norms and clipped sums from one forward and one backward pass.
+
+For y = x W the gradient of example i is x_i' g_i with g_i = dL_i/dy. One backward pass to the
+pre-activations yields every g; norms and clipped sums follow from x and g without a gradient per
+example in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf._keras_internals import trained_layers
+from keras_bandmf.clipping.clipper import Clipper
+from keras_bandmf.clipping.coordinates import released_shape
+from keras_bandmf.clipping.factors import Unsupported
+from keras_bandmf.clipping.losses import BatchLoss
+from keras_bandmf.clipping.merge import Factor, merged
+from keras_bandmf.clipping.paths.declared_shapes import checked_shapes
+from keras_bandmf.clipping.row_losses import per_example_losses
+from keras_bandmf.clipping.rules.base import LayerRule
+from keras_bandmf.clipping.rules.registry import rule_of
+from keras_bandmf.clipping.shapes import over_rows
+
+# Masked rows that are watched in each batch or chunk: to look at more would cost time.
+_SENTINELS = 8
+
+
+class Clipped(NamedTuple):
+    """What either path returns: tensors, nothing else."""
+
+    sums: list[tf.Tensor]
+    norms: tf.Tensor
+    losses: tf.Tensor
+    was_clipped: tf.Tensor
+    outputs: Any
+    rows_mixed: tf.Tensor
+
+
+class _Record(NamedTuple):
+    """One tapped call."""
+
+    layer: keras.layers.Layer
+    rule: LayerRule
+    saved: Any
+    outputs: tf.Tensor
+
+
+def forward(model: keras.Model, x: Any) -> Any:
+    """The training forward pass, called as Keras' own `train_step` calls it.
+
+    Raises:
+        ValueError: a layer called `add_loss`: its loss belongs to no single example.
+    """
+    y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
+    for layer in model._flatten_layers():
+        if layer._losses:
+            raise ValueError(
+                "A loss added by `add_loss` in the forward pass belongs to the whole batch and "
+                "cannot be clipped by example. Make it part of `compile(loss=...)`, or a weight "
+                "regularizer (`kernel_regularizer=`) if it does not depend on the data. "
+                f"Received: `add_loss` in layer '{layer.path}' of type {type(layer).__name__}"
+            )
+    return y_pred
+
+
+def clip_by_book_keeping(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    mask: tf.Tensor,
+    clipper: Clipper,
+    loss: BatchLoss,
+) -> Clipped:
+    """Clipped sums of a batch by one forward and one backward pass.
+
+    Args:
+        model: built; every layer with trainable weights has a rule.
+        x: inputs, a structure of tensors with the example on axis 0; so are `y`, `sample_weight`.
+        y: targets or None.
+        sample_weight: weights or None.
+        mask: (batch,) bool, False for padding.
+        clipper: of this model.
+        loss: from `losses.batch_loss`.
+
+    Returns:
+        `Clipped`, sums aligned with `model.trainable_variables`.
+
+    Raises:
+        Unsupported: the model cannot take this path; the general one is exact for it.
+
+    Formal guarantees: if no example influences another example's outputs (`rowwise`), each
+    masked-in example adds to `sums` a vector of which each group of variables has a norm of at most
+    the group's clip norm, up to rounding; masked-out examples and those with a gradient that is not
+    finite in any variable add exactly zero. `rows_mixed` is True only if the loss of one row
+    depends on an activation of another, masked one. It is a sentinel, not a proof: it does not see
+    statistics behind `stop_gradient`, mixing of inputs that no gradient is taken by, as any mixing
+    is that comes before the first trained layer, rows that read others while nobody reads the
+    masked ones, mixing behind an activation with slope zero, or weights of zero between. Tensors
+    of functional models that are not of the declared shape are refused (`checked_shapes`).
+    """
+    variables = model.trainable_variables
+    values = [v.value for v in variables]
+    records: list[_Record] = []
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(values)
+        with tapped(model, tape, records), checked_shapes(model):
+            y_pred = forward(model, x)
+    losses, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight, values)
+    # A masked row has no loss: whatever gradient it has at a tap is that of another row's loss.
+    slopes = [tf.where(over_rows(mask, s), s, tf.zeros_like(s)) for s in slopes]
+    factors, taps = example_gradients(
+        tape, records, variables, outputs, slopes, mask, clipper.dtype
+    )
+    squared = [factors[i].squared_norms() if i in factors else None for i in range(len(variables))]
+    weights, norms, was_clipped = clipper.factors(squared, mask)
+    sums = [
+        factors[i].weighted_sum(weights[group])
+        if i in factors
+        else tf.zeros(released_shape(v), clipper.dtype)
+        for i, (v, group) in enumerate(zip(variables, clipper.groups, strict=True))
+    ]
+    return Clipped(sums, norms, losses, was_clipped, y_pred, _rows_mixed(taps, mask))
+
+
+def _rows_mixed(taps: list[tf.Tensor | None], mask: tf.Tensor) -> tf.Tensor:
+    """Whether a masked row, whose slopes are zero, has a gradient at any tap: a scalar bool.
+
+    The first `_SENTINELS` masked rows are looked at. NaN and infinity are no evidence: zero times
+    an infinite activation of the row itself gives them.
+    """
+    masked = tf.cumsum(tf.cast(tf.logical_not(mask), tf.int32))
+    places = tf.searchsorted(masked, tf.range(1, _SENTINELS + 1))
+    exists = places < tf.shape(mask)[0]
+    places = tf.where(exists, places, tf.zeros_like(places))
+    found = [tf.constant(False)]
+    for g in taps:
+        if g is not None:
+            g = tf.gather(tf.convert_to_tensor(g), places)
+            reached = tf.logical_and(tf.math.is_finite(g), tf.not_equal(g, tf.zeros([], g.dtype)))
+            found.append(tf.reduce_any(tf.logical_and(reached, over_rows(exists, g))))
+    return tf.reduce_any(tf.stack(found))
+
+
+def example_gradients(
+    tape: tf.GradientTape,
+    records: list[_Record],
+    variables: list[keras.Variable],
+    outputs: list[tf.Tensor],
+    slopes: list[tf.Tensor],
+    mask: tf.Tensor,
+    dtype: tf.DType,
+) -> tuple[dict[int, Factor], list[tf.Tensor | None]]:
+    """Every example's gradient, as a factor per variable, from one backward pass.
+
+    Args:
+        tape: on which a forward pass ran inside `tapped`, watching `variables`.
+        records: what `tapped` recorded.
+        variables: those to differentiate by.
+        outputs: tensors of that forward pass, the example on axis 0.
+        slopes: gradients of the summed losses by `outputs`.
+        mask: (batch,) for the number of examples only.
+        dtype: float32 or float64, of the factors.
+
+    Returns:
+        Position in `variables` -> factor, those without a gradient left out; and the gradients at
+        all taps, in the order of `records`, None for an output that nobody used.
+
+    Raises:
+        Unsupported: a weight used outside a layer with a rule, or a call that is not by example.
+    """
+    _check_records(records, tf.convert_to_tensor(mask))
+    taps, direct = tape.gradient(
+        outputs, ([r.outputs for r in records], [v.value for v in variables]), slopes
+    )
+    leaks = [v.path for v, g in zip(variables, direct, strict=True) if g is not None]
+    if leaks:
+        raise Unsupported(f"used outside a layer that has a rule: {', '.join(leaks)}")
+    return _by_variable(records, taps, variables, dtype), taps
+
+
+def _by_variable(
+    records: list[_Record],
+    taps: list[tf.Tensor | None],
+    variables: list[keras.Variable],
+    dtype: tf.DType,
+) -> dict[int, Factor]:
+    """One factor per trainable variable, all its calls in it."""
+    index = {id(v): i for i, v in enumerate(variables)}
+    found: dict[int, list[Factor]] = {}
+    for record, g in zip(records, taps, strict=True):
+        if g is None:  # an output nobody used: its gradient is zero
+            continue
+        g = tf.cast(tf.convert_to_tensor(g), dtype)
+        for variable, factor in record.rule.gradients(record.layer, record.saved, g):
+            if id(variable) in index:
+                found.setdefault(index[id(variable)], []).append(factor)
+    return {i: merged(parts) for i, parts in found.items()}
+
+
+@contextlib.contextmanager
+def tapped(
+    model: keras.layers.Layer, tape: tf.GradientTape, records: list[_Record]
+) -> Iterator[None]:
+    """Replace `call` on every layer instance that has a rule and a trainable weight of its own.
+
+    Args:
+        model: a model or a layer: itself and the layers in it.
+        tape: watches every pre-activation.
+        records: filled with a record per call.
+
+    Raises:
+        Unsupported: a layer with trainable weights has no rule.
+    """
+    replaced = []
+    try:
+        for layer in [*trained_layers(model), *_using_layers(model)]:
+            rule, why = rule_of(layer)
+            if rule is None:
+                raise Unsupported(f"{layer.path}: {why}")
+            # Past Keras' attribute tracking, and on this instance only.
+            vars(layer)["call"] = _recording(layer, rule, tape, records)
+            replaced.append(layer)
+        yield
+    finally:
+        for layer in replaced:
+            del vars(layer)["call"]
+
+
+def _using_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Layers with no trainable variable of their own whose rule uses one of a layer inside."""
+    trainable = {id(v) for v in model.trainable_variables}
+    own = {id(layer) for layer in trained_layers(model)}
+    found = []
+    for layer in model._flatten_layers():
+        rule, _ = rule_of(layer)
+        if id(layer) not in own and rule is not None:
+            if any(id(v) in trainable for v in rule.uses(layer)):
+                found.append(layer)
+    return found
+
+
+def _recording(
+    layer: keras.layers.Layer, rule: LayerRule, tape: tf.GradientTape, records: list[_Record]
+) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        inputs, arguments = _arguments(layer, rule, args, kwargs)
+        if not isinstance(inputs, tf.Tensor):
+            raise Unsupported(f"{layer.path}: inputs are {type(inputs).__name__}, not a tensor")
+        outputs, saved = rule.forward(layer, inputs, **arguments)
+        tape.watch(outputs)
+        records.append(_Record(layer, rule, saved, outputs))
+        return rule.finish(layer, outputs, saved)
+
+    return call
+
+
+def _arguments(
+    layer: keras.layers.Layer, rule: LayerRule, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """What `layer` was called with: its inputs, and what else its rule has to know.
+
+    Raises:
+        Unsupported: an argument that is not at its default and that the rule does not name.
+    """
+    signature = inspect.signature(type(layer).call)
+    _, inputs, *rest = signature.bind(layer, *args, **kwargs).arguments.items()
+    named = inspect.signature(rule.forward).parameters
+    arguments = {}
+    for name, value in rest:
+        if name in named:
+            arguments[name] = value
+        elif name != "training" and value is not signature.parameters[name].default:
+            raise Unsupported(f"{layer.path}: called with `{name}`, which its rule does not know")
+    return inputs[1], arguments
+
+
+def _check_records(records: list[_Record], mask: tf.Tensor) -> None:
+    """Every tapped call ran once, in this graph, on one row per example."""
+    batch = mask.shape[0]
+    for record in records:
+        tensor = record.outputs
+        if not tf.executing_eagerly() and tensor.graph is not tf.compat.v1.get_default_graph():
+            raise Unsupported(f"{record.layer.path}: called inside a loop, a branch or a function")
+        rows = tensor.shape[0] if tensor.shape.rank else None
+        if not tensor.shape.rank or (batch is not None and rows is not None and rows != batch):
+            raise Unsupported(
+                f"{record.layer.path}: its leading axis is not the example axis "
+                f"(shape {tuple(tensor.shape)} for {batch} examples)"
+            )

@@ -1,0 +1,155 @@
+"""A batch in chunks: sums added up, rows put back together, memory of one chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf.clipping.paths.book_keeping import Clipped
+from keras_bandmf.clipping.shapes import dims, on_tensors
+
+ChunkFunction = Callable[[Any, Any, Any, tf.Tensor], Clipped]
+
+
+def clip_in_chunks(
+    clip_chunk: ChunkFunction,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    mask: tf.Tensor,
+    size: int,
+) -> Clipped:
+    """Run `clip_chunk` over equal chunks of at most `size` examples, the last padded and masked.
+
+    A chunk of several rows gets one more, masked: a copy of a row of the next chunk. What it shows
+    is in `clip_by_book_keeping`.
+
+    Args:
+        clip_chunk: (x, y, sample_weight, mask) of one chunk -> `Clipped`.
+        x: inputs; `y` and `sample_weight` likewise: structures of tensors, the example on axis 0.
+        y: targets or None.
+        sample_weight: weights or None.
+        mask: (batch,) bool.
+        size: the most examples in a chunk.
+
+    Returns:
+        `Clipped` of the whole batch: the same as that of one chunk of everything.
+    """
+    data = (x, y, sample_weight, mask)
+    batch = dims(mask)[0]
+    # An empty batch is one chunk of padding.
+    count = -(-batch // size)
+    count = _at_least_one(count)
+    if size > 1:
+        # As few rows of padding as possible: a small batch must not pay for a large chunk.
+        size = _at_least_one(-(-batch // count))
+    parts = on_tensors(lambda t: _parts(_padded(t, count * size - batch), count, size), data)
+
+    watched = isinstance(size, tf.Tensor) or size > 1
+
+    def chunk(i: Any) -> Clipped:
+        rows = on_tensors(lambda t: tf.gather(t, i), parts)
+        if not watched:
+            return clip_chunk(*rows)
+        others = on_tensors(lambda t: tf.gather(t, (i + 1) % count)[:1], parts)
+        *rows, own = keras.tree.map_structure(_appended, rows, (*others[:3], tf.constant([False])))
+        clipped = clip_chunk(*rows, own)
+        return _with_rows(clipped, [t[:-1] for t in _rows(clipped)])
+
+    # The first chunk, run by itself, shows what the others will return.
+    first = chunk(0)
+    sums, columns = _stacked(*_sums_and_rows(first), lambda i: _sums_and_rows(chunk(i)), count)
+    rows = [tf.reshape(c, [count * size, *dims(c)[2:]])[:batch] for c in columns]
+    first = first._replace(sums=sums[:-1], rows_mixed=sums[-1] > 0)
+    return _with_rows(first, rows)
+
+
+def clip_at_once(
+    clip_batch: ChunkFunction, x: Any, y: Any, sample_weight: Any, mask: tf.Tensor
+) -> Clipped:
+    """Run `clip_batch` on the whole batch; an empty one gets a masked row for the time.
+
+    Some operations, convolutions among them, do not take zero rows.
+
+    Args: as `clip_in_chunks`.
+
+    Returns:
+        `Clipped` of the batch.
+    """
+    data = (x, y, sample_weight, mask)
+    batch = dims(mask)[0]
+    if isinstance(batch, int) and batch > 0:
+        return clip_batch(*data)
+    extra = tf.maximum(1 - batch, 0)
+    clipped = clip_batch(*on_tensors(lambda t: _padded(t, extra), data))
+    return _with_rows(clipped, [t[:batch] for t in _rows(clipped)])
+
+
+def _with_rows(clipped: Clipped, rows: list[tf.Tensor]) -> Clipped:
+    """`clipped` with everything that has a row per example replaced; the inverse of `_rows`."""
+    norms, losses, was_clipped, *rest = rows
+    restored = iter(rest)
+    leaves = keras.tree.flatten(clipped.outputs)
+    outputs = [next(restored) for _ in leaves]
+    for leaf, output in zip(leaves, outputs, strict=True):
+        if getattr(leaf, "_keras_mask", None) is not None:
+            output._keras_mask = next(restored)
+    packed = keras.tree.pack_sequence_as(clipped.outputs, outputs)
+    return Clipped(clipped.sums, norms, losses, was_clipped, packed, clipped.rows_mixed)
+
+
+def _rows(clipped: Clipped) -> list[tf.Tensor]:
+    """Everything that has a row per example."""
+    leaves = keras.tree.flatten(clipped.outputs)
+    masks = [getattr(t, "_keras_mask", None) for t in leaves]
+    columns = [clipped.norms, clipped.losses, clipped.was_clipped]
+    return [*columns, *leaves, *(m for m in masks if m is not None)]
+
+
+def _sums_and_rows(clipped: Clipped) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    return [*clipped.sums, tf.cast(clipped.rows_mixed, tf.float32)], _rows(clipped)
+
+
+def _stacked(
+    sums: list[tf.Tensor],
+    rows: list[tf.Tensor],
+    step: Callable[[Any], tuple[list[tf.Tensor], list[tf.Tensor]]],
+    count: Any,
+) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """Add up the sums, float64, and stack the rows of all steps, given those of step 0."""
+    arrays = [tf.TensorArray(r.dtype, size=count, element_shape=r.shape).write(0, r) for r in rows]
+
+    def body(i: Any, sums: list[tf.Tensor], arrays: list[tf.TensorArray]) -> tuple:
+        added, rows = step(i)
+        sums = [s + tf.cast(a, tf.float64) for s, a in zip(sums, added, strict=True)]
+        return i + 1, sums, [a.write(i, r) for a, r in zip(arrays, rows, strict=True)]
+
+    # In float64: a long chain of float32 additions could move by more than is charged for it.
+    sums = [tf.cast(s, tf.float64) for s in sums]
+    # One iteration at a time: running several would cost the memory that chunks save.
+    _, sums, arrays = tf.while_loop(
+        lambda i, *_: i < count, body, (tf.constant(1), sums, arrays), parallel_iterations=1
+    )
+    return sums, [a.stack() for a in arrays]
+
+
+def _appended(rows: tf.Tensor | None, row: tf.Tensor | None) -> tf.Tensor | None:
+    return None if rows is None else tf.concat([rows, row], axis=0)
+
+
+def _padded(tensor: tf.Tensor, amount: Any) -> tf.Tensor:
+    if isinstance(amount, int) and amount == 0:
+        return tensor
+    return tf.pad(tensor, [[0, amount]] + [[0, 0]] * (tensor.shape.rank - 1))
+
+
+def _parts(tensor: tf.Tensor, count: Any, size: Any) -> tf.Tensor:
+    # An axis of chunks, not slices: XLA needs the size of a slice to be constant.
+    return tf.reshape(tensor, [count, size, *dims(tensor)[1:]])
+
+
+def _at_least_one(count: Any) -> Any:
+    return max(count, 1) if isinstance(count, int) else tf.maximum(count, 1)

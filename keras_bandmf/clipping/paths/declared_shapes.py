@@ -1,0 +1,123 @@
+"""Are the tensors of a functional model of the shapes that it declared: looked at in each trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+from keras.src.models.functional import Functional
+
+from keras_bandmf.clipping.factors import Unsupported
+from keras_bandmf.clipping.rowwise.decision import graph_of
+
+_RUN = "_run_through_graph"
+
+
+@contextlib.contextmanager
+def checked_shapes(model: keras.Model, rows: int | None = None) -> Iterator[None]:
+    """Compare what each layer and operation returns with what the model declares that it returns.
+
+    `rowwise` reads axes off the shapes that Keras declared when the model was made. Where a layer
+    returns another number of axes than it declared, axis 1 of the declared tensor may be the rows.
+
+    Args:
+        model: built; the functional models in it are looked at too.
+        rows: the number of rows if no other axis has that size, else None.
+
+    Raises:
+        Unsupported: on a call of the model inside, if a tensor has another shape.
+
+    Formal guarantees: of a call that returns, that every tensor between the layers and operations
+    of the functional models that ran has the declared number of axes; the declared size, or one
+    that is not known yet, along each axis from 1 on; and on axis 0, where sizes are known, that of
+    the model's inputs. With `rows`, besides, that axis 0 has this size, that no other axis has it
+    unless it was declared, and that no size is unknown which the inputs and the model have made
+    known.
+    """
+    graphs = {id(g): g for part in model._flatten_layers() if (g := graph_of(part)) is not None}
+    before = {key: vars(graph).get(_RUN) for key, graph in graphs.items()}
+    try:
+        for graph in graphs.values():
+            # On this instance only, and past Keras' attribute tracking.
+            vars(graph)[_RUN] = _checking(graph, getattr(graph, _RUN), rows)
+        yield
+    finally:
+        for key, graph in graphs.items():
+            if before[key] is None:
+                vars(graph).pop(_RUN, None)
+            else:
+                vars(graph)[_RUN] = before[key]
+
+
+def _checking(graph: Functional, run: Callable, rows: int | None) -> Callable:
+    def checked(inputs: Any, operation_fn: Any = lambda op: op, call_fn: Any = None) -> Any:
+        if call_fn is not None:  # symbolic: nothing is computed
+            return run(inputs, operation_fn=operation_fn, call_fn=call_fn)
+        given = [t for t in keras.tree.flatten(inputs) if t is not None]
+        strict = rows is not None and all(None not in tuple(t.shape) for t in given)
+        for tensor, declared in zip(keras.tree.flatten(inputs), graph.inputs, strict=True):
+            if tensor is not None:
+                _refuse(graph.name, tensor, declared, rows, given, strict)
+        waiting = iter(_in_order(graph))
+
+        def look(operation: Any) -> Callable:
+            node = next(waiting, None)
+            if node is None or node.operation is not operation:
+                raise Unsupported(f"{graph.name}: its layers run in another order than its graph's")
+            call = operation_fn(operation)
+
+            def called(*args: Any, **kwargs: Any) -> Any:
+                outputs = call(*args, **kwargs)
+                found = keras.tree.flatten(outputs)
+                if len(found) != len(node.outputs):
+                    raise Unsupported(
+                        f"{operation.name}: returns {len(found)} tensors, not those "
+                        f"{len(node.outputs)} that it declared"
+                    )
+                for tensor, declared in zip(found, node.outputs, strict=True):
+                    _refuse(operation.name, tensor, declared, rows, given, strict)
+                return outputs
+
+            return called
+
+        outputs = run(inputs, operation_fn=look)
+        if next(waiting, None) is not None:
+            raise Unsupported(f"{graph.name}: not all layers of its graph run")
+        return outputs
+
+    return checked
+
+
+def _in_order(graph: Functional) -> list[Any]:
+    """The calls of the graph, in the order in which Keras runs them."""
+    return [
+        node
+        for depth in sorted(graph._nodes_by_depth, reverse=True)
+        for node in graph._nodes_by_depth[depth]
+        if node.operation and not node.is_input
+    ]
+
+
+def _refuse(
+    name: str, tensor: Any, declared: Any, rows: int | None, inputs: list[Any], strict: bool
+) -> None:
+    shape = getattr(tensor, "shape", None)
+    if shape is None or getattr(shape, "rank", 0) is None:
+        raise Unsupported(f"{name}: the number of axes of what it returns is not known")
+    shape, promised = tuple(shape), tuple(declared.shape)
+    fits = len(shape) == len(promised)
+    for axis, (size, expected) in enumerate(zip(shape, promised, strict=False)):
+        if axis == 0:
+            known = inputs[0].shape[0] if rows is None else rows
+            fits = fits and (size == known or (rows is None and None in (size, known)))
+        elif expected is None:
+            fits = fits and (size is None or size != rows)
+        else:
+            fits = fits and (size == expected or (size is None and not strict))
+    if not fits:
+        raise Unsupported(
+            f"{name}: its tensor of shape {shape} is not of the declared shape {promised}, so that "
+            "the rows may be on another axis than axis 0"
+        )

@@ -1,0 +1,153 @@
+"""Which path a model takes: decided by its layers, by a trial trace, and by `check_model`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf._keras_internals import trained_layers
+from keras_bandmf.clipping.clipper import Clipper
+from keras_bandmf.clipping.factors import Unsupported
+from keras_bandmf.clipping.losses import batch_loss, overrides_compute_loss
+from keras_bandmf.clipping.paths.book_keeping import clip_by_book_keeping
+from keras_bandmf.clipping.paths.declared_shapes import checked_shapes
+from keras_bandmf.clipping.rowwise.decision import advice, rowwise
+from keras_bandmf.clipping.rules.registry import rule_of
+from keras_bandmf.clipping.shapes import on_tensors
+
+# Rows of the trial trace: a prime no other axis is likely to have, so that an axis of this size
+# is the example axis and nothing else.
+TRIAL_ROWS = 1009
+_ATTRIBUTE = "_bandmf_route"
+
+
+class Route(NamedTuple):
+    """A decision about one model: valid while `key` is."""
+
+    key: tuple
+    general: str | None  # why the model takes the general path; None for book-keeping
+    checked: bool  # whether `check_model` compared numbers
+
+
+def route_of(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> Route:
+    """The path `model` takes on data like this.
+
+    The decision of `check_model` holds while the trainable variables are the same; without it the
+    layers are looked at, and the model is traced once on symbolic data.
+
+    Args:
+        model: built.
+        x: inputs, tensors; only their dtypes and shapes matter. `y`, `sample_weight` likewise.
+        y: targets or None.
+        sample_weight: weights or None.
+        loss: as for `clipped_gradients`.
+    """
+    known = stored(model)
+    if known is not None and known.checked and known.key == _variables_key(model):
+        return known
+    key = data_key(model, x, y, sample_weight, loss)
+    if known is not None and known.key == key:
+        return known
+    general = structural_reason(model, loss) or trial_reason(model, x, y, sample_weight, loss)
+    route = Route(key, general, checked=False)
+    _store(model, route)
+    return route
+
+
+def stored(model: keras.Model) -> Route | None:
+    """The last decision about `model`, if any."""
+    return vars(model).get(_ATTRIBUTE)
+
+
+def store_checked(model: keras.Model, general: str | None) -> Route:
+    """Keep the verdict of `check_model` with the model."""
+    route = Route(_variables_key(model), general, checked=True)
+    _store(model, route)
+    return route
+
+
+def give_up(model: keras.Model, reason: str) -> None:
+    """Send `model` the general path from here on: book-keeping failed on a real trace."""
+    _store(model, stored(model)._replace(general=reason))
+
+
+def structural_reason(model: keras.Model, loss: Any) -> str | None:
+    """Why the layers alone send the model the general path; None if they do not.
+
+    Formal guarantees: of None, that every layer and operation of the model is known to treat rows
+    independently, or declared to. The general path works on one row at a time and mixes none. No
+    data is looked at.
+    """
+    if loss is None and overrides_compute_loss(model):
+        return f"{type(model).__name__} overrides `compute_loss`"
+    reasons = []
+    for layer in trained_layers(model):
+        rule, why = rule_of(layer)
+        if rule is None:
+            reasons.append(f"{layer.path}: {why}")
+    if not reasons:
+        unknown = rowwise(model).unknown
+        return advice(unknown) if unknown else None
+    return "; ".join(reasons)
+
+
+def trial_reason(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> str | None:
+    """Why the book-keeping path cannot be traced, or None if it can."""
+    try:
+        trial_graph(model, x, y, sample_weight, loss)
+    except Unsupported as reason:
+        return str(reason)
+    return None
+
+
+def trial_graph(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> tf.Graph:
+    """Trace the book-keeping path on `TRIAL_ROWS` symbolic rows: a tell-tale size.
+
+    Formal guarantees: of a graph, that every tensor between the layers of functional models has the
+    shape that the model declared, and the rows on axis 0 (`checked_shapes`). Each trace that trains
+    is looked at in the same way, as far as its sizes are known.
+
+    Raises:
+        Unsupported: the model cannot take this path.
+    """
+
+    def spec(t: tf.Tensor) -> tf.TensorSpec:
+        return tf.TensorSpec([TRIAL_ROWS, *t.shape[1:]], t.dtype)
+
+    leaves = [t for t in keras.tree.flatten((x, y, sample_weight)) if t is not None]
+    row_loss = batch_loss(model, loss)
+
+    def trial(tensors: list[tf.Tensor]) -> None:
+        rows = iter(tensors)
+        parts = on_tensors(lambda _: next(rows), (x, y, sample_weight))
+        mask = tf.ones([TRIAL_ROWS], tf.bool)
+        with checked_shapes(model, TRIAL_ROWS):
+            clip_by_book_keeping(model, *parts, mask, Clipper.of(model), row_loss)
+
+    # Not under `tf.init_scope`, which stops tapes: every gradient would be None.
+    traced = tf.function(trial, autograph=False)
+    return traced.get_concrete_function([spec(t) for t in leaves]).graph
+
+
+def data_key(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> tuple:
+    """What a trial trace depends on."""
+    shapes = tuple(
+        None if t is None else (t.dtype, tuple(t.shape[1:]))
+        for t in keras.tree.flatten((x, y, sample_weight))
+    )
+    return (*_variables_key(model), shapes, _loss_key(loss))
+
+
+def _variables_key(model: keras.Model) -> tuple:
+    return tuple(id(v) for v in model.trainable_variables)
+
+
+def _loss_key(loss: Any) -> Any:
+    return loss if loss is None or isinstance(loss, str) else id(loss)
+
+
+def _store(model: keras.Model, route: Route) -> None:
+    # Past Keras' attribute tracking, which would wrap the tuple and, once built, refuse it.
+    object.__setattr__(model, _ATTRIBUTE, route)

@@ -1,0 +1,1 @@
+"""Which layers and operations are known to treat the rows of a batch independently."""

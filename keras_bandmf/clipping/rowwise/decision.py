@@ -1,0 +1,246 @@
+"""Does a model treat rows independently by construction: read off its layers and operations."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import keras
+from keras.src.models.functional import Functional
+
+from keras_bandmf.clipping.rowwise.known_layers import (
+    activation_reason,
+    array_reason,
+    condition_of,
+    inner_rank,
+    is_the_one,
+    replaced_reason,
+)
+from keras_bandmf.clipping.rowwise.known_operations import operation_reason
+
+# Only filled at import time, by the modules that define layers and models of one's own.
+_DECLARED: set[type] = set()
+# What a subclass of Functional or Sequential must not redefine for its graph to be what runs.
+_RUNS = frozenset(
+    {
+        "__call__",
+        "call",
+        "operations",
+        "_adjust_input_rank",
+        "_convert_inputs_to_tensors",
+        "_run_through_graph",
+        "_standardize_inputs",
+        "compute_mask",
+    }
+)
+
+
+class Rowwise(NamedTuple):
+    """What is known of a model.
+
+    Attributes:
+        unknown: reasons, one for each layer or operation that may mix rows.
+        declared: paths of the layers whose authors vouch for them.
+    """
+
+    unknown: list[str]
+    declared: list[str]
+
+
+def declare_row_wise(layer_class: type) -> type:
+    """Vouch that layers, or models, of exactly this class treat the rows of a batch independently.
+
+    Row i of every output must depend on row i of the inputs alone, whatever the data, the batch
+    size, the random state and the training step: no statistics of the batch, no permutation of its
+    rows, no state that one batch leaves for the next. Layers inside are judged by themselves.
+    Without the declaration a model with a layer of one's own is trained one example at a time,
+    which cannot mix, and is slow. Usable as a decorator:
+
+    ```python
+    @clipping.declare_row_wise
+    class Scale(keras.layers.Layer):
+        ...
+    ```
+
+    Args:
+        layer_class: a subclass of `keras.layers.Layer`. Its own subclasses are not covered.
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: not a class of layers.
+
+    Formal guarantees: none of its own. It is a promise of the author's on which privacy rests.
+    `check_model` tests it on a batch of the run's size with many random states, and in `fit` each
+    batch has a masked row whose gradients must be zero; both can miss a promise that is broken
+    rarely, or where no gradient shows it (before the first trained layer, behind weights of zero).
+    """
+    if not (isinstance(layer_class, type) and issubclass(layer_class, keras.layers.Layer)):
+        raise ValueError(
+            "`layer_class` must be a subclass of `keras.layers.Layer`. "
+            f"Received: layer_class={layer_class!r}"
+        )
+    _DECLARED.add(layer_class)
+    return layer_class
+
+
+def rowwise(model: keras.Model) -> Rowwise:
+    """What is known of `model`: look at every layer and at every operation between them.
+
+    Formal guarantees: if both lists are empty, then `model` consists of layers and operations of
+    the tables of `known_layers` and `known_operations`, and row i of its outputs depends on row i of
+    its inputs alone, provided that each tensor between them has as many axes as Keras declared, and
+    the rows on axis 0 alone. That is not taken on trust: the trial trace that decides on the path
+    before the first step compares every such tensor, of all functional models inside too, with what
+    was declared, with 1009 rows, so that their axis is known by its size, and each trace that
+    trains compares it again as far as sizes are known, so that an unknown number of rows is covered
+    (`declared_shapes`); a model that differs goes the general path. The tables were made by reading
+    the sources of Keras and keras_hub, and rest on that reading. Methods replaced on an instance of
+    a layer or operation, other than `build` and `quantize`, are found, and on a functional model
+    those that run its graph; what is replaced inside other objects that a layer holds is not.
+    """
+    found = Rowwise([], [])
+    _look(model, None, found, set())
+    return found
+
+
+def advice(unknown: list[str]) -> str:
+    """`unknown` in one sentence, with the way out."""
+    shown = unknown[:3]
+    more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+    return (
+        f"rows may be mixed: {'; '.join(shown)}{more}. If every row is treated by itself, say so "
+        "with `clipping.declare_row_wise(TheClass)`"
+    )
+
+
+def _look(layer: Any, rank: int | None, found: Rowwise, seen: set) -> None:
+    if (id(layer), rank) in seen:
+        return
+    seen.add((id(layer), rank))
+    why = _own_reason(layer, rank, found)
+    if why is not None:
+        name = getattr(layer, "path", None) or layer.name
+        found.unknown.append(f"{name} of type {type(layer).__name__}: {why}")
+        return
+    graph = graph_of(layer)
+    if graph is not None:
+        _look_at_graph(graph, found, seen)
+        return
+    for part in _parts(layer):
+        _look(part, inner_rank(layer, rank), found, seen)
+
+
+def _own_reason(layer: Any, rank: int | None, found: Rowwise) -> str | None:
+    """Why the code of this layer itself may mix rows."""
+    if isinstance(layer, keras.Model):  # of which `compile` and `privatize` replace some
+        why = next((f"its `{n}` was replaced on it" for n in _RUNS if n in vars(layer)), None)
+    else:
+        why = replaced_reason(layer)
+    if why is not None:
+        return why
+    if getattr(layer, "quantization_mode", None) is not None:
+        return "it is quantized"
+    why = activation_reason(layer) or array_reason(layer)
+    if why is not None:
+        return why
+    if type(layer) in _DECLARED:
+        found.declared.append(layer.path)
+        return None
+    if isinstance(layer, (Functional, keras.Sequential)):
+        if graph_of(layer) is None:
+            return "it has a `call` of its own, or no graph of layers"
+        return None
+    condition = condition_of(type(layer))
+    if condition is None:
+        kind = "a model with a `call` of its own" if isinstance(layer, keras.Model) else "a layer"
+        return f"{kind} that is not known to treat rows independently"
+    return condition(layer, rank)
+
+
+def graph_of(layer: Any) -> Functional | None:
+    """The graph that runs when `layer` is called, or None."""
+    if type(layer) is keras.Sequential:
+        return layer._functional
+    if not isinstance(layer, Functional):
+        return None
+    for kind in type(layer).__mro__:
+        if kind is Functional:
+            return layer
+        # That of keras_hub only refuses strings.
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if name == "keras_hub.src.utils.pipeline_model.PipelineModel" and is_the_one(kind):
+            continue
+        if _RUNS & set(vars(kind)):
+            return None
+    return None
+
+
+def _look_at_graph(graph: Functional, found: Rowwise, seen: set) -> None:
+    for node in (node for nodes in graph._nodes_by_depth.values() for node in nodes):
+        operation = node.operation
+        if not isinstance(operation, keras.layers.Layer):
+            why = operation_reason(node)
+            if why is not None:
+                name = type(operation).__name__
+                found.unknown.append(f"{operation.name} of type {name}: {why}")
+            continue
+        if not node.input_tensors:  # an input
+            continue
+        why = _call_reason(node)
+        if why is not None:
+            name = type(operation).__name__
+            found.unknown.append(f"{operation.path} of type {name}: {why}")
+        for rank in {len(t.shape) for t in _first_argument(node)}:
+            _look(operation, rank, found, seen)
+
+
+def _call_reason(node: Any) -> str | None:
+    """Why a call of a layer in a functional model, whatever the layer, may mix rows."""
+    for argument in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
+        if hasattr(argument, "shape") and not isinstance(argument, keras.KerasTensor):
+            return "it is called with a constant, which may have an axis where the rows are"
+    tensors = [*node.input_tensors, *node.outputs]
+    if any(not len(t.shape) or t.shape[0] != tensors[0].shape[0] for t in tensors):
+        return "axis 0 is not the rows in all of its inputs and outputs"
+    ranks = {len(t.shape) for t in _first_argument(node)}
+    if type(node.operation).__module__.startswith("keras.src.layers.merging") and len(ranks) != 1:
+        return "its inputs have different numbers of axes"
+    return _side_reason(node, ranks)
+
+
+def _first_argument(node: Any) -> list[Any]:
+    """The tensors that a layer works on: masks and the like have axes of their own."""
+    first = [t for t in keras.tree.flatten(node.arguments.args[:1]) if hasattr(t, "shape")]
+    return first or node.input_tensors
+
+
+def _side_reason(node: Any, ranks: set[int]) -> str | None:
+    """Why another argument than the first may be read along the rows: axes are missing."""
+    if isinstance(node.operation, keras.Model):
+        return None  # its own layers are looked at
+    try:
+        bound = inspect.signature(type(node.operation).call).bind(
+            node.operation, *node.arguments.args, **node.arguments.kwargs
+        )
+    except TypeError:
+        return "its arguments are not those of its `call`"
+    for name, value in list(bound.arguments.items())[2:]:
+        sides = {len(t.shape) for t in keras.tree.flatten(value) if hasattr(t, "shape")}
+        if not sides:
+            continue
+        if name == "mask" and isinstance(node.operation, keras.layers.Softmax):
+            fits = sides == ranks
+        elif name == "mask" and isinstance(node.operation, keras.layers.Attention):
+            fits = sides == {2}
+        else:
+            fits = min(sides) >= (3 if name.endswith("attention_mask") else 2)
+        if not fits:
+            return f"its `{name}` has {min(sides)} axes, and may be read along the rows"
+    return None
+
+
+def _parts(layer: Any) -> list[Any]:
+    # Keras keeps the layers that a layer holds here, also those in lists and dicts.
+    return [part for part in layer._layers if isinstance(part, keras.layers.Layer)]

@@ -1,0 +1,95 @@
+"""Clipping rules of tables: Embedding and ReversibleEmbedding, LoRA included."""
+
+from __future__ import annotations
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf.clipping.factors import Lookup
+from keras_bandmf.clipping.rules.base import KernelRule, constant, lora_scale, matrix, wide
+from keras_bandmf.clipping.shapes import dims, positions, product
+
+
+class EmbeddingRule(KernelRule):
+    """Embedding on (batch, ...) integers."""
+
+    def forward(self, layer, inputs):
+        if inputs.dtype not in (tf.int32, tf.int64):
+            inputs = tf.cast(inputs, tf.int32)
+        ids = tf.where(inputs < 0, inputs + layer.input_dim, inputs)
+        return keras.ops.take(constant(layer.embeddings), ids, axis=0), ids
+
+    def finish(self, layer, outputs, saved):
+        return keras.ops.cast(outputs, layer.compute_dtype)
+
+    def gradients(self, layer, saved, g):
+        if not layer.lora_enabled:
+            return [(layer._embeddings, lookup(saved, g, layer.input_dim))]
+        # Row id of the table is W[id] + s A[id] B.
+        a, b = layer.lora_embeddings_a, layer.lora_embeddings_b
+        scaled = lora_scale(layer) * g
+        return [
+            (a, lookup(saved, tf.matmul(scaled, wide(b, g), transpose_b=True), layer.input_dim)),
+            (b, matrix(tf.gather(wide(a, g), saved), scaled)),
+        ]
+
+
+class ReversibleEmbeddingRule(EmbeddingRule):
+    """ReversibleEmbedding in both directions; `merged` adds them up, cross term included."""
+
+    def forward(self, layer, inputs, reverse=False):
+        if not reverse:
+            outputs, ids = super().forward(layer, inputs)
+            return outputs, (False, ids, inputs)
+        kernel = constant(layer.embeddings if layer.tie_weights else layer.reverse_embeddings)
+        if layer.reverse_dtype is not None:
+            inputs = keras.ops.cast(inputs, layer.reverse_dtype)
+            kernel = keras.ops.cast(kernel, layer.reverse_dtype)
+        if layer.tie_weights:
+            kernel = keras.ops.transpose(kernel)
+        return keras.ops.matmul(inputs, kernel), (True, inputs, None)
+
+    def finish(self, layer, outputs, saved):
+        reverse, _, ids = saved
+        if reverse:
+            cap = getattr(layer, "logit_soft_cap", None)
+            return outputs if cap is None else keras.ops.tanh(outputs / cap) * cap
+        outputs = super().finish(layer, outputs, saved)
+        if layer.mask_zero:
+            # Keras' layer sets the mask in `call`, not in `compute_mask`.
+            outputs._keras_mask = keras.ops.not_equal(ids, 0)
+        return outputs
+
+    def gradients(self, layer, saved, g):
+        reverse, inputs, _ = saved
+        if not reverse:
+            return super().gradients(layer, inputs, g)
+        x = tf.cast(inputs, g.dtype)
+        if not layer.tie_weights:
+            return [(layer.reverse_embeddings, matrix(x, g))]
+        if not layer.lora_enabled:
+            # Logits are x E': the table's gradient is g'x, its rows those of the vocabulary.
+            return [(layer._embeddings, matrix(g, x))]
+        a, b = layer.lora_embeddings_a, layer.lora_embeddings_b
+        scaled = lora_scale(layer) * g
+        return [
+            (a, matrix(scaled, tf.matmul(x, wide(b, g), transpose_b=True))),
+            (b, matrix(tf.matmul(scaled, wide(a, g)), x)),
+        ]
+
+
+def nearest_ids(ids: tf.Tensor, rows: int) -> tf.Tensor:
+    """Ids that no table of `rows` rows has, replaced by the nearest it has, as XLA reads them.
+
+    Elsewhere the forward pass refuses them on a CPU and reads zeros on a GPU; norms and sums must
+    not disagree on which row they belong to.
+    """
+    return tf.clip_by_value(ids, 0, rows - 1)
+
+
+def lookup(ids: tf.Tensor, g: tf.Tensor, rows: int) -> Lookup:
+    """The gradient of a table of `rows` rows, read at `ids` (batch, ...), g (batch, ..., width)."""
+    sizes = dims(ids)
+    flat = tf.reshape(nearest_ids(ids, rows), [sizes[0], product(sizes[1:])])
+    flat = tf.cast(flat, tf.int32)
+    return Lookup(flat, positions(g)[:, 0], rows)

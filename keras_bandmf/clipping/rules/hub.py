@@ -1,0 +1,169 @@
+"""Clipping rules of keras_hub's own layers, found by name: keras_hub itself is never imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf.clipping.factors import Layout, Rows, Unsupported
+from keras_bandmf.clipping.rules.base import LayerRule, constant, matrix
+from keras_bandmf.clipping.rules.embedding import ReversibleEmbeddingRule, lookup
+from keras_bandmf.clipping.rules.scale import ScaleRule
+from keras_bandmf.clipping.shapes import dims, sum_to
+
+
+class RootMeanSquareRule(ScaleRule):
+    """LlamaLayerNorm and its like: x / rms(x) * (offset + scale) over the last axis, in float32."""
+
+    def __init__(self, offset: float = 0.0):
+        self.offset = offset
+
+    def refuses(self, layer):
+        return None
+
+    def weights(self, layer):
+        return layer.scale, None
+
+    def axes(self, layer, rank):
+        return [rank - 1]
+
+    def normalised(self, layer, inputs):
+        x = tf.cast(inputs, tf.float32)
+        mean = tf.reduce_mean(tf.square(x), axis=-1, keepdims=True)
+        return tf.cast(x * tf.math.rsqrt(mean + layer.epsilon), inputs.dtype)
+
+    def forward(self, layer, inputs):
+        outputs, normalised = super().forward(layer, inputs)
+        return outputs + self.offset * normalised, normalised
+
+
+class PositionEmbeddingRule(LayerRule):
+    """PositionEmbedding: the first rows of a table for every example, or rows by index."""
+
+    def forward(self, layer, inputs, positions=None):
+        table = constant(layer.position_embeddings)
+        sizes = dims(inputs)
+        if positions is None:
+            return tf.broadcast_to(table[: sizes[-2]], sizes), None
+        positions = tf.convert_to_tensor(positions)
+        if positions.shape.rank != 2 or inputs.shape.rank != 3:
+            raise Unsupported(f"{layer.path}: `positions` without an example axis")
+        ids = tf.where(positions < 0, positions + layer.sequence_length, positions)
+        ids = tf.broadcast_to(ids, sizes[:-1])  # one row of positions serves every example
+        return tf.broadcast_to(tf.gather(table, ids), sizes), ids
+
+    def gradients(self, layer, saved, g):
+        table = layer.position_embeddings
+        if saved is not None:
+            return [(table, lookup(saved, g, layer.sequence_length))]
+        between = list(range(1, g.shape.rank - 2))
+        rows = tf.reduce_sum(g, axis=between) if between else g
+        return [(table, Rows(rows, _FirstRows(layer.sequence_length)))]
+
+
+class MaskedLMHeadRule(LayerRule):
+    """MaskedLMHead: what is its own is the bias, and the kernel if it has no token embedding."""
+
+    def forward(self, layer, inputs, mask_positions):
+        x = tf.gather(inputs, tf.cast(mask_positions, tf.int32), batch_dims=1)
+        x = layer._intermediate_layer_norm(layer._intermediate_dense(x))
+        if layer.token_embedding:
+            outputs = layer.token_embedding(x, reverse=True)
+        else:
+            outputs = keras.ops.matmul(x, constant(layer._kernel))
+        return keras.ops.cast(outputs, layer.compute_dtype) + constant(layer._bias), x
+
+    def gradients(self, layer, saved, g):
+        found = [(layer._bias, Rows(sum_to(g, tuple(layer._bias.shape))))]
+        if not layer.token_embedding:
+            found.append((layer._kernel, matrix(tf.cast(saved, g.dtype), g)))
+        return found
+
+
+class ViTEmbeddingRule(LayerRule):
+    """ViTPatchingAndEmbedding: class token and positions, which belong to no example's inputs.
+
+    The layer looks its positions up once for the whole batch; here they are added to every example,
+    so that each has a gradient of its own.
+    """
+
+    def refuses(self, layer):
+        return "LoRA is enabled on the positions" if _plain_table(layer) is None else None
+
+    def uses(self, layer):
+        return [_plain_table(layer)]
+
+    def forward(self, layer, inputs):
+        patches = layer.patch_embedding(inputs)
+        if layer.data_format == "channels_first":
+            patches = tf.transpose(patches, [0, 2, 3, 1])
+        sizes = dims(patches)
+        patches = tf.reshape(patches, [sizes[0], layer.num_patches, sizes[-1]])
+        if layer.use_class_token:
+            token = tf.cast(constant(layer.class_token), patches.dtype)
+            token = tf.broadcast_to(token, [sizes[0], 1, sizes[-1]])
+            patches = tf.concat([token, patches], axis=1)
+        positions = constant(layer.position_embedding.embeddings)
+        return patches + tf.cast(positions, patches.dtype), None
+
+    def gradients(self, layer, saved, g):
+        found = [(_plain_table(layer), Rows(g))]
+        if layer.use_class_token:
+            shape = tuple(layer.class_token.shape)
+            found.append((layer.class_token, Rows(g[:, :1], Layout(shape))))
+        return found
+
+
+# Class by module and name, as `rule_by_name` asks for them.
+_FLOAT32_RMS = RootMeanSquareRule()
+_RULES: dict[str, LayerRule] = {
+    "keras_hub.src.layers.modeling.masked_lm_head.MaskedLMHead": MaskedLMHeadRule(),
+    "keras_hub.src.layers.modeling.position_embedding.PositionEmbedding": PositionEmbeddingRule(),
+    "keras_hub.src.layers.modeling.reversible_embedding.ReversibleEmbedding": (
+        ReversibleEmbeddingRule()
+    ),
+    "keras_hub.src.models.gemma.rms_normalization.RMSNormalization": RootMeanSquareRule(offset=1.0),
+    "keras_hub.src.models.gpt_oss.gpt_oss_layer_norm.GptOssLayerNormalization": _FLOAT32_RMS,
+    "keras_hub.src.models.llama.llama_layernorm.LlamaLayerNorm": _FLOAT32_RMS,
+    "keras_hub.src.models.mistral.mistral_layer_norm.MistralLayerNormalization": _FLOAT32_RMS,
+    "keras_hub.src.models.mixtral.mixtral_layer_norm.MixtralLayerNormalization": _FLOAT32_RMS,
+    "keras_hub.src.models.phi3.phi3_layernorm.Phi3LayerNorm": _FLOAT32_RMS,
+    "keras_hub.src.models.qwen.qwen_layernorm.QwenLayerNorm": _FLOAT32_RMS,
+    "keras_hub.src.models.qwen3.qwen3_layernorm.Qwen3LayerNorm": _FLOAT32_RMS,
+    "keras_hub.src.models.vit.vit_layers.ViTPatchingAndEmbedding": ViTEmbeddingRule(),
+}
+
+
+def rule_by_name(layer_class: type) -> LayerRule | None:
+    """The rule of one of keras_hub's classes, or None.
+
+    Args:
+        layer_class: any class.
+
+    Returns:
+        A rule only if the class is the very object that its module of that name holds: a class that
+        is merely called the same, in a user's module or in a function, has none.
+    """
+    rule = _RULES.get(f"{layer_class.__module__}.{layer_class.__qualname__}")
+    module = sys.modules.get(layer_class.__module__)
+    if getattr(module, layer_class.__qualname__, None) is not layer_class:
+        return None
+    return rule
+
+
+@dataclasses.dataclass(frozen=True)
+class _FirstRows:
+    """Layout of gradients that reach only the first rows of a table of `count` rows."""
+
+    count: int
+
+    def __call__(self, total: tf.Tensor) -> tf.Tensor:
+        return tf.pad(total, [[0, self.count - dims(total)[0]], [0, 0]])
+
+
+def _plain_table(layer: keras.layers.Layer) -> keras.Variable | None:
+    table = layer.position_embedding
+    return None if table.lora_enabled or table.quantization_mode is not None else table._embeddings

@@ -1,0 +1,108 @@
+"""Clipping rules of normalisations and other elementwise scales: gradients written out."""
+
+from __future__ import annotations
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf.clipping.factors import Rows
+from keras_bandmf.clipping.rules.base import LayerRule, constant
+from keras_bandmf.clipping.shapes import dims, sum_to
+
+
+class ScaleRule(LayerRule):
+    """Normalisations: outputs = gamma * normalised + beta, computed in at least float32."""
+
+    def normalised(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tf.Tensor:
+        """The inputs, normalised example by example."""
+        raise NotImplementedError
+
+    def weights(self, layer: keras.layers.Layer) -> tuple:
+        """(gamma, beta); None for one that the layer does without."""
+        return layer.gamma, layer.beta
+
+    def axes(self, layer: keras.layers.Layer, rank: int) -> list[int]:
+        """The axes that gamma and beta have, of inputs of `rank` axes."""
+        axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
+        return sorted(a % rank for a in axes)
+
+    def refuses(self, layer):
+        axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
+        return "it normalises over axis 0" if 0 in axes else None
+
+    def forward(self, layer, inputs):
+        x = tf.cast(inputs, tf.float64 if inputs.dtype == tf.float64 else tf.float32)
+        normalised = self.normalised(layer, x)
+        axes = self.axes(layer, x.shape.rank)
+        shape = [x.shape[i] if i in axes else 1 for i in range(x.shape.rank)]
+        gamma, beta = self.weights(layer)
+        outputs = normalised
+        if gamma is not None:
+            outputs *= tf.cast(tf.reshape(constant(gamma), shape), x.dtype)
+        if beta is not None:
+            outputs += tf.cast(tf.reshape(constant(beta), shape), x.dtype)
+        # A layer without gamma and beta has nothing to tap; identity keeps the tensor its own.
+        return tf.identity(outputs), normalised
+
+    def finish(self, layer, outputs, saved):
+        return keras.ops.cast(outputs, layer.compute_dtype)
+
+    def gradients(self, layer, saved, g):
+        normalised = tf.cast(saved, g.dtype)
+        axes = self.axes(layer, g.shape.rank)
+        others = [i for i in range(1, g.shape.rank) if i not in axes]
+        gamma, beta = self.weights(layer)
+        found = []
+        if gamma is not None:
+            found.append((gamma, Rows(tf.reduce_sum(normalised * g, axis=others))))
+        if beta is not None:
+            found.append((beta, Rows(tf.reduce_sum(g, axis=others))))
+        return found
+
+
+class LayerNormalizationRule(ScaleRule):
+    """LayerNormalization over any axes but the first."""
+
+    def normalised(self, layer, inputs):
+        return keras.ops.layer_normalization(
+            inputs,
+            None,
+            None,
+            axis=layer.axis,
+            epsilon=layer.epsilon,
+            **({"rms_scaling": True} if layer.rms_scaling else {}),
+        )
+
+
+class GroupNormalizationRule(ScaleRule):
+    """GroupNormalization; the statistics are those of one example."""
+
+    def normalised(self, layer, inputs):
+        axis = layer.axis % inputs.shape.rank
+        sizes = dims(inputs)
+        grouped = sizes[:axis] + [layer.groups, sizes[axis] // layer.groups] + sizes[axis + 1 :]
+        x = tf.reshape(inputs, grouped)
+        over = [i for i in range(1, x.shape.rank) if i != axis]
+        mean, variance = tf.nn.moments(x, over, keepdims=True)
+        return tf.reshape((x - mean) * tf.math.rsqrt(variance + layer.epsilon), sizes)
+
+
+class RMSNormalizationRule(ScaleRule):
+    """RMSNormalization over any axes but the first."""
+
+    def weights(self, layer):
+        return layer.scale, None
+
+    def normalised(self, layer, inputs):
+        return keras.ops.rms_normalization(inputs, axis=layer.axis, epsilon=layer.epsilon)
+
+
+class PReLURule(LayerRule):
+    """PReLU: outputs = relu(x) - alpha * relu(-x)."""
+
+    def forward(self, layer, inputs):
+        below = keras.ops.relu(-inputs)
+        return keras.ops.relu(inputs) - constant(layer.alpha) * below, below
+
+    def gradients(self, layer, saved, g):
+        return [(layer.alpha, Rows(sum_to(-tf.cast(saved, g.dtype) * g, tuple(layer.alpha.shape))))]

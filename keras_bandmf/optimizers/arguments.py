@@ -1,0 +1,209 @@
+"""What BandMFOptimizer accepts: plan, clip norm, seed, inner optimizer, clipped gradients."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf.clipping import ClippedGradients, ClippingMode
+from keras_bandmf.clipping.norms import largest_contribution, refuse_clip_norm
+from keras_bandmf.noise.finite import check_tail
+from keras_bandmf.noise.lattice import charged_norm
+from keras_bandmf.planning.plan import TrainingPlan
+
+# Settings of the base optimizer that would act on one replica's share of the noisy sum, or skip
+# and merge steps: with any of them the released value is not what the plan accounts for.
+_REFUSED_SETTINGS = {
+    "clipnorm": "Gradients are clipped per example: set `l2_norm_clip`.",
+    "clipvalue": "Gradients are clipped per example: set `l2_norm_clip`.",
+    "global_clipnorm": "Gradients are clipped per example: set `l2_norm_clip`.",
+    "gradient_accumulation_steps": "Use `privatize(model, microbatch_size=...)` to save memory.",
+    "loss_scale_factor": "Use the dtype policy 'mixed_bfloat16', which needs no loss scaling.",
+}
+
+
+def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any, noise: Any = "default") -> None:
+    """Refuses arguments of the wrong type or range.
+
+    Raises:
+        TypeError: if `plan` is not a plan.
+        ValueError: naming the argument.
+    """
+    if not isinstance(plan, TrainingPlan):
+        raise TypeError(
+            "Argument `plan` must be a keras_bandmf.TrainingPlan, for example from "
+            f"`TrainingPlan.calibrate(...)`. Received: plan={plan!r}"
+        )
+    if (
+        isinstance(l2_norm_clip, bool)
+        or not isinstance(l2_norm_clip, numbers.Real)
+        or not 0 < l2_norm_clip < math.inf
+    ):
+        raise ValueError(
+            "Argument `l2_norm_clip` must be a positive finite number. "
+            f"Received: l2_norm_clip={l2_norm_clip!r}"
+        )
+    refuse_clip_norm(l2_norm_clip)
+    if noise not in ("default", "exact"):
+        raise ValueError(f"Argument `noise` must be 'default' or 'exact'. Received: {noise!r}")
+    if seed is not None and (
+        isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0
+    ):
+        raise ValueError(
+            "Argument `seed` must be None (a private run) or a non-negative integer (a test). "
+            f"Received: seed={seed!r}"
+        )
+
+
+def noise_stddev(
+    plan: TrainingPlan,
+    clipping: ClippingMode,
+    l2_norm_clip: float,
+    shapes: Sequence[Sequence[int]],
+    float64_sums: bool,
+) -> float:
+    """Returns the deviation of `Z`: that of the plan, at a norm that includes what numbers cost.
+
+    Formal guarantees:
+        See `lattice.charged_norm` and `norms.largest_contribution`; the cut tail of the noise
+        costs less than the share of delta set aside for it.
+
+    Args:
+        plan: of the run.
+        clipping: its mode.
+        l2_norm_clip: its clip norm.
+        shapes: of the released gradients.
+        float64_sums: whether `check_clipped` demands them.
+
+    Raises:
+        ValueError: if the plan's delta cannot pay for the tail, or float32 or the lattice cannot
+            hold noise and gradients.
+    """
+    size = sum(math.prod(shape) for shape in shapes)
+    check_tail(float(size) * plan.num_steps, plan.delta)
+    bound, least = clipping.sensitivity(l2_norm_clip), clipping.least_norm(l2_norm_clip)
+    norm = charged_norm(
+        largest_contribution(bound, least, len(shapes)),
+        plan.strategy,
+        plan.noise_stddev(1.0),
+        size,
+        plan.batch_size,
+        float64_sums,
+    )
+    return plan.noise_stddev(norm)
+
+
+def fingerprint(optimizer: Any, variables: Sequence[Any], coordinates: list) -> str:
+    """Returns what a checkpoint of the optimizer's state belongs to, hexadecimal.
+
+    Args:
+        optimizer: a BandMFOptimizer.
+        variables: those it is built with.
+        coordinates: description of the coordinates in which gradients are released.
+    """
+    content = {
+        "plan": optimizer.plan.fingerprint,
+        "l2_norm_clip": optimizer.l2_norm_clip,
+        "clipping": [type(optimizer.clipping).__name__, optimizer.clipping.get_config()],
+        "inner_optimizer": type(optimizer.inner_optimizer).__name__,
+        "variables": [[list(v.shape), str(v.dtype)] for v in variables],
+        "carriers": coordinates,
+        "noise": optimizer.noise,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_clipped(
+    clipped: Any, l2_norm_clip: float, clipping: ClippingMode, float64_sums: bool
+) -> None:
+    """Accepts gradients clipped just as the optimizer says, and nothing else.
+
+    Raises:
+        TypeError: if `clipped` is not `ClippedGradients`.
+        ValueError: if they were clipped at another norm or in another mode, or summed in float32
+            where float64 is charged for.
+    """
+    if not isinstance(clipped, ClippedGradients):
+        raise TypeError(
+            "BandMFOptimizer takes gradients only as ClippedGradients, from "
+            "`keras_bandmf.clipped_gradients(model, x, y, l2_norm_clip=...)`. "
+            f"Received: {type(clipped).__name__}"
+        )
+    if clipped.l2_norm_clip != l2_norm_clip:
+        raise ValueError(
+            "The gradients must be clipped at the optimizer's norm: the noise is scaled to "
+            f"l2_norm_clip={l2_norm_clip}. Received: gradients clipped at {clipped.l2_norm_clip}"
+        )
+    if clipped.clipping != clipping:
+        raise ValueError(
+            "The gradients must be clipped in the optimizer's mode, which is fixed for the run and "
+            "named in the statement: pass `clipping=optimizer.clipping` to `clipped_gradients`. "
+            f"Expected: {clipping}. Received: gradients clipped by {clipped.clipping}"
+        )
+    if float64_sums and any(total.dtype != tf.float64 for total in clipped.sums):
+        raise ValueError(
+            'With `noise="exact"` gradients must be summed in float64: pass `float64_sums=True` to '
+            "`clipped_gradients`. Received: sums of "
+            f"{sorted({total.dtype.name for total in clipped.sums})}"
+        )
+
+
+def check_accounted(plan: TrainingPlan, source: str | None) -> None:
+    """Refuses gradients of which nobody knows how their batch was sampled.
+
+    Args:
+        plan: the plan of the run.
+        source: the batches of the private `fit` whose step this is; None outside one.
+
+    Raises:
+        ValueError: naming what to do.
+    """
+    if source is None and not plan.declares_participations:
+        raise ValueError(
+            "The sampling of these gradients is not accounted for. Train with "
+            "`model.fit(plan.batches(x, y))`; for other data or a loop of your own, make the "
+            "plan with sampling='fixed_order' and declare `max_participations` and "
+            "`min_separation`."
+        )
+
+
+def checked_inner(optimizer: str | dict | keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """Returns an inner optimizer that acts on the noisy sum alone.
+
+    Raises:
+        TypeError: if `optimizer` is no name, config or Keras 3 optimizer.
+        ValueError: naming the setting that does not.
+    """
+    if not isinstance(optimizer, (str, dict, keras.optimizers.Optimizer)):
+        raise TypeError(
+            "Argument `optimizer` must be a name, a config, or a keras.optimizers.Optimizer of "
+            "Keras 3 (`import keras`, not `tf.keras`, which `import tensorflow_transform` makes "
+            f"Keras 2). Received: {type(optimizer).__module__}.{type(optimizer).__name__}"
+        )
+    inner = keras.optimizers.get(optimizer)
+    wraps = hasattr(inner, "inner_optimizer")  # LossScaleOptimizer, and a second BandMFOptimizer
+    if wraps:
+        raise ValueError(
+            "The inner optimizer must be an ordinary Keras optimizer such as 'adam'. "
+            f"Received: optimizer={type(inner).__name__}"
+        )
+    for name, advice in _REFUSED_SETTINGS.items():
+        value = getattr(inner, name, None)
+        if value is not None:
+            raise ValueError(
+                f"The inner optimizer must not set `{name}`. {advice} Received: {name}={value}"
+            )
+    if inner.use_ema and inner.ema_overwrite_frequency:
+        raise ValueError(
+            "The inner optimizer must not set `ema_overwrite_frequency`: Keras fails on it under "
+            "a distribution strategy. The average is written at the end of `fit` without it. "
+            f"Received: ema_overwrite_frequency={inner.ema_overwrite_frequency}"
+        )
+    return inner

@@ -1,0 +1,482 @@
+"""BandMFOptimizer: correlated noise on clipped sums, then any Keras optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_bandmf import _distribution
+from keras_bandmf.clipping import ClippedGradients, ClippingMode, checked_mode
+from keras_bandmf.optimizers.arguments import (
+    check_accounted,
+    check_arguments,
+    check_clipped,
+    checked_inner,
+    fingerprint,
+    noise_stddev,
+)
+from keras_bandmf.optimizers.state import RunState
+from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.record import fresh, history
+from keras_bandmf.record.run_record import RunRecord
+from keras_bandmf.rgp.run import RunCarriers
+
+
+@keras.saving.register_keras_serializable(package="keras_bandmf")
+class BandMFOptimizer(keras.optimizers.Optimizer):
+    """Differentially private training with correlated noise, around any Keras optimizer.
+
+    Each step takes the sum of the clipped gradients of a batch, adds the next row of `C^-1 Z`,
+    divides by the expected batch size, and hands the result to the inner optimizer (McKenna,
+    arXiv 2405.15913). It is used with a model made private by `keras_bandmf.privatize`.
+
+    Formal guarantees:
+        With batches drawn by `plan.batches` and gradients clipped by `clipped_gradients` at the
+        norm `l2_norm_clip`, the weights after each step are a post-processing of the matrix
+        mechanism whose privacy is `plan.epsilon(steps)` at `plan.delta`: the noise is scaled to
+        `clipping.sensitivity(l2_norm_clip)` and to what float32 and the noise's lattice add to it
+        (`noise.lattice.charged_norm`, which also says what is assumed of float32); the noise's
+        cut tail costs less than the share of delta set aside for it. Gradients are accepted only
+        as `ClippedGradients` of that very norm and mode, and only while batches of the plan are
+        being consumed (or if the plan declares participations). No step after the plan's last one
+        changes a weight to anything but NaN.
+
+    Args:
+        optimizer: the inner optimizer: a name, a config, or a `keras.optimizers.Optimizer`.
+        plan: the `TrainingPlan` of the run.
+        l2_norm_clip: the bound on the norm of the gradient of an example. Constant for the run.
+        clipping: "flat" (default), "per_layer", "automatic", or a `keras_bandmf.clipping` mode with
+            settings, such as `clipping.PerLayerClipping({"embedding": 4.0})`.
+        noise: "default", or "exact": without numerical assumptions. Each value of the noise is
+            then the rounding of an exact normal (see `noise.CorrelatedNoise`), and norms and sums
+            of gradients are computed in float64 (see `noise.lattice.charged_norm`). The noise
+            costs four to six times as much, the clipped sums about five times on a processor; with
+            a GPU the noise costs 30 to 160 times as much (docs/distributed.md). `fit` works with
+            `jit_compile=True`; a loop of your own that calls `apply_clipped` in a program of XLA is
+            refused.
+        seed: an integer, for tests only: the noise can then be recomputed by anyone, and the
+            statement says "not private". By default keys come from the operating system.
+        replay: keep the noise key when a checkpoint is restored, for a bit-for-bit continuation
+            of steps that were never released. By default the key is drawn anew.
+        name: name of the optimizer.
+
+    Example:
+
+    ```python
+    model = keras_bandmf.privatize(model)
+    model.compile(keras_bandmf.BandMFOptimizer("adam", plan, l2_norm_clip=1.0), loss="mse")
+    model.fit(plan.batches(x, y), epochs=20)
+    ```
+    """
+
+    def __init__(
+        self,
+        optimizer: str | dict | keras.optimizers.Optimizer,
+        plan: TrainingPlan,
+        l2_norm_clip: float = 1.0,
+        *,
+        clipping: str | ClippingMode = "flat",
+        noise: str = "default",
+        seed: int | None = None,
+        replay: bool = False,
+        name: str | None = None,
+    ):
+        check_arguments(plan, l2_norm_clip, seed, noise)
+        super().__init__(learning_rate=0.0, name=name or "bandmf")
+        self._inner_optimizer = checked_inner(optimizer)
+        self._plan = plan
+        self._l2_norm_clip = float(l2_norm_clip)
+        self._clipping = checked_mode(clipping)
+        self._noise = noise
+        self._seed = seed
+        self._replay = bool(replay)
+        words = self._clipping.describe(self._l2_norm_clip)
+        self._record = RunRecord(plan, self._l2_norm_clip, words, seed is not None)
+        self._run_state: RunState | None = None
+        self._data_source: tuple[str, int] | None = None
+        self._noised_variables: tuple[int, ...] = ()
+
+    # Read-only: the noise is scaled to plan and clip norm once, when the optimizer is built.
+    @property
+    def inner_optimizer(self) -> keras.optimizers.Optimizer:
+        """The optimizer that takes the noisy gradients."""
+        return self._inner_optimizer
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """The plan of the run."""
+        return self._plan
+
+    @property
+    def l2_norm_clip(self) -> float:
+        """The bound on the norm of the gradient of an example."""
+        return self._l2_norm_clip
+
+    @property
+    def clipping(self) -> ClippingMode:
+        """How gradients are brought to that bound."""
+        return self._clipping
+
+    @property
+    def noise(self) -> str:
+        """How noise is rounded to its lattice: "default" or "exact"."""
+        return self._noise
+
+    @property
+    def float64_sums(self) -> bool:
+        """Whether gradients must be summed in float64, as exact noise needs."""
+        return self._noise == "exact"
+
+    @property
+    def seed(self) -> int | None:
+        """The fixed seed of a test, or None."""
+        return self._seed
+
+    @property
+    def replay(self) -> bool:
+        """Whether the noise key is saved, and kept on restore."""
+        return self._replay
+
+    @property
+    def record(self) -> RunRecord:
+        """What ran, as the variables keep it: see `keras_bandmf.statement`."""
+        return self._record
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Creates keys, noise ring and slots; `variables` keep the record of the run from now."""
+        if self.built:
+            return
+        variables = list(variables)
+        if not variables:
+            raise ValueError("The model has no trainable variable. Received: variables=[]")
+        history.check_plan(variables, self.plan)
+        with tf.init_scope():
+            self.inner_optimizer.build(variables)
+            super().build(variables)
+            self._noised_variables = tuple(id(variable) for variable in variables)
+            carriers = RunCarriers(variables, self.plan.strategy)
+            self._run_state = RunState(
+                self.plan.strategy,
+                noise_stddev(
+                    self.plan, self.clipping, self.l2_norm_clip, carriers.shapes, self.float64_sums
+                ),
+                carriers.shapes,
+                fingerprint(self, variables, carriers.description),
+                self.seed,
+                carriers,
+                self.noise == "exact",
+            )
+            self._record.follow(self)
+            history.begin(variables, self._record)
+
+    @property
+    def run_state(self) -> RunState:
+        """Keys and noise of the run.
+
+        Raises:
+            ValueError: if the optimizer is not built.
+        """
+        if self._run_state is None:
+            raise ValueError(
+                "BandMFOptimizer has no state before it is built. Call `model.fit`, or "
+                "`optimizer.build(model.trainable_variables)`."
+            )
+        return self._run_state
+
+    @contextlib.contextmanager
+    def accepting(self, source: str) -> Iterator[None]:
+        """Accepts gradients for the time of a private `fit`, from batches named by `source`."""
+        previous, self._data_source = self._data_source, (source, threading.get_ident())
+        try:
+            yield
+        finally:
+            self._data_source = previous
+
+    def check_restored(self) -> None:
+        """Refuses to go on, or to state anything, after a restore that failed.
+
+        Raises:
+            ValueError: if the weights may be those of another run.
+        """
+        self._record.check_restored()
+
+    def check_process(self) -> None:
+        """Refuses, with a `ValueError`, to train in a fork of the process with the noise key."""
+        if self._run_state is not None:
+            self._run_state.noise.check_process()
+
+    def check_ready(self, num_replicas: int) -> None:
+        """Refuses to go on where noise, step counter and devices do not belong together.
+
+        Args:
+            num_replicas: the replicas about to train.
+
+        Raises:
+            ValueError: if a restore failed, the step counter was moved, no step is left, or the
+                noise was made for another number of replicas.
+        """
+        self.check_restored()
+        if not self.built:
+            return
+        noise = self.run_state.noise
+        noise.check_process()
+        if noise.num_replicas != num_replicas:
+            raise ValueError(
+                "The optimizer must be built in the scope of the strategy that trains: its noise "
+                f"is made for {noise.num_replicas} replicas. Received: {num_replicas} "
+                "replicas. Create, build and compile model and optimizer in `strategy.scope()`."
+            )
+        step = self.steps_done
+        if step != noise.position:
+            raise ValueError(
+                f"The noise stands at step {noise.position}, but the inner optimizer counts "
+                f"{step}: the counter was moved, or a step was interrupted. The same noise on two "
+                "gradients would cancel. Restore a checkpoint of the whole optimizer."
+            )
+        if step >= self.plan.num_steps:
+            raise ValueError(self.budget_message())
+
+    def apply_clipped(
+        self,
+        clipped: ClippedGradients,
+        trainable_variables: Sequence[Any] | None = None,
+        penalties: Sequence[tf.Tensor | None] | None = None,
+    ) -> None:
+        """Adds the noise of this step to a clipped sum and updates the variables.
+
+        Call it in a replica context, once for each batch; it counts as one step of the plan.
+
+        Formal guarantees:
+            What reaches the inner optimizer is `(sum + (C^-1 Z)_i) / batch_size` plus
+            `penalties`, with the public batch size of the plan, whatever the batch held. Sum and
+            noise are added exactly, on one lattice: see `noise.CorrelatedNoise`. If rows were
+            mixed (`clipped.rows_mixed`) it is NaN.
+
+        Args:
+            clipped: what `keras_bandmf.clipped_gradients` returned, at this `l2_norm_clip` and
+                in this clipping mode.
+            trainable_variables: the variables the optimizer was built with, in their order.
+            penalties: gradients that depend on no example, such as those of weight
+                regularisers, added after the noise.
+
+        Raises:
+            TypeError: if `clipped` is anything else.
+            ValueError: if it was clipped otherwise or data is not accounted for, and
+                (eagerly) if the plan has no step left.
+        """
+        check_clipped(clipped, self.l2_norm_clip, self.clipping, self.float64_sums)
+        source = self._accepted_source()
+        check_accounted(self.plan, source)
+        if trainable_variables is None:
+            trainable_variables = self._trainable_variables
+        trainable_variables = list(trainable_variables)
+        if not clipped.origin.belongs_to(trainable_variables):
+            raise ValueError(
+                "The gradients must be those of the variables they update, taken at their values, "
+                "in the same order: pass the model itself to `clipped_gradients`, and its "
+                "`trainable_variables` here. Received: gradients of "
+                f"{[v.path for v in clipped.origin.variables]} for "
+                f"{[v.path for v in trainable_variables]}"
+            )
+        if source is None:
+            self._note_loop(clipped.origin.model, trainable_variables)
+        self.build(trainable_variables)
+        if tuple(id(variable) for variable in trainable_variables) != self._noised_variables:
+            raise ValueError(
+                "`trainable_variables` must be the variables the optimizer was built with, in the "
+                "same order. Did a layer's `trainable` change during the run? Received: "
+                f"{[variable.path for variable in trainable_variables]}"
+            )
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        # Replicas take eager steps one after the other: between them the positions differ.
+        eager_step = tf.executing_eagerly() and replicas == 1
+        if eager_step or replicas != self.run_state.noise.num_replicas:
+            self.check_ready(replicas)
+        state, replica = self.run_state, _distribution.replica_id()
+        state.carriers.check_sums(clipped.sums)
+        step = tf.convert_to_tensor(self.iterations)
+        # Asserts vanish under XLA; a NaN update does not.
+        in_budget = tf.where(step < self.plan.num_steps, 1.0, np.nan)
+        gradients = state.noise.noisy_sums(
+            clipped.sums,
+            step,
+            replica,
+            in_budget / self.plan.batch_size,
+            usable=tf.logical_not(clipped.rows_mixed),
+        )
+        gradients = state.carriers.gradients(gradients)
+        if replicas > 1:
+            # Every replica has the whole; the inner optimizer adds them up once more.
+            gradients = [g / replicas for g in gradients]
+        if penalties is not None:
+            gradients = [
+                gradient if penalty is None else gradient + tf.cast(penalty, gradient.dtype)
+                for gradient, penalty in zip(gradients, penalties, strict=True)
+            ]
+        gradients = [
+            tf.cast(gradient, variable.dtype)
+            for gradient, variable in zip(gradients, trainable_variables, strict=True)
+        ]
+        self.inner_optimizer.apply(gradients, trainable_variables)
+        state.carriers.refresh(step + 1, replica)
+        if source is None and eager_step:
+            history.remember(clipped.origin.model.weights)
+
+    def _accepted_source(self) -> str | None:
+        """The batches of the private `fit` of this thread, whose step this is; else None."""
+        if self._data_source is None:
+            return None
+        source, thread = self._data_source
+        # Strategies run the step of each replica in a thread of their own, in their scope.
+        own = thread == threading.get_ident() or tf.distribute.has_strategy()
+        return source if own else None
+
+    def _note_loop(self, model: keras.Model, trainable_variables: Sequence[Any]) -> None:
+        """Looks at the weights before a step of a loop of the user's own, or before its trace."""
+        self._record.looped = True
+        with tf.init_scope():
+            # A replica sees its own part only: what the weights hold is then unknown.
+            if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+                if not fresh.is_noted(trainable_variables[0]):
+                    fresh.note_initializers(model)
+                history.observe(model.weights)
+            history.inherit(model.weights, trainable_variables)
+
+    def budget_message(self) -> str:
+        """Returns the error text for a step beyond the plan."""
+        return (
+            f"The plan has {self.plan.num_steps} steps and all of them are spent. A further step "
+            "would exceed the stated epsilon. Make a plan with more steps and train a new model."
+        )
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """Raises `ValueError`, always: plain gradients were not clipped per example."""
+        raise ValueError(
+            "BandMFOptimizer received plain gradients, which carry no privacy. The model is not "
+            "private (or lost it on load or clone): call `keras_bandmf.privatize(model)` before "
+            "`fit`. A loop of your own calls `keras_bandmf.clipped_gradients` and "
+            "`optimizer.apply_clipped`."
+        )
+
+    def stateless_apply(self, optimizer_variables: Any, grads: Any, trainable_variables: Any):
+        """Refuses, as `apply` does."""
+        self.apply(grads, trainable_variables)
+
+    @property
+    def variables(self) -> list:
+        """Public variables: those of the inner optimizer. Keys and ring are not among them."""
+        return self._variables + self.inner_optimizer.variables
+
+    @property
+    def learning_rate(self):
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self):
+        return self.inner_optimizer.iterations
+
+    @property
+    def steps_done(self) -> int:
+        """The number of updates made, read eagerly; 0 before the optimizer is built."""
+        return int(keras.ops.convert_to_numpy(self.iterations)) if self.built else 0
+
+    def finalize_variable_values(self, var_list: Any) -> None:
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Writes keys and ring: the file is secret. Use `keras_bandmf.export` to release."""
+        if self._run_state is not None:
+            for name, value in self._saved_arrays().items():
+                store[name] = value
+
+    def load_own_variables(self, store: Any) -> None:
+        """Restores keys and ring, by rule: the noise key anew, ring and sampler key kept.
+
+        Raises:
+            ValueError: if the optimizer is not built, or the state does not belong to it.
+        """
+        arrays = {name: np.asarray(store[name]) for name in store.keys()}
+        if not arrays and not self.steps_done:
+            return  # of a model without this optimizer, or that no step trained: begin anew
+        self._restore(arrays)
+
+    def _saved_arrays(self) -> dict[str, np.ndarray]:
+        self.run_state.warn_of_secrets(self.replay)
+        past = history.to_array(self._trainable_variables, self._record)
+        return {**self.run_state.to_arrays(self.replay), "history": past}
+
+    def _restore(self, arrays: dict[str, np.ndarray]) -> None:
+        # Keras may go on after the error, with weights that are no longer those of this run.
+        self._record.restore_failed = True
+        if not self.built:
+            raise ValueError(
+                "BandMFOptimizer has no state before it is built, into which a checkpoint could be "
+                "restored. Call `optimizer.build(model.trainable_variables)` after `compile`, and "
+                f"then load. Received: a checkpoint with {sorted(arrays)}"
+            )
+        record, variables = self._record, self._trainable_variables
+        record.update()
+        own_steps = record.steps
+        self.run_state.from_arrays(arrays, self.replay)
+        history.from_array(arrays.get("history"), variables, record, own_steps)
+        record.restore_failed = False
+
+    def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
+        # The hook of tf.train.Checkpoint. A SavedModel calls it inside a graph.
+        if not tf.executing_eagerly():
+            raise ValueError(
+                "A SavedModel of a model compiled with BandMFOptimizer would hold the key and "
+                "the state of its noise. Use `keras_bandmf.export(model, path)`."
+            )
+        return {name: tf.constant(value) for name, value in self._saved_arrays().items()}
+
+    def _restore_from_tensors(self, restored_tensors: dict[str, tf.Tensor]) -> None:
+        self._restore({name: value.numpy() for name, value in restored_tensors.items()})
+
+    def __reduce__(self) -> tuple:
+        """Copies an optimizer that is not built by its config; one that is has secrets."""
+        if self.built:
+            raise ValueError(
+                "A built BandMFOptimizer cannot be copied or pickled alone: it has the secret "
+                "state of a run, which goes on once. Copy the config "
+                "(`BandMFOptimizer.from_config(optimizer.get_config())`), or save the model. "
+                f"Received: a copy of {self.name!r}"
+            )
+        return type(self).from_config, (self.get_config(),)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the config. Neither keys nor the test seed are part of it."""
+        return {
+            "name": self.name,
+            "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "plan": self.plan.to_json(),
+            "l2_norm_clip": self.l2_norm_clip,
+            "clipping": keras.saving.serialize_keras_object(self.clipping),
+            "noise": self.noise,
+            "replay": self.replay,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> BandMFOptimizer:
+        """Makes an optimizer from what `get_config` returned."""
+        # Keras deserialises a learning rate schedule in place.
+        config = copy.deepcopy(config)
+        inner = keras.saving.deserialize_keras_object(
+            config.pop("optimizer"), custom_objects=custom_objects
+        )
+        clipping = keras.saving.deserialize_keras_object(config.pop("clipping"))
+        plan = TrainingPlan.from_json(config.pop("plan"))
+        return cls(inner, plan, clipping=clipping, **config)

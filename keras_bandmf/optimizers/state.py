@@ -1,0 +1,273 @@
+"""The secret state of a private run: its keys and its noise, and how they are saved."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from keras_bandmf import _distribution
+from keras_bandmf.clipping import MaskSeeds
+from keras_bandmf.clipping.seeds import STEP_BITS
+from keras_bandmf.noise import CorrelatedNoise, NoiseRows, normals
+from keras_bandmf.rgp.run import RunCarriers
+
+# 2: the ring holds whole numbers.
+_FORMAT = 2
+# Shapes of the saved values; None where the length varies and is checked elsewhere.
+_FIELDS: dict[str, tuple[type, tuple[int, ...] | None]] = {
+    "format": (np.int32, ()),
+    "fingerprint": (np.uint8, None),
+    "sampler_key": (np.int64, (2,)),
+    "noise_key": (np.int64, None),
+    "mask_key": (np.int64, None),
+    "noise_ring": (np.int32, None),
+    "position": (np.int64, ()),
+    "data_digest": (np.uint8, None),
+    "seeded": (np.int32, ()),
+    "restores": (np.int32, ()),
+}
+
+
+class RunState:
+    """Keys, noise and provenance of one run.
+
+    A plain object on purpose: Keras and TensorFlow do not find its variables, so that it leaves
+    the process only through `to_arrays`.
+
+    Formal guarantees:
+        The run key comes from the operating system unless `seed` is given; noise, sampler,
+        carriers and dropout masks use one-way folds of it, and it is not kept. With several worker
+        processes the chief's key is that of all, and `check_workers` refuses processes that do not
+        do the same. `from_arrays` refuses whatever does not belong to `fingerprint`; by default it
+        draws a new noise key, so the noise after a restore is independent of every row drawn
+        before, given the ring, and `C^-1 Z` keeps its law. The key of the masks is kept and drawn
+        anew with that of the noise: steps that are repeated on other replicas or in other
+        microbatches would else share random bits with the first try. The sampler's key is always
+        kept, and `accept_data` refuses other rows or another order: new groups would let an example
+        take part in adjacent steps.
+
+    Args:
+        strategy: defines `C` of the noise.
+        stddev: standard deviation of `Z`.
+        shapes: shapes of the gradients.
+        fingerprint: what the state belongs to (plan, clip norm, variables), hexadecimal.
+        seed: for tests only.
+        carriers: the low-rank carriers of the variables, started here; None for none.
+        exact_noise: round the noise as real numbers are rounded.
+    """
+
+    def __init__(
+        self,
+        strategy: NoiseRows,
+        stddev: float,
+        shapes: Sequence[Sequence[int]],
+        fingerprint: str,
+        seed: int | None = None,
+        carriers: RunCarriers | None = None,
+        exact_noise: bool = False,
+    ):
+        self.fingerprint = fingerprint
+        self.seeded = seed is not None
+        self.restores = 0
+        self.replayed = False
+        self._warned = False
+        self._distribution = tf.distribute.get_strategy()
+        run_key = normals.key_from_seed(seed) if self.seeded else normals.fresh_key()
+        run_key = _distribution.from_chief(self._distribution, run_key.view(np.int64)).view(
+            np.uint64
+        )
+        self.sampler_key = normals.fold_key(run_key, "sampler")
+        self.carriers = carriers or RunCarriers([], strategy)
+        self.carriers.start(normals.fold_key(run_key, "carriers"))
+        self.noise = CorrelatedNoise(strategy, stddev, shapes, exact=exact_noise)
+        self.noise.set_key(normals.fold_key(run_key, "noise"))
+        if self.noise.num_steps * self.noise.num_replicas >= 2**STEP_BITS:
+            raise ValueError(
+                f"A run may have fewer than 2**{STEP_BITS} steps times replicas: each has seeds of "
+                f"its own. Received: {self.noise.num_steps} steps on {self.noise.num_replicas} "
+                "replicas. Take larger batches."
+            )
+        with tf.init_scope(), self._distribution.scope():
+            # A variable: as a constant of a graph it would be in whatever holds the graph.
+            self._mask_key = tf.Variable(np.zeros(2, np.int64), trainable=False, name="mask_key")
+        self._set_mask_key(normals.fold_key(run_key, "dropout"))
+        self._data_digest: bytes | None = None
+
+    def mask_seeds(self, step: tf.Tensor) -> MaskSeeds:
+        """Returns where dropout masks come from in this step, on this replica.
+
+        Call it in a replica context.
+
+        Args:
+            step: scalar integer, the step of the plan.
+        """
+        step = tf.cast(tf.convert_to_tensor(step), tf.int64)
+        place = step * self.noise.num_replicas + _distribution.replica_id()
+        return MaskSeeds(self._mask_key.read_value(), place)
+
+    def get_mask_key(self) -> np.ndarray:
+        """Returns the secret key of dropout masks, shape (2,), uint64."""
+        return self._mask_key.numpy().view(np.uint64)
+
+    def _set_mask_key(self, key: np.ndarray) -> None:
+        self._mask_key.assign(_distribution.from_chief(self._distribution, key.view(np.int64)))
+
+    def accept_data(self, digest: bytes, seeded: bool) -> None:
+        """Ties the run to the rows, their order and the sampler's key.
+
+        Args:
+            digest: of `PrivateBatches.digest`.
+            seeded: whether the batches were drawn from a fixed seed.
+
+        Raises:
+            ValueError: if an earlier step of the run saw other ones.
+        """
+        if self._data_digest is not None and self._data_digest != digest:
+            raise ValueError(
+                "The batches differ from those the run began with: other rows, another order of "
+                "the rows, or another sampler key. An example is its row number; it could now "
+                "take part in adjacent steps, which the statement does not cover. Pass the same "
+                "data in the same order (no `shuffle` in a tf.data.Dataset, no changes in place)."
+            )
+        self._data_digest = digest
+        self.seeded = self.seeded or seeded
+
+    def check_workers(self) -> None:
+        """Refuses worker processes that are not at the same step of the same run.
+
+        All of them must call it.
+
+        Raises:
+            ValueError: in every process, if one has another plan, model, data or checkpoint.
+        """
+        # Not the noise key, which the chief sends; the data digest holds the sampler's.
+        own = [self.fingerprint, self._data_digest, self.noise.position, self.seeded]
+        own += [self.sampler_key.tobytes(), self.restores, self.replayed]
+        if not _distribution.same_everywhere(self._distribution, repr(own).encode()):
+            raise ValueError(
+                "The worker processes do not do the same run: data, plan, model, seed or restored "
+                "checkpoint differ. Each worker must be given the same rows in the same order, "
+                "and all must restore the same checkpoint, or none. Received at this worker: "
+                f"step {self.noise.position} after {self.restores} restores"
+            )
+
+    def warn_of_secrets(self, replay: bool) -> None:
+        """Warns once that what is about to be written must stay secret, naming what it holds."""
+        if self._warned:
+            return
+        self._warned = True
+        key = (
+            ", and by replay=True the noise key, from which all noise of the run can be computed"
+            if replay
+            else "; not the noise key"
+        )
+        slots = self.noise.num_slots
+        ring = (
+            f"the last {slots} rows of its noise, which can be subtracted from released weights, "
+        )
+        warnings.warn(
+            "What is saved holds secrets of a private run: the sampler's key, "
+            f"{ring if slots else ''}and its step{key}. Keep the file as secret as the data; "
+            "`keras_bandmf.export(model, path)` writes what may be released.",
+            stacklevel=2,
+        )
+
+    def to_arrays(self, replay: bool = False) -> dict[str, np.ndarray]:
+        """Returns the state, to be kept secret: the ring is part of the noise of released weights.
+
+        Args:
+            replay: include the keys of noise and masks, from which all noise of the run can be
+                computed. Left out once the last step is made.
+        """
+        keeps_key = replay and self.noise.position < self.noise.num_steps
+        none = np.zeros(0, np.int64)
+        return {
+            "format": np.array(_FORMAT, np.int32),
+            "fingerprint": np.frombuffer(self.fingerprint.encode(), np.uint8),
+            "sampler_key": self.sampler_key.view(np.int64),
+            "noise_key": self.noise.get_key().view(np.int64) if keeps_key else none,
+            "mask_key": self.get_mask_key().view(np.int64) if keeps_key else none,
+            "noise_ring": self.noise.get_ring(),
+            "position": np.array(self.noise.position, np.int64),
+            "data_digest": np.frombuffer(self._data_digest or b"", np.uint8),
+            "seeded": np.array(self.seeded, np.int32),
+            "restores": np.array(self.restores, np.int32),
+            **self.carriers.to_arrays(),
+        }
+
+    def from_arrays(self, arrays: Mapping[str, np.ndarray], replay: bool) -> None:
+        """Takes over what `to_arrays` returned in an earlier process.
+
+        Args:
+            arrays: the saved state.
+            replay: keep the keys of noise and masks too, to repeat unreleased steps bit for bit.
+
+        Raises:
+            ValueError: if the state is incomplete, damaged, or of another run.
+        """
+        values = _checked_fields(arrays)
+        saved = values["fingerprint"].tobytes().decode(errors="replace")
+        if saved != self.fingerprint:
+            raise ValueError(
+                "The checkpoint belongs to another run: plan, clip norm, inner optimizer or the "
+                "shapes of the trainable variables differ. Continuing it here would void the "
+                f"privacy guarantee. Expected fingerprint: {self.fingerprint}. Received: {saved}"
+            )
+        position = int(values["position"])
+        if not 0 <= position <= self.noise.num_steps:
+            raise ValueError(
+                f"`position` in the checkpoint must be from 0 to {self.noise.num_steps}. "
+                f"Received: {position}. The file is damaged."
+            )
+        finished = position == self.noise.num_steps
+        keys = [values["noise_key"], values["mask_key"]]
+        if replay and any(key.shape != (2,) for key in keys) and not finished:
+            raise ValueError(
+                "The checkpoint was saved without the noise key, so replay=True cannot repeat its "
+                "noise. Restore it with replay=False; the optimizer that saves must be made with "
+                "replay=True."
+            )
+        self.carriers.from_arrays(arrays)
+        self.noise.set_ring(values["noise_ring"])
+        self.noise.position = position
+        self.sampler_key = values["sampler_key"].view(np.uint64).copy()
+        replayed = replay and not finished
+        noise_key, mask_key = (
+            [key.view(np.uint64) for key in keys]
+            if replayed
+            else [normals.fresh_key(), normals.fresh_key()]
+        )
+        self.noise.set_key(noise_key)
+        self._set_mask_key(mask_key)
+        self._data_digest = values["data_digest"].tobytes() or None
+        self.seeded = bool(values["seeded"])
+        self.restores = int(values["restores"]) + 1
+        self.replayed = replayed
+
+
+def _checked_fields(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    missing = [name for name in _FIELDS if name not in arrays]
+    if missing:
+        raise ValueError(
+            "The checkpoint holds no state of BandMFOptimizer, or only a part of it. "
+            f"Missing: {', '.join(missing)}. Received: {sorted(arrays)}. To begin a "
+            "run with weights alone, load them before `compile`."
+        )
+    values = {name: np.asarray(arrays[name]) for name in _FIELDS}
+    if values["format"] != _FORMAT:
+        raise ValueError(
+            f"The optimizer state must be of format {_FORMAT}. Received: "
+            f"format={values['format']}. Use the version of keras_bandmf that wrote it."
+        )
+    for name, (dtype, shape) in _FIELDS.items():
+        value = values[name]
+        if value.dtype != dtype or (shape is not None and value.shape != shape):
+            raise ValueError(
+                f"`{name}` in the checkpoint must be of dtype {np.dtype(dtype).name}"
+                f"{'' if shape is None else f' and shape {shape}'}. Received: {value.dtype}, "
+                f"{value.shape}. The file is damaged."
+            )
+    return values

@@ -1,0 +1,1 @@
+"""Training plans: their arguments, calibration, JSON, and the statement of what they promise."""

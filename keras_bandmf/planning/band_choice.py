@@ -1,0 +1,221 @@
+"""The number of bands with the lowest expected RMSE, from public values only."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from keras_bandmf._checks import checked_int
+from keras_bandmf._printed import rounded_down, rounded_up
+from keras_bandmf.accounting.accountant import COARSE_ACCURACY, Schedule, calibrate_noise
+from keras_bandmf.noise.shards import ShardLayout
+
+# The ring of correlated noise holds num_bands - 1 copies of the model in float32.
+DEFAULT_MAX_BANDS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class BandCandidate:
+    """What a number of bands would give under a way of sampling.
+
+    Attributes:
+        sampling: "cyclic_poisson" or "fixed_order".
+        num_bands: b.
+        noise_multiplier: sigma that meets the target, calibrated coarsely: some tenths of a
+            percent above what is needed.
+        expected_rmse: sigma * S * sqrt(mean error) / expected participations, in clip norms.
+        strategy: the strategy of b bands.
+    """
+
+    sampling: str
+    num_bands: int
+    noise_multiplier: float
+    expected_rmse: float
+    strategy: Any = dataclasses.field(compare=False, repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class BandChoice:
+    """The candidates looked at, by sampling and ascending bands; all meet one (epsilon, delta).
+
+    One band is always among them, for every way of sampling.
+    """
+
+    candidates: tuple[BandCandidate, ...]
+
+    @property
+    def best(self) -> BandCandidate:
+        """The candidate of lowest expected RMSE; of equals the one with the fewest bands."""
+        return min(self.candidates, key=lambda c: (c.expected_rmse, c.num_bands))
+
+    @property
+    def dp_sgd(self) -> BandCandidate:
+        """One band: DP-SGD, with Poisson sampling if that was looked at."""
+        return self.candidates[0]
+
+    @property
+    def curves(self) -> dict[str, BandChoice]:
+        """The candidates of each way of sampling, apart."""
+        samplings = dict.fromkeys(row.sampling for row in self.candidates)
+        return {
+            name: BandChoice(tuple(row for row in self.candidates if row.sampling == name))
+            for name in samplings
+        }
+
+    def of_bands(self, num_bands: int) -> BandChoice:
+        """Only the candidates of this number of bands."""
+        return BandChoice(tuple(row for row in self.candidates if row.num_bands == num_bands))
+
+    def __str__(self) -> str:
+        """A table; the best row is starred, and the last column is relative to `dp_sgd`."""
+        lines = [
+            f"{'bands':>8}  {'sampling':<14}  {'noise multiplier':>16}  {'expected RMSE':>13}  "
+            f"{'/ DP-SGD':>8}"
+        ]
+        for row in self.candidates:
+            star = "*" if row is self.best else " "
+            sigma = rounded_down(row.noise_multiplier, 6)
+            ratio = row.expected_rmse / self.dp_sgd.expected_rmse
+            lines.append(
+                f"{star} {row.num_bands:>6}  {row.sampling:<14}  {sigma:>16}  "
+                f"{rounded_up(row.expected_rmse, 5):>13}  {rounded_up(ratio, 4):>8}"
+            )
+        return "\n".join(lines)
+
+
+def max_bands(num_parameters: int, memory_bytes: int, num_replicas: int = 1) -> int:
+    """The most bands whose noise fits into a memory: a value for the argument `max_bands`.
+
+    The noise keeps num_bands - 1 earlier rows in float32, each replica its share. (What does not
+    grow with the model, such as the coefficients of a `BandedStrategy`, is not counted.)
+
+    Args:
+        num_parameters: trainable parameters of the model.
+        memory_bytes: what every replica can spare for the noise.
+        num_replicas: replicas of the `tf.distribute` strategy.
+
+    Returns:
+        The number of bands, at least 1: DP-SGD keeps nothing.
+
+    Raises:
+        TypeError: for anything but integers.
+        ValueError: for a value out of range.
+    """
+    shape = (checked_int("num_parameters", num_parameters),)
+    memory_bytes = checked_int("memory_bytes", memory_bytes, minimum=0)
+    layout = ShardLayout([shape], checked_int("num_replicas", num_replicas))
+    return 1 + memory_bytes // (4 * layout.shard_size)
+
+
+def expected_rmse(schedule: Schedule, noise_multiplier: float, mean_error: float) -> float:
+    """sigma * S * sqrt(mean error) / expected participations, in units of the clip norm.
+
+    Args:
+        schedule: the run.
+        noise_multiplier: sigma.
+        mean_error: the mean of e_i over the steps, of the strategy scaled to column norm 1.
+
+    Returns:
+        The root mean square, over steps and coordinates, of the noise in the running sum of
+        gradients, divided by the participations of an example. Under a workload other than prefix
+        sums it is the noise in the weights, times num_steps / num_examples, and its unit is the
+        clip norm times the learning rate; ratios under one workload mean the same as ever.
+    """
+    scale = noise_multiplier * schedule.sensitivity
+    return scale * math.sqrt(mean_error) / schedule.expected_participations
+
+
+def choose_bands(
+    schedule: Schedule,
+    epsilon: float,
+    delta: float,
+    make_strategy: Callable[[int], Any],
+    *,
+    num_bands: int | Sequence[int] | None = None,
+    max_bands: int = DEFAULT_MAX_BANDS,
+) -> BandChoice:
+    """Compares numbers of bands at one (epsilon, delta).
+
+    Cyclic Poisson: powers of two upwards until the RMSE has risen twice (it falls to one valley:
+    more bands cancel more noise, but sample at a higher rate), then the half-way points on both
+    sides of the best. Fixed order: sigma does not depend on the bands and every further band
+    lowers the error, so powers of two and the cap are only compared for the table.
+
+    Formal guarantees: looks at no data, so the choice costs no privacy. The sigma here are for
+    comparison; what is run must be calibrated finely.
+
+    Args:
+        schedule: the run; its own number of bands is ignored.
+        epsilon: the target.
+        delta: in (0, 1).
+        make_strategy: b -> a strategy of b bands, with `loss("mean")`.
+        num_bands: compare only this number, or these, with 1.
+        max_bands: the cap; memory of the noise grows with the bands.
+
+    Returns:
+        The candidates; `.best` is the choice.
+    """
+    max_bands = checked_int("max_bands", max_bands)
+    found: dict[int, BandCandidate] = {}
+
+    def rmse(bands: int) -> float:
+        if bands not in found:
+            run = dataclasses.replace(schedule, num_bands=bands)
+            # Neighbours in the sweep have similar noise: start from the nearest one known.
+            near = min(found.values(), key=lambda c: abs(c.num_bands - bands), default=None)
+            guess = None if near is None else near.noise_multiplier
+            if near is None or schedule.sampling == "cyclic_poisson":
+                guess = calibrate_noise(run, epsilon, delta, accuracy=COARSE_ACCURACY, guess=guess)
+            strategy = make_strategy(bands)
+            value = expected_rmse(run, guess, strategy.loss("mean"))
+            found[bands] = BandCandidate(schedule.sampling, bands, guess, value, strategy)
+        return found[bands].expected_rmse
+
+    rmse(1)
+    if num_bands is not None:
+        for bands in num_bands if isinstance(num_bands, Sequence) else (num_bands,):
+            rmse(bands)
+    elif schedule.sampling == "fixed_order":
+        for bands in _grid(schedule, max_bands):
+            rmse(bands)
+    else:
+        _descend(rmse, _grid(schedule, max_bands), schedule.num_steps)
+    return BandChoice(tuple(found[bands] for bands in sorted(found)))
+
+
+def _grid(schedule: Schedule, max_bands: int) -> list[int]:
+    """Candidates: powers of two and the cap, none that pays for a round it barely uses."""
+    if schedule.sampling == "cyclic_poisson":
+        most = schedule.num_examples // schedule.batch_size
+    else:
+        most = schedule.separation
+    most = min(most, max_bands, schedule.num_steps)
+    powers = {2**power for power in range(most.bit_length())} | {most}
+    if schedule.sampling == "cyclic_poisson":
+        powers = {_without_waste(bands, schedule.num_steps) for bands in powers}
+    return sorted(powers)
+
+
+def _descend(rmse: Callable[[int], float], grid: list[int], num_steps: int) -> None:
+    """Evaluates `grid` upwards until past the valley, then the middles next to the lowest."""
+    rises, previous = 0, math.inf
+    tried: list[int] = []
+    for bands in grid:
+        value = rmse(bands)
+        tried.append(bands)
+        rises = rises + 1 if value >= previous else 0
+        previous = value
+        if rises == 2:
+            break
+    lowest = tried.index(min(tried, key=rmse))
+    for left in (lowest - 1, lowest):
+        if 0 <= left < len(tried) - 1:
+            middle = round(math.sqrt(tried[left] * tried[left + 1]))
+            rmse(_without_waste(middle, num_steps))
+
+
+def _without_waste(bands: int, num_steps: int) -> int:
+    """The fewest bands with as many rounds: the accountant charges ceil(n / b) whole ones."""
+    return math.ceil(num_steps / math.ceil(num_steps / bands))

@@ -1,0 +1,106 @@
+"""From a Keras optimizer to the workload: how its weights depend on the gradients it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_bandmf._checks import checked_int
+from keras_bandmf.strategies import Workload
+
+_WAY_OUT = "Leave `workload` out: prefix sums are the usual choice for any optimizer."
+# With any of these the weights are no longer the sums of gradients that a `Workload` describes.
+_REFUSED_SETTINGS = (
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+)
+
+
+def workload_from_optimizer(optimizer: keras.optimizers.SGD, num_steps: int) -> Workload:
+    """The workload of Keras's SGD: momentum, Nesterov, weight decay, any schedule of the rate.
+
+    Step i uses the schedule at `iterations` = i, from 0, whatever `iterations` is now, and in the
+    precision in which Keras evaluates it. As in Keras, weight decay is decoupled and multiplied by
+    the rate: `w <- w - weight_decay * rate_i * w`, before the step. Rates that callbacks set later
+    and constraints of variables are not seen: strategies are then optimised for another workload
+    than is run. That costs accuracy, never privacy.
+
+    Args:
+        optimizer: a `keras.optimizers.SGD`: what `BandMFOptimizer` wraps, not the wrapper.
+        num_steps: n, at least 1.
+
+    Returns:
+        The `Workload` of n steps.
+
+    Raises:
+        TypeError: for anything but a Keras optimizer, or `num_steps` that is not an integer.
+        ValueError: for an optimizer whose weights are not linear in the gradients (Adam and kin,
+            clipping, averaged weights), or rates that are negative, not finite or all zero.
+    """
+    num_steps = checked_int("num_steps", num_steps)
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise TypeError(
+            "Expected a `keras.optimizers.SGD`. Received: "
+            f"optimizer={optimizer!r} of type {type(optimizer).__name__}. {_WAY_OUT}"
+        )
+    # A subclass may update in any way.
+    if type(optimizer) is not keras.optimizers.SGD:
+        raise ValueError(
+            "Only the weights of `keras.optimizers.SGD` itself are linear in the gradients. "
+            f"Received: an optimizer of class {type(optimizer).__name__}. {_WAY_OUT}"
+        )
+    for name in _REFUSED_SETTINGS:
+        if getattr(optimizer, name) is not None:
+            _refuse(f"{name}={getattr(optimizer, name)!r}")
+    if optimizer.use_ema:
+        _refuse("use_ema=True")
+    if optimizer.weight_decay and _excludes_variables(optimizer):
+        _refuse("variables excluded from weight decay")
+    return Workload(
+        num_steps,
+        _rates(optimizer, num_steps),
+        momentum=float(optimizer.momentum),
+        nesterov=bool(optimizer.nesterov),
+        weight_decay=float(optimizer.weight_decay or 0.0),
+    )
+
+
+def _refuse(setting: str) -> None:
+    raise ValueError(
+        "Expected an SGD that gives every variable the same sums of gradients. Received: an SGD "
+        f"with {setting}. {_WAY_OUT}"
+    )
+
+
+def _excludes_variables(optimizer: keras.optimizers.SGD) -> bool:
+    names = ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern")
+    return any(getattr(optimizer, name, None) for name in names)
+
+
+def _rates(optimizer: keras.optimizers.SGD, num_steps: int) -> float | np.ndarray:
+    # Keras has no public way to the schedule itself: `learning_rate` is its value at this step.
+    rate = getattr(optimizer, "_learning_rate", None)
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        return _evaluated(rate, num_steps, optimizer.iterations.dtype)
+    if rate is None or (callable(rate) and not isinstance(rate, keras.Variable)):
+        _refuse("a function as its learning rate")
+    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+
+
+def _evaluated(schedule: Callable[[Any], Any], num_steps: int, dtype: str) -> np.ndarray:
+    """The schedule at steps 0 to n - 1, `(n,)` float64."""
+    steps = keras.ops.arange(num_steps, dtype=dtype)
+    try:
+        # Not `schedule(steps)`: schedules may branch on what they take to be one step.
+        rates = keras.ops.convert_to_numpy(keras.ops.vectorized_map(schedule, steps))
+    except Exception:  # a schedule in plain Python fails in ways of its own; it runs below
+        rates = None
+    if np.shape(rates) != (num_steps,):
+        rates = [float(keras.ops.convert_to_numpy(schedule(step))) for step in steps]
+    return np.asarray(rates, np.float64)

@@ -1,0 +1,114 @@
+"""A plan's facts as a statement headed "planned, not executed"."""
+
+from __future__ import annotations
+
+from keras_bandmf._printed import rounded_down, rounded_up
+from keras_bandmf.accounting.accountant import FINITE_NOISE_SHARE, Schedule, accountant_name
+from keras_bandmf.accounting.composition import event_parts
+from keras_bandmf.planning.statement import Statement
+from keras_bandmf.planning.tf_privacy import tf_privacy_epsilons
+
+
+def planned_statement(
+    schedule: Schedule,
+    *,
+    strategy_name: str,
+    noise_multiplier: float,
+    epsilon: float,
+    delta: float,
+    steps: int | None,
+    fingerprint: str,
+) -> Statement:
+    """What a schedule would guarantee if run with this noise.
+
+    Formal guarantees: charging fewer than all steps is valid only if their number was fixed in
+    advance, or stopping looked at nothing private; the statement says so.
+
+    Args:
+        schedule: the run.
+        strategy_name: the class of the strategy.
+        noise_multiplier: sigma.
+        epsilon: as computed for `steps`.
+        delta: in (0, 1).
+        steps: the steps charged; None is all.
+        fingerprint: of the plan.
+
+    Returns:
+        The statement; `dataclasses.replace` makes that of a run from it.
+    """
+    charged = schedule.num_steps if steps is None else steps
+    bands = schedule.num_bands
+    noise = "independent" if bands == 1 else "correlated"
+    event = schedule.dp_event(noise_multiplier, charged)
+    others: dict[str, float] = {}
+    if schedule.sampling == "cyclic_poisson" and bands == 1 and charged > 0:
+        others = tf_privacy_epsilons(
+            num_examples=schedule.num_examples,
+            batch_size=schedule.batch_size,
+            num_steps=charged,
+            noise_multiplier=noise_multiplier,
+            delta=delta * (1 - FINITE_NOISE_SHARE),  # as our own epsilon
+        )
+    return Statement(
+        executed=False,
+        mechanism=f"per-example clipping, {noise} Gaussian noise ({strategy_name}, "
+        f"{bands} band{'s' if bands > 1 else ''}), then a Keras optimizer",
+        epsilon=epsilon,
+        delta=delta,
+        adjacency=schedule.adjacency,
+        sampling=sampling_in_words(schedule),
+        steps_charged=charged,
+        steps_run=0,
+        num_steps=schedule.num_steps,
+        num_examples=schedule.num_examples,
+        batch_size=schedule.batch_size,
+        num_bands=bands,
+        noise_multiplier=noise_multiplier,
+        accountant=accountant_name(event),
+        other_accountants=others,
+        data=_data(schedule),
+        caveats=_caveats(schedule, delta, charged),
+        plan_fingerprint=fingerprint,
+        events=event_parts(event),
+    )
+
+
+def sampling_in_words(schedule: Schedule) -> str:
+    """How batches are drawn, in one line."""
+    if schedule.sampling == "fixed_order":
+        return (
+            f"fixed order: an example takes part at most {schedule.participations()} times, at "
+            f"least {schedule.separation} steps apart"
+        )
+    rate = rounded_up(schedule.sampling_probability, 6)
+    if schedule.num_bands == 1:
+        return f"Poisson: every example takes part at rate {rate}"
+    return (
+        f"cyclic Poisson: an example is in one of {schedule.num_bands} random groups; step i "
+        f"samples group i mod {schedule.num_bands} at rate {rate}"
+    )
+
+
+def _data(schedule: Schedule) -> str:
+    if schedule.min_separation is None:
+        return "none yet"
+    return (
+        f"declared by the user, not checked: at most {schedule.max_participations} "
+        f"participations of an example, at least {schedule.min_separation} steps apart"
+    )
+
+
+def _caveats(schedule: Schedule, delta: float, charged: int) -> tuple[str, ...]:
+    caveats = []
+    if delta > 1 / schedule.num_examples:
+        caveats.append(
+            f"delta = {rounded_up(delta, 3)} exceeds 1 / num_examples = "
+            f"{rounded_down(1 / schedule.num_examples, 3)}: "
+            "publishing one random row outright would satisfy it"
+        )
+    if charged < schedule.num_steps:
+        caveats.append(
+            f"charging {charged} of {schedule.num_steps} steps is valid only if this number was "
+            "fixed in advance, or stopping looked at nothing private"
+        )
+    return tuple(caveats)

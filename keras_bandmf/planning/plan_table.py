@@ -1,0 +1,60 @@
+"""A plan as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from keras_bandmf._printed import rounded_down, rounded_up
+from keras_bandmf.accounting.accountant import Schedule
+from keras_bandmf.planning.plan_report import sampling_in_words
+from keras_bandmf.strategies import Workload
+
+
+def plan_table(plan: Any, schedule: Schedule) -> str:
+    """What `print(plan)` shows.
+
+    Args:
+        plan: a `TrainingPlan`.
+        schedule: its schedule.
+
+    Returns:
+        A line for each fact.
+    """
+    epochs = plan.num_steps / plan.steps_per_epoch
+    rows = [
+        ("examples", f"{plan.num_examples}"),
+        ("batch size", f"{plan.batch_size}"),
+        ("steps", f"{plan.num_steps} ({rounded_up(epochs, 4)} epochs of {plan.steps_per_epoch})"),
+        ("sampling", sampling_in_words(schedule)),
+        ("strategy", f"{type(plan.strategy).__name__}, bands: {plan.num_bands}"),
+        ("workload", workload_in_words(plan.workload)),
+        ("noise multiplier", rounded_down(plan.noise_multiplier, 6)),
+        ("sensitivity", rounded_up(plan.sensitivity, 6)),
+        ("epsilon", rounded_up(plan.epsilon(), 6)),
+        ("delta", rounded_up(plan.delta, 6)),
+        ("adjacency", f"{plan.adjacency}, one row"),
+        ("expected RMSE", f"{rounded_up(plan.expected_rmse, 6)} {rmse_unit(plan.workload)}"),
+        ("fingerprint", plan.fingerprint[:16]),
+    ]
+    return "\n".join(["TrainingPlan", *(f"  {name:<18}{text}" for name, text in rows)])
+
+
+def workload_in_words(workload: Workload | None) -> str:
+    """What the strategy was optimised for, in one line."""
+    if workload is None:
+        return "prefix sums"
+    low, high = np.min(workload.learning_rates), np.max(workload.learning_rates)
+    parts = [f"learning rate {low:g}" if low == high else f"learning rates {low:g} to {high:g}"]
+    if workload.momentum:
+        kind = "Nesterov momentum" if workload.nesterov else "momentum"
+        parts.append(f"{kind} {workload.momentum:g}")
+    if workload.weight_decay:
+        parts.append(f"weight decay {workload.weight_decay:g}")
+    return "SGD, " + ", ".join(parts)
+
+
+def rmse_unit(workload: Workload | None) -> str:
+    """The unit of `expected_rmse`: the weights' noise is scaled by the learning rates."""
+    return "clip norms" if workload is None else "clip norms x learning rate"

@@ -1,0 +1,344 @@
+"""What ran, or would run, and what is guaranteed about it: in words and in JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import textwrap
+from typing import Any
+
+from keras_bandmf._checks import checked_float, checked_int
+from keras_bandmf._printed import rounded_down, rounded_up
+from keras_bandmf.accounting.composition import Event
+from keras_bandmf.planning.documents import read_document, write_document
+
+_FORMAT = "keras_bandmf.Statement"
+_VERSION = 3
+_WIDTH = 88
+
+NOT_COVERED = (
+    "metrics and losses of training and validation: computed on the raw data; private only where "
+    "that data is public",
+    "preprocessing fitted to the data: taken as public",
+    "the number of rows, num_examples: taken as public. Under add-or-remove-one a neighbor has one "
+    "row more or less; the mechanism samples its rows at the same rate and epsilon compares the "
+    "two, but a run on any other number of rows than num_examples is refused, which tells it",
+    "the weights training started from: taken as public",
+    "tuning: other runs on the same data, and the choice among them, add to epsilon",
+    "several rows of one person: their loss grows with the number of rows",
+    "whoever reads the memory, the checkpoints (run key, noise state) or the timing of training",
+)
+
+ADJACENCY_IN_WORDS = {
+    "add-or-remove-one": "data sets that differ by adding or removing one {unit}",
+    "zero-out": "data sets that differ by blanking one {unit} (its gradients become zero)",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Statement:
+    """A privacy statement. Plain facts in; nothing is computed here.
+
+    Formal guarantees: none of its own. It states that the released weights (every one of them,
+    not the last alone) are (epsilon, delta)-differentially private under `adjacency`, provided
+    the facts it was given are true. `private=False` withdraws the claim, and `str` says so first.
+
+    Attributes:
+        executed: True for a run; False prints "planned, not executed".
+        mechanism: what was done to the gradients, in words.
+        epsilon: the guarantee for `steps_charged` steps; may be infinite.
+        delta: in (0, 1).
+        adjacency: "add-or-remove-one" or "zero-out".
+        sampling: how batches were drawn, in words.
+        steps_charged: the steps epsilon pays for.
+        steps_run: optimizer updates done; 0 for a plan.
+        num_steps: the steps planned.
+        num_examples: N, a public constant.
+        batch_size: the expected batch size.
+        num_bands: bands of the strategy; 1 is DP-SGD.
+        noise_multiplier: sigma.
+        unit: what the guarantee protects.
+        l2_norm_clip: the per-example clip norm; None for a plan.
+        clipping: the clipping mode and its sensitivity, in words; None for a plan.
+        accountant: what computed epsilon.
+        other_accountants: epsilon by other accountants, by name.
+        key_origin: where the run key came from.
+        data: what was trained on; for foreign data, the participations the user declared.
+        not_covered: what the guarantee says nothing about.
+        caveats: what the reader must know about this very run (replay, delta > 1/N, ...).
+        private: False if the claim does not hold.
+        not_private_reason: why not; None if it is private.
+        plan_fingerprint: SHA-256 of the plan, in hex.
+        events: what epsilon pays for: (rounds, sampling probability, noise multiplier) of each
+            Gaussian mechanism; with it the statement can be composed with that of another run.
+        runs: of several runs on the same data, the statement of each; else empty. Steps are then
+            those of all runs together, epsilon and delta are composed, and other single numbers
+            (batch size, bands, noise, clip norm) are those of the last run.
+        run_id: which run it is of, at random; None for a plan or several runs. By it one run is
+            not counted twice, and two equal ones are not taken for one.
+    """
+
+    executed: bool
+    mechanism: str
+    epsilon: float
+    delta: float
+    adjacency: str
+    sampling: str
+    steps_charged: int
+    steps_run: int
+    num_steps: int
+    num_examples: int
+    batch_size: int
+    num_bands: int
+    noise_multiplier: float
+    unit: str = "row of the training data"
+    l2_norm_clip: float | None = None
+    clipping: str | None = None
+    accountant: str = "PLD"
+    other_accountants: dict[str, float] = dataclasses.field(default_factory=dict)
+    key_origin: str = "none drawn yet"
+    data: str = "none yet"
+    not_covered: tuple[str, ...] = NOT_COVERED
+    caveats: tuple[str, ...] = ()
+    private: bool = True
+    not_private_reason: str | None = None
+    plan_fingerprint: str | None = None
+    events: tuple[Event, ...] = ()
+    runs: tuple[Statement, ...] = ()
+    run_id: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("executed", "private"):
+            if not isinstance(getattr(self, name), bool):
+                _refuse(name, "a bool", getattr(self, name))
+        for name in ("mechanism", "sampling", "unit", "accountant", "key_origin", "data"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                _refuse(name, "a non-empty string", getattr(self, name))
+        for name in ("steps_charged", "steps_run"):
+            self._set(name, checked_int(name, getattr(self, name), minimum=0))
+        for name in ("num_steps", "num_examples", "batch_size", "num_bands"):
+            self._set(name, checked_int(name, getattr(self, name)))
+        self._set("epsilon", _checked_epsilon("epsilon", self.epsilon))
+        self._set("delta", checked_float("delta", self.delta, above=0.0, below=1.0))
+        sigma = checked_float("noise_multiplier", self.noise_multiplier, minimum=0.0)
+        self._set("noise_multiplier", sigma)
+        if self.l2_norm_clip is not None:
+            clip = checked_float("l2_norm_clip", self.l2_norm_clip, above=0.0)
+            self._set("l2_norm_clip", clip)
+        if self.clipping is not None and (not isinstance(self.clipping, str) or not self.clipping):
+            _refuse("clipping", "a non-empty string or None", self.clipping)
+        if self.adjacency not in ADJACENCY_IN_WORDS:
+            _refuse("adjacency", f"one of {sorted(ADJACENCY_IN_WORDS)}", self.adjacency)
+        for name in ("not_covered", "caveats"):
+            self._set(name, _checked_strings(name, getattr(self, name)))
+        others = {
+            name: _checked_epsilon("other_accountants", value)
+            for name, value in dict(self.other_accountants).items()
+        }
+        self._set("other_accountants", others)
+        self._set("events", tuple(_checked_event(event) for event in self.events))
+        self._set("runs", tuple(self.runs))
+        if self.run_id is not None and (not isinstance(self.run_id, str) or not self.run_id):
+            _refuse("run_id", "a non-empty string or None", self.run_id)
+        if not all(isinstance(run, Statement) for run in self.runs):
+            _refuse("runs", "a sequence of statements", self.runs)
+        self._check_steps()
+        self._check_privacy()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_steps(self) -> None:
+        if max(self.steps_charged, self.steps_run) > self.num_steps:
+            raise ValueError(
+                f"No more than num_steps={self.num_steps} steps can run. Received: "
+                f"steps_charged={self.steps_charged}, steps_run={self.steps_run}."
+            )
+        if self.steps_run > self.steps_charged:
+            raise ValueError(
+                "Every step that ran is to be charged. Received: "
+                f"steps_run={self.steps_run}, steps_charged={self.steps_charged}."
+            )
+
+    def _check_privacy(self) -> None:
+        # No noise is no privacy, whatever the caller claims.
+        if math.isinf(self.epsilon) and self.private:
+            self._set("private", False)
+            self._set("not_private_reason", "there is no noise: epsilon is infinite")
+        if self.private != (self.not_private_reason is None):
+            raise ValueError(
+                "Expected `not_private_reason` exactly when `private` is False. Received: "
+                f"private={self.private}, not_private_reason={self.not_private_reason!r}."
+            )
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def to_json(self) -> str:
+        """The statement as strict JSON; an infinite epsilon is the string "inf"."""
+        return write_document(_FORMAT, _VERSION, self._facts(), indent=2)
+
+    def _facts(self) -> dict[str, Any]:
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        facts["runs"] = [run._facts() for run in self.runs]
+        facts["epsilon"] = _number_to_json(self.epsilon)
+        others = self.other_accountants.items()
+        facts["other_accountants"] = {name: _number_to_json(value) for name, value in others}
+        return facts
+
+    @classmethod
+    def from_json(cls, text: str) -> Statement:
+        """Reads what `to_json` wrote; the result equals the original.
+
+        Args:
+            text: JSON.
+
+        Returns:
+            The statement.
+
+        Raises:
+            ValueError: for another format or version, missing or unknown fields.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        return cls._from_facts(read_document(text, _FORMAT, _VERSION, fields))
+
+    @classmethod
+    def _from_facts(cls, facts: dict[str, Any]) -> Statement:
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(facts, dict) or set(facts) != fields:
+            _refuse("runs", "a list of statements", facts)
+        if not isinstance(facts["runs"], (list, tuple)):
+            _refuse("runs", "a list of statements", facts["runs"])
+        facts = facts | {"runs": tuple(cls._from_facts(run) for run in facts["runs"])}
+        others = facts["other_accountants"]
+        if not isinstance(others, dict):
+            _refuse("other_accountants", "an object", others)
+        facts["epsilon"] = _number_from_json(facts["epsilon"])
+        facts["other_accountants"] = {
+            name: _number_from_json(value) for name, value in others.items()
+        }
+        return cls(**facts)
+
+    def __str__(self) -> str:
+        """The statement in words."""
+        title = "Privacy statement" if self.executed else "Privacy statement: planned, not executed"
+        lines = [title, "=" * len(title)]
+        if not self.private:
+            lines += [f"NOT PRIVATE: {self.not_private_reason}.", self._claim("would be"), ""]
+        else:
+            lines += [self._claim("are" if self.executed else "would be"), ""]
+        rows = self._rows_of_runs() if self.runs else self._rows()
+        lines += [_item(name, text) for name, text in rows]
+        if self.caveats:
+            lines += ["", "Mind:", *(_bullet(text) for text in self.caveats)]
+        lines += ["", "Not covered:", *(_bullet(text) for text in self.not_covered)]
+        return "\n".join(lines)
+
+    def _claim(self, verb: str) -> str:
+        condition = "" if self.private else "If that were otherwise, "
+        words = ADJACENCY_IN_WORDS[self.adjacency].format(unit=self.unit)
+        steps = f"up to step {self.steps_charged}"
+        if self.runs:
+            steps = f"of {len(self.runs)} runs on the same data, all together,"
+        return textwrap.fill(
+            f"{condition}{'The' if self.private else 'the'} weights after every step {steps} "
+            f"{verb} (epsilon, delta)-differentially private, with "
+            f"epsilon = {rounded_up(self.epsilon, 4)} and delta = {rounded_up(self.delta, 3)}, "
+            f"for {words}.",
+            _WIDTH,
+        )
+
+    def _rows(self) -> list[tuple[str, str]]:
+        clip = (
+            "set when compiled" if self.l2_norm_clip is None else rounded_up(self.l2_norm_clip, 6)
+        )
+        accountant = f"by the {self.accountant} accountant"
+        rows = [
+            ("epsilon", f"{rounded_up(self.epsilon, 6)} {accountant}"),
+            *(
+                ("", f"{rounded_up(value, 6)} by {name}")
+                for name, value in self.other_accountants.items()
+            ),
+            ("delta", rounded_up(self.delta, 6)),
+            ("adjacency", self.adjacency),
+            ("unit", f"one {self.unit}"),
+            ("mechanism", self.mechanism),
+            ("sampling", self.sampling),
+            ("examples", f"{self.num_examples}, {self.batch_size} expected in a batch"),
+            (
+                "steps",
+                f"{self.steps_run} run, {self.steps_charged} charged, {self.num_steps} planned",
+            ),
+            (
+                "noise",
+                f"multiplier {rounded_down(self.noise_multiplier, 6)}, {_bands(self.num_bands)}",
+            ),
+            ("clip norm", clip),
+            ("clipping", self.clipping or "set when compiled"),
+            ("run key", self.key_origin),
+            ("data", self.data),
+        ]
+        if self.plan_fingerprint is not None:
+            rows.append(("plan", self.plan_fingerprint))
+        return rows
+
+    def _rows_of_runs(self) -> list[tuple[str, str]]:
+        shared = ("epsilon", "delta", "adjacency", "unit", "mechanism", "sampling", "run key")
+        rows = [row for row in self._rows() if row[0] in shared]
+        for number, run in enumerate(self.runs, 1):
+            own = dict(run._rows())
+            clip = f"clip norm {own['clip norm']}, noise {own['noise']}"
+            alone = f"alone epsilon {rounded_up(run.epsilon, 6)} at delta {own['delta']}"
+            rows += [
+                (f"run {number}", f"{alone}; steps: {own['steps']}; {clip}"),
+                ("", f"examples: {own['examples']}; data: {run.data}"),
+                ("", f"plan {run.plan_fingerprint}"),
+            ]
+        return rows
+
+
+def _checked_event(event: Any) -> Event:
+    if isinstance(event, str) or len(event) != 3:
+        _refuse("events", "triples of rounds, sampling probability and noise multiplier", event)
+    rounds, probability, sigma = event
+    probability = checked_float("events", probability, minimum=0.0)
+    if probability > 1:
+        _refuse("events", "sampled with a probability", event)
+    return (checked_int("events", rounds), probability, checked_float("events", sigma, minimum=0))
+
+
+def _bands(num_bands: int) -> str:
+    return "independent (DP-SGD)" if num_bands == 1 else f"correlated over {num_bands} steps"
+
+
+def _item(name: str, text: str) -> str:
+    lead = f"{name:<11}"
+    return textwrap.fill(text, _WIDTH, initial_indent=lead, subsequent_indent=" " * len(lead))
+
+
+def _bullet(text: str) -> str:
+    return textwrap.fill(text, _WIDTH, initial_indent=" * ", subsequent_indent="   ")
+
+
+def _checked_epsilon(name: str, value: Any) -> float:
+    if isinstance(value, float) and value == math.inf:
+        return math.inf
+    return checked_float(name, value, minimum=0.0)
+
+
+def _checked_strings(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(text, str) for text in value):
+        _refuse(name, "a sequence of strings", value)
+    return tuple(value)
+
+
+def _number_to_json(value: float) -> float | str:
+    return "inf" if value == math.inf else value
+
+
+def _number_from_json(value: float | str) -> float:
+    return math.inf if value == "inf" else value  # anything else is checked by __post_init__
+
+
+def _refuse(name: str, expected: str, value: Any) -> None:
+    raise ValueError(f"Expected `{name}` to be {expected}. Received: {name}={value!r}.")

@@ -1,0 +1,110 @@
+"""One statement of several private runs on the same data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from keras_bandmf._checks import checked_float
+from keras_bandmf.accounting.composition import composed_epsilon, delta_of_ideal_noise
+from keras_bandmf.planning.statement import Statement
+
+_FIXED_PLANS = (
+    "epsilon is that of all runs together: their plans and their number must have been fixed in "
+    "advance, not chosen by looking at what an earlier run produced"
+)
+
+
+def compose(statements: Sequence[Statement], delta: float | None = None) -> Statement:
+    """One statement of several runs on the same data.
+
+    Formal guarantees: epsilon is `composed_epsilon` of all that the runs were charged for, at
+    `delta`. The claim is withdrawn if that of one run is.
+
+    Args:
+        statements: of the runs, in their order; composed ones are taken apart.
+        delta: in (0, 1); that of the last run if None.
+
+    Returns:
+        The statement; of a single run it is its own, at `delta`.
+
+    Raises:
+        ValueError: if there is none, if the guarantees are about different neighbors or units, or
+            one does not say what it was charged for.
+    """
+    runs = [run for statement in statements for run in (statement.runs or (statement,))]
+    if not runs:
+        raise ValueError("Expected the statement of at least one run. Received: statements=[]")
+    last = runs[-1]
+    delta = last.delta if delta is None else checked_float("delta", delta, above=0.0, below=1.0)
+    if len(runs) == 1 and delta == last.delta:
+        return last
+    check_same("adjacency", [run.adjacency for run in runs])
+    check_same("unit", [run.unit for run in runs])
+    for run in runs:
+        if run.steps_charged and not run.events:
+            raise ValueError(
+                "The statement does not say what it was charged for, so it cannot be composed. "
+                f"Received: events=() with steps_charged={run.steps_charged}"
+            )
+    epsilon, accountant = composed_epsilon(
+        [e for run in runs for e in run.events],
+        delta_of_ideal_noise([run.delta for run in runs], delta),
+    )
+    caveats = [caveat for run in runs for caveat in run.caveats]
+    if delta > 1 / min(run.num_examples for run in runs):
+        caveats.append(f"delta = {delta!r} exceeds 1 / num_examples")
+    reasons = [run.not_private_reason for run in runs if not run.private]
+    if len(runs) == 1:
+        return dataclasses.replace(
+            last,
+            epsilon=epsilon,
+            delta=delta,
+            accountant=accountant,
+            other_accountants={},
+            caveats=_joined(caveats),
+        )
+    return dataclasses.replace(
+        last,
+        mechanism="; ".join(_joined(run.mechanism for run in runs)),
+        epsilon=epsilon,
+        delta=delta,
+        sampling="; ".join(_joined(run.sampling for run in runs)),
+        steps_charged=sum(run.steps_charged for run in runs),
+        steps_run=sum(run.steps_run for run in runs),
+        num_steps=sum(run.num_steps for run in runs),
+        accountant=accountant,
+        other_accountants={},
+        key_origin="; ".join(_joined(run.key_origin for run in runs)),
+        data="; ".join(_joined(run.data for run in runs)),
+        caveats=_joined([_FIXED_PLANS, *caveats]),
+        private=not reasons,
+        not_private_reason="; ".join(_joined(reasons)) or None,
+        plan_fingerprint=None,
+        events=tuple(event for run in runs for event in run.events),
+        runs=tuple(runs),
+        run_id=None,
+    )
+
+
+def check_same(name: str, values: Iterable[str]) -> None:
+    """Refuses runs whose guarantees are not about the same thing.
+
+    Args:
+        name: "adjacency" or "unit".
+        values: of each run.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    found = _joined(values)
+    if len(found) > 1:
+        raise ValueError(
+            f"Runs on the same weights are composed, for which their `{name}` must be the same. "
+            f"Received: {', '.join(found)}. Plan both with the same `sampling` ('cyclic_poisson' "
+            "or 'fixed_order'), or start from weights that no private run has trained."
+        )
+
+
+def _joined(texts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(texts))

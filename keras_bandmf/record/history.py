@@ -1,0 +1,377 @@
+"""The history of variables: which private runs trained them, and what they held before."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import uuid
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_bandmf._checks import checked_int
+from keras_bandmf.accounting.composition import delta_of_ideal_noise
+from keras_bandmf.planning.documents import read_document, write_document
+from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.planning.statement import Statement
+from keras_bandmf.record.composition import check_same
+from keras_bandmf.record.fresh import is_fresh, is_noted, small_enough
+from keras_bandmf.record.run_record import RunRecord, steps_at_restore
+
+_ATTRIBUTE = "_keras_bandmf_history"
+_FORMAT, _VERSION = "keras_bandmf.History", 1
+MEMBER = "keras_bandmf_history.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class PastRun:
+    """A run that is over for this process: what a file, or the user, says of it."""
+
+    run_id: str
+    started: int
+    past: Statement
+
+    def statement(self) -> Statement:
+        """The statement of the run."""
+        return self.past
+
+
+Run = RunRecord | PastRun
+
+
+class _History:
+    """What is known of one variable. Kept on it, so that no compile, model or loop loses it."""
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+        self.is_known: bool | None = None
+        self.seen: tuple[int, bytes] | None = None
+
+    def steps(self) -> int:
+        """The steps of all runs that still go on in this process."""
+        return sum(run.steps for run in self.runs if isinstance(run, RunRecord))
+
+
+def _of(variable: Any) -> _History:
+    history = getattr(variable, _ATTRIBUTE, None)
+    if history is None:
+        history = _History()
+        setattr(variable, _ATTRIBUTE, history)
+    return history
+
+
+def observe(variables: Sequence[Any]) -> None:
+    """Decides, before a run, what the variables hold: initial values, what runs left, or unknown.
+
+    Formal guarantees:
+        A variable is taken for fresh only if its value is, bit for bit, what its own layer's
+        initializer gives from its fixed seed (see `fresh`). One that private runs have trained is
+        known only if it was fresh before the first, and if its value is still the one it had after
+        the last `fit`, step of an eager loop, or restored checkpoint; values that changed otherwise
+        make it unknown, for good. Changes between the steps of a compiled loop are not seen.
+    """
+    if not small_enough(variables):
+        for variable in variables:
+            _of(variable).is_known = False
+        return
+    for variable in variables:
+        history = _of(variable)
+        if history.is_known is None:
+            history.is_known = is_fresh(variable)
+        elif changed([variable]):
+            history.is_known &= not history.steps() and is_fresh(variable)
+        history.seen = history.steps(), _digest(variable)
+
+
+def inherit(weights: Sequence[Any], trainable: Sequence[Any]) -> None:
+    """Notes that variables are about to be trained with gradients that run through all weights.
+
+    Formal guarantees:
+        Every run that trained any of the weights is from now on in the history of each variable
+        that is trained with them; if the history of one of the weights is unknown, so is theirs.
+    """
+    runs = runs_of(weights)
+    known = not unknown(weights)
+    for variable in trainable:
+        for run in runs:
+            add([variable], run)
+        if not known:
+            _of(variable).is_known = False
+
+
+def begin(variables: Sequence[Any], record: RunRecord) -> None:
+    """Puts the record of an optimizer that is being built into the history of its variables."""
+    observe([variable for variable in variables if is_noted(variable)])
+    add(variables, record)
+
+
+@contextlib.contextmanager
+def remembering(variables: Sequence[Any]) -> Iterator[None]:
+    """Notes the values that a `fit` leaves in variables, so that later changes are seen."""
+    try:
+        yield
+    finally:
+        remember(variables)
+
+
+def remember(variables: Sequence[Any]) -> None:
+    """Notes the values of variables after private steps, so that later changes are seen."""
+    if small_enough(variables):
+        for variable in variables:
+            _of(variable).seen = _of(variable).steps(), _digest(variable)
+
+
+def changed(variables: Iterable[Any]) -> list[str]:
+    """Returns the paths of variables whose values changed other than by private steps."""
+    paths = []
+    for variable in variables:
+        seen = _of(variable).seen
+        if seen is not None and seen[0] == _of(variable).steps() and seen[1] != _digest(variable):
+            paths.append(variable.path)
+    return paths
+
+
+def _digest(variable: Any) -> bytes:
+    return hashlib.sha256(np.asarray(keras.ops.convert_to_numpy(variable)).tobytes()).digest()
+
+
+def add(variables: Iterable[Any], run: Run) -> None:
+    """Puts a run into the history of the variables it trains."""
+    for variable in variables:
+        runs = _of(variable).runs
+        if run not in runs:
+            runs.append(run)
+
+
+def check_plan(variables: Iterable[Any], plan: TrainingPlan) -> None:
+    """Refuses to begin a run that could not be composed with earlier ones on the variables.
+
+    Raises:
+        ValueError: if their guarantees are about other neighbors, a restore failed, or the plan's
+            delta cannot pay for the noise of the earlier runs.
+    """
+    found, deltas = [plan.adjacency], []
+    for run in runs_of(variables):
+        if isinstance(run, PastRun):
+            found.append(run.past.adjacency)
+            deltas += [one.delta for one in (run.past.runs or (run.past,))]
+        else:
+            run.check_restored()
+            found += [run.plan.adjacency] * (run.steps > 0)
+            deltas += [run.plan.delta] * (run.steps > 0)
+    check_same("adjacency", found)
+    delta_of_ideal_noise([*deltas, plan.delta], plan.delta)
+
+
+def runs_of(variables: Iterable[Any]) -> list[Run]:
+    """Returns the runs that trained any of the variables, in the order in which they began.
+
+    Formal guarantees:
+        A run that is over is left out only if another one holds all its steps: the same run, later,
+        or one that went on from a checkpoint of it, of no fewer steps. Each restore begins a run
+        with an id of its own, so that two that went on from one checkpoint are both kept.
+    """
+    found: dict[int, Run] = {id(run): run for v in variables for run in _of(v).runs}
+    live = [run for run in found.values() if isinstance(run, RunRecord)]
+    past: dict[str, PastRun] = {}
+    for run in found.values():
+        if isinstance(run, PastRun):
+            past[run.run_id] = max(past.get(run.run_id, run), run, key=_extent)
+    kept: list[Run] = [*live, *past.values()]
+    kept = [
+        run
+        for run in kept
+        if isinstance(run, RunRecord) or not any(_holds(other, run) for other in kept)
+    ]
+    return sorted(kept, key=lambda run: run.started)
+
+
+def _extent(run: PastRun) -> tuple[int, int, bool]:
+    return run.past.steps_run, run.past.steps_charged, not run.past.private
+
+
+def _holds(run: Run, part: PastRun) -> bool:
+    """Whether all steps of `part` are among those of the other run."""
+    if run is part:
+        return False
+    if run.run_id == part.run_id:
+        return isinstance(run, RunRecord) and run.steps >= part.past.steps_run
+    restored_at = steps_at_restore(run.run_id, part.run_id)
+    return restored_at is not None and restored_at >= part.past.steps_run
+
+
+def unknown(variables: Iterable[Any]) -> list[str]:
+    """Returns the paths of variables of which nobody can say what they held before the runs."""
+    return [v.path for v in variables if not _of(v).is_known]
+
+
+def caveats(variables: Sequence[Any]) -> list[str]:
+    """Returns what a statement says of variables whose values nobody can account for."""
+    # Where no run trained a variable, it may be looked at now as well as before.
+    observe([v for v in variables if _of(v).is_known is None])
+    found, lost, moved = [], unknown(variables), changed(variables)
+    if lost:
+        found.append(
+            f"history unknown of {len(lost)} of {len(variables)} weights ({_named(lost)}): they "
+            "were loaded, set, or could not be shown to be initial values. What was done with them "
+            "before is not counted: training on public data is fine, earlier training on this data "
+            "is not (`privatize(model, history=...)` adds it)"
+        )
+    if moved:
+        found.append(
+            f"{len(moved)} of {len(variables)} weights ({_named(moved)}) are not those that the "
+            "last `fit` left: where the new values come from is not counted"
+        )
+    return found
+
+
+def _named(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
+def to_json(variables: Sequence[Any], extra_runs: Sequence[Run] = ()) -> str:
+    """The history of a model as JSON: a statement of each run, no key and no data."""
+    entries = [
+        {"run_id": run.run_id, "started": run.started, "statement": run.statement().to_json()}
+        for run in [*runs_of(variables), *extra_runs]
+    ]
+    facts = {"runs": entries, "is_known": not unknown(variables) and not changed(variables)}
+    return write_document(_FORMAT, _VERSION, facts, indent=2)
+
+
+def _from_json(text: str) -> tuple[list[PastRun], bool]:
+    facts = read_document(text, _FORMAT, _VERSION, {"runs", "is_known"})
+    runs = []
+    for entry in facts["runs"]:
+        past = Statement.from_json(entry["statement"])
+        runs.append(PastRun(str(entry["run_id"]), checked_int("started", entry["started"]), past))
+    return runs, facts["is_known"] is True
+
+
+def take_over(variables: Sequence[Any], history: Any) -> None:
+    """Adds to variables the history that the user has of them.
+
+    Formal guarantees: none of its own. That the values are those that the history is of is what
+    the user says; the runs in it are composed into every later statement.
+
+    Args:
+        variables: of the model, as loaded.
+        history: a `Statement`, the JSON of one, or the path of a `.keras` file that a private
+            model wrote.
+
+    Raises:
+        TypeError: if it is none of these.
+        ValueError: if the file holds no history, or the JSON is of another kind.
+    """
+    if isinstance(history, Statement):
+        parsed = _of_statement(history)
+    elif isinstance(history, str) and history.lstrip().startswith("{"):
+        is_statement = json.loads(history).get("format") != _FORMAT
+        parsed = (
+            _of_statement(Statement.from_json(history)) if is_statement else _from_json(history)
+        )
+    elif isinstance(history, (str, pathlib.PurePath)):
+        parsed = _from_json(_read_member(history))
+    else:
+        raise TypeError(
+            "Argument `history` must be a Statement, the JSON of one, or the path of a .keras file "
+            f"that a private model saved. Received: history={history!r}"
+        )
+    runs, is_known = parsed
+    for run in runs:
+        add(variables, run)
+    for variable in variables:
+        own = _of(variable)
+        before = own.is_known is not False and not changed([variable])
+        own.is_known = before and is_known
+        own.seen = own.steps(), _digest(variable)
+
+
+def _of_statement(statement: Statement) -> tuple[list[PastRun], bool]:
+    # A run without an id might be any, and is counted each time it is given.
+    runs = [
+        PastRun(run.run_id or uuid.uuid4().hex, number, run)
+        for number, run in enumerate(statement.runs or (statement,))
+    ]
+    # What it does not know its caveats say, and those are kept.
+    return runs, True
+
+
+def _read_member(path: str | pathlib.PurePath) -> str:
+    text = str(path)
+    if zipfile.is_zipfile(text):
+        with zipfile.ZipFile(text) as archive:
+            if MEMBER in archive.namelist():
+                return archive.read(MEMBER).decode()
+    raise ValueError(
+        "The file must be a .keras archive that `model.save` of a private model wrote: it then "
+        f"holds the history of its weights. Received: history={text!r}, without one"
+    )
+
+
+def write_member(path: Any, text: str) -> None:
+    """Adds a history to a `.keras` archive, which Keras reads as before; other files are left."""
+    if isinstance(path, (str, pathlib.PurePath)) and zipfile.is_zipfile(str(path)):
+        with zipfile.ZipFile(str(path), "a") as archive:
+            archive.writestr(MEMBER, text)
+
+
+def to_array(variables: Sequence[Any], record: RunRecord) -> np.ndarray:
+    """The history of an optimizer's variables, to be saved with its state: bytes of JSON."""
+    others = [run for run in runs_of(variables) if run is not record]
+    facts = {
+        "run": record.to_facts(),
+        "others": [] if not others else to_json([], others),
+        "is_known": [_of(v).is_known and not changed([v]) for v in variables],
+        # Empty where looking takes too long: is_known is False then.
+        "digests": [_digest(v).hex() if small_enough(variables) else "" for v in variables],
+    }
+    return np.frombuffer(json.dumps(facts).encode(), np.uint8)
+
+
+def from_array(
+    array: np.ndarray | None, variables: Sequence[Any], record: RunRecord, own_steps: int
+) -> None:
+    """Takes over, at a restore, the history that `to_array` wrote.
+
+    Args:
+        array: the history; None where a file has none.
+        variables: of the optimizer.
+        record: of the optimizer, which goes on as the run of the file.
+        own_steps: the steps it had made before the restore.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    digests = [""] * len(variables)
+    if array is None:
+        known = [False] * len(variables)
+    else:
+        try:
+            facts = json.loads(np.asarray(array, np.uint8).tobytes())
+            run, others, known = facts["run"], facts["others"], facts["is_known"]
+            others = _from_json(others)[0] if others else []
+            other_id = not record.goes_back_to(run["run_id"])
+            digests = [bytes.fromhex(digest) for digest in facts["digests"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"The history in the checkpoint is damaged: {error}. Received: {len(array)} bytes"
+            ) from None
+        if other_id and own_steps:
+            # Released or not, this optimizer's own steps were made.
+            add(variables, PastRun(record.run_id, record.started, record.describe()))
+        record.take_over(run)
+        for other in others:
+            add(variables, other)
+    for variable, is_known, digest in zip(variables, known, digests, strict=True):
+        own = _of(variable)
+        own.is_known = is_known if own.is_known is None else own.is_known and is_known
+        # The values of the file come before or after this, and the step counter too.
+        steps = own.steps() - record.steps + record.noted_steps
+        own.seen = (steps, digest) if digest else None

@@ -1,0 +1,1 @@
+"""Strategies for comparison: trees, banded inverses, buffered and square-root matrices."""

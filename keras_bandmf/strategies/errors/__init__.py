@@ -1,0 +1,1 @@
+"""The expected error of a strategy, and its gradient."""

@@ -1,0 +1,1 @@
+"""Minimisers, preconditioners and the cache of the search for a strategy."""

@@ -1,0 +1,183 @@
+"""A change of variables after which the error of a banded strategy curves alike in all directions.
+
+Far from the first and the last step, the second derivative of the error is the same at every
+column of C: entry (j, k), (j', l), of columns j, j' and lags k, l, depends on j' - j, k, l alone.
+It is known in closed form where C and A are Toeplitz. With X = C'C the error is tr(A'A X^-1), a
+convex function of X, whose second derivative along D and E is
+
+    2 tr(W D Y E),      Y = X^-1 = C^-1 C^-T,      W = Y A'A Y,
+
+and moving entry (j + k, j) of C moves X by r e_j' + e_j r' with r = C' e_(j+k). What these meet of
+W, Y and C is W, Y, Q = B'B, V = Q C^-T, C^-1 and the identity: Toeplitz sequences all. (At the
+optimum, where the first derivative vanishes on the bands, the second one by C is just that by X.)
+
+Dividing by the root of this curvature in the frequency domain leaves L-BFGS, on which it costs 2
+convolutions an evaluation, less than half of its iterations.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.fft
+import scipy.signal
+
+from keras_bandmf.strategies.errors.banded import WorkloadBlocks
+
+# Above this many bands the b x b matrices of all frequencies would be larger than the problem.
+MAX_BANDS = 64
+# How far the curvature, and one over its root, couple columns, in units of b: beyond, they are
+# below a thousandth. And columns convolved at once.
+_REACH, _PERIOD = 8, 48
+# Least curvature, as a share of the mean one: smaller ones are not known that well.
+_LEAST = 0.01
+# Pieces of columns transformed together.
+_TOGETHER = 16
+
+
+def middle_response(workload: WorkloadBlocks, num_steps: int) -> np.ndarray:
+    """Returns what follows, in the workload's output, from a unit input in the middle of the run.
+
+    Args:
+      workload: A in blocks of m steps.
+      num_steps: n.
+
+    Returns:
+      `(n - h,)` float64 with h of about n / 2: from row h on, column h of A.
+    """
+    block = workload.read_input.shape[1]
+    blocks = -(-num_steps // block)
+    first = blocks // 2
+    parts = [workload.read_input[first % len(workload.read_input), :, 0]]
+    state = workload.drive[first % len(workload.drive), :, 0]
+    for t in range(first + 1, blocks):
+        parts.append(workload.read_state[t % len(workload.read_state)] @ state)
+        state = workload.keep[t % len(workload.keep)] @ state
+    return np.concatenate(parts)[: num_steps - first * block]
+
+
+def curvature(coefficients: np.ndarray, response: np.ndarray, reach: int) -> np.ndarray:
+    """Returns the second derivative of the error by the columns, where C and A are Toeplitz.
+
+    Args:
+      coefficients: `(b,)` float64 of norm 1, the columns of C.
+      response: `(T,)` float64, the columns of A.
+      reach: how many columns to either side.
+
+    Returns:
+      `(2 reach + 1, b, b)` float64: `[reach + d, l, k]` for entries k of column j and l of column
+      j + d, without what would only change the columns' norms; not finite if C^-1 overflows.
+    """
+    b, length = len(coefficients), len(response)
+    size = scipy.fft.next_fast_len(4 * length + 2 * (reach + 2 * b), real=True)
+    with np.errstate(over="ignore", invalid="ignore"):
+        impulse = np.zeros(length)
+        impulse[0] = 1.0
+        inverse = np.pad(scipy.signal.lfilter([1.0], coefficients, impulse), (0, size - length))
+        factor = scipy.fft.rfft(scipy.signal.lfilter([1.0], coefficients, response), size)
+        gains = scipy.fft.rfft(inverse)
+        power = np.square(np.abs(gains))
+        y = scipy.fft.irfft(power, size)
+        q = scipy.fft.irfft(np.square(np.abs(factor)), size)
+        v = scipy.fft.irfft(scipy.fft.rfft(q) * gains, size)
+        w = scipy.fft.irfft(scipy.fft.rfft(q) * power, size)
+    # Negative indices are those of negative lags: the sequences are cyclic.
+    d = np.arange(-reach, reach + 1)[:, None, None]
+    l, k = np.arange(b)[:, None], np.arange(b)  # noqa: E741
+    found = v[d - k] * inverse[-d - l] + q[d + l - k] * y[d]
+    found += w[d] * (k == d + l) + v[-d - l] * inverse[d - k]
+    across = np.eye(b) - np.outer(coefficients, coefficients)
+    return 2.0 * across @ found @ across
+
+
+class Preconditioner:
+    """A symmetric linear map of columns, by which a descent sees a curvature of about 1.
+
+    Args:
+      kernel: `(2 reach + 1, b, b)` float64, from `curvature`.
+      coefficients: `(b,)` float64 of norm 1: changes along them, which the kernel leaves out, are
+        left as they are.
+      num_steps: n.
+
+    Raises:
+      ValueError: the kernel is not finite, or zero.
+    """
+
+    def __init__(self, kernel: np.ndarray, coefficients: np.ndarray, num_steps: int):
+        reach = len(kernel) // 2
+        if not (np.all(np.isfinite(kernel)) and np.trace(kernel[reach]) > 0.0):
+            raise ValueError(
+                "The curvature must be finite and positive on average. Received: kernel with trace "
+                f"{np.trace(kernel[reach])} at distance 0. Search without a preconditioner."
+            )
+        b = len(coefficients)
+        self._reach = reach
+        self._size = scipy.fft.next_fast_len(min(_PERIOD * b, num_steps) + 2 * reach, real=True)
+        # The mean over all frequencies and directions but the one along the coefficients.
+        typical = np.trace(kernel[reach]) / max(1, b - 1)
+        coarse = scipy.fft.next_fast_len(4 * reach, real=True)
+        spectrum = _spectrum(kernel / typical, coarse)
+        spectrum = 0.5 * (spectrum + spectrum.conj().transpose(0, 2, 1))
+        values, vectors = np.linalg.eigh(spectrum + np.outer(coefficients, coefficients))
+        values = np.maximum(values, _LEAST)
+        root = np.matmul(vectors / np.sqrt(values)[:, None], vectors.conj().transpose(0, 2, 1))
+        # Cut off at `reach`, and so exact when applied piece by piece, and symmetric.
+        cyclic = scipy.fft.irfft(root, coarse, axis=0)
+        self._spectrum = _spectrum(cyclic[np.arange(-reach, reach + 1)], self._size)
+
+    def __call__(self, columns: np.ndarray) -> np.ndarray:
+        """Applies the map, which is its own adjoint.
+
+        Args:
+          columns: `(n, b)` float64.
+
+        Returns:
+          `(n, b)` float64, a new array.
+        """
+        n, b = columns.shape
+        reach, size = self._reach, self._size
+        step = size - 2 * reach
+        result = np.empty_like(columns)
+        for first in range(0, n, step * _TOGETHER):
+            starts = range(first, min(n, first + step * _TOGETHER), step)
+            pieces = np.zeros((size, b, len(starts)))
+            for i, start in enumerate(starts):
+                low, high = max(0, start - reach), min(n, start + step + reach)
+                pieces[low - start + reach : high - start + reach, :, i] = columns[low:high]
+            product = np.matmul(self._spectrum, scipy.fft.rfft(pieces, axis=0, overwrite_x=True))
+            pieces = scipy.fft.irfft(product, size, axis=0, overwrite_x=True)
+            for i, start in enumerate(starts):
+                stop = min(n, start + step)
+                result[start:stop] = pieces[reach : reach + stop - start, :, i]
+        return result
+
+
+def preconditioner_of(start: np.ndarray, workload: WorkloadBlocks) -> Preconditioner | None:
+    """Returns a preconditioner for a search, made for the column in the middle of its start.
+
+    Args:
+      start: `(n, b)` float64, columns of norm 1.
+      workload: A in blocks.
+
+    Returns:
+      The preconditioner; None where it would not pay (many bands, few steps) or means nothing
+      (C^-1 overflows, A does nothing in the middle of the run).
+    """
+    n, b = start.shape
+    # To make it costs O(b^4), an iteration O(n b^2).
+    if b > MAX_BANDS or n < b * b:
+        return None
+    coefficients = start[(n - b) // 2]
+    reach = min(_REACH * b, n - 1)
+    kernel = curvature(coefficients, middle_response(workload, n), reach)
+    try:
+        return Preconditioner(kernel, coefficients, n)
+    except ValueError:
+        return None
+
+
+def _spectrum(kernel: np.ndarray, size: int) -> np.ndarray:
+    """`(size // 2 + 1, b, b)` complex128: the Fourier transform of a kernel centred on 0."""
+    reach = len(kernel) // 2
+    cyclic = np.zeros((size, *kernel.shape[1:]))
+    cyclic[: reach + 1], cyclic[size - reach :] = kernel[reach:], kernel[:reach]
+    return scipy.fft.rfft(cyclic, axis=0)

@@ -1,0 +1,71 @@
+"""Faults of Keras, worked around on one model instance for the time of a `fit`.
+
+Each has a test that fails when Keras no longer needs the workaround.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf import _distribution
+
+
+@contextlib.contextmanager
+def worked_around(model: keras.Model, symbolic_build: bool) -> Iterator[None]:
+    """Replaces, for the time of a `fit`, what fails in Keras.
+
+    Args:
+        model: the model, built.
+        symbolic_build: False where Keras's symbolic build fails: it cannot read batches that are
+            dicts with a mask, nor any batch of several worker processes.
+    """
+    load = model.load_weights
+    replaced: dict[str, Any] = {
+        "load_weights": lambda *args, **kwargs: _load_readable(load, *args, **kwargs)
+    }
+    if not symbolic_build:
+        replaced["_maybe_symbolic_build"] = lambda *args, **kwargs: None
+    if _distribution.is_multi_worker(model.distribute_strategy):
+        step = model.test_step
+        replaced["test_step"] = lambda data: reducible_logs(model, step(data))
+        model.test_function = None
+    previous = {name: model.__dict__[name] for name in replaced if name in model.__dict__}
+    for name, replacement in replaced.items():
+        setattr(model, name, replacement)
+    try:
+        yield
+    finally:
+        for name in replaced:
+            del model.__dict__[name]
+        model.__dict__.update(previous)
+        if "test_step" in replaced:
+            model.test_function = None
+
+
+def _load_readable(load: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Loads weights; a file cut off while it was written is an OSError, whatever h5py calls it.
+
+    `BackupAndRestore(double_checkpoint=True)` goes back to the file before upon OSError only, and a
+    job killed while it saved would never start again.
+    """
+    try:
+        return load(*args, **kwargs)
+    except (RuntimeError, KeyError) as error:
+        damage = str(error)
+    # Not from the error: what it refers to keeps the file open, and HDF5 would take the next file
+    # of this name for the damaged one.
+    gc.collect()
+    raise OSError(f"The weights cannot be read, the file is damaged: {damage}")
+
+
+def reducible_logs(model: keras.Model, logs: dict[str, Any]) -> dict[str, Any]:
+    """Gives logs the axis over which Keras takes their mean when there are several workers."""
+    if not _distribution.is_multi_worker(model.distribute_strategy):
+        return logs
+    return keras.tree.map_structure(lambda value: tf.reshape(value, [1]), logs)

@@ -1,0 +1,427 @@
+"""privatize(model): the private train_step and fit of one model instance."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf import callbacks as private_callbacks
+from keras_bandmf import clipping
+from keras_bandmf.clipping.checks.refusals import refuse_microbatch_size
+from keras_bandmf.clipping.clipped import clipped_for_noise
+from keras_bandmf.clipping.losses import no_replicas
+from keras_bandmf.optimizers.bandmf import BandMFOptimizer
+from keras_bandmf.record import fresh
+from keras_bandmf.record import history as variable_history
+from keras_bandmf.sampling import PrivateBatches
+from keras_bandmf.training import fit_arguments, keras_faults
+from keras_bandmf.training.mixed_rows import MixedRows
+from keras_bandmf.training.regularizers import regularisation
+from keras_bandmf.training.step_gate import StepGate, held
+
+_ATTRIBUTE = "_keras_bandmf_training"
+
+
+def privatize(
+    model: keras.Model,
+    microbatch_size: int | str | None = None,
+    *,
+    report_clipping: bool = False,
+    history: Any = None,
+) -> keras.Model:
+    """Makes the training of a model private, in place.
+
+    Replaces `train_step` and `fit` on this instance; the class is untouched. It may be called
+    before or after `compile`. Loading or cloning loses it, and `BandMFOptimizer` then refuses to
+    train.
+
+    Formal guarantees:
+        `fit` trains on batches of the optimizer's own plan only, clips the gradient of each
+        example at the norm and in the mode of the optimizer, and lets nothing but noisy sums and
+        public values reach the weights. Models that are not known to treat examples independently
+        are trained one example at a time, unless their author declares that they do. Before the
+        first step that is tested, and in each step a masked row is watched: if it has a gradient,
+        the update is NaN and `fit` raises. Python code of layers and losses sees no value of a row
+        but with `run_eagerly=True`, and what it keeps then has no noise.
+
+    Args:
+        model: any `keras.Model` of Keras 3 that does not override `train_step`.
+        microbatch_size: the most examples whose gradients are computed at a time, to bound memory:
+            a number, None for the whole batch, or "auto" for as many as fit into 1 GiB. It changes
+            neither the result nor the privacy.
+        report_clipping: adds `clipped_fraction_not_private` to the logs of each epoch: the fraction
+            of examples whose gradient clipping made smaller. Like other training metrics it is
+            computed without noise; the statement names it.
+        history: what private runs did to the weights before they were loaded: the path of the
+            `.keras` file, if a private model saved it, or a `Statement`, or its JSON. It is
+            composed into every later statement. Weights trained by a `BandMFOptimizer` that is
+            loaded with them bring it; those frozen in that run are of unknown history then.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: if `model` is not a Keras 3 model.
+        ValueError: if the model overrides `train_step`, or an argument is out of range.
+
+    Example of two runs on the same data, composed into one statement:
+
+    ```python
+    head_plan, plan = (bandmf.TrainingPlan.calibrate(..., epsilon=e) for e in (1.0, 3.0))
+    backbone.trainable = False
+    model = bandmf.privatize(keras.Sequential([backbone, head]))
+    model.compile(bandmf.BandMFOptimizer("adam", head_plan), loss="mse")
+    model.fit(head_plan.batches(x, y), epochs=2)
+    backbone.trainable = True
+    model.compile(bandmf.BandMFOptimizer("adam", plan), loss="mse")
+    model.fit(plan.batches(x, y), epochs=10)
+    print(bandmf.statement(model))  # epsilon of both runs together
+    ```
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "Argument `model` must be a keras.Model of Keras 3 (`import keras`). Under "
+            "TF_USE_LEGACY_KERAS=1, which `import tensorflow_transform` sets, `tf.keras` is "
+            f"Keras 2. Received: {type(model).__module__}.{type(model).__name__}"
+        )
+    refuse_microbatch_size(microbatch_size)
+    if model.built:
+        fresh.note_initializers(model)
+    if history is not None:
+        if not model.built:
+            raise ValueError(
+                "Argument `history` is about the weights of a built model. Call the model once on "
+                f"data, or load it, first. Received: the unbuilt model {model.name!r}"
+            )
+        variable_history.take_over(model.weights, history)
+    existing = getattr(model, _ATTRIBUTE, None)
+    if existing is not None:
+        existing.set_options(microbatch_size, report_clipping)
+        model.train_function = None
+        return model
+    for name in ("train_step", "make_train_function", "compute_metrics"):
+        if getattr(type(model), name) is not getattr(keras.Model, name):
+            raise ValueError(
+                f"The model must not override `{name}`: it would see gradients or data that are "
+                f"not private. Received: {type(model).__name__}.{name}. Use `compile(loss=..., "
+                "metrics=...)`, or write a loop with `clipped_gradients` and `apply_clipped`."
+            )
+    training = _PrivateTraining(model, microbatch_size, report_clipping)
+    setattr(model, _ATTRIBUTE, training)
+    model.train_step = training.train_step
+    model.make_train_function = training.make_train_function
+    model.train_on_batch = training.train_on_batch
+    model.fit = training.fit
+    model.save = training.save
+    model.train_function = None
+    return model
+
+
+def private_training(model: keras.Model) -> _PrivateTraining:
+    """Returns the private training of a model.
+
+    Raises:
+        ValueError: if the model is not private.
+    """
+    training = getattr(model, _ATTRIBUTE, None)
+    if training is None:
+        raise ValueError(
+            "The model is not private. Call `keras_bandmf.privatize(model)` first; loading and "
+            "cloning lose it. Received: " + repr(getattr(model, "name", model))
+        )
+    return training
+
+
+def _alone(fit: Callable) -> Callable:
+    """Lets one `fit` of a model, and of an optimizer, run at a time: neither nested nor threads."""
+
+    @functools.wraps(fit)
+    def alone(self: _PrivateTraining, *args: Any, **kwargs: Any) -> keras.callbacks.History:
+        with held(self.lock), held(self.optimizer.record.lock):
+            return fit(self, *args, **kwargs)
+
+    return alone
+
+
+class _PrivateTraining:
+    """The methods that `privatize` puts on a model, and what they remember of the run."""
+
+    def __init__(
+        self, model: keras.Model, microbatch_size: int | str | None, report_clipping: bool
+    ):
+        self.model = model
+        self.set_options(microbatch_size, report_clipping)
+        self._mixed_rows = MixedRows(model.distribute_strategy)
+        self._checked: Any = None
+        self._needs_mask = False
+        self._gate = StepGate()
+        self.lock = threading.Lock()
+        self._train_function: Callable | None = None
+        self._clip: Callable = self._clipped_gradients
+
+    def set_options(self, microbatch_size: int | str | None, report_clipping: bool) -> None:
+        """Sets the options of `privatize`."""
+        self._microbatch_size = microbatch_size
+        self._report: private_callbacks.ClippedFraction | None = None
+        if report_clipping:
+            with self.model.distribute_strategy.scope():
+                self._report = private_callbacks.ClippedFraction()
+
+    @property
+    def optimizer(self) -> BandMFOptimizer:
+        """The compiled optimizer.
+
+        Raises:
+            ValueError: if the model is not compiled with a `BandMFOptimizer`.
+        """
+        optimizer = self.model.optimizer
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            raise ValueError(
+                "Under 'mixed_float16' Keras skips steps by looking at the gradients, which is "
+                "not private. Use the dtype policy 'mixed_bfloat16' or 'float32'."
+            )
+        if not isinstance(optimizer, BandMFOptimizer):
+            raise ValueError(
+                "A private model must be compiled with "
+                "`optimizer=keras_bandmf.BandMFOptimizer(...)`. "
+                f"Received: optimizer={type(optimizer).__name__}"
+            )
+        return optimizer
+
+    def save(
+        self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
+    ) -> None:
+        """As `keras.Model.save`; a `.keras` file also gets the history of the weights."""
+        model = self.model
+        type(model).save(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+        if variable_history.runs_of(model.weights):
+            text = variable_history.to_json(model.weights)
+            variable_history.write_member(filepath, text)
+
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses: the sampling of a single batch is not accounted for."""
+        raise ValueError(
+            "A private model does not train on single batches: their sampling is not accounted "
+            "for. Use `model.fit(plan.batches(x, y))`."
+        )
+
+    def make_train_function(self, force: bool = False) -> Callable:
+        """Makes Keras's train function behind the gate, with XLA inside `clipped_gradients` only.
+
+        Noise is drawn several times faster outside XLA, and metrics need dynamic shapes.
+        """
+        model = self.model
+        # Keras's own method, called on the model, makes one without the gate.
+        if not force and self._train_function and model.train_function is self._train_function:
+            return self._train_function
+        wanted = model.jit_compile
+        compiled = wanted and not model.run_eagerly
+        self._clip = (
+            tf.function(self._clipped_gradients, jit_compile=True, autograph=False)
+            if compiled
+            else self._clipped_gradients
+        )
+        model.jit_compile = False
+        try:
+            type(model).make_train_function(model, force=True)
+        finally:
+            model.jit_compile = wanted
+        model.train_function = self._train_function = self._gate.guarded(model.train_function)
+        return self._train_function
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """Clips, sums, adds noise, updates: one step of the plan."""
+        model, optimizer = self.model, self.optimizer
+        self._gate.check_running()
+        if self._needs_mask:
+            x, y = data["x"], data.get("y")
+            sample_weight, mask = data.get("sample_weight"), data["mask"]
+        else:
+            # Not told by its keys: an input of the user's own data may be called "mask".
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            mask = None
+        clipped = self._clip(x, y, sample_weight, mask)
+        self._mixed_rows.note(clipped.rows_mixed)
+        variables = model.trainable_variables
+        penalty, penalties = regularisation(variables)
+        optimizer.apply_clipped(clipped, variables, penalties)
+        logs = self._metrics(x, y, sample_weight, clipped, penalty)
+        private_callbacks.refuse_validation_names(private_callbacks.log_names(logs))
+        return keras_faults.reducible_logs(model, logs)
+
+    def _clipped_gradients(
+        self, x: Any, y: Any, sample_weight: Any, mask: Any
+    ) -> clipping.ClippedGradients:
+        model, optimizer = self.model, self.optimizer
+        optimizer.build(model.trainable_variables)
+        return clipped_for_noise(
+            model,
+            x,
+            y,
+            sample_weight,
+            l2_norm_clip=optimizer.l2_norm_clip,
+            clipping=optimizer.clipping,
+            mask=mask,
+            microbatch_size=self._microbatch_size,
+            mask_seeds=optimizer.run_state.mask_seeds(optimizer.iterations),
+            float64_sums=optimizer.float64_sums,
+        )
+
+    def _metrics(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        clipped: clipping.ClippedGradients,
+        penalty: tf.Tensor,
+    ) -> dict[str, Any]:
+        """Updates the metrics with the rows that are not padding."""
+
+        def unpadded(structure: Any) -> Any:
+            return keras.tree.map_structure(
+                lambda part: None if part is None else tf.boolean_mask(part, clipped.mask),
+                structure,
+            )
+
+        if self._report is not None:
+            self._report.metric.update_state(tf.cast(unpadded(clipped.was_clipped), tf.float32))
+        losses = unpadded(clipped.losses)
+        count = tf.shape(losses)[0]
+        mean = tf.reduce_sum(losses) / tf.cast(tf.maximum(count, 1), losses.dtype)
+        for metric in self.model.metrics:
+            if metric.name == "loss":
+                metric.update_state(mean + tf.cast(penalty, mean.dtype), sample_weight=count)
+                break
+        return self.model.compute_metrics(
+            unpadded(x), unpadded(y), unpadded(clipped.outputs), unpadded(sample_weight)
+        )
+
+    @_alone
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: Any = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool | None = None,
+        class_weight: dict | None = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: Any = 1,
+    ) -> keras.callbacks.History:
+        """Trains on the batches of the optimizer's plan; otherwise as `keras.Model.fit`.
+
+        Args:
+            x: what `plan.batches` of the same plan returned. If the plan declares participations,
+                any data in an order that keeps them.
+            y, batch_size, validation_split, shuffle, class_weight, sample_weight: belong to
+                `plan.batches`, and are refused here.
+            epochs, verbose, callbacks, validation_data, initial_epoch, validation_steps,
+                validation_batch_size, validation_freq: as in Keras. Callbacks that act on a
+                training metric are refused.
+            steps_per_epoch: at most that of the plan, and by default equal to it.
+
+        Returns:
+            Keras's `History`. Its training metrics are not private.
+
+        Raises:
+            ValueError: if data or arguments are not accounted for, or no step is left.
+        """
+        model, optimizer = self.model, self.optimizer
+        optimizer.check_process()
+        fit_arguments.check_distribution(model, x)
+        fit_arguments.refuse_changed_data(class_weight, validation_split)
+        listed = private_callbacks.flat_callbacks(callbacks)
+        monitored = private_callbacks.check_callbacks(listed, validation_data is not None)
+        batches, array_steps = x if isinstance(x, PrivateBatches) else None, None
+        if batches is not None:
+            fit_arguments.check_batches(
+                batches, optimizer.plan, y, batch_size, shuffle, sample_weight, steps_per_epoch
+            )
+            source = f"plan.batches of plan {batches.plan_fingerprint[:12]}"
+            steps_per_epoch = steps_per_epoch or batches.steps_per_epoch
+            self._prepare(batches.rows(list(range(batches.batch_size))))
+        else:
+            batch_size, array_steps = fit_arguments.check_foreign_data(
+                x, optimizer.plan, batch_size, steps_per_epoch
+            )
+            sample, x = fit_arguments.first_rows(x, y, sample_weight, optimizer.plan.batch_size)
+            self._prepare(sample)
+            source = "data supplied by the user, in an order declared by the user"
+        if self._needs_mask != (batches is not None):
+            # A step traced for one kind of batch must not take the other for it.
+            self._needs_mask, model.train_function = batches is not None, None
+        optimizer.check_ready(model.distribute_strategy.num_replicas_in_sync)
+        guard = private_callbacks.StepGuard(optimizer, batches, array_steps)
+        report = [] if self._report is None else [self._report]
+        remarks = private_callbacks.remarks([*report, *listed], monitored)
+        data = (
+            x
+            if batches is None
+            else batches.dataset(model.distribute_strategy.num_replicas_in_sync)
+        )
+        with (
+            self._gate.during_fit(optimizer, source),
+            variable_history.remembering(model.weights),
+            optimizer.record.fit(source, remarks, epochs - initial_epoch, steps_per_epoch),
+            keras_faults.worked_around(model, symbolic_build=batches is None),
+        ):
+            return keras.Model.fit(
+                model,
+                data,
+                y,
+                batch_size=batch_size,
+                epochs=epochs,
+                verbose=verbose,
+                callbacks=[self._mixed_rows, *report, *listed, guard, self._gate],
+                validation_data=validation_data,
+                shuffle=False,
+                sample_weight=sample_weight,
+                initial_epoch=initial_epoch,
+                steps_per_epoch=steps_per_epoch,
+                validation_steps=validation_steps,
+                validation_batch_size=validation_batch_size,
+                validation_freq=validation_freq,
+            )
+
+    def _prepare(self, sample: dict[str, Any]) -> None:
+        """Builds model and optimizer, and checks once that clipping is exact for this model."""
+        model, optimizer = self.model, self.optimizer
+        parts = (sample["x"], sample.get("y"), sample.get("sample_weight"))
+        with model.distribute_strategy.scope():
+            # Metrics too: made inside a replica, their variables would break the graph.
+            model._symbolic_build(data_batch=keras.tree.map_structure(_symbolic_batch, parts))
+            names = [metric.name for metric in model.metrics]
+            private_callbacks.refuse_validation_names(
+                [*names, *(getattr(model, "output_names", None) or [])]
+            )
+            fresh.note_initializers(model)
+            variable_history.observe(model.weights)
+            variable_history.check_plan(model.weights, optimizer.plan)
+            variable_history.inherit(model.weights, model.trainable_variables)
+            optimizer.build(model.trainable_variables)
+        state = (optimizer, tuple(id(variable) for variable in model.trainable_variables))
+        # `compile` drops the train function: loss and layers may be others now.
+        if model.train_function is None or self._checked != state:
+            with no_replicas():
+                clipping.check_model(model, *parts, clipping=optimizer.clipping)
+            self._checked = state
+
+
+def _symbolic_batch(array: Any) -> keras.KerasTensor | None:
+    if array is None:
+        return None
+    dtype = keras.backend.standardize_dtype(array.dtype)
+    return keras.KerasTensor((None, *array.shape[1:]), dtype=dtype)

@@ -1,0 +1,105 @@
+"""The gate of the private step: each call of it was made by Keras, for a batch of a private fit."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+
+from keras_bandmf.optimizers.bandmf import BandMFOptimizer
+
+
+@contextlib.contextmanager
+def held(lock: threading.Lock) -> Iterator[None]:
+    """Holds a lock, which nobody else may hold already.
+
+    Raises:
+        ValueError: if a `fit` holds it.
+    """
+    if not lock.acquire(blocking=False):
+        raise ValueError(
+            "The model, or its optimizer, is being trained: a second `fit` would move the step of "
+            "the first one away from its batches. Received: `fit` from a callback or another "
+            "thread, during `fit`. Call them one after the other."
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class StepGate(keras.callbacks.Callback):
+    """Lets Keras run the train function once for each batch of a private `fit`, and nobody else.
+
+    Keras announces each batch to the callbacks and then calls the train function. As the last of
+    the callbacks this one opens the gate, and the call closes it again.
+
+    Formal guarantees:
+        What `guarded` returned checks in Python at every call, not when it is traced, that a
+        private `fit` has just announced a batch. So `model.train_function`, also one taken out
+        during a `fit` and called later, and `keras.Model.fit(model, ...)` raise before a gradient
+        is computed; so does a callback that calls them during a `fit`. `check_running` refuses to
+        run or trace the step elsewhere: a `tf.function` of the user cannot hold it. The optimizer
+        accepts gradients only during such a call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fit: tuple[BandMFOptimizer, str] | None = None
+        self._is_open = False
+        self._is_running = False
+        self._thread: int | None = None
+
+    @contextlib.contextmanager
+    def during_fit(self, optimizer: BandMFOptimizer, source: str) -> Iterator[None]:
+        """Takes announcements for the time of a private `fit` on the batches named by `source`."""
+        previous, self._fit = self._fit, (optimizer, source)
+        self._thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._fit, self._is_open = previous, False
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        """Opens the gate for one call of the train function."""
+        self._is_open = self._fit is not None
+
+    def guarded(self, function: Callable) -> Callable:
+        """Returns a train function that runs `function` only through the open gate."""
+
+        def train_function(iterator: Any) -> Any:
+            elsewhere = self._thread != threading.get_ident()
+            if self._fit is None or not self._is_open or elsewhere:
+                raise ValueError(
+                    "The private step runs once for each batch of `model.fit(plan.batches(x, y))` "
+                    "of the private model. Received: a call from elsewhere (`train_function`, "
+                    "`keras.Model.fit(model, ...)`, a callback): its data is not accounted for."
+                )
+            self._is_open = False
+            optimizer, source = self._fit
+            optimizer.check_process()
+            self._is_running = True
+            try:
+                with optimizer.accepting(source):
+                    return function(iterator)
+            finally:
+                self._is_running = False
+
+        return train_function
+
+    def check_running(self) -> None:
+        """Refuses a step that is run or traced outside a call of the guarded train function.
+
+        Raises:
+            ValueError: naming what to call.
+        """
+        if not self._is_running:
+            raise ValueError(
+                "The sampling of a single step is not accounted for: this run trains on batches of "
+                "its plan. Received: a call of `train_step`, or of a function that holds it, from "
+                "elsewhere than a private `fit`. Do not call it; `model.fit(plan.batches(x, y))` "
+                "does."
+            )
