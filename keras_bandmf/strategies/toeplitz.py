@@ -172,7 +172,8 @@ class ToeplitzStrategy:
         if n > toeplitz.MAX_VECTOR_STEPS:
             raise ValueError(
                 "The error of each step is computed for at most "
-                f"{toeplitz.MAX_VECTOR_STEPS} steps. Received: num_steps={n}. Use `loss()`, which works for any number of steps."
+                f"{toeplitz.MAX_VECTOR_STEPS} steps. Received: num_steps={n}. Use `loss()`, "
+                "which works for any number of steps."
             )
         if b == 1:
             return np.arange(1.0, n + 1.0)

@@ -89,8 +89,8 @@ def rowwise(model: keras.Model) -> Rowwise:
     """What is known of `model`: look at every layer and at every operation between them.
 
     Formal guarantees: if both lists are empty, then `model` consists of layers and operations of
-    the tables of `known_layers` and `known_operations`, and row i of its outputs depends on row i of
-    its inputs alone, provided that each tensor between them has as many axes as Keras declared, and
+    the tables of `known_layers` and `known_operations`, and row i of its outputs depends on row i
+    of its inputs alone, provided that each tensor between them has as many axes as Keras declared, and
     the rows on axis 0 alone. That is not taken on trust: the trial trace that decides on the path
     before the first step compares every such tensor, of all functional models inside too, with what
     was declared, with 1009 rows, so that their axis is known by its size, and each trace that
