@@ -91,18 +91,15 @@ def rowwise(model: keras.Model) -> Rowwise:
     Formal guarantees: if both lists are empty, then `model` consists of layers and operations of
     the tables of `known_layers` and `known_operations`, and row i of its outputs depends on row i
     of its inputs alone, provided that each tensor between them has as many axes as Keras declared,
-    and the rows on axis 0 alone. That is not taken on trust: the trial trace that decides on the path
-    before the first step compares every such tensor, of all functional models inside too, with what
-    was declared, with 1009 rows, so that their axis is known by its size, and each trace that
+    and the rows on axis 0 alone. That is not taken on trust: the trial trace that decides on the
+    path before the first step compares every such tensor, of all functional models inside too, with
+    what was declared, with 1009 rows, so that their axis is known by its size, and each trace that
     trains compares it again as far as sizes are known, so that an unknown number of rows is covered
     (`declared_shapes`); a model that differs goes the general path. The tables were made by reading
     the sources of Keras and keras_hub, and rest on that reading. Methods replaced on an instance of
     a layer or operation, other than `build` and `quantize`, are found, and on a functional model
-    those that run its graph; what is replaced inside other objects that a layer holds is not.
-    """
-    found = Rowwise([], [])
-    _look(model, None, found, set())
-    return found
+    those that run its graph; what is replaced inside other objects that a layer holds is not. """
+    found = Rowwise([], []) _look(model, None, found, set()) return found
 
 
 def advice(unknown: list[str]) -> str:
