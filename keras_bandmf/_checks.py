@@ -1,10 +1,15 @@
-"""Argument checks shared by the planning files: what was expected, what came, the way out."""
+"""Checks of arguments: what was expected, what was received, and the way out.
+
+A wrong type is a `TypeError`, a wrong value a `ValueError`. NumPy's scalars count as Python's.
+"""
 
 from __future__ import annotations
 
 import math
 import numbers
 from typing import Any
+
+import numpy as np
 
 
 def checked_int(name: str, value: Any, minimum: int = 1, hint: str = "") -> int:
@@ -99,6 +104,36 @@ def checked_choice(name: str, value: Any, choices: tuple[str, ...], hint: str = 
         raise TypeError(_message(name, expected, value, hint))
     if value not in choices:
         raise ValueError(_message(name, expected, value, hint))
+    return value
+
+
+def checked_bool(name: str, value: Any, hint: str = "") -> bool:
+    """Returns `value` as a Python bool.
+
+    Args:
+        name: the argument's name, for the message.
+        value: True or False, Python's or NumPy's; 0 and 1 are refused.
+        hint: the way out, appended to the message.
+
+    Returns:
+        The value as a `bool`.
+
+    Raises:
+        TypeError: if it is anything else.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(_message(name, "True or False", value, hint))
+    return bool(value)
+
+
+def checked_function(name: str, value: Any, hint: str = "") -> Any:
+    """Returns `value` if it can be called, or is None.
+
+    Raises:
+        TypeError: if it is anything else.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(_message(name, "a function or None", value, hint))
     return value
 
 

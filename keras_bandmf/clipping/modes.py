@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_bandmf._checks import checked_float
 from keras_bandmf._keras_internals import trained_layers
 from keras_bandmf._printed import rounded_up
 
@@ -192,12 +193,9 @@ class AutomaticClipping(ClippingMode):
     gamma: float = 0.01
 
     def __post_init__(self) -> None:
-        if not _is_number(self.gamma) or self.gamma < 0:
-            raise ValueError(
-                "`gamma` must be a finite number of at least 0, added to the norm an example's "
-                f"gradient is divided by. Received: gamma={self.gamma!r}"
-            )
-        object.__setattr__(self, "gamma", float(self.gamma))
+        hint = "It is added to the norm that an example's gradient is divided by."
+        gamma = checked_float("gamma", self.gamma, minimum=0.0, hint=hint)
+        object.__setattr__(self, "gamma", gamma)
 
     def least_norm(self, l2_norm_clip: float) -> float:
         return max(self.gamma, _LEAST_NORM)

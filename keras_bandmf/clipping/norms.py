@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from keras_bandmf._checks import checked_float
 from keras_bandmf.clipping.factors import VANISHING
 
 #: Ten times the norm that squares too small for float32 may hide in one variable.
@@ -32,15 +33,16 @@ def largest_contribution(bound: float, least_norm: float, num_variables: int) ->
     return bound * math.sqrt(1.0 + num_variables * VANISHING / least_norm**2)
 
 
-def refuse_clip_norm(l2_norm_clip: Any) -> None:
-    """Refuses clip norms that float32 cannot hold.
-
-    Args:
-        l2_norm_clip: a finite positive number.
+def checked_clip_norm(l2_norm_clip: Any) -> float:
+    """Returns a clip norm that float32 can hold.
 
     Raises:
-        ValueError: if it is too small or too large.
+        TypeError: if it is not a number.
+        ValueError: if it is not finite and positive, too small or too large.
     """
+    l2_norm_clip = checked_float(
+        "l2_norm_clip", l2_norm_clip, above=0.0, hint="It is fixed before training."
+    )
     if not LEAST_CLIP_NORM * (1 - 1e-12) <= l2_norm_clip <= LARGEST_CLIP_NORM:
         raise ValueError(
             f"`l2_norm_clip` must be from {LEAST_CLIP_NORM:.3g} to {LARGEST_CLIP_NORM:.3g}: "
@@ -48,3 +50,4 @@ def refuse_clip_norm(l2_norm_clip: Any) -> None:
             "than the clip norm. Scale the loss, and with it the clip norm; the learning rate by "
             f"the inverse. Received: l2_norm_clip={l2_norm_clip!r}"
         )
+    return l2_norm_clip

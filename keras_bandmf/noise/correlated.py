@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import numbers
 import os
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf import _distribution
+from keras_bandmf._checks import checked_float
 from keras_bandmf._environment import refuse_loose_arithmetic
 from keras_bandmf.noise import exact, lattice, normals
 from keras_bandmf.noise.lattice import NoiseRows
@@ -83,13 +83,8 @@ class CorrelatedNoise:
         exact: bool = False,
     ):
         refuse_loose_arithmetic()
-        if not isinstance(stddev, numbers.Real) or not 0 <= stddev < np.inf:
-            raise ValueError(
-                "Argument `stddev` must be a finite number that is not negative. "
-                f"Received: stddev={stddev!r}"
-            )
         self.strategy = strategy
-        self.stddev = float(stddev)
+        self.stddev = checked_float("stddev", stddev, minimum=0.0)
         self.exact = bool(exact)
         #: The lattice step is 2^exponent; None without noise.
         self.exponent = None

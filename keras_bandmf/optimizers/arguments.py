@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_bandmf._checks import checked_choice, checked_int
 from keras_bandmf.clipping import ClippedGradients, ClippingMode
-from keras_bandmf.clipping.norms import largest_contribution, refuse_clip_norm
+from keras_bandmf.clipping.norms import checked_clip_norm, largest_contribution
 from keras_bandmf.noise.finite import check_tail
 from keras_bandmf.noise.lattice import charged_norm
 from keras_bandmf.planning.plan import TrainingPlan
@@ -33,7 +33,7 @@ def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any, noise: Any = "defau
     """Refuses arguments of the wrong type or range.
 
     Raises:
-        TypeError: if `plan` is not a plan.
+        TypeError: if an argument is of the wrong type.
         ValueError: naming the argument.
     """
     if not isinstance(plan, TrainingPlan):
@@ -41,25 +41,10 @@ def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any, noise: Any = "defau
             "Argument `plan` must be a keras_bandmf.TrainingPlan, for example from "
             f"`TrainingPlan.calibrate(...)`. Received: plan={plan!r}"
         )
-    if (
-        isinstance(l2_norm_clip, bool)
-        or not isinstance(l2_norm_clip, numbers.Real)
-        or not 0 < l2_norm_clip < math.inf
-    ):
-        raise ValueError(
-            "Argument `l2_norm_clip` must be a positive finite number. "
-            f"Received: l2_norm_clip={l2_norm_clip!r}"
-        )
-    refuse_clip_norm(l2_norm_clip)
-    if noise not in ("default", "exact"):
-        raise ValueError(f"Argument `noise` must be 'default' or 'exact'. Received: {noise!r}")
-    if seed is not None and (
-        isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0
-    ):
-        raise ValueError(
-            "Argument `seed` must be None (a private run) or a non-negative integer (a test). "
-            f"Received: seed={seed!r}"
-        )
+    checked_clip_norm(l2_norm_clip)
+    checked_choice("noise", noise, ("default", "exact"))
+    if seed is not None:
+        checked_int("seed", seed, 0, "It is for tests; None (the default) is a private run.")
 
 
 def noise_stddev(

@@ -6,6 +6,7 @@ import math
 
 import keras
 
+from keras_bandmf._checks import checked_int
 from keras_bandmf.strategies.search.scipy_lbfgs import Progress
 
 
@@ -25,17 +26,11 @@ class ProgressBar:
     """
 
     def __init__(self, target: int | None = None, verbose: int = 1):
-        if target is not None and (
-            isinstance(target, bool) or not isinstance(target, int) or target < 1
-        ):
-            raise ValueError(
-                "`target` must be a positive int or None. "
-                f"Received: target={target!r}. Pass None where the number is not known."
-            )
-        if isinstance(verbose, bool) or verbose not in (0, 1):
-            raise ValueError(
-                f"`verbose` must be 0 or 1. Received: verbose={verbose!r}. Pass 1 for a bar."
-            )
+        if target is not None:
+            target = checked_int("target", target, hint="None where the number is not known.")
+        verbose = checked_int("verbose", verbose, 0, "1 for a bar, 0 for nothing.")
+        if verbose > 1:
+            raise ValueError(f"Expected `verbose` to be 0 or 1. Received: verbose={verbose!r}")
         self._target, self._verbose = target, verbose
         self._bar: keras.utils.Progbar | None = None
         self._last = 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_bandmf._checks import checked_bool, checked_float, checked_int
 from keras_bandmf.clipping import register_rule
 from keras_bandmf.clipping.coordinates import coordinates_of, set_coordinates
 from keras_bandmf.clipping.rules.base import DenseRule
@@ -14,7 +15,7 @@ from keras_bandmf.clipping.rules.conv import ConvRule
 from keras_bandmf.clipping.rules.einsum import EinsumDenseRule
 from keras_bandmf.clipping.rules.embedding import EmbeddingRule
 from keras_bandmf.clipping.rules.registry import set_rule
-from keras_bandmf.rgp.arguments import check_flag, check_numbers, check_scale, named_layers, within
+from keras_bandmf.rgp.arguments import named_layers, within
 from keras_bandmf.rgp.carrier import Carrier
 from keras_bandmf.rgp.head import head_layers, scale_head
 from keras_bandmf.rgp.layouts import carried_kernel
@@ -79,9 +80,10 @@ def enable_rgp(
         "power_iterations": power_iterations,
         "warmup_steps": warmup_steps,
     }
-    check_numbers(**numbers)
-    check_scale(head_scale)
-    check_flag(restart=restart)
+    for name, value in numbers.items():
+        checked_int(name, value, 0 if name == "warmup_steps" else 1)
+    checked_float("head_scale", head_scale, above=0.0)
+    checked_bool("restart", restart)
     if not isinstance(model, keras.Model):
         raise TypeError(
             "Argument `model` must be a keras.Model of Keras 3. "
@@ -226,7 +228,9 @@ class _Thin:
         self.rgp = None
         if rank is None:  # of a layer whose carriers were merged
             return
-        check_numbers(rank=rank, refresh_every=refresh_every, power_iterations=power_iterations)
+        checked_int("rank", rank)
+        checked_int("refresh_every", refresh_every)
+        checked_int("power_iterations", power_iterations)
         self.rgp = {
             "rank": int(rank),
             "refresh_every": int(refresh_every),

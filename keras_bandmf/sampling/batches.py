@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_bandmf.sampling.draws import SamplingRule, arrangement, positive_int, round_up
+from keras_bandmf._checks import checked_int
+from keras_bandmf.sampling.draws import SamplingRule, arrangement, round_up
 from keras_bandmf.sampling.examples import ExampleStore
 
 _DATASET_METHODS = frozenset(
@@ -146,14 +147,13 @@ class PrivateBatches:
 
     @cursor.setter
     def cursor(self, step: int) -> None:
-        if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
-            raise TypeError(f"`cursor` must be an integer. Received: cursor={step!r}")
-        if not 0 <= step <= self.num_steps:
+        step = checked_int("cursor", step, 0)
+        if step > self.num_steps:
             raise ValueError(
-                f"`cursor` must lie between 0 and num_steps={self.num_steps}. "
+                f"Expected `cursor` to be at most num_steps={self.num_steps}. "
                 f"Received: cursor={step}"
             )
-        self._cursor = int(step)
+        self._cursor = step
 
     def bind(self, key: np.ndarray) -> None:
         """Gives the sampler its key, once and for all.
@@ -230,14 +230,13 @@ class PrivateBatches:
         return draws.indices(self._checked_step(t))
 
     def _checked_step(self, t: int) -> int:
-        if isinstance(t, bool) or not isinstance(t, (int, np.integer)):
-            raise TypeError(f"`t` must be an integer. Received: t={t!r}")
-        if not 0 <= t < self.num_steps:
+        t = checked_int("t", t, 0)
+        if t >= self.num_steps:
             raise ValueError(
-                f"`t` must be a step of the plan, 0 <= t < {self.num_steps}. Received: t={t}. "
+                f"Expected `t` to be a step of the plan, below {self.num_steps}. Received: t={t}. "
                 "Make a plan with more steps: the privacy statement covers no further one."
             )
-        return int(t)
+        return t
 
     def rows(self, indices: np.ndarray) -> dict[str, Any]:
         """Rows by number, without padding.
@@ -265,7 +264,7 @@ class PrivateBatches:
             `P - num_replicas` rows has the next multiple of P.
         """
         self._bound_draws()
-        return self._padded(self._checked_step(t), positive_int(num_replicas, "num_replicas"))
+        return self._padded(self._checked_step(t), checked_int("num_replicas", num_replicas))
 
     def _padded(self, t: int, num_replicas: int) -> dict[str, Any]:
         return self._arranged(self._store, self.indices(t), t, num_replicas)
@@ -294,7 +293,7 @@ class PrivateBatches:
         Returns:
             Structure of `tf.TensorSpec`, as `batch` returns it.
         """
-        positive_int(num_replicas, "num_replicas")
+        checked_int("num_replicas", num_replicas)
         return self._store.spec() | {"mask": tf.TensorSpec((None,), tf.bool)}
 
     def dataset(self, num_replicas: int = 1) -> tf.data.Dataset:
@@ -310,7 +309,7 @@ class PrivateBatches:
         Returns:
             Dataset of dicts as of `batch`, prefetched.
         """
-        num_replicas = positive_int(num_replicas, "num_replicas")
+        num_replicas = checked_int("num_replicas", num_replicas)
         dataset = tf.data.Dataset.from_generator(
             lambda: self._from_cursor(num_replicas),
             output_signature=self.element_spec(num_replicas),
@@ -379,8 +378,5 @@ def _checked_key(key: np.ndarray) -> np.ndarray:
 
 
 def _key_from_seed(seed: int) -> np.ndarray:
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"`seed` must be an integer or None. Received: seed={seed!r}")
-    if seed < 0:
-        raise ValueError(f"`seed` must not be negative. Received: seed={seed}")
-    return np.random.SeedSequence(int(seed)).generate_state(2, np.uint64)
+    seed = checked_int("seed", seed, 0, "None draws a secret key.")
+    return np.random.SeedSequence(seed).generate_state(2, np.uint64)

@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 from scipy import stats
 
+from keras_bandmf._checks import checked_int
+
 CYCLIC_POISSON = "cyclic_poisson"
 FIXED_ORDER = "fixed_order"
 
@@ -52,7 +54,7 @@ class SamplingRule:
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "batch_size", "num_steps", "num_bands"):
-            object.__setattr__(self, name, positive_int(getattr(self, name), name))
+            object.__setattr__(self, name, checked_int(name, getattr(self, name)))
         if self.sampling not in (CYCLIC_POISSON, FIXED_ORDER):
             raise ValueError(
                 "`sampling` must be 'cyclic_poisson' or 'fixed_order'. "
@@ -92,7 +94,7 @@ class SamplingRule:
             P, a multiple of `num_replicas`. A draw of more than `P - num_replicas` rows takes the
             next multiple of P.
         """
-        num_replicas = positive_int(num_replicas, "num_replicas")
+        num_replicas = checked_int("num_replicas", num_replicas)
         if self.sampling == FIXED_ORDER:
             return round_up(self.batch_size + num_replicas, num_replicas)
         rate = self.batch_size / self.num_examples
@@ -257,12 +259,3 @@ def bernoulli_positions(
 def round_up(value: int, multiple: int) -> int:
     """Smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
-
-
-def positive_int(value: int, name: str) -> int:
-    """`value` as a Python integer, refused unless it is an integer of at least one."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"`{name}` must be an integer. Received: {name}={value!r}")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}")
-    return int(value)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf._checks import checked_int
 from keras_bandmf.sampling.batches import PrivateBatches
-from keras_bandmf.sampling.draws import FIXED_ORDER, SamplingRule, positive_int
+from keras_bandmf.sampling.draws import FIXED_ORDER, SamplingRule
 from keras_bandmf.sampling.examples import ExampleStore
 from keras_bandmf.sampling.sources import leaves, refuse_composites, unpacked
 
@@ -151,7 +152,7 @@ class StreamedBatches(PrivateBatches):
         """As of `PrivateBatches`; reads the stream up to there."""
         position = self._checked_step(t) % self.steps_per_epoch
         batch = next(self._batches_from(position))
-        return self._padded_batch(batch, t, positive_int(num_replicas, "num_replicas"))
+        return self._padded_batch(batch, t, checked_int("num_replicas", num_replicas))
 
     def digest(self) -> bytes:
         """As of `PrivateBatches`."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
+from keras_bandmf._checks import checked_float, checked_int
 from keras_bandmf.sampling.sources import map_leaves
 
 
@@ -30,15 +30,8 @@ def weights_of_classes(y: Any, class_weight: dict[int, float]) -> np.ndarray:
             f"class_weight={class_weight!r}"
         )
     for label, weight in class_weight.items():
-        if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
-            raise TypeError(f"`class_weight` must have integer keys. Received: key {label!r}")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float, np.number)):
-            raise TypeError(f"`class_weight[{label}]` must be a number. Received: {weight!r}")
-        if label < 0 or not math.isfinite(weight) or weight < 0:
-            raise ValueError(
-                "`class_weight` must have keys and finite weights that are not negative. "
-                f"Received: class_weight[{label}]={weight}"
-            )
+        checked_int("key of class_weight", label, 0)
+        checked_float(f"class_weight[{label}]", weight, minimum=0.0)
     if not isinstance(y, np.ndarray):
         raise TypeError(
             "`class_weight` needs a `y` of a single output. Received: y of type "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from keras_bandmf.strategies.arguments import choice
+from keras_bandmf._checks import checked_choice
 from keras_bandmf.strategies.banded import BandedStrategy
 from keras_bandmf.strategies.baselines.banded_inverse import BandedInverseStrategy
 from keras_bandmf.strategies.baselines.buffered import BufferedToeplitzStrategy
@@ -59,5 +59,5 @@ def from_config(
             "The config of a strategy must be a dict with a 'class_name'. "
             f"Received: config={config!r}. Pass what `get_config()` returned."
         )
-    name = choice("class_name", config["class_name"], tuple(_CLASSES))
+    name = checked_choice("class_name", config["class_name"], tuple(_CLASSES))
     return _CLASSES[name].from_config(config)

@@ -11,15 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from keras_bandmf._checks import checked_choice, checked_float, checked_function, checked_int
 from keras_bandmf.strategies.arguments import (
-    check_callback,
-    check_gain,
-    check_seconds,
     check_shape,
-    choice,
     config_of,
     participation_schema,
-    positive_integer,
 )
 from keras_bandmf.strategies.errors.banded import BandedErrors, block_size
 from keras_bandmf.strategies.long_start import is_long, long_start
@@ -120,14 +116,14 @@ class BandedStrategy:
           RuntimeWarning: `max_iterations` were not enough; a file in `cache_dir` cannot be trusted
             or written.
         """
-        num_steps = positive_integer("num_steps", num_steps)
-        num_bands = positive_integer("num_bands", num_bands)
-        max_iterations = positive_integer("max_iterations", max_iterations)
-        choice("error", error, ERRORS)
+        num_steps = checked_int("num_steps", num_steps)
+        num_bands = checked_int("num_bands", num_bands)
+        max_iterations = checked_int("max_iterations", max_iterations)
+        checked_choice("error", error, ERRORS)
         check_shape(num_steps, num_bands)
-        check_gain(gain)
-        check_seconds("checkpoint_seconds", checkpoint_seconds)
-        check_callback(callback)
+        checked_float("gain", gain, above=0.0, below=1.0)
+        checked_float("checkpoint_seconds", checkpoint_seconds, minimum=0.0)
+        checked_function("callback", callback, "It takes a `Progress`.")
         checked_workload(workload, num_steps)
         if start is not None:
             start = _start_columns(start, num_steps, num_bands)
@@ -195,7 +191,7 @@ class BandedStrategy:
         Raises:
           ValueError: unknown `error`.
         """
-        choice("error", error, ERRORS)
+        checked_choice("error", error, ERRORS)
         errors = self.per_step_error()
         return float(np.mean(errors) if error == "mean" else np.max(errors))
 
@@ -297,8 +293,8 @@ class BandedStrategy:
           ValueError: a field is missing, unknown, or out of its range; the columns are damaged.
         """
         config = config_of(config, cls.__name__, _FIELDS, optional=("workload",))
-        num_steps = positive_integer("num_steps", config["num_steps"])
-        num_bands = positive_integer("num_bands", config["num_bands"])
+        num_steps = checked_int("num_steps", config["num_steps"])
+        num_bands = checked_int("num_bands", config["num_bands"])
         check_shape(num_steps, num_bands)
         try:
             content = base64.b64decode(config["columns"], validate=True)

@@ -7,12 +7,11 @@ import dataclasses
 import numpy as np
 import scipy.optimize
 
+from keras_bandmf._checks import checked_choice, checked_int
 from keras_bandmf.strategies.arguments import (
     check_bands,
     check_shape,
-    choice,
     config_of,
-    positive_integer,
 )
 from keras_bandmf.strategies.banded import BandedStrategy
 from keras_bandmf.strategies.errors.banded import BandedErrors, block_size
@@ -58,7 +57,7 @@ class BlockDiagonalStrategy:
                 "`block` must be a BandedStrategy of the steps of one block. Received: "
                 f"block={self.block!r}. `BlockDiagonalStrategy.optimize` finds one."
             )
-        num_steps = positive_integer("num_steps", self.num_steps)
+        num_steps = checked_int("num_steps", self.num_steps)
         check_bands(self.block.num_steps, num_steps)
         checked_workload(self.workload, num_steps)
         columns = _tiled(self.block.columns, num_steps)
@@ -95,11 +94,11 @@ class BlockDiagonalStrategy:
         Raises:
           ValueError: an argument is out of its range.
         """
-        num_steps = positive_integer("num_steps", num_steps)
-        num_bands = positive_integer("num_bands", num_bands)
-        block_steps = positive_integer("block_steps", block_steps)
-        positive_integer("max_iterations", max_iterations)
-        choice("error", error, ERRORS)
+        num_steps = checked_int("num_steps", num_steps)
+        num_bands = checked_int("num_bands", num_bands)
+        block_steps = checked_int("block_steps", block_steps)
+        checked_int("max_iterations", max_iterations)
+        checked_choice("error", error, ERRORS)
         if num_bands > block_steps or block_steps > num_steps:
             raise ValueError(
                 "Bands must fit into a block and a block into the run. Received: "

@@ -8,13 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from keras_bandmf._checks import checked_bool, checked_choice, checked_function, checked_int
 from keras_bandmf.strategies.arguments import (
-    boolean,
     check_bands,
-    choice,
     config_of,
     participation_schema,
-    positive_integer,
 )
 from keras_bandmf.strategies.coefficients import checked_coefficients, square_root_coefficients
 from keras_bandmf.strategies.errors import normalized, toeplitz
@@ -67,7 +65,7 @@ class ToeplitzStrategy:
         check_bands(len(coefficients), num_steps)
         object.__setattr__(self, "num_steps", num_steps)
         object.__setattr__(self, "coefficients", coefficients)
-        boolean("column_normalize", self.column_normalize)
+        checked_bool("column_normalize", self.column_normalize)
         checked_workload(self.workload, num_steps)
 
     @classmethod
@@ -103,16 +101,11 @@ class ToeplitzStrategy:
           RuntimeError: the search did not end in a minimum.
         """
         num_steps = _checked_steps(num_steps)
-        num_bands = positive_integer("num_bands", num_bands)
+        num_bands = checked_int("num_bands", num_bands)
         check_bands(num_bands, num_steps)
-        choice("error", error, ERRORS)
-        boolean("column_normalize", column_normalize)
-        if callback is not None and not callable(callback):
-            raise ValueError(
-                "`callback` must be a function of one argument, or None. "
-                f"Received: callback={callback!r}. Pass a function that takes a `Progress`."
-            )
-        checked_workload(workload, num_steps)
+        checked_choice("error", error, ERRORS)
+        checked_bool("column_normalize", column_normalize)
+        checked_function("callback", callback, "It takes a `Progress`.")
         coefficients = _optimal_coefficients(num_steps, num_bands, error, callback)
         if workload is not None and num_bands > 1:
             coefficients = optimal_for_workload(
@@ -147,7 +140,7 @@ class ToeplitzStrategy:
         num_steps = _checked_steps(num_steps)
         if num_bands is None:
             num_bands = num_steps
-        num_bands = positive_integer("num_bands", num_bands)
+        num_bands = checked_int("num_bands", num_bands)
         check_bands(num_bands, num_steps)
         return cls(square_root_coefficients(num_bands), num_steps, column_normalize, workload)
 
@@ -204,7 +197,7 @@ class ToeplitzStrategy:
         Raises:
           ValueError: unknown `error`.
         """
-        choice("error", error, ERRORS)
+        checked_choice("error", error, ERRORS)
         n, b = self.num_steps, self.num_bands
         if b == 1 and self.workload is None:
             return (n + 1) / 2.0 if error == "mean" else float(n)
@@ -370,7 +363,7 @@ def _optimal_coefficients(
 
 def _checked_steps(num_steps: object) -> int:
     """`num_steps` as an int in its range."""
-    num_steps = positive_integer("num_steps", num_steps)
+    num_steps = checked_int("num_steps", num_steps)
     if num_steps > MAX_STEPS:
         raise ValueError(
             f"`num_steps` must be at most {MAX_STEPS}. Received: num_steps={num_steps}. "

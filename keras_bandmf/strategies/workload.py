@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 
 import numpy as np
 
-from keras_bandmf.strategies.arguments import boolean, positive_integer
+from keras_bandmf._checks import checked_bool, checked_float, checked_int
 from keras_bandmf.strategies.errors.banded import WorkloadBlocks
 
 _FIELDS = {"num_steps", "learning_rates", "momentum", "nesterov", "weight_decay"}
@@ -40,15 +39,15 @@ class Workload:
     weight_decay: float = 0.0
 
     def __post_init__(self):
-        n = positive_integer("num_steps", self.num_steps)
+        n = checked_int("num_steps", self.num_steps)
         rates = _checked_rates(self.learning_rates, n)
-        boolean("nesterov", self.nesterov)
-        momentum = _number("momentum", self.momentum)
+        checked_bool("nesterov", self.nesterov)
+        momentum = checked_float("momentum", self.momentum, minimum=0.0)
         if momentum >= 1.0:
             raise ValueError(
                 f"`momentum` must be below 1. Received: momentum={momentum}. Use 0.9, say."
             )
-        decay = _number("weight_decay", self.weight_decay)
+        decay = checked_float("weight_decay", self.weight_decay, minimum=0.0)
         if decay * np.max(rates) > 1.0:
             raise ValueError(
                 "`weight_decay` times the largest learning rate must be at most 1, or the weights "
@@ -171,17 +170,6 @@ def checked_workload(workload: object, num_steps: int) -> Workload | None:
 def blocks_of(workload: Workload | None, num_steps: int, block: int) -> WorkloadBlocks:
     """Returns a workload, None being prefix sums, in blocks of steps."""
     return (workload or Workload(num_steps)).blocks(block)
-
-
-def _number(name: str, value: object) -> float:
-    """`value` as a float if it is a finite number that is not negative."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not 0.0 <= value < np.inf:
-        raise ValueError(
-            f"`{name}` must be a finite number that is not negative. Received: {name}={value!r}. "
-            "Pass a float."
-        )
-    return float(value)
 
 
 def _checked_rates(rates: object, num_steps: int) -> float | np.ndarray:

@@ -60,5 +60,5 @@ def test_the_bar_takes_toeplitz_searches_and_can_be_silent(capsys):
 )
 def test_bad_arguments(argument):
     (name,) = argument
-    with pytest.raises(ValueError, match=f"`{name}` must be.*Received: {name}="):
+    with pytest.raises((TypeError, ValueError), match=f"`{name}`.*Received: {name}="):
         bandmf.ProgressBar(**argument)

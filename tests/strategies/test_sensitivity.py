@@ -131,11 +131,11 @@ def test_a_bound_of_too_many_bands_is_refused():
 @pytest.mark.parametrize("bad", [0, -1, 1.0, True, "2", None])
 def test_bad_schema(bad):
     s = ToeplitzStrategy(FALLING, 10)
-    with pytest.raises(ValueError, match="max_participations"):
+    with pytest.raises((TypeError, ValueError), match="max_participations"):
         s.sensitivity(max_participations=bad, min_separation=5)
-    with pytest.raises(ValueError, match="min_separation"):
+    with pytest.raises((TypeError, ValueError), match="min_separation"):
         s.sensitivity(max_participations=2, min_separation=bad)
-    with pytest.raises(ValueError, match="fixed_order"):
+    with pytest.raises((TypeError, ValueError), match="fixed_order"):
         s.sensitivity(2, 3, fixed_order=1)
 
 

@@ -175,7 +175,7 @@ def test_workload_values():
 )
 def test_bad_arguments(argument):
     (name,) = argument
-    with pytest.raises(ValueError, match=f"`{name}`.*Received"):
+    with pytest.raises((TypeError, ValueError), match=f"`{name}`.*Received"):
         Workload(**{"num_steps": 3, **argument})
 
 

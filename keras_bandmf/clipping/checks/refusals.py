@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_bandmf._checks import checked_int
 from keras_bandmf._environment import refuse_loose_arithmetic
 from keras_bandmf.clipping.losses import overrides_compute_loss, with_mean_by_weight
-from keras_bandmf.clipping.norms import refuse_clip_norm
+from keras_bandmf.clipping.norms import checked_clip_norm
 from keras_bandmf.clipping.rowwise.known_layers import GROUP_OR_LAYER_NORM, replacement_of
 
 # Options of grappler, and variables of the environment that TensorFlow or oneDNN reads.
@@ -28,14 +28,8 @@ _TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 def refuse_arguments(
     x: Any, y: Any, sample_weight: Any, l2_norm_clip: float, microbatch_size: int | str | None
 ) -> None:
-    """Raise ValueError on a clip norm, a microbatch size or data of the wrong kind."""
-    number = isinstance(l2_norm_clip, (int, float)) and not isinstance(l2_norm_clip, bool)
-    if not number or not math.isfinite(l2_norm_clip) or l2_norm_clip <= 0:
-        raise ValueError(
-            "`l2_norm_clip` must be a finite positive Python number, fixed before training. "
-            f"Received: l2_norm_clip={l2_norm_clip!r}"
-        )
-    refuse_clip_norm(l2_norm_clip)
+    """Raise TypeError or ValueError on a clip norm, a microbatch size or data that do not fit."""
+    checked_clip_norm(l2_norm_clip)
     refuse_microbatch_size(microbatch_size)
     for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
         for leaf in keras.tree.flatten(part):
@@ -47,15 +41,12 @@ def refuse_arguments(
 
 
 def refuse_microbatch_size(microbatch_size: Any) -> None:
-    """Raise ValueError on anything but None, "auto" and a positive integer."""
-    if microbatch_size is None or microbatch_size == "auto":
-        return
-    whole = isinstance(microbatch_size, int) and not isinstance(microbatch_size, bool)
-    if not whole or microbatch_size < 1:
-        raise ValueError(
-            '`microbatch_size` must be None, "auto" or a positive integer: examples worked on at a '
-            "time. It changes memory, never the result. "
-            f"Received: microbatch_size={microbatch_size!r}"
+    """Raise TypeError or ValueError on anything but None, "auto" and a positive integer."""
+    if microbatch_size is not None and microbatch_size != "auto":
+        checked_int(
+            "microbatch_size",
+            microbatch_size,
+            hint='Or None for the whole batch, or "auto". It changes memory, never the result.',
         )
 
 

@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from keras_bandmf.strategies.arguments import check_bands, positive_integer
+from keras_bandmf._checks import checked_int
+from keras_bandmf.strategies.arguments import check_bands
 from keras_bandmf.strategies.baselines.unbanded import UnbandedToeplitz, checked_steps
 from keras_bandmf.strategies.coefficients import square_root_coefficients
 from keras_bandmf.strategies.errors import toeplitz
@@ -31,7 +32,7 @@ class BandedInverseStrategy(UnbandedToeplitz):
 
     def __post_init__(self):
         num_steps = checked_steps(self.num_steps)
-        bands = positive_integer("num_inverse_bands", self.num_inverse_bands)
+        bands = checked_int("num_inverse_bands", self.num_inverse_bands)
         check_bands(bands, num_steps)
         object.__setattr__(self, "num_steps", num_steps)
         object.__setattr__(self, "num_inverse_bands", bands)

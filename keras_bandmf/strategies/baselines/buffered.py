@@ -10,7 +10,8 @@ import numpy as np
 import scipy.signal
 import scipy.special
 
-from keras_bandmf.strategies.arguments import choice, participation_schema, positive_integer
+from keras_bandmf._checks import checked_choice, checked_int
+from keras_bandmf.strategies.arguments import participation_schema
 from keras_bandmf.strategies.baselines.unbanded import UnbandedToeplitz, checked_steps
 from keras_bandmf.strategies.participation import participations
 from keras_bandmf.strategies.search.scipy_lbfgs import Minimum, Progress, minimize
@@ -90,13 +91,13 @@ class BufferedToeplitzStrategy(UnbandedToeplitz):
           RuntimeError: no search ended in a minimum.
         """
         num_steps = checked_steps(num_steps)
-        num_buffers = positive_integer("num_buffers", num_buffers)
+        num_buffers = checked_int("num_buffers", num_buffers)
         if num_buffers > MAX_BUFFERS:
             raise ValueError(
                 f"`num_buffers` must be at most {MAX_BUFFERS}. Received: num_buffers={num_buffers}."
                 " More than 4 hardly lower the error."
             )
-        choice("error", error, ERRORS)
+        checked_choice("error", error, ERRORS)
         count, separation, _ = participation_schema(max_participations, min_separation)
         fits = participations(num_steps, count, separation)
         objective = _Objective(num_steps, error, fits, separation)

@@ -7,7 +7,8 @@ import math
 
 import numpy as np
 
-from keras_bandmf.strategies.arguments import choice, participation_schema
+from keras_bandmf._checks import checked_choice
+from keras_bandmf.strategies.arguments import participation_schema
 from keras_bandmf.strategies.baselines.unbanded import (
     UnbandedStrategy,
     check_materialized,
@@ -45,7 +46,7 @@ class TreeStrategy(UnbandedStrategy):
 
     def __post_init__(self):
         object.__setattr__(self, "num_steps", checked_steps(self.num_steps))
-        choice("decoder", self.decoder, DECODERS)
+        checked_choice("decoder", self.decoder, DECODERS)
 
     @property
     def num_levels(self) -> int:

@@ -11,11 +11,10 @@ import dataclasses
 
 import numpy as np
 
+from keras_bandmf._checks import checked_choice, checked_int
 from keras_bandmf.strategies.arguments import (
-    choice,
     config_of,
     participation_schema,
-    positive_integer,
 )
 from keras_bandmf.strategies.errors.toeplitz import MAX_VECTOR_STEPS
 from keras_bandmf.strategies.sensitivity import banded_toeplitz, toeplitz_sensitivity
@@ -51,7 +50,7 @@ class UnbandedStrategy(abc.ABC):
         Raises:
           ValueError: unknown `error`.
         """
-        choice("error", error, ERRORS)
+        checked_choice("error", error, ERRORS)
         errors = self.per_step_error()
         return float(np.mean(errors) if error == "mean" else np.max(errors))
 
@@ -190,7 +189,7 @@ class UnbandedToeplitz(UnbandedStrategy):
 
 def checked_steps(num_steps: object) -> int:
     """Returns `num_steps` as an int, or raises `ValueError`: there is a vector entry a step."""
-    num_steps = positive_integer("num_steps", num_steps)
+    num_steps = checked_int("num_steps", num_steps)
     if num_steps > MAX_VECTOR_STEPS:
         raise ValueError(
             f"`num_steps` must be at most {MAX_VECTOR_STEPS} for a strategy that is not banded. "

@@ -240,26 +240,30 @@ def test_bad_steps(bad):
         lambda: BufferedToeplitzStrategy(DECAY, SCALE, bad),
         lambda: BufferedToeplitzStrategy.optimize(bad, 2),
     ):
-        with pytest.raises(ValueError, match="`num_steps` must be.*Received: num_steps="):
+        with pytest.raises((TypeError, ValueError), match="`num_steps`.*Received: num_steps="):
             make()
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="num_bands=6, num_steps=5"):
+    with pytest.raises((TypeError, ValueError), match="num_bands=6, num_steps=5"):
         BandedInverseStrategy(5, 6)
-    with pytest.raises(ValueError, match="`num_inverse_bands` must be an integer"):
+    with pytest.raises(
+        (TypeError, ValueError), match="Expected `num_inverse_bands` to be an integer"
+    ):
         BandedInverseStrategy(5, 0)
-    with pytest.raises(ValueError, match="`decoder` must be 'plain' or 'online' or 'full'"):
+    with pytest.raises(
+        (TypeError, ValueError), match="Expected `decoder` to be one of 'plain', 'online', 'full'"
+    ):
         TreeStrategy(5, "honaker")
-    with pytest.raises(ValueError, match="`num_buffers` must be at most 8"):
+    with pytest.raises((TypeError, ValueError), match="`num_buffers` must be at most 8"):
         BufferedToeplitzStrategy.optimize(5, 9)
     for name, value in [("error", "rms"), ("max_participations", 0), ("min_separation", 0)]:
-        with pytest.raises(ValueError, match=f"`{name}` must be"):
+        with pytest.raises((TypeError, ValueError), match=f"`{name}`"):
             BufferedToeplitzStrategy.optimize(5, 2, **{name: value})
-    with pytest.raises(ValueError, match="`error` must be"):
+    with pytest.raises((TypeError, ValueError), match="Expected `error` to be"):
         TreeStrategy(5).loss("rms")
     for s in unbanded(10_001):
-        with pytest.raises(ValueError, match="num_steps=10001"):
+        with pytest.raises((TypeError, ValueError), match="num_steps=10001"):
             s.materialize()
 
 
