@@ -1,45 +1,45 @@
 """Differentially private training of Keras models with correlated noise."""
 
-from keras_bandmf import callbacks, clipping, noise, strategies, tfx_input
+from keras_bandmf import callbacks, clipping, layers, noise, strategies, tfx_input
+from keras_bandmf._checks import PrivacyError
 from keras_bandmf.clipping import ClippedGradients, clipped_gradients
-from keras_bandmf.optimizers.bandmf import BandMFOptimizer
-from keras_bandmf.planning.band_choice import max_bands
+from keras_bandmf.optimizers import BandMFOptimizer
+from keras_bandmf.planning.band_choice import BandChoice, max_bands_for_memory
 from keras_bandmf.planning.calibration import compare_bands
 from keras_bandmf.planning.keras_workload import workload_from_optimizer
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.progress import ProgressBar
 from keras_bandmf.planning.statement import Statement
 from keras_bandmf.release import export
-from keras_bandmf.rgp import (
-    RGPConv2D,
-    RGPDense,
-    RGPEinsumDense,
-    RGPEmbedding,
-    enable_rgp,
-    merge_rgp,
-)
+from keras_bandmf.rgp import enable_rgp, merge_rgp
+from keras_bandmf.sampling import PrivateBatches
 from keras_bandmf.training.model_statement import statement
 from keras_bandmf.training.private_training import privatize
+
+#: The word of Opacus and JAX Privacy for `privatize`.
+make_private = privatize
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BandChoice",
     "BandMFOptimizer",
     "ClippedGradients",
+    "PrivacyError",
+    "PrivateBatches",
     "ProgressBar",
-    "RGPConv2D",
-    "RGPDense",
-    "RGPEinsumDense",
-    "RGPEmbedding",
     "Statement",
     "TrainingPlan",
+    "__version__",
     "callbacks",
     "clipped_gradients",
     "clipping",
     "compare_bands",
     "enable_rgp",
     "export",
-    "max_bands",
+    "layers",
+    "make_private",
+    "max_bands_for_memory",
     "merge_rgp",
     "noise",
     "privatize",
@@ -48,3 +48,8 @@ __all__ = [
     "tfx_input",
     "workload_from_optimizer",
 ]
+
+
+def __dir__() -> list[str]:
+    """Public names only: the rooms of the package are found by their paths."""
+    return __all__

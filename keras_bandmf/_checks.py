@@ -12,6 +12,13 @@ from typing import Any
 import numpy as np
 
 
+class PrivacyError(ValueError):
+    """The stated guarantee would not hold: not a slip in an argument, but a run to be refused."""
+
+    # AutoGraph keeps the type of an exception made like this one, and hides that of others.
+    __init__ = Exception.__init__
+
+
 def checked_int(name: str, value: Any, minimum: int = 1, hint: str = "") -> int:
     """Returns `value` as a Python int of at least `minimum`.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pathlib
 
+from keras_bandmf._checks import PrivacyError
+
 # Flags of XLA. Measured with TensorFlow 2.21: fast arithmetic on processors makes the noise 4 % too
 # small, and without honored NaNs one row that is not finite spoils all sums. The other flags are
 # there to round float32 products to bfloat16; that version does not know the last two, and the
@@ -27,7 +29,7 @@ def refuse_loose_arithmetic() -> None:
     for flag in _flags(os.environ.get("XLA_FLAGS", "")):
         name, _, value = flag.lstrip("-").partition("=")
         if name in _LOOSE_FLAGS and value.lower() not in ("false", "0"):
-            raise ValueError(
+            raise PrivacyError(
                 "Noise and clipping need the arithmetic of IEEE 754: with this flag XLA makes the "
                 "noise too small, lets rows that are not finite into the sums, or rounds float32 "
                 "products. Remove it from the environment variable XLA_FLAGS before TensorFlow is "

@@ -24,6 +24,15 @@ import tensorflow as tf
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.sampling import PrivateBatches, StreamedBatches
 
+__all__ = [
+    "PLAN_KEY",
+    "plan_from_config",
+    "plan_to_config",
+    "private_batches",
+    "stream_options",
+    "streamed_batches",
+]
+
 PLAN_KEY = "keras_bandmf_plan"
 
 
@@ -186,3 +195,7 @@ def _refuse_other_streams(stream: Any) -> None:
             "(TFXIO's default is num_epochs=None). Make it with "
             "`TensorFlowDatasetOptions(**tfx_input.stream_options(plan, label_key))`."
         )
+
+
+def __dir__() -> list[str]:
+    return __all__

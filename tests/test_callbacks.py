@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_bandmf as bandmf
-from keras_bandmf import callbacks
+from keras_bandmf.training import callback_policy
 from tests import runs
 
 
@@ -29,9 +29,9 @@ def test_callbacks_on_validation_metrics_are_allowed_and_named():
         keras.callbacks.ModelCheckpoint("x.keras"),
         keras.callbacks.LearningRateScheduler(lambda epoch: 0.1),
     ]
-    assert callbacks.check_callbacks(allowed) == ["EarlyStopping(val_loss)"]
-    assert callbacks.unknown_callbacks(allowed) == []
-    first, second = callbacks.remarks(allowed, ["EarlyStopping(val_loss)"])
+    assert callback_policy.check_callbacks(allowed) == ["EarlyStopping(val_loss)"]
+    assert callback_policy.unknown_callbacks(allowed) == []
+    first, second = callback_policy.remarks(allowed, ["EarlyStopping(val_loss)"])
     assert "validation data" in first and "function of the epoch alone" in second
 
 
@@ -39,7 +39,7 @@ def test_callbacks_on_validation_metrics_are_allowed_and_named():
     ("given", "count"), [(None, 0), ([], 0), (keras.callbacks.History(), 1), ([[[None]]], 0)]
 )
 def test_callbacks_are_found_in_nested_lists(given, count):
-    assert len(callbacks.flat_callbacks(given)) == count
+    assert len(callback_policy.flat_callbacks(given)) == count
 
 
 def test_a_callback_of_a_known_class_by_inheritance_is_checked_and_named():
@@ -47,8 +47,8 @@ def test_a_callback_of_a_known_class_by_inheritance_is_checked_and_named():
         """Acts like its parent."""
 
     with pytest.raises(ValueError, match="Mine"):
-        callbacks.check_callbacks([Mine("loss")])
-    assert callbacks.unknown_callbacks([Mine("val_loss")]) == ["Mine"]
+        callback_policy.check_callbacks([Mine("loss")])
+    assert callback_policy.unknown_callbacks([Mine("val_loss")]) == ["Mine"]
 
 
 DECLARED = {"sampling": "fixed_order", "max_participations": 2, "min_separation": 12}
@@ -85,7 +85,7 @@ def test_a_moved_position_is_seen_at_every_hook(hook, whole):
     model = runs.compiled(runs.counting_model(), runs.make_plan())
     optimizer = model.optimizer
     optimizer.build(model.trainable_variables)
-    guard = callbacks.StepGuard(optimizer, None)
+    guard = callback_policy.StepGuard(optimizer, None)
     guard.set_model(model)
     guard.on_epoch_begin(0)
     optimizer.iterations.assign(2)
@@ -99,7 +99,7 @@ def test_a_counter_moved_before_the_first_epoch_is_seen():
     """As by a callback that restores at the beginning of training."""
     model = runs.compiled(runs.counting_model(), runs.make_plan())
     model.optimizer.build(model.trainable_variables)
-    guard = callbacks.StepGuard(model.optimizer, None)
+    guard = callback_policy.StepGuard(model.optimizer, None)
     guard.set_model(model)
     model.optimizer.iterations.assign(2)
     with pytest.raises(ValueError, match="counter was moved"):
@@ -126,7 +126,9 @@ def test_batches_of_a_fixed_seed_are_remembered_by_the_run(seed):
     plan = runs.make_plan()
     model = runs.compiled(runs.counting_model(), plan, seed=None)
     model.optimizer.build(model.trainable_variables)
-    guard = callbacks.StepGuard(model.optimizer, plan.batches(*runs.counting_data(), seed=seed))
+    guard = callback_policy.StepGuard(
+        model.optimizer, plan.batches(*runs.counting_data(), seed=seed)
+    )
     guard.set_model(model)
     guard.on_epoch_begin(0)
     assert model.optimizer.run_state.seeded == (seed is not None)
@@ -172,7 +174,7 @@ def test_a_step_that_was_made_on_rows_of_another_one_is_not_private():
     model.fit(model.optimizer.plan.batches(*runs.counting_data()), steps_per_epoch=1, verbose=0)
     optimizer = model.optimizer
     assert bandmf.statement(model).private
-    guard = callbacks.StepGuard(optimizer, None)
+    guard = callback_policy.StepGuard(optimizer, None)
     guard.set_model(model)
     guard.on_epoch_begin(0)
     optimizer.iterations.assign(5)

@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import pytest
+import tensorflow as tf
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "keras_bandmf"
@@ -96,3 +97,32 @@ def test_the_threat_model_names_files_that_exist():
     text = (ROOT / "docs" / "threat_model.md").read_text()
     for name in set(re.findall(r"`([\w/]+\.py)`", text)):
         assert (ROOT / name).exists() or (PACKAGE / name).exists(), name
+
+
+def test_dir_shows_public_names_only():
+    import keras_bandmf
+
+    assert sorted(dir(keras_bandmf)) == sorted(keras_bandmf.__all__)
+    for name in ("callbacks", "clipping", "layers", "noise", "strategies", "tfx_input"):
+        room = getattr(keras_bandmf, name)
+        assert sorted(dir(room)) == sorted(room.__all__)
+        assert all(getattr(room, public) is not None for public in room.__all__)
+    assert all(getattr(keras_bandmf, public) is not None for public in keras_bandmf.__all__)
+    assert keras_bandmf.make_private is keras_bandmf.privatize
+
+
+def test_privacy_errors_can_be_told_from_slips():
+    import keras_bandmf
+
+    assert issubclass(keras_bandmf.PrivacyError, ValueError)
+
+    @tf.function
+    def refuses(x):
+        if x.shape[0] == 1:
+            raise keras_bandmf.PrivacyError("Received: one row")
+        return x
+
+    with pytest.raises(keras_bandmf.PrivacyError, match="one row"):
+        refuses(tf.zeros([1]))
+    raised = [path for path in PACKAGE.rglob("*.py") if "raise PrivacyError" in path.read_text()]
+    assert len(raised) >= 10

@@ -38,3 +38,7 @@ __all__ = [
     "explain",
     "register_rule",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

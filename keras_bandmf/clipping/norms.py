@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from keras_bandmf._checks import checked_float
+from keras_bandmf._checks import PrivacyError, checked_float
 from keras_bandmf.clipping.factors import VANISHING
 
 #: Ten times the norm that squares too small for float32 may hide in one variable.
@@ -44,7 +44,7 @@ def checked_clip_norm(l2_norm_clip: Any) -> float:
         "l2_norm_clip", l2_norm_clip, above=0.0, hint="It is fixed before training."
     )
     if not LEAST_CLIP_NORM * (1 - 1e-12) <= l2_norm_clip <= LARGEST_CLIP_NORM:
-        raise ValueError(
+        raise PrivacyError(
             f"`l2_norm_clip` must be from {LEAST_CLIP_NORM:.3g} to {LARGEST_CLIP_NORM:.3g}: "
             "squares of gradients beyond are lost in float32, and an example could count for more "
             "than the clip norm. Scale the loss, and with it the clip norm; the learning rate by "

@@ -3,3 +3,7 @@
 from keras_bandmf.noise.correlated import CorrelatedNoise, NoiseRows
 
 __all__ = ["CorrelatedNoise", "NoiseRows"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf import _distribution
-from keras_bandmf._checks import checked_float
+from keras_bandmf._checks import PrivacyError, checked_float
 from keras_bandmf._environment import refuse_loose_arithmetic
 from keras_bandmf.noise import exact, lattice, normals
 from keras_bandmf.noise.lattice import NoiseRows
@@ -194,7 +194,7 @@ class CorrelatedNoise:
             ValueError: in the other process, until it sets a key.
         """
         if os.getpid() != self._process:
-            raise ValueError(
+            raise PrivacyError(
                 f"The noise key belongs to process {self._process}, and a fork copied it here: the "
                 "same noise on two gradients would cancel. Received: a step in process "
                 f"{os.getpid()}. Make the optimizer after the fork, or restore a checkpoint here."
@@ -251,7 +251,7 @@ class CorrelatedNoise:
         self.check_process()
         step = self._local(self._position)[0].read_value()
         if tf.executing_eagerly() and int(step) >= self.num_steps:
-            raise ValueError(f"All {self.num_steps} rows of the noise have been drawn.")
+            raise PrivacyError(f"All {self.num_steps} rows of the noise have been drawn.")
         return self.noisy_sums([tf.zeros(shape) for shape in self.layout.shapes], step)
 
     def noisy_sums(

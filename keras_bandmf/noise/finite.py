@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from keras_bandmf._checks import PrivacyError
 from keras_bandmf.noise.normals import RADIUS_BITS
 
 #: The share of a plan's delta that is set aside for the noise: epsilon is computed at the rest.
@@ -55,7 +56,7 @@ def check_tail(num_values: float, delta: float) -> None:
     """
     if not affords_tail(num_values, delta, 0.0):
         charge = 2 * tail_total_variation(num_values)
-        raise ValueError(
+        raise PrivacyError(
             "The noise has tails of finite length, which cost "
             f"{charge:.3g} of delta over all coordinates and steps: more than {DELTA_SHARE:g} of "
             f"it. Received: delta={delta:g} and {num_values:.3g} noise values. Use a larger "

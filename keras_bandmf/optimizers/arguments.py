@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bandmf._checks import checked_choice, checked_int
+from keras_bandmf._checks import PrivacyError, checked_choice, checked_int
 from keras_bandmf.clipping import ClippedGradients, ClippingMode
 from keras_bandmf.clipping.norms import checked_clip_norm, largest_contribution
 from keras_bandmf.noise.finite import check_tail
@@ -122,18 +122,18 @@ def check_clipped(
             f"Received: {type(clipped).__name__}"
         )
     if clipped.l2_norm_clip != l2_norm_clip:
-        raise ValueError(
+        raise PrivacyError(
             "The gradients must be clipped at the optimizer's norm: the noise is scaled to "
             f"l2_norm_clip={l2_norm_clip}. Received: gradients clipped at {clipped.l2_norm_clip}"
         )
     if clipped.clipping != clipping:
-        raise ValueError(
+        raise PrivacyError(
             "The gradients must be clipped in the optimizer's mode, which is fixed for the run and "
             "named in the statement: pass `clipping=optimizer.clipping` to `clipped_gradients`. "
             f"Expected: {clipping}. Received: gradients clipped by {clipped.clipping}"
         )
     if float64_sums and any(total.dtype != tf.float64 for total in clipped.sums):
-        raise ValueError(
+        raise PrivacyError(
             'With `noise="exact"` gradients must be summed in float64: pass `float64_sums=True` to '
             "`clipped_gradients`. Received: sums of "
             f"{sorted({total.dtype.name for total in clipped.sums})}"
@@ -151,7 +151,7 @@ def check_accounted(plan: TrainingPlan, source: str | None) -> None:
         ValueError: naming what to do.
     """
     if source is None and not plan.declares_participations:
-        raise ValueError(
+        raise PrivacyError(
             "The sampling of these gradients is not accounted for. Train with "
             "`model.fit(plan.batches(x, y))`; for other data or a loop of your own, make the "
             "plan with sampling='fixed_order' and declare `max_participations` and "
@@ -182,7 +182,7 @@ def checked_inner(optimizer: str | dict | keras.optimizers.Optimizer) -> keras.o
     for name, advice in _REFUSED_SETTINGS.items():
         value = getattr(inner, name, None)
         if value is not None:
-            raise ValueError(
+            raise PrivacyError(
                 f"The inner optimizer must not set `{name}`. {advice} Received: {name}={value}"
             )
     if inner.use_ema and inner.ema_overwrite_frequency:

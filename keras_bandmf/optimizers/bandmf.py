@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf import _distribution
+from keras_bandmf._checks import PrivacyError
 from keras_bandmf.clipping import ClippedGradients, ClippingMode, checked_mode
 from keras_bandmf.optimizers.arguments import (
     check_accounted,
@@ -235,13 +236,13 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             )
         step = self.steps_done
         if step != noise.position:
-            raise ValueError(
+            raise PrivacyError(
                 f"The noise stands at step {noise.position}, but the inner optimizer counts "
                 f"{step}: the counter was moved, or a step was interrupted. The same noise on two "
                 "gradients would cancel. Restore a checkpoint of the whole optimizer."
             )
         if step >= self.plan.num_steps:
-            raise ValueError(self.budget_message())
+            raise PrivacyError(self.budget_message())
 
     def apply_clipped(
         self,
@@ -278,7 +279,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             trainable_variables = self._trainable_variables
         trainable_variables = list(trainable_variables)
         if not clipped.origin.belongs_to(trainable_variables):
-            raise ValueError(
+            raise PrivacyError(
                 "The gradients must be those of the variables they update, taken at their values, "
                 "in the same order: pass the model itself to `clipped_gradients`, and its "
                 "`trainable_variables` here. Received: gradients of "
@@ -289,7 +290,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             self._note_loop(clipped.origin.model, trainable_variables)
         self.build(trainable_variables)
         if tuple(id(variable) for variable in trainable_variables) != self._noised_variables:
-            raise ValueError(
+            raise PrivacyError(
                 "`trainable_variables` must be the variables the optimizer was built with, in the "
                 "same order. Did a layer's `trainable` change during the run? Received: "
                 f"{[variable.path for variable in trainable_variables]}"
@@ -358,7 +359,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Raises `ValueError`, always: plain gradients were not clipped per example."""
-        raise ValueError(
+        raise PrivacyError(
             "BandMFOptimizer received plain gradients, which carry no privacy. The model is not "
             "private (or lost it on load or clone): call `keras_bandmf.privatize(model)` before "
             "`fit`. A loop of your own calls `keras_bandmf.clipped_gradients` and "
@@ -435,7 +436,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
         # The hook of tf.train.Checkpoint. A SavedModel calls it inside a graph.
         if not tf.executing_eagerly():
-            raise ValueError(
+            raise PrivacyError(
                 "A SavedModel of a model compiled with BandMFOptimizer would hold the key and "
                 "the state of its noise. Use `keras_bandmf.export(model, path)`."
             )
@@ -447,7 +448,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     def __reduce__(self) -> tuple:
         """Copies an optimizer that is not built by its config; one that is has secrets."""
         if self.built:
-            raise ValueError(
+            raise PrivacyError(
                 "A built BandMFOptimizer cannot be copied or pickled alone: it has the secret "
                 "state of a run, which goes on once. Copy the config "
                 "(`BandMFOptimizer.from_config(optimizer.get_config())`), or save the model. "

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf import _distribution
+from keras_bandmf._checks import PrivacyError
 from keras_bandmf.clipping import MaskSeeds
 from keras_bandmf.clipping.seeds import STEP_BITS
 from keras_bandmf.noise import CorrelatedNoise, NoiseRows, normals
@@ -126,7 +127,7 @@ class RunState:
             ValueError: if an earlier step of the run saw other ones.
         """
         if self._data_digest is not None and self._data_digest != digest:
-            raise ValueError(
+            raise PrivacyError(
                 "The batches differ from those the run began with: other rows, another order of "
                 "the rows, or another sampler key. An example is its row number; it could now "
                 "take part in adjacent steps, which the statement does not cover. Pass the same "
@@ -147,7 +148,7 @@ class RunState:
         own = [self.fingerprint, self._data_digest, self.noise.position, self.seeded]
         own += [self.sampler_key.tobytes(), self.restores, self.replayed]
         if not _distribution.same_everywhere(self._distribution, repr(own).encode()):
-            raise ValueError(
+            raise PrivacyError(
                 "The worker processes do not do the same run: data, plan, model, seed or restored "
                 "checkpoint differ. Each worker must be given the same rows in the same order, "
                 "and all must restore the same checkpoint, or none. Received at this worker: "

@@ -85,7 +85,7 @@ class BandChoice:
         return "\n".join(lines)
 
 
-def max_bands(num_parameters: int, memory_bytes: int, num_replicas: int = 1) -> int:
+def max_bands_for_memory(num_parameters: int, memory_bytes: int, num_replicas: int = 1) -> int:
     """The most bands whose noise fits into a memory: a value for the argument `max_bands`.
 
     The noise keeps num_bands - 1 earlier rows in float32, each replica its share. (What does not

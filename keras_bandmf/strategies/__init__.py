@@ -8,6 +8,7 @@ from keras_bandmf.strategies.baselines.banded_inverse import BandedInverseStrate
 from keras_bandmf.strategies.baselines.buffered import BufferedToeplitzStrategy
 from keras_bandmf.strategies.baselines.tree import TreeStrategy
 from keras_bandmf.strategies.block_diagonal import BlockDiagonalStrategy
+from keras_bandmf.strategies.search.scipy_lbfgs import Progress
 from keras_bandmf.strategies.toeplitz import ToeplitzStrategy
 from keras_bandmf.strategies.workload import Workload
 
@@ -16,6 +17,7 @@ __all__ = [
     "BandedStrategy",
     "BlockDiagonalStrategy",
     "BufferedToeplitzStrategy",
+    "Progress",
     "ToeplitzStrategy",
     "TreeStrategy",
     "Workload",
@@ -61,3 +63,7 @@ def from_config(
         )
     name = checked_choice("class_name", config["class_name"], tuple(_CLASSES))
     return _CLASSES[name].from_config(config)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -5,6 +5,8 @@ from __future__ import annotations
 import keras
 import tensorflow as tf
 
+from keras_bandmf._checks import PrivacyError
+
 
 class MixedRows(keras.callbacks.Callback):
     """Remembers whether rows were mixed, and raises at the end of that very step.
@@ -47,7 +49,7 @@ class MixedRows(keras.callbacks.Callback):
         """
         found = self._strategy.experimental_local_results(self._found)
         if any(float(value) for value in found):
-            raise ValueError(
+            raise PrivacyError(
                 "The model mixes the rows of a batch: in this step a masked row, whose loss counts "
                 "for nothing, had a gradient. Clipping by example bounds nothing then, and the "
                 "update was made NaN: the weights are lost, and nothing was released. A layer or "

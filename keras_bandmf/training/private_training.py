@@ -10,8 +10,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bandmf import callbacks as private_callbacks
 from keras_bandmf import clipping
+from keras_bandmf._checks import PrivacyError
 from keras_bandmf.clipping.checks.refusals import refuse_microbatch_size
 from keras_bandmf.clipping.clipped import clipped_for_noise
 from keras_bandmf.clipping.losses import no_replicas
@@ -19,10 +19,11 @@ from keras_bandmf.optimizers.bandmf import BandMFOptimizer
 from keras_bandmf.record import fresh
 from keras_bandmf.record import history as variable_history
 from keras_bandmf.sampling import PrivateBatches
-from keras_bandmf.training import fit_arguments, keras_faults
+from keras_bandmf.training import callback_policy, fit_arguments, keras_faults
 from keras_bandmf.training.mixed_rows import MixedRows
 from keras_bandmf.training.regularizers import regularisation
 from keras_bandmf.training.step_gate import StepGate, held
+from keras_bandmf.training.step_guard import StepGuard
 
 _ATTRIBUTE = "_keras_bandmf_training"
 
@@ -106,7 +107,7 @@ def privatize(
         return model
     for name in ("train_step", "make_train_function", "compute_metrics"):
         if getattr(type(model), name) is not getattr(keras.Model, name):
-            raise ValueError(
+            raise PrivacyError(
                 f"The model must not override `{name}`: it would see gradients or data that are "
                 f"not private. Received: {type(model).__name__}.{name}. Use `compile(loss=..., "
                 "metrics=...)`, or write a loop with `clipped_gradients` and `apply_clipped`."
@@ -130,7 +131,7 @@ def private_training(model: keras.Model) -> _PrivateTraining:
     """
     training = getattr(model, _ATTRIBUTE, None)
     if training is None:
-        raise ValueError(
+        raise PrivacyError(
             "The model is not private. Call `keras_bandmf.privatize(model)` first; loading and "
             "cloning lose it. Received: " + repr(getattr(model, "name", model))
         )
@@ -167,10 +168,10 @@ class _PrivateTraining:
     def set_options(self, microbatch_size: int | str | None, report_clipping: bool) -> None:
         """Sets the options of `privatize`."""
         self._microbatch_size = microbatch_size
-        self._report: private_callbacks.ClippedFraction | None = None
+        self._report: callback_policy.ClippedFraction | None = None
         if report_clipping:
             with self.model.distribute_strategy.scope():
-                self._report = private_callbacks.ClippedFraction()
+                self._report = callback_policy.ClippedFraction()
 
     @property
     def optimizer(self) -> BandMFOptimizer:
@@ -181,7 +182,7 @@ class _PrivateTraining:
         """
         optimizer = self.model.optimizer
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            raise ValueError(
+            raise PrivacyError(
                 "Under 'mixed_float16' Keras skips steps by looking at the gradients, which is "
                 "not private. Use the dtype policy 'mixed_bfloat16' or 'float32'."
             )
@@ -205,7 +206,7 @@ class _PrivateTraining:
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> None:
         """Refuses: the sampling of a single batch is not accounted for."""
-        raise ValueError(
+        raise PrivacyError(
             "A private model does not train on single batches: their sampling is not accounted "
             "for. Use `model.fit(plan.batches(x, y))`."
         )
@@ -251,7 +252,7 @@ class _PrivateTraining:
         penalty, penalties = regularisation(variables)
         optimizer.apply_clipped(clipped, variables, penalties)
         logs = self._metrics(x, y, sample_weight, clipped, penalty)
-        private_callbacks.refuse_validation_names(private_callbacks.log_names(logs))
+        callback_policy.refuse_validation_names(callback_policy.log_names(logs))
         return keras_faults.reducible_logs(model, logs)
 
     def _clipped_gradients(
@@ -343,8 +344,8 @@ class _PrivateTraining:
         optimizer.check_process()
         fit_arguments.check_distribution(model, x)
         fit_arguments.refuse_changed_data(class_weight, validation_split)
-        listed = private_callbacks.flat_callbacks(callbacks)
-        monitored = private_callbacks.check_callbacks(listed, validation_data is not None)
+        listed = callback_policy.flat_callbacks(callbacks)
+        monitored = callback_policy.check_callbacks(listed, validation_data is not None)
         batches, array_steps = x if isinstance(x, PrivateBatches) else None, None
         if batches is not None:
             fit_arguments.check_batches(
@@ -364,9 +365,9 @@ class _PrivateTraining:
             # A step traced for one kind of batch must not take the other for it.
             self._needs_mask, model.train_function = batches is not None, None
         optimizer.check_ready(model.distribute_strategy.num_replicas_in_sync)
-        guard = private_callbacks.StepGuard(optimizer, batches, array_steps)
+        guard = StepGuard(optimizer, batches, array_steps)
         report = [] if self._report is None else [self._report]
-        remarks = private_callbacks.remarks([*report, *listed], monitored)
+        remarks = callback_policy.remarks([*report, *listed], monitored)
         data = (
             x
             if batches is None
@@ -404,7 +405,7 @@ class _PrivateTraining:
             # Metrics too: made inside a replica, their variables would break the graph.
             model._symbolic_build(data_batch=keras.tree.map_structure(_symbolic_batch, parts))
             names = [metric.name for metric in model.metrics]
-            private_callbacks.refuse_validation_names(
+            callback_policy.refuse_validation_names(
                 [*names, *(getattr(model, "output_names", None) or [])]
             )
             fresh.note_initializers(model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from keras_bandmf._checks import PrivacyError
 from keras_bandmf.optimizers.bandmf import BandMFOptimizer
 
 
@@ -20,7 +21,7 @@ def held(lock: threading.Lock) -> Iterator[None]:
         ValueError: if a `fit` holds it.
     """
     if not lock.acquire(blocking=False):
-        raise ValueError(
+        raise PrivacyError(
             "The model, or its optimizer, is being trained: a second `fit` would move the step of "
             "the first one away from its batches. Received: `fit` from a callback or another "
             "thread, during `fit`. Call them one after the other."
@@ -73,7 +74,7 @@ class StepGate(keras.callbacks.Callback):
         def train_function(iterator: Any) -> Any:
             elsewhere = self._thread != threading.get_ident()
             if self._fit is None or not self._is_open or elsewhere:
-                raise ValueError(
+                raise PrivacyError(
                     "The private step runs once for each batch of `model.fit(plan.batches(x, y))` "
                     "of the private model. Received: a call from elsewhere (`train_function`, "
                     "`keras.Model.fit(model, ...)`, a callback): its data is not accounted for."
@@ -97,7 +98,7 @@ class StepGate(keras.callbacks.Callback):
             ValueError: naming what to call.
         """
         if not self._is_running:
-            raise ValueError(
+            raise PrivacyError(
                 "The sampling of a single step is not accounted for: this run trains on batches of "
                 "its plan. Received: a call of `train_step`, or of a function that holds it, from "
                 "elsewhere than a private `fit`. Do not call it; `model.fit(plan.batches(x, y))` "

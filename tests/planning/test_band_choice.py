@@ -9,7 +9,7 @@ import pytest
 
 from keras_bandmf.accounting.accountant import calibrate_noise
 from keras_bandmf.noise import CorrelatedNoise
-from keras_bandmf.planning.band_choice import choose_bands, expected_rmse, max_bands
+from keras_bandmf.planning.band_choice import choose_bands, expected_rmse, max_bands_for_memory
 from keras_bandmf.strategies import ToeplitzStrategy
 from tests.plans import make_schedule
 
@@ -171,20 +171,20 @@ def test_max_bands_is_what_fits(parameters):
             return np.zeros(0)
 
     for memory in (2**26, 3 * 2**24 + 12_345):
-        most = max_bands(parameters, memory)
+        most = max_bands_for_memory(parameters, memory)
         fits, exceeds = (
             CorrelatedNoise(Bands(bands), 1.0, [(parameters,)], seed=1).state_bytes
             for bands in (most, most + 1)
         )
         assert fits <= memory < exceeds
-    assert max_bands(parameters, 0) == 1
+    assert max_bands_for_memory(parameters, 0) == 1
 
 
 def test_max_bands_grows_with_replicas():
-    assert max_bands(2**24, 2**26) == 2
-    assert max_bands(2**24, 2**26, num_replicas=4) == 5
+    assert max_bands_for_memory(2**24, 2**26) == 2
+    assert max_bands_for_memory(2**24, 2**26, num_replicas=4) == 5
     for arguments in ((0, 1), (1, -1), (1, 1, 0)):
         with pytest.raises(ValueError, match="Received"):
-            max_bands(*arguments)
+            max_bands_for_memory(*arguments)
     with pytest.raises(TypeError, match="memory_bytes=1.0"):
-        max_bands(1, 1.0)
+        max_bands_for_memory(1, 1.0)

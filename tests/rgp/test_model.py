@@ -90,13 +90,13 @@ def rgp_model():
     return keras.Sequential(
         [
             keras.Input((6,), dtype="int32"),
-            bandmf.RGPEmbedding(9, 6, rank=2, refresh_every=3),
+            bandmf.layers.RGPEmbedding(9, 6, rank=2, refresh_every=3),
             keras.layers.Reshape((6, 6, 1)),
-            bandmf.RGPConv2D(4, 3, rank=2, refresh_every=3),
+            bandmf.layers.RGPConv2D(4, 3, rank=2, refresh_every=3),
             keras.layers.Reshape((16, 4)),
-            bandmf.RGPEinsumDense("abc,cd->abd", (16, 5), rank=3, refresh_every=3),
+            bandmf.layers.RGPEinsumDense("abc,cd->abd", (16, 5), rank=3, refresh_every=3),
             keras.layers.Flatten(),
-            bandmf.RGPDense(4, rank=1, refresh_every=3, activation="tanh"),
+            bandmf.layers.RGPDense(4, rank=1, refresh_every=3, activation="tanh"),
             keras.layers.Dense(1),
         ]
     )
@@ -233,7 +233,7 @@ MISUSES = {
         "grouped convolution",
     ),
     "thin_rank": (
-        lambda: keras.Sequential([keras.Input((5,)), bandmf.RGPDense(3, rank=4)]),
+        lambda: keras.Sequential([keras.Input((5,)), bandmf.layers.RGPDense(3, rank=4)]),
         "rank=4",
     ),
     "head_scale": (lambda: bandmf.enable_rgp(make_model(), 2, head_scale=0), "head_scale=0"),

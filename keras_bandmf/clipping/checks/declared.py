@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf._checks import PrivacyError
 from keras_bandmf.clipping.checks.snapshot import Snapshot
 from keras_bandmf.clipping.checks.unseen import UnseenForward
 from keras_bandmf.clipping.shapes import on_tensors, over_rows
@@ -57,7 +58,7 @@ def check_declared(model: keras.Model, x: Any, declared: list[str], snapshot: Sn
         ]
         for a, b in zip(*outputs, strict=True):
             if not same_columns(a[kept], b[kept]):
-                raise ValueError(
+                raise PrivacyError(
                     "A layer or model that was declared row-wise changes the output of an example "
                     "when others change: its gradient would not be its own, and clipping would "
                     "bound nothing. Take the declaration back (`clipping.declare_row_wise`, or a "

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf._checks import PrivacyError
 from keras_bandmf.clipping.checks.agreement import disagreement
 from keras_bandmf.clipping.checks.declared import check_declared, same_columns
 from keras_bandmf.clipping.checks.losses import check_loss
@@ -125,7 +126,7 @@ def check_model(
 def _check_written(snapshot: Snapshot) -> None:
     written = snapshot.written()
     if written:
-        raise ValueError(
+        raise PrivacyError(
             "A training forward pass may write no variable but seed generators and metrics: what "
             "it writes would carry data past the noise. Remove the update (running statistics: use "
             f"GroupNormalization or LayerNormalization). Received: writes to {', '.join(written)}"
@@ -141,7 +142,7 @@ def _check_rows(model: keras.Model, run: UnseenForward, x: Any, snapshot: Snapsh
     y_pred = run(x)
     for leaf in keras.tree.flatten(y_pred):
         if not leaf.shape.rank or leaf.shape[0] != FEW:
-            raise ValueError(
+            raise PrivacyError(
                 "Axis 0 of every output must be the example, as it is of the inputs: the model is "
                 "time-major, folds the batch axis, or reduces over it. "
                 f"Received: an output of shape {tuple(leaf.shape)} for {FEW} examples"
@@ -155,7 +156,7 @@ def _check_rows(model: keras.Model, run: UnseenForward, x: Any, snapshot: Snapsh
         ):
             continue
         where, instead = first_mixing_layer(model, x, changed, i, snapshot, same_row)
-        raise ValueError(
+        raise PrivacyError(
             "An example must not change the output of another: its gradient would not be its own, "
             f"and clipping would bound nothing. {instead} Received: {where} mixes examples"
         )
@@ -209,7 +210,7 @@ def _check_loss(loss: BatchLoss, x: Any, y: Any, y_pred: Any, sample_weight: Any
     for i, changed in each_row_repeated(y_pred):
         for a, b in zip(before, run(changed, *rest), strict=True):
             if not same_row(a, b, i):
-                raise ValueError(
+                raise PrivacyError(
                     "The loss must be a sum over examples: here the output of one example changes "
                     "the gradient of another. In-batch losses are refused; for Dice and Tversky "
                     "pass `axis` so that axis 0 is left (for images axis=(1, 2, 3)). "

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bandmf._checks import checked_int
+from keras_bandmf._checks import PrivacyError, checked_int
 from keras_bandmf._environment import refuse_loose_arithmetic
 from keras_bandmf.clipping.losses import overrides_compute_loss, with_mean_by_weight
 from keras_bandmf.clipping.norms import checked_clip_norm
@@ -72,7 +72,7 @@ def refuse_short_products() -> None:
     options = tf.config.optimizer.get_experimental_options()
     on = [name for name, value in options.items() if name.startswith(_MIXED) and value]
     if on:
-        raise ValueError(
+        raise PrivacyError(
             "Norms of float32 gradients need float32 products: grappler's mixed precision computes "
             "them in 16 bits, so that they can be understated. Call "
             f"`tf.config.optimizer.set_experimental_options({{{on[0]!r}: False}})` first, and use "
@@ -82,7 +82,7 @@ def refuse_short_products() -> None:
     for name in _MATH_MODES:
         mode = os.environ.get(name, "")
         if mode.upper() not in ("", "STRICT"):
-            raise ValueError(
+            raise PrivacyError(
                 "Norms of float32 gradients need float32 products: oneDNN's math mode allows fewer "
                 "digits, so that they can be understated. Unset the environment variable before "
                 f"TensorFlow is imported. Received: {name}={mode}"
@@ -98,7 +98,7 @@ def _refuse_tensor_float() -> None:
         details = tf.config.experimental.get_device_details(device)
         if details.get("compute_capability", (8, 0)) >= (8, 0):
             where = details.get("device_name", device.name)
-            raise ValueError(
+            raise PrivacyError(
                 "Norms of float32 gradients need float32 products: rounded as TensorFloat-32 they "
                 "can be understated. "
                 + (
@@ -127,7 +127,7 @@ def refuse_model(model: keras.Model, sample_weight: Any = None, loss: Any = None
     for layer in model._flatten_layers():
         _refuse_layer(layer)
     if sample_weight is not None and with_mean_by_weight(model, loss):
-        raise ValueError(
+        raise PrivacyError(
             'A loss with reduction="mean_with_sample_weight" divides by the sum of the weights: on '
             'one example its weight cancels. Use reduction="sum_over_batch_size", or drop '
             f"`sample_weight`. Received: loss={model.loss if loss is None else loss!r}"
@@ -135,7 +135,7 @@ def refuse_model(model: keras.Model, sample_weight: Any = None, loss: Any = None
     if loss is None and overrides_compute_loss(model):
         regularised = [v.path for v in model.trainable_variables if v.regularizer is not None]
         if regularised:
-            raise ValueError(
+            raise PrivacyError(
                 f"{type(model).__name__} overrides `compute_loss` and has weight regularizers: "
                 "they would be clipped with every example and added again after the noise. Remove "
                 "the override (use `compile(loss=...)`) or the regularizers. "
@@ -146,36 +146,36 @@ def refuse_model(model: keras.Model, sample_weight: Any = None, loss: Any = None
 def _refuse_layer(layer: keras.layers.Layer) -> None:
     where = f"Received: layer '{layer.path}' of type {type(layer).__name__}"
     if layer.compute_dtype == "float16":
-        raise ValueError(
+        raise PrivacyError(
             "float16 is refused: Keras skips whole steps by looking at the data (dynamic loss "
             'scaling), which no privacy statement covers. Use "mixed_bfloat16" or "float32", for '
             f'example keras.config.set_dtype_policy("mixed_bfloat16"). {where}'
         )
     if layer.compute_dtype == "bfloat16" and _may_use_cudnn(layer):
-        raise ValueError(
+        raise PrivacyError(
             "On a GPU, cuDNN's backward pass of LSTM and GRU in bfloat16 reads memory that nothing "
             "wrote, so that a gradient may hold what other rows or steps left there. Make the "
             f'layer with `use_cudnn=False`, or with `dtype="float32"`. {where}'
         )
     if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
-        raise ValueError(
+        raise PrivacyError(
             "BatchNormalization mixes the examples of a batch, so no example has a gradient of its "
             f"own. Replace it by {GROUP_OR_LAYER_NORM}, or freeze it "
             f"(`layer.trainable = False`). {where}"
         )
     instead = replacement_of(layer)
     if instead is not None:
-        raise ValueError(
+        raise PrivacyError(
             f"{type(layer).__name__} mixes the examples of a batch, so no example has a gradient "
             f"of its own. Use {instead}. {where}"
         )
     if getattr(layer, "stateful", False):
-        raise ValueError(
+        raise PrivacyError(
             "With `stateful=True` a layer carries the state of one batch into the next, past the "
             f"noise. Use stateful=False. {where}"
         )
     if getattr(layer, "activity_regularizer", None) is not None:
-        raise ValueError(
+        raise PrivacyError(
             "`activity_regularizer` adds a loss that depends on the data of the whole batch. "
             f"Remove it; weight regularizers (`kernel_regularizer=`) are fine. {where}"
         )

@@ -1,0 +1,168 @@
+"""Which callbacks a private `fit` takes, and what the statement says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import keras
+
+from keras_bandmf._checks import PrivacyError
+from keras_bandmf.callbacks import EpsilonSoFar
+from keras_bandmf.training.step_guard import StepGuard
+
+# They write, save or stop by rules that `check_callbacks` knows.
+_KNOWN = (
+    keras.callbacks.BackupAndRestore,
+    keras.callbacks.CSVLogger,
+    keras.callbacks.EarlyStopping,
+    keras.callbacks.History,
+    keras.callbacks.LearningRateScheduler,
+    keras.callbacks.ModelCheckpoint,
+    keras.callbacks.ProgbarLogger,
+    keras.callbacks.ReduceLROnPlateau,
+    keras.callbacks.TensorBoard,
+)
+
+
+class ClippedFraction(keras.callbacks.Callback):
+    """Adds the fraction of examples that were clipped to the logs of each epoch.
+
+    Formal guarantees: none. The fraction is computed from the examples without noise, like every
+    training metric: the name says so, callbacks may not monitor it, and the statement names it.
+    """
+
+    NAME = "clipped_fraction_not_private"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metric = keras.metrics.Mean(name=self.NAME)
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Starts a new mean."""
+        self.metric.reset_state()
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Writes `logs["clipped_fraction_not_private"]`."""
+        if logs is not None:
+            logs[self.NAME] = float(self.metric.result())
+
+
+def flat_callbacks(callbacks: Any) -> list[keras.callbacks.Callback]:
+    """Returns the callbacks given to `fit`, out of any nested lists."""
+    inner = getattr(callbacks, "callbacks", callbacks)
+    if isinstance(inner, (list, tuple)):
+        return [callback for part in inner for callback in flat_callbacks(part)]
+    return [] if inner is None else [inner]
+
+
+def unknown_callbacks(callbacks: Iterable[keras.callbacks.Callback]) -> list[str]:
+    """Returns the classes of callbacks that are not known to leave the run alone."""
+    known = (ClippedFraction, EpsilonSoFar, StepGuard, *_KNOWN)
+    return sorted({type(c).__name__ for c in callbacks if type(c) not in known})
+
+
+def remarks(callbacks: Iterable[keras.callbacks.Callback], monitored: Iterable[str]) -> list[str]:
+    """Returns what a statement says of the callbacks of a `fit`: of what they may have acted on.
+
+    Args:
+        callbacks: the callbacks of the `fit`.
+        monitored: what `check_callbacks` returned for them.
+    """
+    callbacks = list(callbacks)
+    found = [
+        f"{each} acted on validation data, which must be public or disjoint from the training data"
+        for each in monitored
+    ]
+    if any(isinstance(callback, keras.callbacks.LearningRateScheduler) for callback in callbacks):
+        found.append(
+            "LearningRateScheduler called a function of the user: it must be a function of the "
+            "epoch alone, and must not have read training metrics or data, which are not private"
+        )
+    unknown = unknown_callbacks(callbacks)
+    if unknown:
+        found.append(
+            f"callbacks of the user ran: {', '.join(unknown)}; they must not have acted on "
+            "training metrics or data, which are not private"
+        )
+    if any(isinstance(callback, ClippedFraction) for callback in callbacks):
+        found.append(
+            f"the logs hold {ClippedFraction.NAME}, computed without noise: it must be neither "
+            "released nor acted on"
+        )
+    return found
+
+
+def log_names(logs: Mapping[str, Any]) -> list[str]:
+    """Returns the names in the logs of a step, of inner ones too: Keras flattens them."""
+    inner = [value for value in logs.values() if isinstance(value, Mapping)]
+    return [*logs, *(name for each in inner for name in log_names(each))]
+
+
+def refuse_validation_names(names: Iterable[str]) -> None:
+    """Refuses training metrics that would pass for metrics of validation data.
+
+    Args:
+        names: of metrics and outputs, or of the logs of a training step.
+
+    Raises:
+        ValueError: if one begins with `val_`.
+    """
+    found = sorted({str(name) for name in names if str(name).startswith("val_")})
+    if found:
+        raise ValueError(
+            "Names of metrics and outputs must not begin with 'val_', by which callbacks tell "
+            "metrics of validation data: those of training are not private. "
+            f"Received: {', '.join(found)}. Rename them."
+        )
+
+
+def check_callbacks(
+    callbacks: Iterable[keras.callbacks.Callback], validates: bool = True
+) -> list[str]:
+    """Refuses callbacks that let a training metric influence the run.
+
+    Formal guarantees:
+        Training metrics are computed from examples without noise. A callback known to act on one
+        is refused; one that acts on a `val_` metric is allowed and named in the result, for the
+        statement to say that validation data must be public or disjoint. Without validation
+        data it is refused, and `refuse_validation_names` refuses training metrics of such a name.
+        Callbacks of classes unknown to this library cannot be checked.
+
+    Args:
+        callbacks: the callbacks given to `fit`.
+        validates: whether `fit` is given validation data.
+
+    Returns:
+        The monitored validation metrics.
+
+    Raises:
+        ValueError: naming the callback and what to do.
+    """
+    monitored = []
+    for callback in callbacks:
+        if isinstance(callback, keras.callbacks.TerminateOnNaN):
+            raise PrivacyError(
+                "TerminateOnNaN acts on the training loss, which is not private. Remove it: an "
+                "example with a non-finite gradient contributes zero."
+            )
+        acts = isinstance(
+            callback, (keras.callbacks.EarlyStopping, keras.callbacks.ReduceLROnPlateau)
+        ) or (isinstance(callback, keras.callbacks.ModelCheckpoint) and callback.save_best_only)
+        if not acts:
+            continue
+        monitor = getattr(callback, "monitor", None)
+        if not str(monitor).startswith("val_"):
+            raise PrivacyError(
+                f"{type(callback).__name__} must monitor a metric of validation data that is "
+                "public or disjoint from the training data, such as monitor='val_loss': training "
+                f"metrics are not private. Received: monitor={monitor!r}"
+            )
+        if not validates:
+            raise ValueError(
+                f"{type(callback).__name__} monitors {monitor!r}, of which there is none without "
+                "validation data. Pass `validation_data` that is public or disjoint from the "
+                "training data. Received: validation_data=None"
+            )
+        monitored.append(f"{type(callback).__name__}({monitor})")
+    return monitored
