@@ -142,6 +142,19 @@ def test_names_in_parentheses_after_a_file_are_defined_in_it(name):
     }
 
 
+def test_the_map_states_the_imports_that_build_allows():
+    text = document("architecture.md").split("## What may import what")[1].split("\n## ")[0]
+    stated = {}
+    for left, right in re.findall(r"^\| (`.+) \| (.+) \|$", text, re.MULTILINE):
+        ground = {"basics"} if "the shared ground" in right else set()
+        for room in re.findall(r"`(\w+)", left):
+            stated[room] = ground | set(re.findall(r"`(\w+)", right))
+    assert stated.keys() >= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    targets = build_targets()
+    allowed = {room: set(targets[room][1]) for room in stated if room in targets}
+    assert {room: stated[room] for room in allowed} == allowed
+
+
 def test_the_map_names_every_room():
     folders = {path.parent.relative_to(PACKAGE) for path in PACKAGE.rglob("*/__init__.py")}
     rooms = {f"{folder.as_posix()}/" for folder in folders if folder.parts}
