@@ -42,15 +42,17 @@ def _define_flags() -> flags.FlagValues:
     return values
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        argv: the program's name, the command and its flags.
+        argv: the program's name, the command and its flags; those of the process if None, as for
+            the console script `keras-bandmf`.
 
     Returns:
         The exit code: 0, or 2 for a mistake in the arguments, which is told without a traceback.
     """
+    argv = sys.argv if argv is None else argv
     values = _define_flags()
     try:
         words = values(argv)[1:]

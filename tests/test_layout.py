@@ -93,12 +93,6 @@ def test_library_files_are_small_and_never_assert_or_print(path):
     assert ast.get_docstring(tree)
 
 
-def test_the_threat_model_names_files_that_exist():
-    text = (ROOT / "docs" / "threat_model.md").read_text()
-    for name in set(re.findall(r"`([\w/]+\.py)`", text)):
-        assert (ROOT / name).exists() or (PACKAGE / name).exists(), name
-
-
 def test_dir_shows_public_names_only():
     import keras_bandmf
 
@@ -126,3 +120,73 @@ def test_privacy_errors_can_be_told_from_slips():
         refuses(tf.zeros([1]))
     raised = [path for path in PACKAGE.rglob("*.py") if "raise PrivacyError" in path.read_text()]
     assert len(raised) >= 10
+
+
+DOCUMENTS = ("threat_model.md", "architecture.md", "notation.md")
+
+
+def document(name):
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def file_of(path):
+    """The file that a document means: paths are relative to the repository or to the package."""
+    return next((base / path for base in (ROOT, PACKAGE) if (base / path).exists()), None)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_name_files_that_exist(name):
+    paths = set(re.findall(r"`([\w/]+\.py)`", document(name)))
+    assert paths
+    assert not {path for path in paths if file_of(path) is None}
+
+
+def defined_names(path):
+    """What a file defines: functions, classes and variables, and members as `Class.member`."""
+    found = set()
+
+    def collect(body, prefix):
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.add(prefix + node.name)
+                if isinstance(node, ast.ClassDef):
+                    collect(node.body, f"{node.name}.")
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [part for target in targets for part in ast.walk(target)]
+                found.update(prefix + part.id for part in names if isinstance(part, ast.Name))
+
+    collect(ast.parse(path.read_text(encoding="utf-8")).body, "")
+    return found
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_names_in_parentheses_after_a_file_are_defined_in_it(name):
+    cited = re.findall(r"`([\w/]+\.py)`\s+\(([^)]*)\)", document(name))
+    names = {(path, each) for path, text in cited for each in re.findall(r"`([\w.]+)`", text)}
+    assert names
+    assert not {
+        (path, each)
+        for path, each in names
+        if file_of(path) is None or each not in defined_names(file_of(path))
+    }
+
+
+def test_the_map_states_the_imports_that_build_allows():
+    text = document("architecture.md").split("## What may import what")[1].split("\n## ")[0]
+    stated = {}
+    for left, right in re.findall(r"^\| (`.+) \| (.+) \|$", text, re.MULTILINE):
+        ground = {"basics"} if "the shared ground" in right else set()
+        for room in re.findall(r"`(\w+)", left):
+            stated[room] = ground | set(re.findall(r"`(\w+)", right))
+    assert stated.keys() >= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    targets = build_targets()
+    allowed = {room: set(targets[room][1]) for room in stated if room in targets}
+    assert {room: stated[room] for room in allowed} == allowed
+
+
+def test_the_map_names_every_room():
+    folders = {path.parent.relative_to(PACKAGE) for path in PACKAGE.rglob("*/__init__.py")}
+    rooms = {f"{folder.as_posix()}/" for folder in folders if folder.parts}
+    assert len(rooms) > 10
+    assert not rooms - set(re.findall(r"`([\w/]+/)`", document("architecture.md")))

@@ -24,6 +24,12 @@ def command(**changes):
     return ["keras_bandmf", "plan", *flags]
 
 
+def test_the_console_script_reads_the_arguments_of_the_process(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["keras-bandmf", "--help"])
+    assert main() == 0
+    assert "--num_examples" in capsys.readouterr().out
+
+
 def test_report_and_files(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     plot, document = tmp_path / "plan.png", tmp_path / "plan.json"
