@@ -4,6 +4,7 @@ GPUs are hidden; `CUDA_VISIBLE_DEVICES=0 TF_FORCE_GPU_ALLOW_GROWTH=true pytest` 
 """
 
 import os
+import pathlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -24,3 +25,36 @@ tf.config.experimental.enable_tensor_float_32_execution(False)
 def _same_seeds():
     """Every test starts from the same seeds, whatever ran before it."""
     keras.utils.set_random_seed(1)
+
+
+# About two minutes on two cores: one or two files of each room.
+QUICK = (
+    "accounting/test_round_loss.py",
+    "clipping/checks/test_refusals.py",
+    "clipping/test_factors.py",
+    "clipping/test_norms.py",
+    "clipping/test_sums.py",
+    "noise/test_lattice.py",
+    "noise/test_philox.py",
+    "noise/test_shards.py",
+    "optimizers/test_bandmf.py",
+    "planning/test_plan.py",
+    "planning/test_statement.py",
+    "record/test_composition.py",
+    "rgp/test_algebra.py",
+    "sampling/",
+    "strategies/test_sensitivity.py",
+    "strategies/test_toeplitz.py",
+    "test_environment.py",
+    "test_layout.py",
+    "test_printed.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of the inner loop, `pytest -m quick`."""
+    here = pathlib.Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(here).as_posix() if item.path.is_relative_to(here) else ""
+        if place.startswith(QUICK) and not item.get_closest_marker("slow"):
+            item.add_marker("quick")
