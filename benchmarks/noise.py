@@ -238,9 +238,8 @@ def training(repeats: int) -> None:
     """A whole private training step of ten million parameters, BandMF over DP-SGD."""
     import private_step
 
-    (_, correlated, _), parameters = private_step.make_steps("wide", 1024, 16)
-    (_, independent, _), _ = private_step.make_steps("wide", 1024, 1)
-    banded, plain = interleaved([correlated, independent], repeats)
+    (_, banded, _), parameters = private_step.measured("wide", 1024, 16, repeats)
+    (_, plain, _), _ = private_step.measured("wide", 1024, 1, repeats)
     name = f"training step of {parameters / 1e6:.1f}M parameters, batch 1024"
     row(f"{name}, b=16 / b=1, ms", f"{banded * 1e3:.0f} / {plain * 1e3:.0f}")
     row("BandMF at b=16 over DP-SGD", f"{banded / plain:.2f}", verdict(banded / plain, 1.2))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
+import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -42,7 +43,8 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=4.0)
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--seeds", type=int, default=6, help="runs of each mechanism")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("."))
+    folder = pathlib.Path(tempfile.gettempdir()) / "keras_bandmf_quickstart"
+    parser.add_argument("--output", type=pathlib.Path, default=folder, help="folder of the picture")
     options = parser.parse_args()
 
     digits = load_digits()
