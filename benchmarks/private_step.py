@@ -100,7 +100,7 @@ def measured(name, batch, num_bands, repeats):
 
     def fit_steps(model, batches):
         times = StepTimes()
-        model.fit(batches, steps_per_epoch=FIT_STEPS, verbose=0, callbacks=[times])
+        model.fit(batches, steps_per_epoch=FIT_STEPS, verbose=0, callbacks=[times], epochs=1)
         return times.seconds[1:]  # the first of a fit may trace
 
     def noise_steps():

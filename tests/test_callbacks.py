@@ -71,7 +71,11 @@ def test_a_step_at_the_end_of_training_is_an_error(declared, message):
     model = runs.compiled(runs.counting_model(), plan, run_eagerly=True)
     with pytest.raises(ValueError, match=message):
         model.fit(
-            plan.batches(*runs.counting_data()), steps_per_epoch=1, callbacks=[End()], verbose=0
+            plan.batches(*runs.counting_data()),
+            steps_per_epoch=1,
+            callbacks=[End()],
+            verbose=0,
+            epochs=1,
         )
 
 
@@ -138,7 +142,9 @@ def test_without_validation_data_no_callback_may_act_on_a_validation_metric():
     model = runs.compiled(runs.counting_model(), runs.make_plan())
     batches = model.optimizer.plan.batches(*runs.counting_data())
     with pytest.raises(ValueError, match="validation_data"):
-        model.fit(batches, callbacks=[keras.callbacks.EarlyStopping("val_loss")], verbose=0)
+        model.fit(
+            batches, callbacks=[keras.callbacks.EarlyStopping("val_loss")], verbose=0, epochs=1
+        )
 
 
 @keras.saving.register_keras_serializable(package="keras_bandmf_tests")
@@ -165,13 +171,15 @@ def test_training_metrics_must_not_pass_for_validation_metrics(way):
         model = runs.compiled(runs.counting_model(), plan, metrics=[metric])
     before = model.get_weights()[0]
     with pytest.raises(ValueError, match="must not begin with 'val_'"):
-        model.fit(plan.batches(x, y), verbose=0)
+        model.fit(plan.batches(x, y), verbose=0, epochs=1)
     np.testing.assert_array_equal(model.get_weights()[0], before)
 
 
 def test_a_step_that_was_made_on_rows_of_another_one_is_not_private():
     model = runs.compiled(runs.counting_model(), runs.make_plan(), seed=None)
-    model.fit(model.optimizer.plan.batches(*runs.counting_data()), steps_per_epoch=1, verbose=0)
+    model.fit(
+        model.optimizer.plan.batches(*runs.counting_data()), steps_per_epoch=1, verbose=0, epochs=1
+    )
     optimizer = model.optimizer
     assert bandmf.statement(model).private
     guard = callback_policy.StepGuard(optimizer, None)

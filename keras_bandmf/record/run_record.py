@@ -250,6 +250,11 @@ class RunRecord:
                 f"{steps_run} steps ran, but all {charged} are charged: training was interrupted, "
                 "resumed or extended, which may have depended on what was seen"
             )
+        if 0 < steps_run < self.plan.num_steps and charged == steps_run:
+            caveats.append(
+                f"the plan is not used up: {steps_run} of its {self.plan.num_steps} steps ran, "
+                "with noise that is made for all of them"
+            )
         caveats += [remark for fit in self.fits for remark in fit.remarks]
         if self.looped:
             caveats.append(

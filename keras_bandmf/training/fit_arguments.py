@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from keras_bandmf import _distribution
 from keras_bandmf.planning.plan import TrainingPlan
@@ -164,6 +165,31 @@ def check_foreign_data(
             f"participations {epoch_steps} steps apart in {plan.num_steps} steps."
         )
     return plan.batch_size, epoch_steps
+
+
+def checked_epochs(
+    epochs: int | None, initial_epoch: int, steps_left: int, steps_per_epoch: int | None
+) -> int:
+    """Returns the epochs of a `fit`; says in one line of the log if they leave steps of the plan.
+
+    Args:
+        epochs: those asked for, or None for all that are left.
+        initial_epoch: where Keras begins to count.
+        steps_left: of the plan.
+        steps_per_epoch: None if nobody knows.
+    """
+    if steps_per_epoch is None:
+        return initial_epoch + 1 if epochs is None else epochs
+    if epochs is None:
+        return initial_epoch + -(-steps_left // steps_per_epoch)
+    unused = steps_left - (epochs - initial_epoch) * steps_per_epoch
+    if unused > 0:
+        logging.warning(
+            "This `fit` leaves %d steps of the plan, whose noise is made for all of them. "
+            "`epochs=None` trains what is left.",
+            unused,
+        )
+    return epochs
 
 
 def first_rows(x: Any, y: Any, sample_weight: Any, count: int) -> tuple[dict[str, Any], Any]:

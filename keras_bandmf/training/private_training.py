@@ -308,7 +308,7 @@ class _PrivateTraining:
         x: Any = None,
         y: Any = None,
         batch_size: int | None = None,
-        epochs: int = 1,
+        epochs: int | None = None,
         verbose: Any = "auto",
         callbacks: Any = None,
         validation_split: float = 0.0,
@@ -329,7 +329,9 @@ class _PrivateTraining:
                 any data in an order that keeps them.
             y, batch_size, validation_split, shuffle, class_weight, sample_weight: belong to
                 `plan.batches`, and are refused here.
-            epochs, verbose, callbacks, validation_data, initial_epoch, validation_steps,
+            epochs: as in Keras; None, the default, trains what is left of the plan (one epoch of
+                data whose number of steps nobody knows).
+            verbose, callbacks, validation_data, initial_epoch, validation_steps,
                 validation_batch_size, validation_freq: as in Keras. Callbacks that act on a
                 training metric are refused.
             steps_per_epoch: at most that of the plan, and by default equal to it.
@@ -365,6 +367,12 @@ class _PrivateTraining:
             # A step traced for one kind of batch must not take the other for it.
             self._needs_mask, model.train_function = batches is not None, None
         optimizer.check_ready(model.distribute_strategy.num_replicas_in_sync)
+        epochs = fit_arguments.checked_epochs(
+            epochs,
+            initial_epoch,
+            optimizer.plan.num_steps - optimizer.steps_done,
+            steps_per_epoch or array_steps,
+        )
         guard = StepGuard(optimizer, batches, array_steps)
         report = [] if self._report is None else [self._report]
         remarks = callback_policy.remarks([*report, *listed], monitored)

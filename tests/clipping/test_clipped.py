@@ -27,13 +27,13 @@ def small():
 
 @pytest.mark.parametrize("clip", [0, -1.0, np.inf, np.nan, "1", None, True, tf.constant(1.0)])
 def test_bad_clip(small, clip):
-    with pytest.raises(ValueError, match="l2_norm_clip"):
+    with pytest.raises((TypeError, ValueError), match="l2_norm_clip"):
         clipped_gradients(*small, l2_norm_clip=clip)
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "automatic"])
 def test_bad_microbatch_size(small, size):
-    with pytest.raises(ValueError, match="microbatch_size"):
+    with pytest.raises((TypeError, ValueError), match="microbatch_size"):
         clipped_gradients(*small, microbatch_size=size)
 
 

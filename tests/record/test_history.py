@@ -135,7 +135,7 @@ def test_a_fit_that_failed_is_in_the_statement():
     model, plan = model_of(layers()), runs.make_plan()
     runs.compiled(model, plan, seed=None)
     with pytest.raises(KeyboardInterrupt):
-        model.fit(plan.batches(*DATA), callbacks=[Fails()], verbose=0)
+        model.fit(plan.batches(*DATA), callbacks=[Fails()], verbose=0, epochs=1)
     statement = bandmf.statement(train(model, runs.make_plan()))
     assert [run.steps_charged for run in statement.runs] == [24, 2]
 
@@ -143,7 +143,7 @@ def test_a_fit_that_failed_is_in_the_statement():
 def test_a_seeded_run_makes_all_later_ones_not_private():
     model, plan = model_of(layers()), runs.make_plan()
     runs.compiled(model, plan, seed=1)
-    model.fit(plan.batches(*DATA), steps_per_epoch=1, verbose=0)
+    model.fit(plan.batches(*DATA), steps_per_epoch=1, verbose=0, epochs=1)
     assert not bandmf.statement(train(model, plan)).private
 
 
@@ -235,7 +235,7 @@ def test_a_restored_optimizer_brings_the_whole_history(road, tmp_path):
     for plan in plans:
         train(model, plan)
     other = road(model, tmp_path)
-    other.fit(plans[1].batches(*DATA), steps_per_epoch=2, verbose=0)
+    other.fit(plans[1].batches(*DATA), steps_per_epoch=2, verbose=0, epochs=1)
     first, second = bandmf.statement(other).runs
     assert (first.steps_charged, second.steps_run, second.steps_charged) == (2, 4, 24)
     assert "unknown" not in caveats(other)
@@ -256,7 +256,7 @@ def test_a_checkpoint_without_a_history_makes_it_unknown():
     model.optimizer.build(model.trainable_variables)
     arrays = model.optimizer.run_state.to_arrays()
     model.optimizer.load_own_variables(arrays)
-    model.fit(model.optimizer.plan.batches(*DATA), steps_per_epoch=1, verbose=0)
+    model.fit(model.optimizer.plan.batches(*DATA), steps_per_epoch=1, verbose=0, epochs=1)
     assert "unknown" in caveats(model)
     with pytest.raises(ValueError, match="damaged"):
         model.optimizer.load_own_variables(arrays | {"history": np.zeros(3, np.uint8)})
@@ -274,7 +274,7 @@ def test_weights_changed_between_fits_or_after_are_named(tmp_path):
     model.set_weights(own)
     assert "not those" not in caveats(model)
     model.set_weights(other.get_weights())
-    model.fit(plan.batches(*DATA), steps_per_epoch=1, verbose=0)
+    model.fit(plan.batches(*DATA), steps_per_epoch=1, verbose=0, epochs=1)
     assert "history unknown of 4" in caveats(model)
 
 
@@ -366,7 +366,7 @@ def test_two_that_went_on_from_one_file_are_two_runs(tmp_path):
     bandmf.privatize(branch, history=tmp_path / "run.keras")
     assert bandmf.statement(branch).runs == ()
     for one in (model, branch):
-        one.fit(one.optimizer.plan.batches(*DATA), steps_per_epoch=1, verbose=0)
+        one.fit(one.optimizer.plan.batches(*DATA), steps_per_epoch=1, verbose=0, epochs=1)
     both = keras.Sequential([keras.Input((96,)), model.layers[0], branch.layers[1]])
     assert len(bandmf.statement(both).runs) == 2
     bandmf.privatize(both).save(tmp_path / "both.keras")
@@ -381,7 +381,7 @@ def test_values_that_are_not_those_of_the_restored_file_are_named(road, tmp_path
     assert "not those" not in caveats(model)
     model.set_weights(other_weights())
     assert "not those" in caveats(model)
-    model.fit(model.optimizer.plan.batches(*DATA), steps_per_epoch=1, verbose=0)
+    model.fit(model.optimizer.plan.batches(*DATA), steps_per_epoch=1, verbose=0, epochs=1)
     assert "history unknown of 4" in caveats(model)
 
 
@@ -438,7 +438,7 @@ def test_a_model_saved_before_its_first_step_begins_its_run_when_loaded(tmp_path
     model = runs.compiled(model_of(layers()), runs.make_plan(), seed=None)
     model.save(tmp_path / "new.keras")
     other = bandmf.privatize(keras.saving.load_model(tmp_path / "new.keras"))
-    other.fit(other.optimizer.plan.batches(*DATA), steps_per_epoch=1, verbose=0)
+    other.fit(other.optimizer.plan.batches(*DATA), steps_per_epoch=1, verbose=0, epochs=1)
     assert bandmf.statement(other).steps_run == 1 and "unknown" in caveats(other)
 
 

@@ -340,7 +340,13 @@ def test_class_weight_agrees_with_keras():
     model = Probe()
     model.compile(run_eagerly=True)
     model.fit(
-        np.ones((N, 1)), labels, batch_size=N, class_weight=class_weight, shuffle=False, verbose=0
+        np.ones((N, 1)),
+        labels,
+        batch_size=N,
+        class_weight=class_weight,
+        shuffle=False,
+        verbose=0,
+        epochs=1,
     )
     rows = everything(read(y=labels, class_weight=class_weight))
     np.testing.assert_array_equal(rows["sample_weight"], np.ravel(seen[-1]))

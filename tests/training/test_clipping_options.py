@@ -138,7 +138,7 @@ def test_unknown_layers_are_refused_before_the_first_step():
     clipping = PerLayerClipping({"no_such_layer": 2.0})
     model.compile(bandmf.BandMFOptimizer("sgd", plan, clipping=clipping), runs.prediction_loss)
     with pytest.raises(ValueError, match="no_such_layer"):
-        model.fit(plan.batches(*runs.counting_data()), verbose=0)
+        model.fit(plan.batches(*runs.counting_data()), verbose=0, epochs=1)
     assert model.optimizer.steps_done == 0
 
 
@@ -200,7 +200,7 @@ def test_callbacks_on_the_fraction_are_refused(callback):
     model = runs.compiled(runs.counting_model(), plan)
     bandmf.privatize(model, report_clipping=True)
     with pytest.raises(ValueError, match="not private"):
-        model.fit(plan.batches(*runs.counting_data()), verbose=0, callbacks=[callback])
+        model.fit(plan.batches(*runs.counting_data()), verbose=0, callbacks=[callback], epochs=1)
 
 
 def test_loss_values_are_untouched_by_the_report():

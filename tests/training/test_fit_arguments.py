@@ -98,10 +98,10 @@ class StopAfterFive(keras.callbacks.Callback):
 def test_arrays_do_not_start_again_after_an_unfinished_pass():
     """Row 0 would take part in steps 0 and 5, though twelve are declared to lie between."""
     model = runs.compiled(runs.counting_model(), declared_plan(), run_eagerly=True)
-    model.fit(X, Y, callbacks=[StopAfterFive()], verbose=0)
+    model.fit(X, Y, callbacks=[StopAfterFive()], verbose=0, epochs=1)
     assert model.optimizer.steps_done == 5
     with pytest.raises(ValueError, match="first row"):
-        model.fit(X, Y, verbose=0)
+        model.fit(X, Y, verbose=0, epochs=1)
     assert model.optimizer.steps_done == 5
 
 
@@ -120,8 +120,53 @@ def test_a_model_is_checked_on_a_generator(mixes):
     data = ((rows, rows[:, :1]) for rows in x)
     if mixes:
         with pytest.raises(ValueError, match="mixes examples"):
-            model.fit(data, verbose=0)
+            model.fit(data, verbose=0, epochs=1)
         assert model.optimizer.steps_done == 0
     else:
-        model.fit(data, verbose=0)
+        model.fit(data, verbose=0, epochs=1)
         assert model.optimizer.steps_done == 24
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ((None, 0, 24, 12), 2),
+        ((None, 0, 25, 12), 3),
+        ((None, 3, 5, 12), 4),
+        ((None, 1, 7, None), 2),
+        ((5, 1, 48, 12), 5),
+        ((9, 0, None, None), 9),
+    ],
+)
+def test_epochs_are_those_asked_for_or_what_is_left(arguments, expected, caplog):
+    assert fit_arguments.checked_epochs(*arguments) == expected
+    assert not caplog.records
+
+
+def test_epochs_that_leave_steps_are_named_once_in_the_log(caplog):
+    assert fit_arguments.checked_epochs(1, 0, 24, 12) == 1
+    assert [record.getMessage().split(" of ")[0] for record in caplog.records] == [
+        "This `fit` leaves 12 steps"
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"jit_compile": True}])
+def test_a_fit_without_epochs_trains_what_is_left(options):
+    plan = runs.make_plan()
+    model = runs.compiled(runs.counting_model(), plan, seed=None, **options)
+    batches = plan.batches(X, Y)
+    model.fit(batches, epochs=1, steps_per_epoch=5, verbose=0)
+    assert model.optimizer.steps_done == 5
+    assert any("not used up" in caveat for caveat in bandmf.statement(model).caveats)
+    model.fit(batches, verbose=0)
+    assert model.optimizer.steps_done == plan.num_steps
+    assert not any("not used up" in caveat for caveat in bandmf.statement(model).caveats)
+    with pytest.raises(ValueError, match="24 steps"):
+        model.fit(batches, verbose=0)
+
+
+def test_arrays_in_a_declared_order_are_read_to_the_end_of_the_plan():
+    plan = declared_plan()
+    model = runs.compiled(runs.counting_model(), plan)
+    model.fit(X, Y, verbose=0)
+    assert model.optimizer.steps_done == plan.num_steps

@@ -216,12 +216,12 @@ def test_an_optimizer_built_for_other_replicas_is_refused():
     with runs.mirrored().scope():
         model.optimizer.build(model.trainable_variables)
     with pytest.raises(ValueError, match="scope"):
-        model.fit(plan.batches(*runs.noise_data()), verbose=0)
+        model.fit(plan.batches(*runs.noise_data()), verbose=0, epochs=1)
     with runs.mirrored().scope():
         mirrored = runs.compiled(runs.noise_model(), plan)
     mirrored.optimizer.build(mirrored.trainable_variables)
     with pytest.raises(ValueError, match="scope"):
-        mirrored.fit(plan.batches(*runs.noise_data()), verbose=0)
+        mirrored.fit(plan.batches(*runs.noise_data()), verbose=0, epochs=1)
 
 
 def test_gradients_of_float64_weights_carry_no_digits_below_the_noise():
@@ -277,7 +277,7 @@ def test_a_step_on_other_data_during_fit_is_an_error():
     plan = runs.make_plan()
     model = runs.compiled(runs.counting_model(), plan)
     with pytest.raises(ValueError, match="batches of its plan"):
-        model.fit(plan.batches(*DATA), callbacks=[Extra()], verbose=0)
+        model.fit(plan.batches(*DATA), callbacks=[Extra()], verbose=0, epochs=1)
 
 
 def test_callbacks_in_nested_lists_are_checked():
@@ -285,7 +285,7 @@ def test_callbacks_in_nested_lists_are_checked():
     nested = keras.callbacks.CallbackList([keras.callbacks.EarlyStopping("loss")])
     for callbacks in (nested, [nested], [[keras.callbacks.EarlyStopping("loss")]]):
         with pytest.raises(ValueError, match="EarlyStopping"):
-            model.fit(plan.batches(*DATA), callbacks=callbacks, verbose=0)
+            model.fit(plan.batches(*DATA), callbacks=callbacks, verbose=0, epochs=1)
 
 
 @pytest.mark.parametrize("name", ["compute_metrics", "make_train_function"])
@@ -312,11 +312,11 @@ def test_a_model_changed_between_fits_is_checked_again():
     model = keras.Sequential([keras.Input((96,)), keras.layers.Dense(2), layer])
     runs.compiled(bandmf.privatize(model), plan, loss="mse", run_eagerly=True)
     batches = plan.batches(DATA[0], np.zeros((96, 2), np.float32))
-    model.fit(batches, steps_per_epoch=1, verbose=0)
+    model.fit(batches, steps_per_epoch=1, verbose=0, epochs=1)
     layer.mixes = True
     model.compile(model.optimizer, loss="mse")
     with pytest.raises(ValueError, match="example"):
-        model.fit(batches, steps_per_epoch=1, verbose=0)
+        model.fit(batches, steps_per_epoch=1, verbose=0, epochs=1)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_steps_per_execution_on_two_replicas_is_refused():
     plan = runs.make_plan()
     model = runs.compiled_in_scope(2, runs.counting_model, plan, steps_per_execution=3)
     with pytest.raises(ValueError, match="steps_per_execution"):
-        model.fit(plan.batches(*runs.counting_data()), verbose=0)
+        model.fit(plan.batches(*runs.counting_data()), verbose=0, epochs=1)
 
 
 def test_two_replicas_train_to_the_same_weights_as_one():
@@ -287,7 +287,7 @@ def test_callbacks_on_training_metrics_are_refused(callback):
     plan = runs.make_plan()
     model = runs.compiled(runs.counting_model(), plan)
     with pytest.raises(ValueError, match=f"{type(callback).__name__} .*not private"):
-        model.fit(plan.batches(*runs.counting_data()), verbose=0, callbacks=[callback])
+        model.fit(plan.batches(*runs.counting_data()), verbose=0, callbacks=[callback], epochs=1)
 
 
 def test_callbacks_on_validation_metrics_run():
@@ -321,7 +321,7 @@ def test_mixed_float16_is_refused():
     try:
         model = runs.compiled(runs.counting_model(), plan, loss="mse")
         with pytest.raises(ValueError, match="mixed_float16"):
-            model.fit(plan.batches(*runs.counting_data()), verbose=0)
+            model.fit(plan.batches(*runs.counting_data()), verbose=0, epochs=1)
     finally:
         keras.config.set_dtype_policy(policy)
 
@@ -346,7 +346,7 @@ def test_batch_normalisation_is_refused_with_its_replacement():
     )
     runs.compiled(bandmf.privatize(model), plan)
     with pytest.raises(ValueError, match="BatchNormalization.*GroupNormalization|LayerNorm"):
-        model.fit(plan.batches(*runs.counting_data()), verbose=0)
+        model.fit(plan.batches(*runs.counting_data()), verbose=0, epochs=1)
 
 
 def test_an_overridden_train_step_is_refused():
@@ -369,7 +369,7 @@ def test_only_keras_models_can_be_privatised(thing):
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, True, "8"])
 def test_bad_microbatch_sizes_are_refused(size):
-    with pytest.raises(ValueError, match="microbatch_size"):
+    with pytest.raises((TypeError, ValueError), match="microbatch_size"):
         bandmf.privatize(keras.Sequential([keras.layers.Dense(1)]), microbatch_size=size)
 
 
@@ -378,15 +378,15 @@ def test_a_private_model_needs_the_private_optimizer():
     model = runs.counting_model()
     model.compile("sgd", "mse")
     with pytest.raises(ValueError, match="BandMFOptimizer"):
-        model.fit(plan.batches(*runs.counting_data()), verbose=0)
+        model.fit(plan.batches(*runs.counting_data()), verbose=0, epochs=1)
 
 
 def test_the_class_of_the_model_is_untouched():
     before = {name: getattr(keras.Sequential, name) for name in ("fit", "train_step")}
     plan = runs.make_plan()
     model = runs.compiled(runs.counting_model(), plan)
-    model.fit(plan.batches(*runs.counting_data()), verbose=0)
+    model.fit(plan.batches(*runs.counting_data()), verbose=0, epochs=1)
     assert before == {name: getattr(keras.Sequential, name) for name in before}
     other = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     other.compile("sgd", "mse")
-    other.fit(np.zeros((4, 2)), np.zeros((4, 1)), verbose=0)
+    other.fit(np.zeros((4, 2)), np.zeros((4, 1)), verbose=0, epochs=1)

@@ -79,7 +79,7 @@ def test_nothing_trains_after_a_private_fit_but_another_one(options, replicas):
     plan = runs.make_plan()
     model = runs.compiled_in_scope(replicas, runs.counting_model, plan, **options)
     taken = TakesOut()
-    model.fit(plan.batches(*DATA), steps_per_epoch=1, callbacks=[taken], verbose=0)
+    model.fit(plan.batches(*DATA), steps_per_epoch=1, callbacks=[taken], verbose=0, epochs=1)
     before, steps = model.get_weights()[0], bandmf.statement(model).steps_run
     calls = CALLS if replicas == 1 and not options else CALLS[:3]
     for call in calls:
@@ -88,7 +88,7 @@ def test_nothing_trains_after_a_private_fit_but_another_one(options, replicas):
         np.testing.assert_array_equal(model.get_weights()[0], before)
     assert bandmf.statement(model).steps_run == steps
     model.compile(model.optimizer, loss=runs.prediction_loss, **options)
-    model.fit(plan.batches(*DATA), steps_per_epoch=1, verbose=0)
+    model.fit(plan.batches(*DATA), steps_per_epoch=1, verbose=0, epochs=1)
     assert bandmf.statement(model).steps_run == steps + 1
 
 
@@ -110,7 +110,7 @@ def test_a_callback_cannot_train_during_fit(hook):
     callback = keras.callbacks.Callback()
     setattr(callback, hook, lambda *args, **logs: call_keras_fit(model, None))
     with pytest.raises(ValueError, match="not accounted"):
-        model.fit(plan.batches(*DATA), steps_per_epoch=2, callbacks=[callback], verbose=0)
+        model.fit(plan.batches(*DATA), steps_per_epoch=2, callbacks=[callback], verbose=0, epochs=1)
 
 
 def test_an_input_called_mask_is_not_taken_for_the_mask_of_a_batch(monkeypatch):
@@ -133,7 +133,7 @@ def test_no_step_is_made_on_a_batch_drawn_before_the_run_moved(way, tmp_path):
     plan = runs.make_plan()
     model = runs.compiled(runs.counting_model(), plan, seed=None)
     batches = plan.batches(*DATA)
-    model.fit(batches, steps_per_epoch=1, verbose=0)
+    model.fit(batches, steps_per_epoch=1, verbose=0, epochs=1)
     model.save_weights(tmp_path / "one.weights.h5")
     left = []
 
@@ -143,11 +143,11 @@ def test_no_step_is_made_on_a_batch_drawn_before_the_run_moved(way, tmp_path):
                 model.load_weights(tmp_path / "one.weights.h5")
             left.append(model.get_weights()[0])
             if way == "fit":
-                model.fit(batches, steps_per_epoch=1, verbose=0)
+                model.fit(batches, steps_per_epoch=1, verbose=0, epochs=1)
 
     callback = keras.callbacks.LambdaCallback(on_train_batch_begin=move)
     with pytest.raises(ValueError, match="being trained|changed during `fit`"):
-        model.fit(batches, steps_per_epoch=4, callbacks=[callback], verbose=0)
+        model.fit(batches, steps_per_epoch=4, callbacks=[callback], verbose=0, epochs=1)
     np.testing.assert_array_equal(model.get_weights()[0], left[0])
 
 
@@ -160,7 +160,7 @@ def test_another_thread_neither_fits_nor_applies_during_a_fit():
     def attack():
         gradients = bandmf.clipped_gradients(model, *rows)
         for call in (
-            lambda: model.fit(plan.batches(*DATA), steps_per_epoch=1, verbose=0),
+            lambda: model.fit(plan.batches(*DATA), steps_per_epoch=1, verbose=0, epochs=1),
             lambda: model.optimizer.apply_clipped(gradients, model.trainable_variables),
         ):
             try:
@@ -179,7 +179,7 @@ def test_another_thread_neither_fits_nor_applies_during_a_fit():
                 thread.join()
 
     model.compile(model.optimizer, loss=runs.prediction_loss, metrics=[Metric()], run_eagerly=True)
-    model.fit(plan.batches(*DATA), steps_per_epoch=1, verbose=0)
+    model.fit(plan.batches(*DATA), steps_per_epoch=1, verbose=0, epochs=1)
     assert len(errors) == 2
     assert "being trained" in errors[0] and "not accounted" in errors[1]
     assert bandmf.statement(model).steps_run == 1
