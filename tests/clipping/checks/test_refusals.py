@@ -22,7 +22,7 @@ rng = np.random.default_rng(0)
 a, b = rng.standard_normal((2, 256, 256))
 product = tf.function(tf.matmul)(tf.constant(a, tf.float32), tf.constant(b, tf.float32))
 print("error", np.abs(product - a @ b).max() / np.abs(a @ b).max())
-from keras_bandmf.clipping.refusals import refuse_short_products
+from keras_bandmf.clipping.checks.refusals import refuse_short_products
 try:
     refuse_short_products()
 except ValueError as error:

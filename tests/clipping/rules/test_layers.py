@@ -47,7 +47,7 @@ def compare(layer, shape, rows=4, integers=None, route="book-keeping", dtype="fl
 def way(request, monkeypatch):
     """Force one way to the norm, whatever the shapes say."""
     wanted = request.param == "product"
-    for module in ("factors", "conv_rules"):
+    for module in ("factors", "rules.conv"):
         monkeypatch.setattr(
             f"keras_bandmf.clipping.{module}.prefers_product", lambda *sizes: wanted
         )

@@ -129,7 +129,7 @@ def randomised(layer, *args, **kwargs):
 def way(request, monkeypatch):
     """Force one way to the norm, whatever the shapes say."""
     wanted = request.param == "product"
-    for module in ("factors", "conv_rules", "merge"):
+    for module in ("factors", "rules.conv", "merge"):
         monkeypatch.setattr(
             f"keras_bandmf.clipping.{module}.prefers_product", lambda *sizes: wanted
         )
