@@ -106,6 +106,7 @@ class ToeplitzStrategy:
         checked_choice("error", error, ERRORS)
         checked_bool("column_normalize", column_normalize)
         checked_function("callback", callback, "It takes a `Progress`.")
+        checked_workload(workload, num_steps)
         coefficients = _optimal_coefficients(num_steps, num_bands, error, callback)
         if workload is not None and num_bands > 1:
             coefficients = optimal_for_workload(

@@ -14,6 +14,7 @@ from keras_bandmf.strategies import (
     ToeplitzStrategy,
     TreeStrategy,
 )
+from keras_bandmf.strategies.baselines import tree
 from keras_bandmf.strategies.baselines.buffered import _Objective, inverse_buffers
 from tests.strategies import reference
 
@@ -184,7 +185,7 @@ def test_sensitivity_against_every_pattern(n, k, separation):
 
 @pytest.mark.parametrize("n,k,separation", [(16, 4, 4), (16, 3, 4), (32, 4, 8), (64, 8, 8)])
 def test_bound_of_the_tree_is_exact_for_powers_of_two(n, k, separation, monkeypatch):
-    monkeypatch.setattr(strategies.tree, "is_affordable", lambda *_: False)
+    monkeypatch.setattr(tree, "is_affordable", lambda *_: False)
     s = TreeStrategy(n)
     got = s.sensitivity(k, separation)
     assert got == pytest.approx(s.sensitivity(k, separation, fixed_order=True), rel=1e-13)
@@ -192,7 +193,7 @@ def test_bound_of_the_tree_is_exact_for_powers_of_two(n, k, separation, monkeypa
 
 @pytest.mark.parametrize("n", [7, 16, 21, 29])
 def test_bound_of_the_tree_is_never_below_brute_force(n, monkeypatch):
-    monkeypatch.setattr(strategies.tree, "is_affordable", lambda *_: False)
+    monkeypatch.setattr(tree, "is_affordable", lambda *_: False)
     s = TreeStrategy(n)
     for k, separation in [(2, 1), (3, 2), (4, 3), (5, 5), (3, 6)]:
         truth = reference.largest_gram_sum(s.materialize(), reference.patterns(n, k, separation))
