@@ -100,5 +100,5 @@ def test_exact_noise_in_a_program_of_xla_is_refused(nested):
 
 
 def test_another_name_of_noise_is_refused():
-    with pytest.raises(ValueError, match="Received: 'fine'"):
+    with pytest.raises(ValueError, match="Received: noise='fine'"):
         bandmf.BandMFOptimizer("sgd", runs.make_plan(), noise="fine")
