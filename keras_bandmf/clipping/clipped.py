@@ -10,14 +10,16 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf.clipping.checks.refusals import (
-    refuse_arguments,
+    checked_microbatch_size,
     refuse_model,
     refuse_short_products,
+    refuse_sparse_data,
 )
 from keras_bandmf.clipping.clipper import Clipper, accumulation_dtype
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import batch_loss, build_loss
 from keras_bandmf.clipping.modes import ClippingMode, checked_mode
+from keras_bandmf.clipping.norms import checked_clip_norm
 from keras_bandmf.clipping.passes import in_passes, with_row_numbers
 from keras_bandmf.clipping.paths.book_keeping import clip_by_book_keeping
 from keras_bandmf.clipping.paths.chunks import clip_at_once, clip_in_chunks
@@ -198,7 +200,7 @@ def clipped_gradients(
         mask_seeds=mask_seeds,
         float64_sums=float64_sums,
     )
-    dtype = tf.float64 if float64_sums else accumulation_dtype(model.trainable_variables)
+    dtype = accumulation_dtype(model.trainable_variables, float64_sums)
     return dataclasses.replace(clipped, sums=[tf.cast(total, dtype) for total in clipped.sums])
 
 
@@ -221,7 +223,9 @@ def clipped_for_noise(
 
     The noise adds in float64 anyway: to round before costs two passes over a large table.
     """
-    refuse_arguments(x, y, sample_weight, l2_norm_clip, microbatch_size)
+    clip = checked_clip_norm(l2_norm_clip)
+    microbatch_size = checked_microbatch_size(microbatch_size)
+    refuse_sparse_data(x, y, sample_weight)
     refuse_short_products()
     mode = checked_mode(clipping)
     refuse_model(model, sample_weight, loss)
@@ -236,7 +240,6 @@ def clipped_for_noise(
     build_loss(model, x, y)
     row_loss = batch_loss(model, loss)
     general = route_of(model, x, y, sample_weight, loss).general
-    clip = float(l2_norm_clip)
     common = {"clipper": Clipper.of(model, clip, mode, float64_sums), "loss": row_loss}
     data = (with_row_numbers(x, mask), y, sample_weight, mask)
     result = None

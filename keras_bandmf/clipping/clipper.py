@@ -12,9 +12,9 @@ import tensorflow as tf
 from keras_bandmf.clipping.modes import ClippingMode, FlatClipping
 
 
-def accumulation_dtype(variables: list[keras.Variable]) -> tf.DType:
-    """float64 if any variable is, else float32: never the compute dtype of a mixed policy."""
-    wide = any(tf.as_dtype(v.dtype) == tf.float64 for v in variables)
+def accumulation_dtype(variables: list[keras.Variable], float64_sums: bool = False) -> tf.DType:
+    """float64 if asked for or any variable is, else float32, whatever a mixed policy computes in."""
+    wide = float64_sums or any(tf.as_dtype(v.dtype) == tf.float64 for v in variables)
     return tf.float64 if wide else tf.float32
 
 
@@ -68,7 +68,7 @@ class Clipper(NamedTuple):
         """
         mode = mode or FlatClipping()
         groups, shares = mode.variable_groups(model)
-        dtype = tf.float64 if float64_sums else accumulation_dtype(model.trainable_variables)
+        dtype = accumulation_dtype(model.trainable_variables, float64_sums)
         return cls(mode, groups, [l2_norm_clip * math.sqrt(share) for share in shares], dtype)
 
     def factors(self, squared_norms: list[tf.Tensor], mask: tf.Tensor) -> Factors:

@@ -247,7 +247,7 @@ def _check_chain(stacked: tf.Tensor) -> None:
             raise ValueError(
                 f"In float64 up to {LARGEST_CHAIN} rows times positions are added at once. "
                 f"Received: {sizes[0]} rows of {sizes[-2]} positions. Pass a smaller "
-                "`microbatch_size` to `compile` or `clipped_gradients`."
+                "`microbatch_size` to `privatize` or `clipped_gradients`."
             )
 
 

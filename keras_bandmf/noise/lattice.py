@@ -162,9 +162,11 @@ def charged_norm(
         another, so all of them may change); `rounding_steps`; the rounding of the sum over a batch
         where it is in float64 (of at most `factors.LARGEST_CHAIN` terms, which are at most 362
         times the norm in sum: `factors.floored`), or where gradients of single examples are added
-        (`factors.Rows`, chunks, look-ups). Assumed: in float32 products of matrices
-        (`factors.Outer`), one example more changes the rounding by no more than that. Whoever
-        chooses all others, and their order, can make it change by more than the clip norm.
+        (`factors.Rows`, chunks; look-ups, of at most 2^16 positions that read one row in a chunk,
+        of any number where the positions of an example do not cancel each other). Assumed: in
+        float32 products of matrices (`factors.Outer`), one example more changes the rounding by
+        no more than that. Whoever chooses all others, and their order, can make it change by more
+        than the clip norm.
         A batch has at most `largest_batch` rows: more are drawn with probability below 1e-30.
 
     Args:

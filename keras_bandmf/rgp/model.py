@@ -80,10 +80,12 @@ def enable_rgp(
         "power_iterations": power_iterations,
         "warmup_steps": warmup_steps,
     }
-    for name, value in numbers.items():
-        checked_int(name, value, 0 if name == "warmup_steps" else 1)
-    checked_float("head_scale", head_scale, above=0.0)
-    checked_bool("restart", restart)
+    numbers = {
+        name: checked_int(name, value, 0 if name == "warmup_steps" else 1)
+        for name, value in numbers.items()
+    }
+    head_scale = checked_float("head_scale", head_scale, above=0.0)
+    restart = checked_bool("restart", restart)
     if not isinstance(model, keras.Model):
         raise TypeError(
             "Argument `model` must be a keras.Model of Keras 3. "
@@ -107,7 +109,7 @@ def enable_rgp(
             f"exclude={exclude!r}. Name the layers, or choose a smaller rank."
         )
     if head_scale != 1:
-        scale_head(head_layers(model), candidates, float(head_scale))
+        scale_head(head_layers(model), candidates, head_scale)
     for layer in candidates:
         _carry(layer, **numbers, restart=restart)
     return model
@@ -228,14 +230,12 @@ class _Thin:
         self.rgp = None
         if rank is None:  # of a layer whose carriers were merged
             return
-        checked_int("rank", rank)
-        checked_int("refresh_every", refresh_every)
-        checked_int("power_iterations", power_iterations)
-        self.rgp = {
-            "rank": int(rank),
-            "refresh_every": int(refresh_every),
-            "power_iterations": int(power_iterations),
+        numbers = {
+            "rank": rank,
+            "refresh_every": refresh_every,
+            "power_iterations": power_iterations,
         }
+        self.rgp = {name: checked_int(name, value) for name, value in numbers.items()}
 
     def build(self, input_shape: Any = None) -> None:
         """Builds the layer and puts carriers on its kernel.

@@ -54,7 +54,7 @@ def participation_schema(
       ValueError: an argument is out of its range.
     """
     count = checked_int("max_participations", max_participations)
-    checked_bool("fixed_order", fixed_order)
+    fixed_order = checked_bool("fixed_order", fixed_order)
     if min_separation is None:
         if count > 1:
             raise ValueError(

@@ -6,6 +6,7 @@ import base64
 import binascii
 import dataclasses
 import hashlib
+import math
 import os
 from collections.abc import Callable
 
@@ -103,7 +104,7 @@ class BandedStrategy:
           workload: A, of n steps; None for prefix sums.
           cache_dir: directory of results and checkpoints; None writes nothing. A result takes
             8 n b bytes, a checkpoint up to 25 times that.
-          checkpoint_seconds: least time between two checkpoints.
+          checkpoint_seconds: least time between two checkpoints; infinity for none.
 
         Returns:
           The strategy: never of a larger error than the start.
@@ -121,8 +122,11 @@ class BandedStrategy:
         max_iterations = checked_int("max_iterations", max_iterations)
         checked_choice("error", error, ERRORS)
         check_shape(num_steps, num_bands)
-        checked_float("gain", gain, above=0.0, below=1.0)
-        checked_float("checkpoint_seconds", checkpoint_seconds, minimum=0.0)
+        gain = checked_float("gain", gain, above=0.0, below=1.0)
+        if checkpoint_seconds != math.inf:
+            checkpoint_seconds = checked_float(
+                "checkpoint_seconds", checkpoint_seconds, minimum=0.0
+            )
         checked_function("callback", callback, "It takes a `Progress`.")
         checked_workload(workload, num_steps)
         if start is not None:
@@ -141,7 +145,7 @@ class BandedStrategy:
             store = Store(cache_dir, request)
             if (kept := store.load("result")) is not None:
                 return cls(kept.arrays["columns"], workload)
-            checkpoints = Checkpoints(store, float(checkpoint_seconds))
+            checkpoints = Checkpoints(store, checkpoint_seconds)
             start = start if checkpoints.start is None else checkpoints.start
         if start is None:
             start = _default_start(num_steps, num_bands, error, workload, gain)

@@ -97,7 +97,7 @@ class BlockDiagonalStrategy:
         num_steps = checked_int("num_steps", num_steps)
         num_bands = checked_int("num_bands", num_bands)
         block_steps = checked_int("block_steps", block_steps)
-        checked_int("max_iterations", max_iterations)
+        max_iterations = checked_int("max_iterations", max_iterations)
         checked_choice("error", error, ERRORS)
         if num_bands > block_steps or block_steps > num_steps:
             raise ValueError(

@@ -65,7 +65,8 @@ class ToeplitzStrategy:
         check_bands(len(coefficients), num_steps)
         object.__setattr__(self, "num_steps", num_steps)
         object.__setattr__(self, "coefficients", coefficients)
-        checked_bool("column_normalize", self.column_normalize)
+        normalize = checked_bool("column_normalize", self.column_normalize)
+        object.__setattr__(self, "column_normalize", normalize)
         checked_workload(self.workload, num_steps)
 
     @classmethod
@@ -104,7 +105,7 @@ class ToeplitzStrategy:
         num_bands = checked_int("num_bands", num_bands)
         check_bands(num_bands, num_steps)
         checked_choice("error", error, ERRORS)
-        checked_bool("column_normalize", column_normalize)
+        column_normalize = checked_bool("column_normalize", column_normalize)
         checked_function("callback", callback, "It takes a `Progress`.")
         checked_workload(workload, num_steps)
         coefficients = _optimal_coefficients(num_steps, num_bands, error, callback)

@@ -41,7 +41,7 @@ class Workload:
     def __post_init__(self):
         n = checked_int("num_steps", self.num_steps)
         rates = _checked_rates(self.learning_rates, n)
-        checked_bool("nesterov", self.nesterov)
+        nesterov = checked_bool("nesterov", self.nesterov)
         momentum = checked_float("momentum", self.momentum, minimum=0.0)
         if momentum >= 1.0:
             raise ValueError(
@@ -57,6 +57,7 @@ class Workload:
         object.__setattr__(self, "num_steps", n)
         object.__setattr__(self, "learning_rates", rates)
         object.__setattr__(self, "momentum", momentum)
+        object.__setattr__(self, "nesterov", nesterov)
         object.__setattr__(self, "weight_decay", decay)
 
     def blocks(self, block: int) -> WorkloadBlocks:

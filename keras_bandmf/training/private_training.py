@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_bandmf import clipping
 from keras_bandmf._checks import PrivacyError
-from keras_bandmf.clipping.checks.refusals import refuse_microbatch_size
+from keras_bandmf.clipping.checks.refusals import checked_microbatch_size
 from keras_bandmf.clipping.clipped import clipped_for_noise
 from keras_bandmf.clipping.losses import no_replicas
 from keras_bandmf.optimizers.bandmf import BandMFOptimizer
@@ -90,7 +90,7 @@ def privatize(
             "TF_USE_LEGACY_KERAS=1, which `import tensorflow_transform` sets, `tf.keras` is "
             f"Keras 2. Received: {type(model).__module__}.{type(model).__name__}"
         )
-    refuse_microbatch_size(microbatch_size)
+    microbatch_size = checked_microbatch_size(microbatch_size)
     if model.built:
         fresh.note_initializers(model)
     if history is not None:

@@ -31,6 +31,23 @@ def test_bad_clip(small, clip):
         clipped_gradients(*small, l2_norm_clip=clip)
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_numpy_numbers_are_numbers(jit_compile):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile(loss="mse")
+    x, y = np.ones((7, 3), "float32"), np.zeros((7, 1), "float32")
+
+    def sums(clip, size):
+        clipped = tf.function(
+            lambda x, y: clipped_gradients(model, x, y, l2_norm_clip=clip, microbatch_size=size),
+            jit_compile=jit_compile,
+        )
+        return [total.numpy() for total in clipped(x, y).sums]
+
+    for a, b in zip(sums(np.float32(0.5), np.int64(3)), sums(0.5, 3), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "automatic"])
 def test_bad_microbatch_size(small, size):
     with pytest.raises((TypeError, ValueError), match="microbatch_size"):

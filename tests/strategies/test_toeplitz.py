@@ -208,6 +208,15 @@ def test_numpy_integers_are_integers():
     assert type(s.num_steps) is int and s.num_bands == 2
 
 
+def test_numpy_bools_are_bools():
+    strategy = ToeplitzStrategy([1.0, 0.5], 8, column_normalize=np.True_)
+    assert strategy.column_normalize is True
+    found = strategies.from_config(json.loads(json.dumps(strategy.get_config())))
+    assert found == strategy
+    workload = strategies.Workload(8, momentum=0.9, nesterov=np.True_)
+    assert workload.nesterov is True
+
+
 def test_more_bands_than_steps():
     with pytest.raises(ValueError, match="num_bands=11, num_steps=10"):
         ToeplitzStrategy.optimize(10, 11)

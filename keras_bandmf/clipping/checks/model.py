@@ -15,9 +15,9 @@ from keras_bandmf.clipping.checks.losses import check_loss
 from keras_bandmf.clipping.checks.mixing_layer import first_mixing_layer
 from keras_bandmf.clipping.checks.probe import FEW, all_rows, each_row_repeated, few_rows
 from keras_bandmf.clipping.checks.refusals import (
-    refuse_arguments,
     refuse_model,
     refuse_short_products,
+    refuse_sparse_data,
 )
 from keras_bandmf.clipping.checks.snapshot import Snapshot
 from keras_bandmf.clipping.checks.unseen import UnseenForward, unseen
@@ -77,7 +77,7 @@ def check_model(
     a value of the data, which it could keep and make a constant of the graph and of the released
     model: on the data it runs as a graph alone (`unseen`), eagerly on zeros and random numbers.
     """
-    refuse_arguments(x, y, sample_weight, 1.0, None)
+    refuse_sparse_data(x, y, sample_weight)
     refuse_short_products()
     mode = checked_mode(clipping)
     refuse_model(model, sample_weight, loss)

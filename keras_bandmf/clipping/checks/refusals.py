@@ -11,7 +11,6 @@ import tensorflow as tf
 from keras_bandmf._checks import PrivacyError, checked_int
 from keras_bandmf._environment import refuse_loose_arithmetic
 from keras_bandmf.clipping.losses import overrides_compute_loss, with_mean_by_weight
-from keras_bandmf.clipping.norms import checked_clip_norm
 from keras_bandmf.clipping.rowwise.known_layers import GROUP_OR_LAYER_NORM, replacement_of
 
 # Options of grappler, and variables of the environment that TensorFlow or oneDNN reads.
@@ -25,12 +24,8 @@ _MATH_MODES = (
 _TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
 
-def refuse_arguments(
-    x: Any, y: Any, sample_weight: Any, l2_norm_clip: float, microbatch_size: int | str | None
-) -> None:
-    """Raise TypeError or ValueError on a clip norm, a microbatch size or data that do not fit."""
-    checked_clip_norm(l2_norm_clip)
-    refuse_microbatch_size(microbatch_size)
+def refuse_sparse_data(x: Any, y: Any, sample_weight: Any) -> None:
+    """Raise ValueError on ragged or sparse data."""
     for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
         for leaf in keras.tree.flatten(part):
             if isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)):
@@ -40,14 +35,17 @@ def refuse_arguments(
                 )
 
 
-def refuse_microbatch_size(microbatch_size: Any) -> None:
-    """Raise TypeError or ValueError on anything but None, "auto" and a positive integer."""
-    if microbatch_size is not None and microbatch_size != "auto":
-        checked_int(
-            "microbatch_size",
-            microbatch_size,
-            hint='Or None for the whole batch, or "auto". It changes memory, never the result.',
-        )
+def checked_microbatch_size(microbatch_size: Any) -> int | str | None:
+    """Returns None, "auto" or a positive integer.
+
+    Raises:
+        TypeError: if it is anything else.
+        ValueError: if it is not positive.
+    """
+    if microbatch_size is None or microbatch_size == "auto":
+        return microbatch_size
+    hint = 'Or None for the whole batch, or "auto". It changes memory, never the result.'
+    return checked_int("microbatch_size", microbatch_size, hint=hint)
 
 
 def refuse_short_products() -> None:

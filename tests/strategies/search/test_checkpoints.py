@@ -1,5 +1,7 @@
 """Searches that are kept on disk: resumed to the same bits, found again, never confused."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -116,3 +118,8 @@ def test_bad_arguments(argument):
     (name,) = argument
     with pytest.raises((TypeError, ValueError), match=f"`{name}`.*Received: {name}="):
         BandedStrategy.optimize(N, B, **argument)
+
+
+def test_an_infinite_time_between_checkpoints_is_none(tmp_path):
+    found = BandedStrategy.optimize(N, B, cache_dir=tmp_path, checkpoint_seconds=math.inf)
+    assert found == BandedStrategy.optimize(N, B)
