@@ -13,7 +13,7 @@ from keras_bandmf.clipping.modes import ClippingMode, FlatClipping
 
 
 def accumulation_dtype(variables: list[keras.Variable], float64_sums: bool = False) -> tf.DType:
-    """float64 if asked for or any variable is, else float32, whatever a mixed policy computes in."""
+    """float64 if asked for or any variable is, else float32, whatever the policy computes in."""
     wide = float64_sums or any(tf.as_dtype(v.dtype) == tf.float64 for v in variables)
     return tf.float64 if wide else tf.float32
 
