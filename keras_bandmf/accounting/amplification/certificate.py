@@ -1,0 +1,241 @@
+"""Certified epsilons and noise multipliers of runs whose groups are secret.
+
+An estimate from few samples says where to look; a bound from fresh samples, that fails with a
+stated probability, is what is reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from keras_bandmf.accounting.amplification import proposals
+from keras_bandmf.accounting.amplification.concentration import upper_bound
+from keras_bandmf.accounting.amplification.estimator import Estimator, Moments
+from keras_bandmf.accounting.amplification.laws import PoissonInGroup
+
+#: The public seed of all samples. A certificate is computed again from it, by anybody.
+SEED = 20261126
+
+#: All bounds of a certificate together fail with this probability, as a share of delta.
+FAILURE_SHARE = 1e-3
+
+#: Values that are tried lie on the grid 2^(i / 256), fixed in advance.
+_GRID = 256
+
+_PILOT_SAMPLES = 20_000
+_ATTEMPTS = 8
+#: What the confidence bounds may add to delta, as a share of it, where samples are affordable.
+_SLACK = 0.15
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """What was certified: with noise multiplier `sigma` the run is (epsilon, delta)-private.
+
+    Attributes:
+        sigma: the noise multiplier.
+        epsilon: of the claim.
+        delta: of the claim.
+        failure: the probability, over the random words of the samples, that the bounds fail.
+        samples: of the bounds, of the remove and the add direction.
+        attempt: which of the attempts was successful, from 0; each has its own seed.
+        estimate: the mean of the weighted samples, the larger of both directions.
+        bound: the upper confidence bound on delta(epsilon), at most `delta`.
+    """
+
+    sigma: float
+    epsilon: float
+    delta: float
+    failure: float
+    samples: tuple[int, int]
+    attempt: int
+    estimate: float
+    bound: float
+
+
+class OutOfReach(ValueError):
+    """No certificate within the number of samples allowed: the bound of a known group stands."""
+
+
+class Certifier:
+    """Certifies epsilons and noise multipliers for one matrix and one law.
+
+    Formal guarantees: a `Certificate` that is returned is true unless the upper confidence bound
+    of one of its attempts failed. Attempt i, with samples of its own, may fail with probability
+    2^-(i+1) of `FAILURE_SHARE * delta`, half of it in each direction, so that all attempts
+    together fail with at most that. Where an attempt looks is chosen from other samples and from
+    earlier attempts only.
+
+    Args:
+        estimator: of the matrix and the law.
+        max_samples: the most samples of an attempt in each direction.
+    """
+
+    def __init__(self, estimator: Estimator, max_samples: int = 2**21):
+        self._estimator = estimator
+        self._max_samples = max_samples
+
+    def noise(self, epsilon: float, delta: float, guess: float) -> Certificate:
+        """The least noise multiplier of the grid that can be certified for (epsilon, delta).
+
+        Args:
+            epsilon: the target.
+            delta: the target.
+            guess: a noise multiplier to start at, such as that of a known group.
+
+        Raises:
+            OutOfReach: if no attempt is successful.
+        """
+
+        def pilot(log_sigma: float) -> float:
+            return self._pilot(math.exp(log_sigma), epsilon)
+
+        log_sigma, slope = _root(pilot, math.log(guess), math.log(delta))
+        return self._attempts(
+            delta, lambda shift: (_on_grid(math.exp(log_sigma + shift / slope)), epsilon)
+        )
+
+    def epsilon(self, sigma: float, delta: float, guess: float) -> Certificate:
+        """The least epsilon of the grid that can be certified at a noise multiplier.
+
+        Args:
+            sigma: the noise multiplier.
+            delta: the target.
+            guess: an epsilon to start at.
+
+        Raises:
+            OutOfReach: if no attempt is successful.
+        """
+
+        def pilot(log_epsilon: float) -> float:
+            return self._pilot(sigma, math.exp(log_epsilon))
+
+        log_epsilon, slope = _root(pilot, math.log(guess), math.log(delta))
+        return self._attempts(
+            delta, lambda shift: (sigma, _on_grid(math.exp(log_epsilon + shift / slope)))
+        )
+
+    def verify(self, claim: Certificate) -> Certificate:
+        """Computes a certificate again from its seed.
+
+        Raises:
+            ValueError: if it is not confirmed.
+        """
+        found = self._attempt(claim.sigma, claim.epsilon, claim.delta, claim.attempt, claim.samples)
+        if not found.bound <= claim.delta or found.failure > FAILURE_SHARE * claim.delta:
+            raise ValueError(
+                "A certificate is not confirmed when it is computed again. Received: "
+                f"{claim}; computed: {found}. It belongs to another plan, or was changed."
+            )
+        return found
+
+    def _pilot(self, sigma: float, epsilon: float) -> float:
+        """log of an estimate of delta."""
+        moments = self._remove(sigma, epsilon, _PILOT_SAMPLES, 0)[0]
+        return math.log(max(float(moments.mean[0]), 1e-300))
+
+    def _attempts(self, delta: float, place: Callable[[float], tuple[float, float]]) -> Certificate:
+        """Attempts further and further on the safe side: `place(log of a factor of delta)`."""
+        shift = 0.0
+        for attempt in range(_ATTEMPTS):
+            if attempt == 0:
+                sigma, epsilon = place(0.0)
+                samples, slack = self._samples(sigma, epsilon, delta)
+                shift = -math.log1p(slack) - 0.03
+            found = self._attempt(*place(shift), delta, attempt, samples)
+            if found.bound <= delta:
+                return found
+            shift -= math.log(found.bound / delta) + 0.02
+        raise OutOfReach(
+            f"No privacy loss could be certified with {samples} samples. Received: delta={delta}."
+        )
+
+    def _samples(self, sigma: float, epsilon: float, delta: float) -> tuple[tuple[int, int], float]:
+        """(samples of an attempt, what the bounds will add to delta as a share of it)."""
+        failure = FAILURE_SHARE * delta / 8.0
+        log = math.log(4.0 / failure)
+        counts, slack = [], 0.0
+        for directed in (self._remove, self._add):
+            moments, largest = directed(sigma, epsilon, _PILOT_SAMPLES, 1)
+            mean, variance = float(moments.mean[0]), float(moments.variance[0])
+            room = _SLACK * delta + max(0.0, 0.85 * delta - mean)
+            # sqrt(2 v log / N) + 7 B log / (3 N) = room, for the root of N.
+            root = math.sqrt(2.0 * variance * log)
+            root = (root + math.sqrt(root**2 + room * 28.0 / 3.0 * largest * log)) / 2.0 / room
+            count = min(max(math.ceil(root**2), _PILOT_SAMPLES), self._max_samples)
+            counts.append(count)
+            slack = max(slack, upper_bound(count, mean, variance, largest, failure) / delta - 1.0)
+        return (counts[0], counts[1]), slack
+
+    def _attempt(
+        self, sigma: float, epsilon: float, delta: float, attempt: int, samples: tuple[int, int]
+    ) -> Certificate:
+        failure = FAILURE_SHARE * delta * 2.0 ** -(attempt + 1)
+        bounds, means = [], []
+        for directed, count in zip((self._remove, self._add), samples, strict=True):
+            moments, largest = directed(sigma, epsilon, count, 2 + attempt)
+            mean, variance = float(moments.mean[0]), float(moments.variance[0])
+            if moments.largest[0] > largest * (1.0 + 1e-9):
+                raise RuntimeError(
+                    f"A sample of {moments.largest[0]:.9g} is above its proved bound "
+                    f"{largest:.9g}. This is an error of keras_bandmf, and no epsilon is stated: "
+                    "please report it."
+                )
+            bounds.append(upper_bound(moments.samples, mean, variance, largest, failure / 2.0))
+            means.append(mean)
+        return Certificate(
+            sigma,
+            epsilon,
+            delta,
+            FAILURE_SHARE * delta,
+            samples,
+            attempt,
+            max(means),
+            max(bounds),
+        )
+
+    def _remove(
+        self, sigma: float, epsilon: float, samples: int, seed: int
+    ) -> tuple[Moments, float]:
+        proposal, largest = _best_tilt(self._estimator.law, sigma, epsilon)
+        moments = self._estimator.remove(sigma, epsilon, proposal, samples, SEED + 2 * seed)
+        return moments, largest
+
+    def _add(self, sigma: float, epsilon: float, samples: int, seed: int) -> tuple[Moments, float]:
+        estimator = self._estimator
+        law, seed = estimator.law, SEED + 2 * seed + 1
+        if isinstance(law, PoissonInGroup) and law.probability < 1.0:
+            dip, largest = proposals.best_dip(law, sigma, epsilon)
+            return estimator.dip(sigma, epsilon, dip, samples, seed), largest
+        theta, largest = proposals.best_shift(
+            estimator.mean_square, estimator.expected_participations, sigma, epsilon
+        )
+        return estimator.shift(sigma, epsilon, theta, samples, seed), largest
+
+
+_best_tilt = functools.lru_cache(maxsize=256)(proposals.best_tilt)
+
+
+def _on_grid(value: float) -> float:
+    """The least number of the grid that is at least `value`."""
+    return 2.0 ** (math.ceil(math.log2(value) * _GRID) / _GRID)
+
+
+def _root(function: Callable[[float], float], start: float, target: float) -> tuple[float, float]:
+    """(where a decreasing function meets the target within 2 %, its slope there)."""
+    low, high = start, start + 0.1
+    at_low, at_high = function(low), function(high)
+    for _ in range(12):
+        slope = min((at_high - at_low) / (high - low), -0.5)
+        new = high + float(np.clip((target - at_high) / slope, -0.5, 0.5))
+        low, at_low = high, at_high
+        high, at_high = new, function(new)
+        if abs(at_high - target) < 0.02:
+            break
+    slope = min((at_high - at_low) / (high - low), -0.5) if high != low else -1.0
+    return high + (target - at_high) / slope, slope
