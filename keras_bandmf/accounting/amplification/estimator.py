@@ -23,6 +23,7 @@ from keras_bandmf.noise import normals
 #: Samples are drawn together whose arrays stay in the caches of a processor.
 _CHUNK_VALUES = 2**18
 
+_Epsilons = float | Sequence[float] | np.ndarray
 _Run = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
@@ -109,7 +110,7 @@ class Estimator:
     def remove(
         self,
         sigma: float,
-        epsilons: float | Sequence[float],
+        epsilons: _Epsilons,
         tilt: proposals.Tilt,
         samples: int,
         seed: int,
@@ -131,7 +132,7 @@ class Estimator:
     def dip(
         self,
         sigma: float,
-        epsilons: float | Sequence[float],
+        epsilons: _Epsilons,
         dip: proposals.Dip,
         samples: int,
         seed: int,
@@ -146,7 +147,7 @@ class Estimator:
         return self._moments(run, samples, seed)
 
     def shift(
-        self, sigma: float, epsilons: float | Sequence[float], theta: float, samples: int, seed: int
+        self, sigma: float, epsilons: _Epsilons, theta: float, samples: int, seed: int
     ) -> Moments:
         """Samples of the add direction from a shift."""
         run = functools.partial(
@@ -318,9 +319,7 @@ class Estimator:
 
         def chance(x: tf.Tensor) -> tf.Tensor:
             log_u = x / sigma - 0.5 / sigma**2
-            return tf.exp(
-                power * (math.log1p(-law.probability) - log_mixed(log_u, law.probability))
-            )
+            return tf.exp(power * (math.log1p(-q) - log_mixed(log_u, q)))
 
         tries = self._own_normals(key, index, small)
         fits = self._uniforms(key, index, small, 2) < chance(tries)
