@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.ops import control_flow_util
 
+from keras_bandmf._keras_internals import inside_xla_program
 from keras_bandmf.noise import philox
 
 _CONTEXT = decimal.Context(prec=130, Emin=-9999, Emax=9999)
@@ -36,7 +36,7 @@ def check_not_compiled() -> None:
     Raises:
         ValueError: there, when the program is traced.
     """
-    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+    if inside_xla_program():
         raise ValueError(
             'noise="exact" computes doubtful values in Python, which XLA cannot compile. Received: '
             "a step inside `tf.function(jit_compile=True)`. Compile the gradients alone, and call "

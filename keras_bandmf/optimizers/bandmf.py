@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_bandmf import _distribution
 from keras_bandmf._checks import PrivacyError
+from keras_bandmf._keras_internals import CheckpointHooks, optimized_variables, own_variables
 from keras_bandmf.clipping import ClippedGradients, ClippingMode, checked_mode
 from keras_bandmf.optimizers.arguments import (
     check_accounted,
@@ -31,7 +32,7 @@ from keras_bandmf.rgp.run import RunCarriers
 
 
 @keras.saving.register_keras_serializable(package="keras_bandmf")
-class BandMFOptimizer(keras.optimizers.Optimizer):
+class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
     """Differentially private training with correlated noise, around any Keras optimizer.
 
     Each step takes the sum of the clipped gradients of a batch, adds the next row of `C^-1 Z`,
@@ -69,7 +70,6 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         name: name of the optimizer.
 
     Example:
-
     ```python
     model = keras_bandmf.privatize(model)
     model.compile(keras_bandmf.BandMFOptimizer("adam", plan, l2_norm_clip=1.0), loss="mse")
@@ -276,7 +276,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         source = self._accepted_source()
         check_accounted(self.plan, source)
         if trainable_variables is None:
-            trainable_variables = self._trainable_variables
+            trainable_variables = optimized_variables(self)
         trainable_variables = list(trainable_variables)
         if not clipped.origin.belongs_to(trainable_variables):
             raise PrivacyError(
@@ -373,7 +373,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     @property
     def variables(self) -> list:
         """Public variables: those of the inner optimizer. Keys and ring are not among them."""
-        return self._variables + self.inner_optimizer.variables
+        return own_variables(self) + self.inner_optimizer.variables
 
     @property
     def learning_rate(self):
@@ -414,7 +414,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
 
     def _saved_arrays(self) -> dict[str, np.ndarray]:
         self.run_state.warn_of_secrets(self.replay)
-        past = history.to_array(self._trainable_variables, self._record)
+        past = history.to_array(optimized_variables(self), self._record)
         return {**self.run_state.to_arrays(self.replay), "history": past}
 
     def _restore(self, arrays: dict[str, np.ndarray]) -> None:
@@ -426,15 +426,15 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
                 "restored. Call `optimizer.build(model.trainable_variables)` after `compile`, and "
                 f"then load. Received: a checkpoint with {sorted(arrays)}"
             )
-        record, variables = self._record, self._trainable_variables
+        record, variables = self._record, optimized_variables(self)
         record.update()
         own_steps = record.steps
         self.run_state.from_arrays(arrays, self.replay)
         history.from_array(arrays.get("history"), variables, record, own_steps)
         record.restore_failed = False
 
-    def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
-        # The hook of tf.train.Checkpoint. A SavedModel calls it inside a graph.
+    def _checkpoint_tensors(self) -> dict[str, tf.Tensor]:
+        # A SavedModel calls it inside a graph.
         if not tf.executing_eagerly():
             raise PrivacyError(
                 "A SavedModel of a model compiled with BandMFOptimizer would hold the key and "
@@ -442,8 +442,8 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             )
         return {name: tf.constant(value) for name, value in self._saved_arrays().items()}
 
-    def _restore_from_tensors(self, restored_tensors: dict[str, tf.Tensor]) -> None:
-        self._restore({name: value.numpy() for name, value in restored_tensors.items()})
+    def _restore_checkpoint_tensors(self, tensors: Mapping[str, tf.Tensor]) -> None:
+        self._restore({name: value.numpy() for name, value in tensors.items()})
 
     def __reduce__(self) -> tuple:
         """Copies an optimizer that is not built by its config; one that is has secrets."""

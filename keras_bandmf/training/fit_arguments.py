@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import types
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import logging
 
 from keras_bandmf import _distribution
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.sampling import PrivateBatches
+
+_LOGGER = logging.getLogger(__name__)
 
 # Strategies whose replicas are known when a step is traced, and make it in lockstep.
 _SUPPORTED = (
@@ -184,7 +186,7 @@ def checked_epochs(
         return initial_epoch + -(-steps_left // steps_per_epoch)
     unused = steps_left - (epochs - initial_epoch) * steps_per_epoch
     if unused > 0:
-        logging.warning(
+        _LOGGER.warning(
             "This `fit` leaves %d steps of the plan, whose noise is made for all of them. "
             "`epochs=None` trains what is left.",
             unused,

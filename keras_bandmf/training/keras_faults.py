@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf import _distribution
+from keras_bandmf._keras_internals import attributes_without_build_in_fit
 
 
 @contextlib.contextmanager
@@ -30,7 +31,7 @@ def worked_around(model: keras.Model, symbolic_build: bool) -> Iterator[None]:
         "load_weights": lambda *args, **kwargs: _load_readable(load, *args, **kwargs)
     }
     if not symbolic_build:
-        replaced["_maybe_symbolic_build"] = lambda *args, **kwargs: None
+        replaced |= attributes_without_build_in_fit()
     if _distribution.is_multi_worker(model.distribute_strategy):
         step = model.test_step
         replaced["test_step"] = lambda data: reducible_logs(model, step(data))

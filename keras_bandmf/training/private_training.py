@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_bandmf import clipping
 from keras_bandmf._checks import PrivacyError
+from keras_bandmf._keras_internals import build_model
 from keras_bandmf.clipping.checks.refusals import checked_microbatch_size
 from keras_bandmf.clipping.clipped import clipped_for_noise
 from keras_bandmf.clipping.losses import no_replicas
@@ -411,7 +412,7 @@ class _PrivateTraining:
         parts = (sample["x"], sample.get("y"), sample.get("sample_weight"))
         with model.distribute_strategy.scope():
             # Metrics too: made inside a replica, their variables would break the graph.
-            model._symbolic_build(data_batch=keras.tree.map_structure(_symbolic_batch, parts))
+            build_model(model, keras.tree.map_structure(_symbolic_batch, parts))
             names = [metric.name for metric in model.metrics]
             callback_policy.refuse_validation_names(
                 [*names, *(getattr(model, "output_names", None) or [])]
