@@ -7,13 +7,31 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+_Choice = TypeVar("_Choice", bound=str)
+
 
 class PrivacyError(ValueError):
-    """The stated guarantee would not hold: not a slip in an argument, but a run to be refused."""
+    """Raised where the stated guarantee would not hold, so that the run must be refused.
+
+    It is a `ValueError`, so that code which catches that keeps working. A slip in an argument that
+    has nothing to do with the guarantee is a plain `TypeError` or `ValueError`.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=100, batch_size=10, epochs=1, noise_multiplier=1.0, delta=1e-5,
+        ...     num_bands=1)
+        >>> optimizer = bandmf.BandMFOptimizer("sgd", plan)
+        >>> try:
+        ...     optimizer.apply([], [])
+        ... except bandmf.PrivacyError as error:
+        ...     print(str(error).split(",")[0])
+        BandMFOptimizer received plain gradients
+    """
 
     # AutoGraph keeps the type of an exception made like this one, and hides that of others.
     __init__ = Exception.__init__
@@ -90,13 +108,15 @@ def checked_float(
     return number
 
 
-def checked_choice(name: str, value: Any, choices: tuple[str, ...], hint: str = "") -> str:
+def checked_choice(
+    name: str, value: Any, choices: tuple[_Choice, ...], hint: str = ""
+) -> _Choice:
     """Returns `value` if it is one of `choices`.
 
     Args:
         name: the argument's name, for the message.
         value: the string to check.
-        choices: what is known.
+        choices: the allowed strings.
         hint: the way out, appended to the message.
 
     Returns:
@@ -109,9 +129,10 @@ def checked_choice(name: str, value: Any, choices: tuple[str, ...], hint: str = 
     expected = "one of " + ", ".join(repr(choice) for choice in choices)
     if not isinstance(value, str):
         raise TypeError(_message(name, expected, value, hint))
-    if value not in choices:
-        raise ValueError(_message(name, expected, value, hint))
-    return value
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise ValueError(_message(name, expected, value, hint))
 
 
 def checked_bool(name: str, value: Any, hint: str = "") -> bool:
