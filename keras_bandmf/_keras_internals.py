@@ -23,7 +23,7 @@ def warn_if_untested(version: str) -> None:
     """Warns if a version of Keras is newer than the newest one that the tests run on.
 
     Args:
-        version: the version of Keras, such as "3.15.1" or "3.16.0.dev2026010103".
+        version: The version of Keras, such as "3.15.1" or "3.16.0.dev2026010103".
     """
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if release > NEWEST_TESTED_KERAS:
@@ -60,7 +60,7 @@ def build_model(model: keras.Model, data_batch: Any) -> None:
     """Builds a compiled model with its metrics, loss and optimizer, without running it.
 
     Args:
-        model: the model.
+        model: The model.
         data_batch: `(x, y, sample_weight)` of `keras.KerasTensor`s; the last two may be None.
     """
     model._symbolic_build(data_batch=data_batch)

@@ -15,8 +15,8 @@ def rounded_up(value: float, digits: int) -> str:
         decimal, which is what was typed and reads back as that very float.
 
     Args:
-        value: a float; zero and infinities are printed as they are.
-        digits: the largest number of significant digits, from 1 to 15.
+        value: A float; zero and infinities are printed as they are.
+        digits: The largest number of significant digits, from 1 to 15.
 
     Returns:
         The number, as the format "g" would print it.
@@ -37,8 +37,8 @@ def rounded_down(value: float, digits: int) -> str:
         See `rounded_up`, in the other direction: the decimal is at most `value`.
 
     Args:
-        value: a float; zero and infinities are printed as they are.
-        digits: the largest number of significant digits, from 1 to 15.
+        value: A float; zero and infinities are printed as they are.
+        digits: The largest number of significant digits, from 1 to 15.
 
     Returns:
         The number, as the format "g" would print it.
@@ -52,7 +52,7 @@ def raised_for_progress(value: float) -> float:
     The bar prints four decimals, and five digits of numbers up to 0.001, rounded to the nearest.
 
     Args:
-        value: at least 0.
+        value: At least 0.
 
     Returns:
         A float whose printed form is not below `value`.
