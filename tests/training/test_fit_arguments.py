@@ -60,7 +60,7 @@ def test_a_generator_is_looked_at_and_gives_every_batch_after_that():
 
 @pytest.mark.parametrize("data", [(each for each in ()), iter([(X, Y)]), [1.0, 2.0]])
 def test_data_that_cannot_be_looked_at_is_refused(data):
-    with pytest.raises(ValueError, match="checked on"):
+    with pytest.raises(ValueError, match="can be checked"):
         fit_arguments.first_rows(data, None, None, 3)
 
 
