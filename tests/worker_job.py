@@ -127,7 +127,7 @@ def weights_of(model):
 
 
 def train(strategy, folder, worker):
-    """A model with regulariser, metrics and validation data, then its evaluation by Keras."""
+    """A model with regularizer, metrics and validation data, then its evaluation by Keras."""
     x, y = regression_data()
     with strategy.scope():
         model = regression_model()
