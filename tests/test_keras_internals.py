@@ -1,5 +1,6 @@
 """Every private name of Keras and TensorFlow does what the library takes it to do."""
 
+import runpy
 import warnings
 
 import keras
@@ -39,6 +40,12 @@ def test_tested_versions_of_keras_are_taken_without_a_word(version):
 def test_a_newer_keras_is_reported(version):
     with pytest.warns(UserWarning, match=f"Received: Keras {version}"):
         _keras_internals.warn_if_untested(version)
+
+
+def test_the_import_reports_a_newer_keras(monkeypatch):
+    monkeypatch.setattr(keras, "__version__", "99.0.0")
+    with pytest.warns(UserWarning, match="Received: Keras 99.0.0"):
+        runpy.run_path(_keras_internals.__file__)
 
 
 def test_multi_worker_mode():

@@ -276,7 +276,7 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
     def apply_clipped(
         self,
         clipped: ClippedGradients,
-        trainable_variables: Sequence[Any] | None = None,
+        trainable_variables: Sequence[keras.Variable] | None = None,
         penalties: Sequence[tf.Tensor | None] | None = None,
     ) -> None:
         """Adds the noise of this step to a clipped sum, and updates the variables.
@@ -388,7 +388,7 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
         own = thread == threading.get_ident() or tf.distribute.has_strategy()
         return source if own else None
 
-    def _note_loop(self, model: keras.Model, trainable_variables: Sequence[Any]) -> None:
+    def _note_loop(self, model: keras.Model, trainable_variables: Sequence[keras.Variable]) -> None:
         """Looks at the weights before a step of the user's own loop, or before it is traced."""
         self._record.looped = True
         with tf.init_scope():
@@ -444,12 +444,12 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
         return own_variables(self) + self.inner_optimizer.variables
 
     @property
-    def learning_rate(self) -> Any:
+    def learning_rate(self) -> keras.Variable | tf.Tensor:
         """The learning rate of the inner optimizer."""
         return self.inner_optimizer.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
+    def learning_rate(self, learning_rate: float | tf.Tensor) -> None:
         self.inner_optimizer.learning_rate = learning_rate
 
     @property
@@ -462,7 +462,7 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
         """The number of updates made, read eagerly. It is 0 before the optimizer is built."""
         return int(keras.ops.convert_to_numpy(self.iterations)) if self.built else 0
 
-    def finalize_variable_values(self, var_list: Any) -> None:
+    def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
         """Writes averaged weights, if the inner optimizer keeps them."""
         self.inner_optimizer.finalize_variable_values(var_list)
 

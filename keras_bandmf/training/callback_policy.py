@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import keras
 
 from keras_bandmf._checks import PrivacyError
 from keras_bandmf.callbacks import EpsilonSoFar
 from keras_bandmf.training.step_guard import StepGuard
+
+#: What `fit` takes as callbacks: one, a list that may hold lists, or a `CallbackList`.
+Callbacks: TypeAlias = keras.callbacks.Callback | Sequence[Any] | None
 
 # They write, save, or stop by rules that `check_callbacks` knows.
 _KNOWN = (
@@ -49,7 +52,7 @@ class ClippedFraction(keras.callbacks.Callback):
             logs[self.NAME] = float(self.metric.result())
 
 
-def flat_callbacks(callbacks: Any) -> list[keras.callbacks.Callback]:
+def flat_callbacks(callbacks: Callbacks) -> list[keras.callbacks.Callback]:
     """Returns the callbacks given to `fit` as a flat list, however they are nested."""
     inner = getattr(callbacks, "callbacks", callbacks)
     if isinstance(inner, (list, tuple)):

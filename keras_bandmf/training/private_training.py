@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn
 
 import keras
 import numpy as np
@@ -24,6 +24,7 @@ from keras_bandmf.record import fresh
 from keras_bandmf.record import history as variable_history
 from keras_bandmf.sampling import PrivateBatches
 from keras_bandmf.training import callback_policy, fit_arguments, keras_faults
+from keras_bandmf.training.callback_policy import Callbacks
 from keras_bandmf.training.mixed_rows import MixedRows
 from keras_bandmf.training.regularizers import regularization
 from keras_bandmf.training.step_gate import StepGate, held
@@ -169,7 +170,7 @@ class _PrivateTraining:
         self.model = model
         self.set_options(microbatch_size, report_clipping)
         self._mixed_rows = MixedRows(model.distribute_strategy)
-        self._checked: Any = None
+        self._checked: tuple[BandMFOptimizer, tuple[int, ...]] | None = None
         self._needs_mask = False
         self._gate = StepGate()
         self.lock = threading.Lock()
@@ -206,7 +207,11 @@ class _PrivateTraining:
         return optimizer
 
     def save(
-        self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
+        self,
+        filepath: str | os.PathLike,
+        overwrite: bool = True,
+        zipped: bool | None = None,
+        **kwargs: Any,
     ) -> None:
         """Saves like `keras.Model.save`; a `.keras` file also gets the history of the weights.
 
@@ -222,7 +227,7 @@ class _PrivateTraining:
             text = variable_history.to_json(model.weights)
             variable_history.write_member(filepath, text)
 
-    def train_on_batch(self, *args: Any, **kwargs: Any) -> None:
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuses to train, because the sampling of a single batch is not accounted for."""
         raise PrivacyError(
             "A private model does not train on single batches: their sampling is not accounted "
@@ -331,8 +336,8 @@ class _PrivateTraining:
         y: Any = None,
         batch_size: int | None = None,
         epochs: int | None = None,
-        verbose: Any = "auto",
-        callbacks: Any = None,
+        verbose: int | Literal["auto"] = "auto",
+        callbacks: Callbacks = None,
         validation_split: float = 0.0,
         validation_data: Any = None,
         shuffle: bool | None = None,
@@ -342,7 +347,7 @@ class _PrivateTraining:
         steps_per_epoch: int | None = None,
         validation_steps: int | None = None,
         validation_batch_size: int | None = None,
-        validation_freq: Any = 1,
+        validation_freq: int | Sequence[int] = 1,
     ) -> keras.callbacks.History:
         """Trains on the batches of the optimizer's plan, and is otherwise like `keras.Model.fit`.
 
