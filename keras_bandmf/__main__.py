@@ -6,10 +6,11 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    from keras_bandmf.planning.band_choice import BandChoice
+from keras_bandmf.planning.band_choice import BandChoice
+from keras_bandmf.planning.calibration import compare_bands
+from keras_bandmf.planning.plan import TrainingPlan
 
 #: What `main` returns: done, a run that is refused, and a mistake in the arguments.
 DONE, REFUSED, USAGE = 0, 1, 2
@@ -144,9 +145,6 @@ def _run_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _choice(arguments: argparse.Namespace) -> BandChoice:
-    # TensorFlow takes seconds to import: only once the arguments are known to be good.
-    from keras_bandmf.planning.calibration import compare_bands
-
     return compare_bands(
         **_run_of(arguments),
         num_bands=arguments.num_bands,
@@ -167,8 +165,6 @@ def _plan(arguments: argparse.Namespace) -> str:
         if path is not None and not path.parent.is_dir():
             message = f"argument --{name}: expected a file in a folder that exists, received: "
             raise _UsageError(f"{message}{str(path)!r}")
-    from keras_bandmf.planning.plan import TrainingPlan
-
     choice, num_bands = _choice(arguments), arguments.num_bands
     best = (choice.of_bands(num_bands) if isinstance(num_bands, int) else choice).best
     plan = TrainingPlan.calibrate(
