@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from keras_bandmf.planning.band_choice import BandChoice
 from keras_bandmf.planning.calibration import compare_bands
 from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.plots import plot_plan
 
 #: What `main` returns: done, a run that is refused, and a mistake in the arguments.
 DONE, REFUSED, USAGE = 0, 1, 2
@@ -175,8 +176,6 @@ def _plan(arguments: argparse.Namespace) -> str:
         arguments.json.write_text(plan.to_json() + "\n", encoding="utf-8")
         report += f"\n\nPlan written to {arguments.json}"
     if arguments.plot is not None:
-        from keras_bandmf.plots import plot_plan
-
         plot_plan(plan, choice, str(arguments.plot))
         report += f"\n\nPicture written to {arguments.plot}"
     return report
