@@ -54,10 +54,10 @@ def from_config(config: dict[str, Any]) -> Strategy:
 
     Example:
       >>> import json
-      >>> from keras_bandmf import strategies
-      >>> strategy = strategies.ToeplitzStrategy.optimize(num_steps=100, num_bands=4)
+      >>> import keras_bandmf as bandmf
+      >>> strategy = bandmf.strategies.ToeplitzStrategy.optimize(num_steps=100, num_bands=4)
       >>> text = json.dumps(strategy.get_config())
-      >>> strategies.from_config(json.loads(text)) == strategy
+      >>> bandmf.strategies.from_config(json.loads(text)) == strategy
       True
     """
     if not isinstance(config, dict) or "class_name" not in config:

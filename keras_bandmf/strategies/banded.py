@@ -65,13 +65,13 @@ class BandedStrategy(Strategy):
 
     Example:
       >>> import numpy as np
-      >>> from keras_bandmf import strategies
-      >>> strategy = strategies.BandedStrategy(np.array([[4.0, 3.0], [1.0, 0.0]]))
+      >>> import keras_bandmf as bandmf
+      >>> strategy = bandmf.strategies.BandedStrategy(np.array([[4.0, 3.0], [1.0, 0.0]]))
       >>> strategy.materialize()
       array([[0.8, 0. ],
              [0.6, 1. ]])
       >>> strategy.per_step_error().round(4)
-      array([1.5625, 1.0625])
+      array([1.5625, 1.25  ])
     """
 
     columns: np.ndarray
@@ -145,9 +145,9 @@ class BandedStrategy(Strategy):
             trusted or written.
 
         Example:
-          >>> from keras_bandmf import strategies
-          >>> banded = strategies.BandedStrategy.optimize(num_steps=50, num_bands=4)
-          >>> toeplitz = strategies.ToeplitzStrategy.optimize(num_steps=50, num_bands=4)
+          >>> import keras_bandmf as bandmf
+          >>> banded = bandmf.strategies.BandedStrategy.optimize(num_steps=50, num_bands=4)
+          >>> toeplitz = bandmf.strategies.ToeplitzStrategy.optimize(num_steps=50, num_bands=4)
           >>> banded.loss() < toeplitz.loss()
           True
         """

@@ -40,13 +40,13 @@ class Strategy(abc.ABC):
       workload: A, of n steps. None stands for prefix sums.
 
     Example:
-      >>> from keras_bandmf import strategies
-      >>> strategy = strategies.ToeplitzStrategy.optimize(num_steps=100, num_bands=4)
-      >>> isinstance(strategy, strategies.Strategy)
+      >>> import keras_bandmf as bandmf
+      >>> strategy = bandmf.strategies.ToeplitzStrategy.optimize(num_steps=100, num_bands=4)
+      >>> isinstance(strategy, bandmf.strategies.Strategy)
       True
       >>> strategy.num_steps, strategy.num_bands, strategy.workload
       (100, 4, None)
-      >>> strategies.from_config(strategy.get_config()) == strategy
+      >>> bandmf.strategies.from_config(strategy.get_config()) == strategy
       True
     """
 

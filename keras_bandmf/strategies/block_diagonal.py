@@ -53,9 +53,9 @@ class BlockDiagonalStrategy(Strategy):
 
     Example:
       >>> import numpy as np
-      >>> from keras_bandmf import strategies
-      >>> block = strategies.BandedStrategy(np.array([[4.0, 3.0], [1.0, 0.0]]))
-      >>> strategies.BlockDiagonalStrategy(block, num_steps=4).materialize()
+      >>> import keras_bandmf as bandmf
+      >>> block = bandmf.strategies.BandedStrategy(np.array([[4.0, 3.0], [1.0, 0.0]]))
+      >>> bandmf.strategies.BlockDiagonalStrategy(block, num_steps=4).materialize()
       array([[0.8, 0. , 0. , 0. ],
              [0.6, 1. , 0. , 0. ],
              [0. , 0. , 0.8, 0. ],
@@ -115,10 +115,10 @@ class BlockDiagonalStrategy(Strategy):
           ValueError: if an argument is out of its range.
 
         Example:
-          >>> from keras_bandmf import strategies
-          >>> strategy = strategies.BlockDiagonalStrategy.optimize(
+          >>> import keras_bandmf as bandmf
+          >>> strategy = bandmf.strategies.BlockDiagonalStrategy.optimize(
           ...     num_steps=40, num_bands=3, block_steps=10)
-          >>> identity = strategies.ToeplitzStrategy.optimize(num_steps=40, num_bands=1)
+          >>> identity = bandmf.strategies.ToeplitzStrategy.optimize(num_steps=40, num_bands=1)
           >>> strategy.loss() < identity.loss()
           True
         """

@@ -65,8 +65,8 @@ class ToeplitzStrategy(Strategy):
 
     Example:
       >>> import numpy as np
-      >>> from keras_bandmf import strategies
-      >>> strategy = strategies.ToeplitzStrategy(np.array([1.0, 0.5]), num_steps=3)
+      >>> import keras_bandmf as bandmf
+      >>> strategy = bandmf.strategies.ToeplitzStrategy(np.array([1.0, 0.5]), num_steps=3)
       >>> strategy.materialize().round(3)
       array([[0.894, 0.   , 0.   ],
              [0.447, 0.894, 0.   ],
@@ -125,11 +125,11 @@ class ToeplitzStrategy(Strategy):
           RuntimeError: if the search did not end in a minimum.
 
         Example:
-          >>> from keras_bandmf import strategies
-          >>> strategy = strategies.ToeplitzStrategy.optimize(num_steps=1000, num_bands=16)
-          >>> identity = strategies.ToeplitzStrategy.optimize(num_steps=1000, num_bands=1)
+          >>> import keras_bandmf as bandmf
+          >>> strategy = bandmf.strategies.ToeplitzStrategy.optimize(num_steps=1000, num_bands=16)
+          >>> identity = bandmf.strategies.ToeplitzStrategy.optimize(num_steps=1000, num_bands=1)
           >>> round(strategy.loss(), 1), round(identity.loss(), 1)
-          (16.8, 500.5)
+          (39.4, 500.5)
         """
         num_steps = _checked_steps(num_steps)
         num_bands = checked_int("num_bands", num_bands)
@@ -171,9 +171,9 @@ class ToeplitzStrategy(Strategy):
           ValueError: if an argument is out of its range.
 
         Example:
-          >>> from keras_bandmf import strategies
-          >>> root = strategies.ToeplitzStrategy.square_root(num_steps=1000, num_bands=16)
-          >>> best = strategies.ToeplitzStrategy.optimize(num_steps=1000, num_bands=16)
+          >>> import keras_bandmf as bandmf
+          >>> root = bandmf.strategies.ToeplitzStrategy.square_root(num_steps=1000, num_bands=16)
+          >>> best = bandmf.strategies.ToeplitzStrategy.optimize(num_steps=1000, num_bands=16)
           >>> best.loss() < root.loss()
           True
         """

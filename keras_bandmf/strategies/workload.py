@@ -34,9 +34,9 @@ class Workload:
         rate is at most 1.
 
     Example:
-      >>> from keras_bandmf import strategies
-      >>> workload = strategies.Workload(num_steps=3, momentum=0.5)
-      >>> identity = strategies.ToeplitzStrategy.optimize(
+      >>> import keras_bandmf as bandmf
+      >>> workload = bandmf.strategies.Workload(num_steps=3, momentum=0.5)
+      >>> identity = bandmf.strategies.ToeplitzStrategy.optimize(
       ...     num_steps=3, num_bands=1, workload=workload)
       >>> identity.per_step_error()
       array([1.    , 3.25  , 6.3125])
@@ -81,8 +81,8 @@ class Workload:
           The state is (v, w), or w alone without momentum.
 
         Example:
-          >>> from keras_bandmf import strategies
-          >>> strategies.Workload(num_steps=6).blocks(3).read_input
+          >>> import keras_bandmf as bandmf
+          >>> bandmf.strategies.Workload(num_steps=6).blocks(3).read_input
           array([[[1., 0., 0.],
                   [1., 1., 0.],
                   [1., 1., 1.]]])

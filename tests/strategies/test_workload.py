@@ -127,7 +127,7 @@ def test_prefix_sums_by_either_route():
         plain.per_step_error(),
         rtol=1e-11,
     )
-    # With a workload the column-normalised loss itself is minimised.
+    # With a workload the column-normalized loss itself is minimized.
     assert workload.loss() <= plain.loss()
 
 

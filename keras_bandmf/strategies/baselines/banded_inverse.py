@@ -27,11 +27,12 @@ class BandedInverseStrategy(UnbandedToeplitz):
         root of prefix sums, 1 the identity.
 
     Example:
-      >>> from keras_bandmf import strategies
-      >>> strategy = strategies.BandedInverseStrategy(num_steps=100, num_inverse_bands=4)
+      >>> import keras_bandmf as bandmf
+      >>> strategy = bandmf.strategies.BandedInverseStrategy(num_steps=100, num_inverse_bands=4)
       >>> strategy.inverse_coefficients()
       array([ 1.    , -0.5   , -0.125 , -0.0625])
       >>> round(strategy.loss(), 2)
+      9.78
     """
 
     num_steps: int

@@ -36,8 +36,8 @@ class BufferedToeplitzStrategy(UnbandedToeplitz):
 
     Example:
       >>> import numpy as np
-      >>> from keras_bandmf import strategies
-      >>> strategy = strategies.BufferedToeplitzStrategy(
+      >>> import keras_bandmf as bandmf
+      >>> strategy = bandmf.strategies.BufferedToeplitzStrategy(
       ...     buffer_decay=np.array([0.5]), output_scale=np.array([0.5]), num_steps=4)
       >>> strategy.first_column()
       array([1.   , 0.5  , 0.25 , 0.125])
@@ -98,8 +98,9 @@ class BufferedToeplitzStrategy(UnbandedToeplitz):
           RuntimeError: if no search ended in a minimum.
 
         Example:
-          >>> from keras_bandmf import strategies
-          >>> strategy = strategies.BufferedToeplitzStrategy.optimize(num_steps=50, num_buffers=2)
+          >>> import keras_bandmf as bandmf
+          >>> strategy = bandmf.strategies.BufferedToeplitzStrategy.optimize(
+          ...     num_steps=50, num_buffers=2)
           >>> strategy.num_buffers
           2
         """

@@ -44,8 +44,8 @@ class TreeStrategy(UnbandedStrategy):
         (Honaker, "Efficient use of differentially private binary trees", 2015.)
 
     Example:
-      >>> from keras_bandmf import strategies
-      >>> tree = strategies.TreeStrategy(num_steps=4, decoder="plain")
+      >>> import keras_bandmf as bandmf
+      >>> tree = bandmf.strategies.TreeStrategy(num_steps=4, decoder="plain")
       >>> tree.num_levels
       3
       >>> tree.per_step_error()

@@ -137,6 +137,15 @@ class LogLoss:
         return self._columns
 
     def __call__(self, point: np.ndarray) -> tuple[float, np.ndarray]:
+        """Returns the logarithm and its gradient.
+
+        Args:
+          point: `(n * b,)` float64.
+
+        Returns:
+          The logarithm, and a `(n * b,)` float64 gradient. The logarithm is `inf` where the
+          diagonal is not positive or C^-1 overflows; the gradient then has no meaning.
+        """
         columns = self.columns(point)
         if not np.min(columns[:, 0]) > 0.0:
             return np.inf, point

@@ -102,7 +102,7 @@ def descend(
     checkpoint: Callable[[DescentState], object] | None = None,
     resume: DescentState | None = None,
 ) -> Descent:
-    """Minimises a smooth function that may be infinite in parts of the space.
+    """Minimizes a smooth function that may be infinite in parts of the space.
 
     Args:
       objective: point `(k,)` float64 -> (value, gradient `(k,)`). A value or gradient that is not
