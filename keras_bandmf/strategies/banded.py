@@ -303,14 +303,15 @@ class BandedStrategy(Strategy):
 
 def _start_columns(start: object, num_steps: int, num_bands: int) -> np.ndarray:
     """Returns the columns, of norm 1, of a strategy of this shape, and refuses anything else."""
-    if not isinstance(start, (BandedStrategy, ToeplitzStrategy)) or (
-        (start.num_steps, start.num_bands) != (num_steps, num_bands)
-    ):
-        raise ValueError(
-            f"Expected `start` to be a banded or Toeplitz strategy of {num_steps} steps and "
-            f"{num_bands} bands, or None. Received: start={start!r}. Leave it out to start from "
-            "the Toeplitz optimum."
-        )
+    message = (
+        f"Expected `start` to be a banded or Toeplitz strategy of {num_steps} steps and "
+        f"{num_bands} bands, or None. Received: start={start!r}. Leave it out to start from "
+        "the Toeplitz optimum."
+    )
+    if not isinstance(start, (BandedStrategy, ToeplitzStrategy)):
+        raise TypeError(message)
+    if (start.num_steps, start.num_bands) != (num_steps, num_bands):
+        raise ValueError(message)
     if isinstance(start, BandedStrategy):
         return start.columns
     return normalize_columns(np.tile(start.coefficients, (num_steps, 1)))

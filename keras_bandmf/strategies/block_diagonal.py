@@ -70,7 +70,7 @@ class BlockDiagonalStrategy(Strategy):
 
     def __post_init__(self):
         if not isinstance(self.block, BandedStrategy):
-            raise ValueError(
+            raise TypeError(
                 "Expected `block` to be a BandedStrategy for the steps of one block. Received: "
                 f"block={self.block!r}. `BlockDiagonalStrategy.optimize` finds one."
             )

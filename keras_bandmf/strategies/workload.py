@@ -174,16 +174,19 @@ def checked_workload(workload: object, num_steps: int) -> Workload | None:
       The workload, or None.
 
     Raises:
-      ValueError: if it is anything else, for instance a workload of another number of steps.
+      TypeError: if it is anything else.
+      ValueError: if it is a workload of another number of steps.
     """
     if workload is None:
         return None
-    if not isinstance(workload, Workload) or workload.num_steps != num_steps:
-        raise ValueError(
-            f"Expected `workload` to be a `Workload` of {num_steps} steps, or None for prefix "
-            f"sums. Received: workload={workload!r}. Make one with "
-            f"`Workload(num_steps={num_steps}, ...)`."
-        )
+    message = (
+        f"Expected `workload` to be a `Workload` of {num_steps} steps, or None for prefix sums. "
+        f"Received: workload={workload!r}. Make one with `Workload(num_steps={num_steps}, ...)`."
+    )
+    if not isinstance(workload, Workload):
+        raise TypeError(message)
+    if workload.num_steps != num_steps:
+        raise ValueError(message)
     return workload
 
 

@@ -240,7 +240,8 @@ def test_bad_sizes():
 )
 def test_bad_arguments_of_optimize(argument):
     (name,) = argument
-    with pytest.raises((TypeError, ValueError), match=f"`{name}`.*Received: {name}="):
+    is_type = name == "callback" or argument == {"start": "toeplitz"}
+    with pytest.raises(TypeError if is_type else ValueError, match=f"`{name}`.*Received: {name}="):
         BandedStrategy.optimize(10, 2, **argument)
     with pytest.raises((TypeError, ValueError), match="Expected `error` to be"):
         strategy(5, 2).loss("rms")

@@ -147,7 +147,7 @@ def test_arguments_out_of_range_are_refused(arguments):
 
 def test_a_block_that_is_no_banded_strategy_is_refused():
     toeplitz = strategies.ToeplitzStrategy.optimize(5, 2)
-    with pytest.raises(ValueError, match="`block`"):
+    with pytest.raises(TypeError, match="Expected `block`"):
         BlockDiagonalStrategy(toeplitz, 20)
     with pytest.raises(ValueError, match="num_steps"):
         BlockDiagonalStrategy(strategies.BandedStrategy.optimize(5, 2), 4)

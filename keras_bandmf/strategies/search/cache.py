@@ -47,13 +47,13 @@ class Store:
       request: everything that the result depends on, as `json` can write it.
 
     Raises:
-      ValueError: if `directory` is not a path.
+      TypeError: if `directory` is not a path.
       OSError: if the directory cannot be made.
     """
 
     def __init__(self, directory: str | os.PathLike[str], request: Mapping[str, Any]):
         if not isinstance(directory, (str, os.PathLike)):
-            raise ValueError(
+            raise TypeError(
                 "Expected `cache_dir` to be a path or None. Received: "
                 f"cache_dir={directory!r}. Pass the directory for results and checkpoints."
             )
