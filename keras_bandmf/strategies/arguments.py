@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -93,7 +93,7 @@ def participation_schema(
 
 def config_of(
     config: object, class_name: str, fields: tuple[str, ...], optional: tuple[str, ...] = ()
-) -> dict:
+) -> dict[str, Any]:
     """Returns `config` if it is a dict of that class with exactly those keys.
 
     Args:

@@ -78,7 +78,7 @@ class BandedStrategy(Strategy):
     workload: Workload | None = None
     num_steps: int = dataclasses.field(init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "columns", _checked_columns(self.columns))
         object.__setattr__(self, "num_steps", len(self.columns))
         checked_workload(self.workload, self.num_steps)

@@ -68,7 +68,7 @@ class BlockDiagonalStrategy(Strategy):
     # The same C as one banded strategy of n steps.
     _whole: BandedStrategy = dataclasses.field(init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.block, BandedStrategy):
             raise TypeError(
                 "Expected `block` to be a BandedStrategy for the steps of one block. Received: "

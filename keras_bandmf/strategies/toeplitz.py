@@ -80,7 +80,7 @@ class ToeplitzStrategy(Strategy):
     column_normalize: bool = True
     workload: Workload | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         num_steps = _checked_steps(self.num_steps)
         coefficients = checked_coefficients(self.coefficients)
         check_bands(len(coefficients), num_steps)

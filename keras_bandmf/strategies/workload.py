@@ -48,7 +48,7 @@ class Workload:
     nesterov: bool = False
     weight_decay: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n = checked_int("num_steps", self.num_steps)
         rates = _checked_rates(self.learning_rates, n)
         nesterov = checked_bool("nesterov", self.nesterov)

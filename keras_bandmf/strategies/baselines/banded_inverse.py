@@ -38,7 +38,7 @@ class BandedInverseStrategy(UnbandedToeplitz):
     num_steps: int
     num_inverse_bands: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         num_steps = checked_steps(self.num_steps)
         bands = checked_int("num_inverse_bands", self.num_inverse_bands)
         check_bands(bands, num_steps)

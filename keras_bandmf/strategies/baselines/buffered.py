@@ -47,7 +47,7 @@ class BufferedToeplitzStrategy(UnbandedToeplitz):
     output_scale: np.ndarray
     num_steps: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "num_steps", checked_steps(self.num_steps))
         for name in ("buffer_decay", "output_scale"):
             object.__setattr__(self, name, _checked_vector(name, getattr(self, name)))

@@ -55,7 +55,7 @@ class TreeStrategy(UnbandedStrategy):
     num_steps: int
     decoder: Decoder = "full"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "num_steps", checked_steps(self.num_steps))
         checked_choice("decoder", self.decoder, DECODERS)
 
