@@ -112,5 +112,5 @@ def test_bad_workloads():
             make_plan(workload=wrong)
     with pytest.raises(ValueError, match="class Adam"):
         make_plan(workload=keras.optimizers.Adam())
-    with pytest.raises(ValueError, match="not negative, and not zero throughout"):
+    with pytest.raises(ValueError, match="not negative, and not all zero"):
         make_plan(workload=keras.optimizers.SGD(0.0))
