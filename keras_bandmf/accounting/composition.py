@@ -112,7 +112,8 @@ def delta_of_ideal_noise(deltas: Sequence[float], delta: float) -> float:
 
 def _merged(events: Sequence[Event]) -> list[Event]:
     """Adds up the rounds of equal events, and merges Gaussians that are not sampled."""
-    precision, rounds = 0.0, {}
+    precision = 0.0
+    rounds: dict[tuple[float, float], int] = {}
     for count, probability, sigma in events:
         if probability < 1.0:
             rounds[probability, sigma] = rounds.get((probability, sigma), 0) + count
@@ -120,7 +121,7 @@ def _merged(events: Sequence[Event]) -> list[Event]:
             precision = math.inf
         else:
             precision += count / sigma**2
-    merged = [(count, *parts) for parts, count in rounds.items()]
+    merged = [(count, q, sigma) for (q, sigma), count in rounds.items()]
     return [(1, 1.0, precision**-0.5), *merged] if precision else merged
 
 

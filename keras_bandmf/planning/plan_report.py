@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from keras_bandmf._printed import rounded_down, rounded_up
-from keras_bandmf.accounting.accountant import FINITE_NOISE_SHARE, Schedule, accountant_name
+from keras_bandmf.accounting.accountant import FINITE_NOISE_SHARE, accountant_name
 from keras_bandmf.accounting.composition import event_parts
 from keras_bandmf.planning.statement import Statement
 from keras_bandmf.planning.tf_privacy import tf_privacy_epsilons
+from keras_bandmf.sampling.schedule import Schedule
 
 
 def planned_statement(
@@ -56,7 +57,7 @@ def planned_statement(
         epsilon=epsilon,
         delta=delta,
         adjacency=schedule.adjacency,
-        sampling=sampling_in_words(schedule),
+        sampling=schedule.in_words(),
         steps_charged=charged,
         steps_run=0,
         num_steps=schedule.num_steps,
@@ -70,22 +71,6 @@ def planned_statement(
         caveats=_caveats(schedule, delta, charged),
         plan_fingerprint=fingerprint,
         events=event_parts(event),
-    )
-
-
-def sampling_in_words(schedule: Schedule) -> str:
-    """How batches are drawn, in one line."""
-    if schedule.sampling == "fixed_order":
-        return (
-            f"fixed order: an example takes part at most {schedule.participations()} times, at "
-            f"least {schedule.separation} steps apart"
-        )
-    rate = rounded_up(schedule.sampling_probability, 6)
-    if schedule.num_bands == 1:
-        return f"Poisson: every example takes part at rate {rate}"
-    return (
-        f"cyclic Poisson: an example is in one of {schedule.num_bands} random groups; step i "
-        f"samples group i mod {schedule.num_bands} at rate {rate}"
     )
 
 

@@ -336,7 +336,7 @@ def _number_to_json(value: float) -> float | str:
     return "inf" if value == math.inf else value
 
 
-def _number_from_json(value: float | str) -> float:
+def _number_from_json(value: Any) -> Any:
     return math.inf if value == "inf" else value  # anything else is checked by __post_init__
 
 

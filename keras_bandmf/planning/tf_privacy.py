@@ -83,4 +83,7 @@ def _epsilon_in(report: str) -> float:
         )
     # Printed to nearest: half a unit of its last decimal makes it an upper bound again.
     printed = decimal.Decimal(found.group(1))
-    return float(printed + decimal.Decimal((0, (5,), printed.as_tuple().exponent - 1)))
+    exponent = printed.as_tuple().exponent
+    if not isinstance(exponent, int):
+        return float(printed)  # infinite: no decimals
+    return float(printed + decimal.Decimal((0, (5,), exponent - 1)))

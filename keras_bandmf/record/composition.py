@@ -106,5 +106,6 @@ def check_same(name: str, values: Iterable[str]) -> None:
         )
 
 
-def _joined(texts: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(texts))
+def _joined(texts: Iterable[str | None]) -> tuple[str, ...]:
+    """Returns the texts that there are, each once."""
+    return tuple(dict.fromkeys(text for text in texts if text is not None))

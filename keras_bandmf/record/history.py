@@ -156,7 +156,8 @@ def check_plan(variables: Iterable[Any], plan: TrainingPlan) -> None:
         ValueError: if their guarantees are about other neighbors, a restore failed, or the plan's
             delta cannot pay for the noise of the earlier runs.
     """
-    found, deltas = [plan.adjacency], []
+    found: list[str] = [plan.adjacency]
+    deltas: list[float] = []
     for run in runs_of(variables):
         if isinstance(run, PastRun):
             found.append(run.past.adjacency)
@@ -349,7 +350,7 @@ def from_array(
     Raises:
         ValueError: if it is damaged.
     """
-    digests = [""] * len(variables)
+    digests: list[bytes] = [b""] * len(variables)
     if array is None:
         known = [False] * len(variables)
     else:

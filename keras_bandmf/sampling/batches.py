@@ -10,8 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import checked_int
-from keras_bandmf.sampling.draws import SamplingRule, arrangement, round_up
+from keras_bandmf.sampling.draws import arrangement, round_up
 from keras_bandmf.sampling.examples import ExampleStore
+from keras_bandmf.sampling.laws import Draws, SamplingName
+from keras_bandmf.sampling.schedule import Schedule
 
 _DATASET_METHODS = frozenset(
     name for name in dir(tf.data.Dataset) if not name.startswith("_") and name != "element_spec"
@@ -43,11 +45,8 @@ class PrivateBatches:
             repeatable order, which is read once into memory.
         y: Targets, as `x`; None when there are none (or when the dataset brings them).
         sample_weight: Non-negative weights, one a row; a structure for several outputs.
-        num_examples: The plan's public number of examples; `x` must hold exactly as many rows.
-        batch_size: The plan's batch size (expected, under cyclic Poisson).
-        num_steps: The plan's number of steps.
-        num_bands: The plan's number of bands.
-        sampling: `"cyclic_poisson"` or `"fixed_order"`.
+        schedule: The schedule of the plan, which its epsilon is computed from, too. `x` must hold
+            exactly `schedule.num_examples` rows.
         plan_fingerprint: Fingerprint of the plan, by which `fit` knows its own batches.
         class_weight: Dict of class number to weight, multiplied into `sample_weight`.
         preprocess: Called on tensors of up to 1024 rows, as `preprocess(x)` or
@@ -66,33 +65,31 @@ class PrivateBatches:
         y: Any = None,
         sample_weight: Any = None,
         *,
-        num_examples: int,
-        batch_size: int,
-        num_steps: int,
-        num_bands: int,
-        sampling: str,
+        schedule: Schedule,
         plan_fingerprint: str,
         class_weight: dict[int, float] | None = None,
         preprocess: Any = None,
         seed: int | None = None,
     ):
-        rule = SamplingRule(num_examples, batch_size, num_steps, num_bands, sampling)
+        checked_schedule(schedule)
         seed_key = None if seed is None else _key_from_seed(seed)
-        store = ExampleStore.read(x, y, sample_weight, rule.num_examples, class_weight, preprocess)
-        self._begin(rule, store, plan_fingerprint, seed)
+        store = ExampleStore.read(
+            x, y, sample_weight, schedule.num_examples, class_weight, preprocess
+        )
+        self._begin(schedule, store, plan_fingerprint, seed)
         if seed_key is not None:
             self._set_key(seed_key)
 
     def _begin(
-        self, rule: SamplingRule, store: ExampleStore, plan_fingerprint: str, seed: int | None
+        self, schedule: Schedule, store: ExampleStore, plan_fingerprint: str, seed: int | None
     ) -> None:
         """Sets the fields of a run that has no key yet."""
-        self._rule = rule
+        self._schedule = schedule
         self._store = store
         self._plan_fingerprint = plan_fingerprint
         self._seed = seed
         self._key: np.ndarray | None = None
-        self._draws: Any = None
+        self._draws: Draws | None = None
         self._cursor = 0
 
     @property
@@ -103,32 +100,32 @@ class PrivateBatches:
     @property
     def num_examples(self) -> int:
         """The plan's public number of examples."""
-        return self._rule.num_examples
+        return self._schedule.num_examples
 
     @property
     def batch_size(self) -> int:
         """The plan's batch size: expected under cyclic Poisson, exact in fixed order."""
-        return self._rule.batch_size
+        return self._schedule.batch_size
 
     @property
     def num_steps(self) -> int:
         """Number of steps of the run."""
-        return self._rule.num_steps
+        return self._schedule.num_steps
 
     @property
     def num_bands(self) -> int:
         """Number of bands, and of groups under cyclic Poisson."""
-        return self._rule.num_bands
+        return self._schedule.num_bands
 
     @property
-    def sampling(self) -> str:
+    def sampling(self) -> SamplingName:
         """`"cyclic_poisson"` or `"fixed_order"`."""
-        return self._rule.sampling
+        return self._schedule.sampling
 
     @property
     def steps_per_epoch(self) -> int:
         """`num_examples // batch_size`."""
-        return self._rule.steps_per_epoch
+        return self._schedule.steps_per_epoch
 
     @property
     def seed(self) -> int | None:
@@ -183,7 +180,7 @@ class PrivateBatches:
 
     def _set_key(self, key: np.ndarray) -> None:
         # Draws first: a failure in between must not leave a key without its draws.
-        self._draws = self._rule.draws(key)
+        self._draws = self._schedule.draws(key)
         self._key = key
 
     def __getstate__(self) -> dict[str, Any]:
@@ -206,12 +203,11 @@ class PrivateBatches:
         Raises:
             RuntimeError: No key is bound.
         """
-        self._bound_draws()
-        return self._store.digest(self._key.tobytes())
+        return self._store.digest(self._bound_key().tobytes())
 
     def padded_size(self, num_replicas: int = 1) -> int:
         """Rows P of a padded batch over all replicas; see `SamplingRule.padded_size`."""
-        return self._rule.padded_size(num_replicas)
+        return self._schedule.padded_size(num_replicas)
 
     def indices(self, t: int) -> np.ndarray:
         """Examples of step t.
@@ -276,7 +272,7 @@ class PrivateBatches:
         # Never cut: an example that is dropped leaves the law the accounting assumes.
         padded_size = self.padded_size(num_replicas)
         size = round_up(max(len(indices) + num_replicas, padded_size), padded_size)
-        places, words = arrangement(self._key, t, len(indices), size, num_replicas)
+        places, words = arrangement(self._bound_key(), t, len(indices), size, num_replicas)
         mask = np.zeros(size, bool)
         mask[places] = True
         rows = np.empty(size, np.int64)
@@ -351,15 +347,43 @@ class PrivateBatches:
             f"num_bands={self.num_bands} cursor={self.cursor} bound={self.bound}>"
         )
 
-    def _bound_draws(self) -> Any:
-        if self._draws is None:
+    def _bound_draws(self) -> Draws:
+        return self._bound()[1]
+
+    def _bound_key(self) -> np.ndarray:
+        return self._bound()[0]
+
+    def _bound(self) -> tuple[np.ndarray, Draws]:
+        if self._key is None or self._draws is None:
             raise RuntimeError(
                 "These batches have no sampler key yet, so they cannot be drawn. Give them to "
                 "`fit` of a privatized model, which binds the key of its run; in a custom loop "
                 "call `batches.bind(key)` with two secret uint64; in a test pass "
                 "`plan.batches(..., seed=0)`."
             )
-        return self._draws
+        return self._key, self._draws
+
+
+def checked_schedule(schedule: Schedule) -> Schedule:
+    """Returns a schedule that batches can be drawn by.
+
+    Args:
+        schedule: The schedule of a plan.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        TypeError: It is not a `Schedule`.
+        ValueError: It declares participations that the sampler would exceed.
+    """
+    if type(schedule) is not Schedule:
+        raise TypeError(
+            "Expected `schedule` to be the `Schedule` of a plan. Received: "
+            f"schedule={schedule!r}. Use `plan.batches(x, y)`, which passes its own."
+        )
+    schedule.check_own_batches()
+    return schedule
 
 
 def _checked_key(key: np.ndarray) -> np.ndarray:

@@ -112,7 +112,7 @@ class ExampleStore:
 
         def add(array: np.ndarray, name: str) -> np.ndarray:
             hasher.update(f"{name} {array.dtype.str} {array.shape}".encode())
-            hasher.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            hasher.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             return array
 
         for name, column in self._columns.items():

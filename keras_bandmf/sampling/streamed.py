@@ -10,9 +10,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import checked_int
-from keras_bandmf.sampling.batches import PrivateBatches
-from keras_bandmf.sampling.draws import FIXED_ORDER, SamplingRule
+from keras_bandmf.sampling.batches import PrivateBatches, checked_schedule
 from keras_bandmf.sampling.examples import ExampleStore
+from keras_bandmf.sampling.schedule import Schedule
 from keras_bandmf.sampling.sources import leaves, refuse_composites, unpacked
 
 _PROBED_BATCHES = 8
@@ -35,10 +35,9 @@ class StreamedBatches(PrivateBatches):
     Args:
         stream: Yields batches `x`, `(x, y)` or `(x, y, sample_weight)` of `batch_size` rows, and
             at the end the rest; in the same order whenever it is read.
-        num_examples: The plan's public number of examples; the stream must hold exactly as many.
-        batch_size: The plan's batch size.
-        num_steps: The plan's number of steps.
-        num_bands: The plan's number of bands.
+        schedule: The schedule of the plan, which its epsilon is computed from, too: a fixed order
+            without declared participations. The stream must hold exactly `schedule.num_examples`
+            rows.
         plan_fingerprint: Fingerprint of the plan, by which `fit` knows its own batches.
 
     Raises:
@@ -51,13 +50,16 @@ class StreamedBatches(PrivateBatches):
         self,
         stream: tf.data.Dataset,
         *,
-        num_examples: int,
-        batch_size: int,
-        num_steps: int,
-        num_bands: int,
+        schedule: Schedule,
         plan_fingerprint: str,
     ):
-        rule = SamplingRule(num_examples, batch_size, num_steps, num_bands, FIXED_ORDER)
+        checked_schedule(schedule)
+        if schedule.sampling != "fixed_order" or schedule.min_separation is not None:
+            raise ValueError(
+                "Expected `schedule` to be in a fixed order and to declare no participations: they "
+                f"follow from the stream. Received: schedule={schedule!r}. For Poisson sampling "
+                "read the data into memory with `plan.batches`."
+            )
         if not isinstance(stream, tf.data.Dataset):
             raise TypeError(
                 "`stream` must be a tf.data.Dataset of batches. Received: stream of type "
@@ -72,30 +74,32 @@ class StreamedBatches(PrivateBatches):
         options = tf.data.Options()
         options.deterministic = True
         self._stream = stream.with_options(options)
-        first, self._digests = self._read(rule)
-        self._begin(rule, first, plan_fingerprint, None)
+        first, self._digests = self._read(schedule)
+        self._begin(schedule, first, plan_fingerprint, None)
         self._probe()
 
-    def _read(self, rule: SamplingRule) -> tuple[ExampleStore, list[bytes]]:
+    def _read(self, schedule: Schedule) -> tuple[ExampleStore, list[bytes]]:
         """The first batch, and the digests of all full ones."""
-        first, digests = None, []
+        first: ExampleStore | None = None
+        digests: list[bytes] = []
         found = 0
         for batch in self._batches_from(0):
-            if batch.num_examples > rule.batch_size or found % rule.batch_size:
+            if batch.num_examples > schedule.batch_size or found % schedule.batch_size:
                 raise ValueError(
-                    f"`stream` must yield batches of batch_size={rule.batch_size} rows, and fewer "
-                    f"only at its end. Received: {batch.num_examples} rows after {found}."
+                    f"`stream` must yield batches of batch_size={schedule.batch_size} rows, and "
+                    "fewer only at its end. Received: "
+                    f"{batch.num_examples} rows after {found}."
                 )
             found += batch.num_examples
-            if found > rule.num_examples:
+            if found > schedule.num_examples:
                 break
             first = first or batch
-            if batch.num_examples == rule.batch_size:
+            if batch.num_examples == schedule.batch_size:
                 digests.append(batch.digest(b""))
-        if found != rule.num_examples:
+        if first is None or found != schedule.num_examples:
             raise ValueError(
-                f"`stream` must yield num_examples={rule.num_examples} rows. Received: "
-                f"{'more' if found > rule.num_examples else found}. num_examples is a public "
+                f"`stream` must yield num_examples={schedule.num_examples} rows. Received: "
+                f"{'more' if found > schedule.num_examples else found}. num_examples is a public "
                 "constant of the plan: make the plan for the rows there are, and cut nothing off "
                 "(no `.take`; of TFXIO, drop_final_batch=False: the rest is left out here)."
             )
@@ -120,8 +124,8 @@ class StreamedBatches(PrivateBatches):
             columns = unpacked(element, "the stream")
             shape = leaves(columns)[0].shape
             rows = shape[0] if shape.rank else 0
-            parts = (columns.get(name) for name in ("x", "y", "sample_weight"))
-            yield ExampleStore.read(*parts, rows)
+            x, y, weight = (columns.get(name) for name in ("x", "y", "sample_weight"))
+            yield ExampleStore.read(x, y, weight, rows)
 
     def _from_cursor(self, num_replicas: int) -> Iterator[dict[str, Any]]:
         step = self.cursor
@@ -156,6 +160,5 @@ class StreamedBatches(PrivateBatches):
 
     def digest(self) -> bytes:
         """As of `PrivateBatches`."""
-        self._bound_draws()
         rows = b"".join(self._digests)
-        return hashlib.blake2b(rows, key=self._key.tobytes(), digest_size=32).digest()
+        return hashlib.blake2b(rows, key=self._bound_key().tobytes(), digest_size=32).digest()
