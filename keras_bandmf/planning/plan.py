@@ -129,7 +129,8 @@ class TrainingPlan:
             TypeError: An argument has the wrong type.
             ValueError: A value or a combination cannot be accounted for.
         """
-        for name, value in (("num_bands", num_bands), ("sampling", sampling)):
+        choices: dict[str, object] = {"num_bands": num_bands, "sampling": sampling}
+        for name, value in choices.items():
             if isinstance(value, str) and value == "auto":
                 raise ValueError(
                     f"`{name}='auto'` depends on a target epsilon. Received: {name}='auto', "
