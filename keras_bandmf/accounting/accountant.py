@@ -27,7 +27,14 @@ _LEAST_DELTA = 1e-100  # below it, products of probabilities underflow
 
 
 def accountant_name(event: dp_accounting.DpEvent) -> str:
-    """What `epsilon_of` computes with: "PLD", or "analytic Gaussian" where nothing is sampled."""
+    """Returns what `epsilon_of` computes with: "PLD", or "analytic Gaussian" without sampling.
+
+    Args:
+        event: An event that `Schedule.dp_event` made.
+
+    Returns:
+        The name for the statement.
+    """
     rounds, probability, _ = parts_of(event)
     return "analytic Gaussian" if rounds and probability == 1.0 else "PLD"
 
@@ -35,22 +42,26 @@ def accountant_name(event: dp_accounting.DpEvent) -> str:
 def epsilon_of(
     event: dp_accounting.DpEvent, delta: float, accuracy: float = FINE_ACCURACY
 ) -> float:
-    """The epsilon of an event at `delta`, of which the finitely many bits of the noise get a share.
+    """Returns the epsilon of an event at `delta`.
 
-    Formal guarantees: an upper bound on the epsilon at delta * (1 - FINITE_NOISE_SHARE), as of
-    `gaussian_epsilon` and `sampled_gaussian_epsilon`. So a run whose noise is within
+    The noise is made of finitely many random bits, which may cost a small share of delta. Epsilon
+    is computed at the rest.
+
+    Formal guarantees: an upper bound on the epsilon at delta * (1 - FINITE_NOISE_SHARE), as
+    `gaussian_epsilon` and `sampled_gaussian_epsilon` guarantee it. So a run whose noise is within
     FINITE_NOISE_SHARE * delta of ideal noise in total variation is (epsilon, delta)-private.
 
     Args:
-        event: an event built by `Schedule.dp_event`.
-        delta: in (0, 1), at least 10^-100.
-        accuracy: how much of epsilon the accountant's grid may cost, about.
+        event: An event that `Schedule.dp_event` made.
+        delta: In (0, 1), at least 10^-100.
+        accuracy: The share of epsilon that the accountant's grid may cost, about.
 
     Returns:
         Epsilon; `math.inf` for no noise (a multiplier below 10^-6).
 
     Raises:
-        ValueError: for an event of another make, or a delta out of range.
+        TypeError: `delta` is not a number.
+        ValueError: The event is of another form, or `delta` is out of range.
     """
     delta = checked_delta(delta)
     rounds, probability, sigma = parts_of(event)
@@ -69,8 +80,8 @@ def checked_delta(delta: float) -> float:
     """Returns `delta` as a float that the accounting can work with.
 
     Raises:
-        TypeError: if it is not a real number.
-        ValueError: if it is not in [10^-100, 1).
+        TypeError: It is not a real number.
+        ValueError: It is not in [10^-100, 1).
     """
     hint = "Use a delta below 1 / num_examples, such as 1e-6."
     delta = checked_float("delta", delta, above=0.0, below=1.0, hint=hint)
@@ -85,24 +96,25 @@ def calibrate_noise(
     accuracy: float = FINE_ACCURACY,
     guess: float | None = None,
 ) -> float:
-    """The smallest noise multiplier with which the whole run is (epsilon, delta)-private.
+    """Returns the smallest noise multiplier with which the whole run is (epsilon, delta)-private.
 
     Formal guarantees: on the safe side. `epsilon_of(schedule.dp_event(sigma), delta, accuracy)`
     was evaluated at the very sigma returned and is at most `epsilon`; sigma is larger than
     necessary for that by about 10^-6 of itself (10^-4 in a coarse sweep).
 
     Args:
-        schedule: the run.
-        epsilon: the target, from 10^-6 to 10^6.
-        delta: in (0, 1).
-        accuracy: as of `epsilon_of`; anything above `FINE_ACCURACY` is a sweep.
-        guess: where to start; found at the coarse accuracy if None.
+        schedule: The schedule of the run.
+        epsilon: The target, from 10^-6 to 10^6.
+        delta: In (0, 1).
+        accuracy: See `epsilon_of`; anything above `FINE_ACCURACY` is a sweep.
+        guess: Where to start; None finds a start at the coarse accuracy.
 
     Returns:
         sigma, above 0.
 
     Raises:
-        ValueError: if an argument is out of range.
+        TypeError: An argument is not a number.
+        ValueError: An argument is out of range.
     """
     epsilon = checked_epsilon(epsilon)
     delta = checked_delta(delta)
@@ -134,8 +146,8 @@ def checked_epsilon(epsilon: float) -> float:
     """Returns a target `epsilon` as a float that noise can be calibrated to.
 
     Raises:
-        TypeError: if it is not a real number.
-        ValueError: if it is not in [10^-6, 10^6].
+        TypeError: It is not a real number.
+        ValueError: It is not in [10^-6, 10^6].
     """
     hint = "A useful epsilon is between 0.01 and 100."
     epsilon = checked_float("epsilon", epsilon, above=0.0, hint=hint)
@@ -163,7 +175,10 @@ def _bracket(excess: Callable[[float], float], start: float, step: float) -> tup
 
 
 def _unamplified_noise(schedule: Schedule, epsilon: float, delta: float) -> float:
-    """Enough noise without amplification: rho-zCDP has epsilon rho + 2 sqrt(rho log(1/delta))."""
+    """Returns enough noise without amplification.
+
+    By zero-concentrated differential privacy: rho has epsilon rho + 2 sqrt(rho log(1 / delta)).
+    """
     rounds, _, _ = parts_of(schedule.dp_event(1.0))
     log = math.log(1 / delta)
     root_rho = epsilon / (math.sqrt(log + epsilon) + math.sqrt(log))
@@ -171,10 +186,16 @@ def _unamplified_noise(schedule: Schedule, epsilon: float, delta: float) -> floa
 
 
 def parts_of(event: dp_accounting.DpEvent) -> tuple[int, float, float]:
-    """The (rounds, sampling probability, noise multiplier) of what `Schedule.dp_event` made.
+    """Returns the (rounds, sampling probability, noise multiplier) of an event.
+
+    Args:
+        event: An event that `Schedule.dp_event` made.
+
+    Returns:
+        (0, 0.0, 0.0) for no step; the probability is 1 for a Gaussian that is not sampled.
 
     Raises:
-        ValueError: for an event of another make.
+        ValueError: The event has another form.
     """
     if isinstance(event, dp_accounting.NoOpDpEvent):
         return 0, 0.0, 0.0
@@ -188,5 +209,5 @@ def parts_of(event: dp_accounting.DpEvent) -> tuple[int, float, float]:
             return event.count, sampled.sampling_probability, sampled.event.noise_multiplier
     raise ValueError(
         "Expected an event made by `Schedule.dp_event`: a Gaussian, or a composition of Poisson-"
-        f"sampled Gaussians. Received: event={event!r}. Use dp_accounting itself for others."
+        f"sampled Gaussians. Received: event={event!r}. For other events, use dp_accounting itself."
     )

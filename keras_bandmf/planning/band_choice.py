@@ -134,7 +134,7 @@ def max_bands_for_memory(num_parameters: int, memory_bytes: int, num_replicas: i
     Example:
         >>> import keras_bandmf as bandmf
         >>> bandmf.max_bands_for_memory(num_parameters=1_000_000, memory_bytes=64_000_000)
-        17
+        16
     """
     shape = (checked_int("num_parameters", num_parameters),)
     memory_bytes = checked_int("memory_bytes", memory_bytes, minimum=0)

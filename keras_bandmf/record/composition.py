@@ -103,7 +103,8 @@ def check_same(name: str, values: Iterable[str]) -> None:
         raise ValueError(
             f"Expected runs on the same weights to have the same `{name}`, because they are "
             f"composed. Received: {', '.join(found)}. Plan both with the same `sampling` "
-            "('cyclic_poisson' or 'fixed_order'), or start from weights that no private run has trained."
+            "('cyclic_poisson' or 'fixed_order'), or start from weights that no private run has "
+            "trained."
         )
 
 

@@ -11,15 +11,15 @@ GROUPS, INCLUSION, ORDER, PLACES = 1, 2, 3, 4
 
 
 def bit_stream(key: np.ndarray, purpose: int, step: int = 0) -> np.random.Philox:
-    """Philox 4x64 at a counter of its own for each purpose and step.
+    """Returns a Philox 4x64 generator at a counter of its own for each purpose and step.
 
-    Only raw 64-bit words are taken from it: they are the algorithm's output and the same in every
-    NumPy version, which is not promised for NumPy's distributions.
+    Only raw 64-bit words are taken from it, because they are the algorithm's output and the same
+    in every NumPy version, which is not promised for NumPy's distributions.
 
     Args:
         key: Two uint64.
-        purpose: What the bits are for.
-        step: The step they are for.
+        purpose: What the bits are for: one of the constants of this file.
+        step: The step that they are for.
 
     Returns:
         A bit generator; its words depend on the arguments alone.
@@ -31,7 +31,7 @@ def bit_stream(key: np.ndarray, purpose: int, step: int = 0) -> np.random.Philox
 def arrangement(
     key: np.ndarray, step: int, count: int, size: int, num_replicas: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where the rows of a step stand in its padded batch, and what the padding is a copy of.
+    """Returns where the rows of a step stand in its padded batch, and what fills the padding.
 
     Args:
         key: Two uint64.
@@ -62,7 +62,7 @@ def arrangement(
 def bernoulli_positions(
     bits: np.random.BitGenerator, count: int, numerator: int, denominator: int
 ) -> np.ndarray:
-    """Positions of the successes among independent Bernoulli trials.
+    """Returns the positions of the successes among independent Bernoulli trials.
 
     A trial succeeds when a 64-bit uniform integer lies below `floor(2^64 p)`. Its upper 16 bits
     decide all but one trial in 65536, so a word serves four trials and only ties draw the rest.
@@ -89,5 +89,5 @@ def bernoulli_positions(
 
 
 def round_up(value: int, multiple: int) -> int:
-    """Smallest multiple of `multiple` that is at least `value`."""
+    """Returns the smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
