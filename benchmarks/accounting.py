@@ -30,10 +30,10 @@ from dp_accounting.pld import privacy_loss_distribution
 from keras_bandmf.accounting.accountant import (
     FINE_ACCURACY,
     FINITE_NOISE_SHARE,
-    Schedule,
     calibrate_noise,
     epsilon_of,
 )
+from keras_bandmf.sampling.schedule import Schedule
 
 _MAX_FREQUENCIES = 3000
 

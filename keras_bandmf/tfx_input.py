@@ -228,14 +228,7 @@ def streamed_batches(stream: tf.data.Dataset, plan: TrainingPlan) -> StreamedBat
             f"sampling={plan.sampling!r}, max_participations={plan.max_participations}. For "
             "Poisson sampling use `private_batches`."
         )
-    return StreamedBatches(
-        stream,
-        num_examples=plan.num_examples,
-        batch_size=plan.batch_size,
-        num_steps=plan.num_steps,
-        num_bands=plan.num_bands,
-        plan_fingerprint=plan.fingerprint,
-    )
+    return StreamedBatches(stream, schedule=plan.schedule, plan_fingerprint=plan.fingerprint)
 
 
 def _refuse_other_streams(stream: Any) -> None:

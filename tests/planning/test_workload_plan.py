@@ -80,9 +80,9 @@ def test_a_strategy_object_keeps_its_own(plan):
     ordinary = ToeplitzStrategy([1.0, 0.5], N)
     assert make_plan(num_bands=None, strategy=ordinary, workload=Workload(N)).workload is None
     for own, given in ((strategy, Workload(N)), (ordinary, MOMENTUM)):
-        with pytest.raises(ValueError, match="the one the strategy was optimised for"):
+        with pytest.raises(ValueError, match="the one that the strategy was optimized for"):
             make_plan(num_bands=None, strategy=own, workload=given)
-        with pytest.raises(ValueError, match="the one the strategy was optimised for"):
+        with pytest.raises(ValueError, match="the one that the strategy was optimized for"):
             TrainingPlan.calibrate(**TARGET, strategy=own, sampling="auto", workload=given)
 
 
