@@ -8,7 +8,8 @@ read. All of them are float32 (float64 for float64 variables), whatever the mode
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import tensorflow as tf
 
@@ -32,8 +33,49 @@ _FEW_POSITIONS = 64
 _UNKNOWN_POSITIONS = 64
 
 
+_DIFFERENT_KINDS = "one variable is used by layers of different kinds (tied weights)"
+
+
 class Unsupported(Exception):
     """This layer or model cannot take the book-keeping path; the message says why."""
+
+
+class Factor(Protocol):
+    """The gradients of all examples by one variable, of one call of a layer or of all calls.
+
+    A rule returns one for each call (`LayerRule.gradients`). Those of a variable that is used in
+    several calls add up before the norm is taken (`merge.merged`).
+
+    Formal guarantees: `squared_norms` may be too large, never too small by more than rounding, and
+    `weighted_sum` is the sum over the examples of these very gradients.
+    """
+
+    def joined(self, factors: Sequence[Factor]) -> Factor:
+        """Returns one factor for the sum of several.
+
+        Args:
+            factors: This factor first, then those of the other calls.
+
+        Raises:
+            Unsupported: If another factor is of another kind or arranged in another way.
+        """
+
+    def resolved(self) -> Factor:
+        """Returns the same gradients in the form that is cheapest to use; often itself."""
+
+    def squared_norms(self) -> tf.Tensor:
+        """Returns the squared norm of the gradient of every example, shape (batch,)."""
+
+    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
+        """Returns the sum over examples of weight times gradient.
+
+        Args:
+            weights: Shape (batch,), of the dtype of the gradients. A gradient whose weight is not
+                positive adds exactly zero, whatever it is.
+
+        Returns:
+            The sum, in the shape in which the variable is released.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +134,19 @@ class Rows:
         total = tf.reshape(_total_of_blocks(_kept(flat, weights), weights), sizes[1:])
         return total if self.layout is None else self.layout(total)
 
+    def joined(self, factors: Sequence[Factor]) -> Rows:
+        """Returns the sum of gradients that are all written out in the same layout."""
+        rows = [factor for factor in factors if isinstance(factor, Rows)]
+        if len(rows) < len(factors) or any(f.layout != self.layout for f in rows):
+            raise Unsupported(_DIFFERENT_KINDS)
+        if any(f.values.shape[1:] != self.values.shape[1:] for f in rows):
+            raise Unsupported(_DIFFERENT_KINDS)
+        return Rows(tf.add_n([f.values for f in rows]), self.layout)
+
+    def resolved(self) -> Rows:
+        """Returns itself: nothing is cheaper than gradients that are written out."""
+        return self
+
 
 def _total_of_blocks(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
     """Sum over rows of weight times row, float64.
@@ -126,8 +181,18 @@ class Outer:
         self.g = g
         self.layout = layout
 
+    def joined(self, factors: Sequence[Factor]) -> Outer:
+        """Returns the sum of products in the same layout: their positions one after another."""
+        outers = [factor for factor in factors if isinstance(factor, Outer)]
+        if len(outers) < len(factors) or any(f.layout != self.layout for f in outers):
+            raise Unsupported(_DIFFERENT_KINDS)
+        if len(outers) == 1:
+            return self
+        a = tf.concat([f.a for f in outers], axis=2)
+        return Outer(a, tf.concat([f.g for f in outers], axis=2), self.layout)
+
     def resolved(self) -> Rows | Outer:
-        """`Rows` if the product is the cheaper way to the norm, else itself."""
+        """Returns `Rows` if writing the product out is the cheaper way to the norm, else itself."""
         _, _, count, width = dims(self.a)
         return self.as_rows() if prefers_product(count, width, dims(self.g)[-1]) else self
 
@@ -191,12 +256,27 @@ class Lookup:
         self.g = g
         self.rows = rows
 
+    def joined(self, factors: Sequence[Factor]) -> Lookup:
+        """Returns the sum of look-ups in one table: their positions one after another."""
+        lookups = [factor for factor in factors if isinstance(factor, Lookup)]
+        if len(lookups) < len(factors):
+            raise Unsupported(_DIFFERENT_KINDS)
+        if len(lookups) == 1:
+            return self
+        ids = tf.concat([f.ids for f in lookups], axis=1)
+        return Lookup(ids, tf.concat([f.g for f in lookups], axis=1), self.rows)
+
+    def resolved(self) -> Lookup:
+        """Returns itself: the table is never written out for each example."""
+        return self
+
     def squared_norms(self) -> tf.Tensor:
         """Squared norms; positions that read the same row are added up first."""
         count = dims(self.ids)[1]
-        if static(count) == 1:
+        known = static(count)
+        if known == 1:
             return tf.reduce_sum(tf.square(self.g), axis=[1, 2])
-        if static(count) is not None and static(count) <= _FEW_POSITIONS:
+        if known is not None and known <= _FEW_POSITIONS:
             exact = self._by_pairs()
         else:
             exact = self._by_order()
@@ -241,14 +321,15 @@ class Lookup:
 
 def _check_chain(stacked: tf.Tensor) -> None:
     """Refuses float64 sums so long that their rounding would count."""
-    sizes = [static(size) for size in dims(stacked)]
-    if stacked.dtype == tf.float64 and None not in (sizes[0], sizes[-2]):
-        if sizes[0] * sizes[-2] > LARGEST_CHAIN:
-            raise ValueError(
-                f"In float64 up to {LARGEST_CHAIN} rows times positions are added at once. "
-                f"Received: {sizes[0]} rows of {sizes[-2]} positions. Pass a smaller "
-                "`microbatch_size` to `privatize` or `clipped_gradients`."
-            )
+    rows, positions = static(dims(stacked)[0]), static(dims(stacked)[-2])
+    if stacked.dtype != tf.float64 or rows is None or positions is None:
+        return
+    if rows * positions > LARGEST_CHAIN:
+        raise ValueError(
+            f"In float64 up to {LARGEST_CHAIN} rows times positions are added at once. "
+            f"Received: {rows} rows of {positions} positions. Pass a smaller "
+            "`microbatch_size` to `privatize` or `clipped_gradients`."
+        )
 
 
 def prefers_product(count: object, width_in: int, width_out: int) -> bool:

@@ -9,9 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-# The one class that resolves losses as `compile` does; Keras does not export it.
-from keras.src.trainers.compile_utils import CompileLoss
-
+from keras_bandmf._keras_internals import compiled_loss, loss_of_training_step, resolved_loss
 from keras_bandmf.clipping.shapes import on_tensors
 
 BatchLoss = Callable[[Any, Any, Any, Any], tf.Tensor]
@@ -38,13 +36,11 @@ def batch_loss(model: keras.Model, loss: Any = None) -> BatchLoss:
     if loss is None and overrides_compute_loss(model):
 
         def compute(x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
-            return model._compute_loss(
-                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
-            )
+            return loss_of_training_step(model, x, y, y_pred, sample_weight)
 
         return _alone(compute)
 
-    compiled = getattr(model, "_compile_loss", None) if loss is None else _compiled(loss)
+    compiled = compiled_loss(model) if loss is None else _compiled(loss)
     if compiled is None:
         raise ValueError(
             "Expected a compiled model, or `loss=`: there is no loss to differentiate. Call "
@@ -74,7 +70,7 @@ def build_loss(model: keras.Model, x: Any, y: Any) -> None:
     Raises:
         ValueError: several outputs, not built yet, inside a graph, where no variable can be made.
     """
-    compiled = getattr(model, "_compile_loss", None)
+    compiled = compiled_loss(model)
     if compiled is None or compiled.built or overrides_compute_loss(model):
         return
     if tf.executing_eagerly():
@@ -133,7 +129,7 @@ def no_replicas() -> Iterator[None]:
         yield
 
 
-def _compiled(loss: Any) -> CompileLoss:
+def _compiled(loss: Any) -> Callable[[Any, Any, Any], Any]:
     """`loss` as `compile` would resolve it, for a model with one output."""
     if keras.tree.is_nested(loss):
         raise ValueError(
@@ -141,4 +137,4 @@ def _compiled(loss: Any) -> CompileLoss:
             "(y_true, y_pred). For several outputs use `compile(loss=...)`. "
             f"Received: loss={loss!r}"
         )
-    return CompileLoss(loss)
+    return resolved_loss(loss)

@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf._checks import checked_float
-from keras_bandmf._keras_internals import trained_layers
+from keras_bandmf._keras_internals import own_trainable_variables, trained_layers
 from keras_bandmf._printed import rounded_up
 
 # Below this norm automatic clipping no longer scales up to the clip norm: squares of smaller
@@ -140,7 +140,7 @@ class PerLayerClipping(ClippingMode):
         layers = trained_layers(model)
         owner: dict[int, int] = {}
         for i, layer in enumerate(layers):
-            for variable in layer._trainable_variables:
+            for variable in own_trainable_variables(layer):
                 owner.setdefault(id(variable), i)
         owners = [owner[id(variable)] for variable in model.trainable_variables]
         used = sorted(set(owners))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import compiled_metrics
 from keras_bandmf.clipping.checks.captures import Refused, Watch, written_in
 from keras_bandmf.clipping.checks.unseen import unseen
 from keras_bandmf.clipping.paths.book_keeping import Clipped
@@ -128,7 +129,7 @@ def written_by_metrics(
     Formal guarantees: empty if the metrics are not built yet, which `fit` does, or cannot be
     traced: they run eagerly then, and what they write is out of sight.
     """
-    compiled = getattr(model, "_compile_metrics", None)
+    compiled = compiled_metrics(model)
     if compiled is None or not compiled.built:
         return {}
 

@@ -7,6 +7,12 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import (
+    keras_logits,
+    keras_mask,
+    set_keras_logits,
+    set_keras_mask,
+)
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import BatchLoss
 
@@ -85,8 +91,8 @@ class _Leaf:
     """A tensor and what Keras hangs on it and reads in losses: its mask and its logits."""
 
     def __init__(self, leaf: tf.Tensor | None):
-        self.mask = getattr(leaf, "_keras_mask", None)
-        self.logits = getattr(leaf, "_keras_logits", None)
+        self.mask = keras_mask(leaf)
+        self.logits = keras_logits(leaf)
         self.activation = None
         if leaf is not None and self.logits is None and not tf.executing_eagerly():
             # In a graph Keras looks for the operation that made the output and takes its input.
@@ -105,7 +111,7 @@ class _Leaf:
         if self.activation is not None:
             leaf = self.activation(leaf)
         if self.mask is not None:
-            leaf._keras_mask = next(rest)
+            set_keras_mask(leaf, next(rest))
         if self.logits is not None:
-            leaf._keras_logits = next(rest)
+            set_keras_logits(leaf, next(rest))
         return leaf

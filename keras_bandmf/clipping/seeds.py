@@ -16,10 +16,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-# The generator that `seed=None` stands for; Keras does not export it.
-from keras.src.backend.common.global_state import get_global_attribute
-from keras.src.random.seed_generator import global_seed_generator
-
+from keras_bandmf._keras_internals import (
+    all_layers,
+    existing_global_seed_generator,
+    global_seed_generator,
+    own_seed_generators,
+)
 from keras_bandmf.clipping.checks.captures import Refused
 
 # A seed has 64 bits: 28 number steps and replicas, 26 the rows of a batch, 10 the draws of a pass.
@@ -101,10 +103,10 @@ def seed_generators(model: keras.layers.Layer) -> list[keras.random.SeedGenerato
         # Where it cannot be made, a draw from it is refused: it would write its new variable.
         with contextlib.suppress(RuntimeError), tf.init_scope():
             global_seed_generator()
-    shared = get_global_attribute("global_seed_generator")
+    shared = existing_global_seed_generator()
     found = [] if shared is None else [shared]
-    for layer in model._flatten_layers():
-        found += layer._seed_generators
+    for layer in all_layers(model):
+        found += own_seed_generators(layer)
     return list({id(generator): generator for generator in found}.values())
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import keras
 
+from keras_bandmf._keras_internals import all_layers
+
 
 def named_layers(
     argument: str, names: Any, every: Sequence[keras.layers.Layer]
@@ -43,4 +45,4 @@ def named_layers(
 
 def within(layers: Sequence[keras.layers.Layer]) -> list[keras.layers.Layer]:
     """The layers and all layers inside them."""
-    return [part for layer in layers for part in layer._flatten_layers()]
+    return [part for layer in layers for part in all_layers(layer)]

@@ -9,6 +9,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import (
+    call_that_made,
+    graph_inside,
+    inner_layers,
+    own_trainable_variables,
+)
 from keras_bandmf.clipping import LayerRule
 from keras_bandmf.clipping.coordinates import set_coordinates
 from keras_bandmf.clipping.rules.registry import set_rule
@@ -29,15 +35,15 @@ def head_layers(model: keras.Model) -> list[keras.layers.Layer]:
         seen: set[int] = set()
         waiting = list(keras.tree.flatten(functional.outputs))
         while waiting:
-            operation, node, _ = waiting.pop()._keras_history
+            operation, call = call_that_made(waiting.pop())
             if id(operation) in seen:
                 continue
             seen.add(id(operation))
             inner = _last_kernel(operation)
             if inner:
                 found += inner
-            elif operation._inbound_nodes:
-                waiting += operation._inbound_nodes[node].input_tensors
+            elif call is not None:
+                waiting += call.input_tensors
         return found
     return _last_kernel(model)
 
@@ -47,8 +53,8 @@ def _last_kernel(operation: object) -> list[keras.layers.Layer]:
         return []
     if isinstance(operation, keras.Model) and _functional(operation) is not None:
         return head_layers(operation)
-    # Not `_flatten_layers`, whose order is not that of the attributes.
-    for child in reversed(operation._layers):
+    # Not `all_layers`, whose order is not that of the attributes.
+    for child in reversed(inner_layers(operation)):
         found = _last_kernel(child)
         if found:
             return found
@@ -56,7 +62,7 @@ def _last_kernel(operation: object) -> list[keras.layers.Layer]:
 
 
 def _functional(model: keras.Model) -> keras.Model | None:
-    model = getattr(model, "_functional", None) or model
+    model = graph_inside(model) or model
     return model if hasattr(model, "operations") else None
 
 
@@ -124,5 +130,5 @@ def scale_head(
             )
     for layer in head:
         set_rule(layer, ScaledRule(type_rule(layer), scale))
-        for variable in layer._trainable_variables:
+        for variable in own_trainable_variables(layer):
             set_coordinates(variable, HeadScale(scale, tuple(variable.shape)))

@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import kernel_of, table_of
+
 
 @dataclasses.dataclass(frozen=True)
 class MatrixLayout:
@@ -107,20 +109,20 @@ def carried_kernel(layer: keras.layers.Layer) -> tuple[Any, MatrixLayout] | str:
     if not layer.built:
         return "the layer is not built"
     if kind is keras.layers.Embedding:
-        shape = tuple(layer._embeddings.shape)
-        return layer._embeddings, MatrixLayout(shape, (0,), (1,))
-    shape = tuple(layer._kernel.shape)
+        shape = tuple(table_of(layer).shape)
+        return table_of(layer), MatrixLayout(shape, (0,), (1,))
+    shape = tuple(kernel_of(layer).shape)
     if kind is keras.layers.EinsumDense:
         labels = einsum_labels(layer.equation)
         if labels is None:
             return "the equation has a kernel that is not one matrix for all positions"
         rows = tuple(labels.kernel.index(c) for c in labels.contracted)
         columns = tuple(labels.kernel.index(c) for c in labels.produced)
-        return layer._kernel, MatrixLayout(shape, rows, columns)
+        return kernel_of(layer), MatrixLayout(shape, rows, columns)
     if kind is keras.layers.Conv2D and layer.groups != 1:
         return "a grouped convolution has a matrix for each group"
     last = len(shape) - 1
-    return layer._kernel, MatrixLayout(shape, tuple(range(last)), (last,))
+    return kernel_of(layer), MatrixLayout(shape, tuple(range(last)), (last,))
 
 
 #: Layer types with carriers; a thin layer of this package is a subclass of one of them.

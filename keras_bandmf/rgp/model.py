@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from keras_bandmf._checks import checked_bool, checked_float, checked_int
+from keras_bandmf._keras_internals import all_layers, inner_layers, own_weights
 from keras_bandmf.clipping import register_rule
 from keras_bandmf.clipping.coordinates import coordinates_of, set_coordinates
 from keras_bandmf.clipping.rules.base import DenseRule
@@ -128,8 +129,8 @@ def merge_rgp(model: keras.Model) -> keras.Model:
         ValueError: if it has none.
     """
     merged = False
-    for layer in model._flatten_layers():
-        own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    for layer in all_layers(model):
+        own = own_weights(layer)
         if all(coordinates_of(variable) is None for variable in own):
             continue
         for variable in own:
@@ -152,7 +153,7 @@ def _candidates(
     model: keras.Model, layers: Any, exclude: Any, rank: int
 ) -> list[keras.layers.Layer]:
     """The layers that get carriers, in the model's order."""
-    every = list(model._flatten_layers(include_self=False))
+    every = all_layers(model, include_self=False)
     excluded = {id(layer) for layer in within(named_layers("exclude", exclude, every))}
     named = named_layers("layers", layers, every)
     asked = {id(layer) for layer in (every if layers is None else within(named))} - excluded
@@ -170,7 +171,7 @@ def _candidates(
             continue
         by_name = any(layer is other for other in named)
         if isinstance(found, str):
-            reason = None if layer._layers else found
+            reason = None if inner_layers(layer) else found
         else:
             reason = _left_out(layer, *found, rank, set() if by_name else head)
         if reason is not None and by_name:

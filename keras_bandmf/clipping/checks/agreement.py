@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import all_layers
 from keras_bandmf.clipping.checks.snapshot import Snapshot
 from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.coordinates import released
@@ -67,7 +68,7 @@ def synthetic_rows(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> li
     random = np.random.default_rng(0)
     sizes = [
         getattr(layer, name)
-        for layer in model._flatten_layers()
+        for layer in all_layers(model)
         for name in _TABLE_SIZES
         if isinstance(getattr(layer, name, None), int)
     ]
@@ -110,7 +111,7 @@ def _difference(
         got = clip_by_book_keeping(model, *data, mask, clipper, loss)
     except Unsupported as reason:
         return str(reason)
-    narrow = any(layer.compute_dtype == "bfloat16" for layer in model._flatten_layers())
+    narrow = any(layer.compute_dtype == "bfloat16" for layer in all_layers(model))
     tolerance = 5e-2 if narrow else 1e-3
     scale = max(float(np.max(norms[finite], initial=0.0)), 1e-30)
     difference = np.abs(np.asarray(got.norms)[finite] - norms[finite])

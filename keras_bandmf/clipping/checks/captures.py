@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
-from tensorflow.python.framework import op_def_registry
+
+from keras_bandmf._keras_internals import (
+    all_layers,
+    operation_definition,
+    own_metrics,
+    watched_variables,
+)
 
 _KEY = "the mask key"
 _READS = {
@@ -148,8 +154,8 @@ def written_in(graph: tf.Graph) -> dict[int, str]:
 def _metric_variables(model: keras.Model) -> list[Any]:
     """Variables of metrics that Keras does not list, such as those of TensorFlow."""
     found = []
-    for layer in model._flatten_layers():
-        for metric in layer._metrics:
+    for layer in all_layers(model):
+        for metric in own_metrics(layer):
             found += [*metric.variables, *_raw(metric)]
     for metric in model.metrics:
         found += [*metric.variables, *_raw(metric)]
@@ -202,7 +208,7 @@ class _Walk:
                 operation.name,
                 operation.type,
                 [self.labels(tensor) for tensor in inputs],
-                op_def_registry.get(operation.type) or operation.op_def,
+                operation_definition(operation.type) or operation.op_def,
                 lambda operation=operation: operation.node_def,
                 any(output.dtype == tf.resource for output in operation.outputs),
             )
@@ -240,7 +246,7 @@ class _Walk:
         graph = self._graph
         while graph is not None:
             # Listed as `variables` only once the trace is complete. For the message alone.
-            for variable in getattr(graph, "_watched_variables", []):
+            for variable in watched_variables(graph):
                 if variable.handle is origin:
                     return variable.name
             graph = getattr(graph, "outer_graph", None)
@@ -351,7 +357,7 @@ class _Walk:
 
         def visit(node_def: Any) -> None:
             given = [of(i) for i in node_def.input if not i.startswith("^")]
-            definition = op_def_registry.get(node_def.op)
+            definition = operation_definition(node_def.op)
             if definition is None:
                 called = self._function(node_def.op)
                 definition = None if called is None else called.signature

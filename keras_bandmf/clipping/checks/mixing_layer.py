@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import all_layers
 from keras_bandmf.clipping.checks.snapshot import Snapshot
 from keras_bandmf.clipping.checks.unseen import unseen
 from keras_bandmf.clipping.paths.book_keeping import forward
@@ -76,7 +77,7 @@ def first_mixing_layer(
 @contextlib.contextmanager
 def _recorded(model: keras.Model, calls: list[_Call]) -> Iterator[None]:
     """Record every call of every layer, and of the operations of functional models."""
-    operations = {id(layer): layer for layer in model._flatten_layers(include_self=False)}
+    operations = {id(layer): layer for layer in all_layers(model, include_self=False)}
     for part in [model, *operations.values()]:
         for operation in getattr(part, "operations", []):
             operations.setdefault(id(operation), operation)

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import PrivacyError
+from keras_bandmf._keras_internals import keras_mask, set_keras_mask
 from keras_bandmf.clipping.checks.agreement import disagreement
 from keras_bandmf.clipping.checks.declared import check_declared, same_columns
 from keras_bandmf.clipping.checks.losses import check_loss
@@ -196,14 +197,14 @@ def _check_loss(loss: BatchLoss, x: Any, y: Any, y_pred: Any, sample_weight: Any
     def slopes(outputs: Any, masks: list, x: Any, y: Any, sample_weight: Any) -> list[tf.Tensor]:
         for output, mask in zip(keras.tree.flatten(outputs), masks, strict=True):
             if mask is not None:
-                output._keras_mask = mask
+                set_keras_mask(output, mask)
         leaves = [t for t in keras.tree.flatten(outputs) if t.dtype.is_floating]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(leaves)
             value = loss(x, y, outputs, sample_weight)
         return tape.gradient(value, leaves, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
-    masks = [getattr(t, "_keras_mask", None) for t in keras.tree.flatten(y_pred)]
+    masks = [keras_mask(t) for t in keras.tree.flatten(y_pred)]
     rest = (masks, x, y, sample_weight)
     run = unseen(slopes, y_pred, *rest)
     before = run(y_pred, *rest)

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import keras_mask, set_keras_mask
 from keras_bandmf.clipping.shapes import on_tensors
 
 
@@ -58,9 +59,9 @@ def each_row_repeated(data: Any) -> Iterator[tuple[int, Any]]:
                 others = 1 - 2 * t if t.dtype.is_floating else tf.zeros_like(t)
             own = tf.reshape(tf.range(FEW) == i, [FEW] + [1] * (t.shape.rank - 1))
             changed = tf.where(own, t, others)
-            mask = getattr(t, "_keras_mask", None)
+            mask = keras_mask(t)
             if mask is not None:
-                changed._keras_mask = mask
+                set_keras_mask(changed, mask)
             return changed
 
         yield i, on_tensors(change, data)

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_bandmf._checks import PrivacyError, checked_int
 from keras_bandmf._environment import refuse_loose_arithmetic
+from keras_bandmf._keras_internals import all_layers
 from keras_bandmf.clipping.losses import overrides_compute_loss, with_mean_by_weight
 from keras_bandmf.clipping.rowwise.known_layers import GROUP_OR_LAYER_NORM, replacement_of
 
@@ -122,7 +123,7 @@ def refuse_model(model: keras.Model, sample_weight: Any = None, loss: Any = None
             "`import tensorflow_transform` makes Keras 2). "
             f"Received: model of type {type(model).__module__}.{type(model).__name__}"
         )
-    for layer in model._flatten_layers():
+    for layer in all_layers(model):
         _refuse_layer(layer)
     if sample_weight is not None and with_mean_by_weight(model, loss):
         raise PrivacyError(

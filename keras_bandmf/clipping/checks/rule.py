@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import all_layers
 from keras_bandmf.clipping.clipper import accumulation_dtype
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.paths.book_keeping import example_gradients, tapped
@@ -146,6 +147,6 @@ def _random_like(tensor: tf.Tensor) -> tf.Tensor:
 
 
 def _tolerance(layer: keras.layers.Layer) -> float:
-    dtypes = {part.compute_dtype for part in layer._flatten_layers()}
+    dtypes = {part.compute_dtype for part in all_layers(layer)}
     dtypes.update(v.dtype for v in layer.trainable_variables)  # LoRA is float32 always
     return 5e-2 if "bfloat16" in dtypes else 1e-9 if dtypes == {"float64"} else 1e-4

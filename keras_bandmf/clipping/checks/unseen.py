@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import keras_mask, set_keras_mask
 from keras_bandmf.clipping.checks.captures import Refused
 from keras_bandmf.clipping.paths.book_keeping import forward
 from keras_bandmf.clipping.shapes import on_tensors
@@ -85,7 +86,7 @@ class UnseenForward:
             outputs = forward(model, x)
             self._structure = keras.tree.map_structure(lambda _: 0, outputs)
             leaves = keras.tree.flatten(outputs)
-            return leaves, [getattr(t, "_keras_mask", None) for t in leaves]
+            return leaves, [keras_mask(t) for t in leaves]
 
         self._run = unseen(run, x, known=known)
 
@@ -94,7 +95,7 @@ class UnseenForward:
         outputs, masks = self._run(x)
         for output, mask in zip(outputs, masks, strict=True):
             if mask is not None:
-                output._keras_mask = mask
+                set_keras_mask(output, mask)
         return keras.tree.pack_sequence_as(self._structure, outputs)
 
 

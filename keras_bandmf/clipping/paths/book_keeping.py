@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_bandmf._keras_internals import trained_layers
+from keras_bandmf._keras_internals import added_losses, all_layers, takes_training, trained_layers
 from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.coordinates import released_shape
-from keras_bandmf.clipping.factors import Unsupported
+from keras_bandmf.clipping.factors import Factor, Unsupported
 from keras_bandmf.clipping.losses import BatchLoss
-from keras_bandmf.clipping.merge import Factor, merged
+from keras_bandmf.clipping.merge import merged
 from keras_bandmf.clipping.paths.declared_shapes import checked_shapes
 from keras_bandmf.clipping.row_losses import per_example_losses
 from keras_bandmf.clipping.rules.base import LayerRule
@@ -57,9 +57,9 @@ def forward(model: keras.Model, x: Any) -> Any:
     Raises:
         ValueError: a layer called `add_loss`: its loss belongs to no single example.
     """
-    y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
-    for layer in model._flatten_layers():
-        if layer._losses:
+    y_pred = model(x, training=True) if takes_training(model) else model(x)
+    for layer in all_layers(model):
+        if added_losses(layer):
             raise ValueError(
                 "A loss added by `add_loss` in the forward pass belongs to the whole batch and "
                 "cannot be clipped by example. Make it part of `compile(loss=...)`, or a weight "
@@ -238,7 +238,7 @@ def _using_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
     trainable = {id(v) for v in model.trainable_variables}
     own = {id(layer) for layer in trained_layers(model)}
     found = []
-    for layer in model._flatten_layers():
+    for layer in all_layers(model):
         rule, _ = rule_of(layer)
         if id(layer) not in own and rule is not None:
             if any(id(v) in trainable for v in rule.uses(layer)):

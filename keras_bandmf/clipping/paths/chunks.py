@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import keras_mask, set_keras_mask
 from keras_bandmf.clipping.paths.book_keeping import Clipped
 from keras_bandmf.clipping.shapes import dims, on_tensors
 
@@ -95,8 +96,8 @@ def _with_rows(clipped: Clipped, rows: list[tf.Tensor]) -> Clipped:
     leaves = keras.tree.flatten(clipped.outputs)
     outputs = [next(restored) for _ in leaves]
     for leaf, output in zip(leaves, outputs, strict=True):
-        if getattr(leaf, "_keras_mask", None) is not None:
-            output._keras_mask = next(restored)
+        if keras_mask(leaf) is not None:
+            set_keras_mask(output, next(restored))
     packed = keras.tree.pack_sequence_as(clipped.outputs, outputs)
     return Clipped(clipped.sums, norms, losses, was_clipped, packed, clipped.rows_mixed)
 
@@ -104,7 +105,7 @@ def _with_rows(clipped: Clipped, rows: list[tf.Tensor]) -> Clipped:
 def _rows(clipped: Clipped) -> list[tf.Tensor]:
     """Everything that has a row per example."""
     leaves = keras.tree.flatten(clipped.outputs)
-    masks = [getattr(t, "_keras_mask", None) for t in leaves]
+    masks = [keras_mask(t) for t in leaves]
     columns = [clipped.norms, clipped.losses, clipped.was_clipped]
     return [*columns, *leaves, *(m for m in masks if m is not None)]
 

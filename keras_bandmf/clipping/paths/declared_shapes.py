@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-from keras.src.models.functional import Functional
 
+from keras_bandmf._keras_internals import (
+    RUN_GRAPH,
+    FunctionalModel,
+    all_layers,
+    nodes_by_depth,
+)
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.rowwise.decision import graph_of
-
-_RUN = "_run_through_graph"
 
 
 @contextlib.contextmanager
@@ -36,22 +39,22 @@ def checked_shapes(model: keras.Model, rows: int | None = None) -> Iterator[None
     unless it was declared, and that no size is unknown which the inputs and the model have made
     known.
     """
-    graphs = {id(g): g for part in model._flatten_layers() if (g := graph_of(part)) is not None}
-    before = {key: vars(graph).get(_RUN) for key, graph in graphs.items()}
+    graphs = {id(g): g for part in all_layers(model) if (g := graph_of(part)) is not None}
+    before = {key: vars(graph).get(RUN_GRAPH) for key, graph in graphs.items()}
     try:
         for graph in graphs.values():
             # On this instance only, and past Keras' attribute tracking.
-            vars(graph)[_RUN] = _checking(graph, getattr(graph, _RUN), rows)
+            vars(graph)[RUN_GRAPH] = _checking(graph, getattr(graph, RUN_GRAPH), rows)
         yield
     finally:
         for key, graph in graphs.items():
             if before[key] is None:
-                vars(graph).pop(_RUN, None)
+                vars(graph).pop(RUN_GRAPH, None)
             else:
-                vars(graph)[_RUN] = before[key]
+                vars(graph)[RUN_GRAPH] = before[key]
 
 
-def _checking(graph: Functional, run: Callable, rows: int | None) -> Callable:
+def _checking(graph: FunctionalModel, run: Callable, rows: int | None) -> Callable:
     def checked(inputs: Any, operation_fn: Any = lambda op: op, call_fn: Any = None) -> Any:
         if call_fn is not None:  # symbolic: nothing is computed
             return run(inputs, operation_fn=operation_fn, call_fn=call_fn)
@@ -90,12 +93,12 @@ def _checking(graph: Functional, run: Callable, rows: int | None) -> Callable:
     return checked
 
 
-def _in_order(graph: Functional) -> list[Any]:
+def _in_order(graph: FunctionalModel) -> list[Any]:
     """The calls of the graph, in the order in which Keras runs them."""
     return [
         node
-        for depth in sorted(graph._nodes_by_depth, reverse=True)
-        for node in graph._nodes_by_depth[depth]
+        for depth in sorted(nodes_by_depth(graph), reverse=True)
+        for node in nodes_by_depth(graph)[depth]
         if node.operation and not node.is_input
     ]
 

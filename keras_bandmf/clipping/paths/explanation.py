@@ -6,7 +6,7 @@ import dataclasses
 
 import keras
 
-from keras_bandmf._keras_internals import trained_layers
+from keras_bandmf._keras_internals import all_layers, own_weights, trained_layers
 from keras_bandmf.clipping.paths.routing import stored, structural_reason
 from keras_bandmf.clipping.rules.registry import rule_of
 
@@ -51,8 +51,8 @@ def explain(model: keras.Model) -> Explanation:
     """
     trained = {id(layer) for layer in trained_layers(model)}
     rows = []
-    for layer in model._flatten_layers():
-        if not layer._trainable_variables and not layer._non_trainable_variables:
+    for layer in all_layers(model):
+        if not own_weights(layer):
             continue
         name = type(layer).__name__
         if id(layer) not in trained:

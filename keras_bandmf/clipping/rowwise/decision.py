@@ -6,8 +6,14 @@ import inspect
 from typing import Any, NamedTuple
 
 import keras
-from keras.src.models.functional import Functional
 
+from keras_bandmf._keras_internals import (
+    METHODS_BEFORE_THE_GRAPH,
+    FunctionalModel,
+    graph_inside,
+    inner_layers,
+    nodes_by_depth,
+)
 from keras_bandmf.clipping.rowwise.known_layers import (
     activation_reason,
     array_reason,
@@ -20,19 +26,6 @@ from keras_bandmf.clipping.rowwise.known_operations import operation_reason
 
 # Only filled at import time, by the modules that define layers and models of one's own.
 _DECLARED: set[type] = set()
-# What a subclass of Functional or Sequential must not redefine for its graph to be what runs.
-_RUNS = frozenset(
-    {
-        "__call__",
-        "call",
-        "operations",
-        "_adjust_input_rank",
-        "_convert_inputs_to_tensors",
-        "_run_through_graph",
-        "_standardize_inputs",
-        "compute_mask",
-    }
-)
 
 
 class Rowwise(NamedTuple):
@@ -135,7 +128,10 @@ def _look(layer: Any, rank: int | None, found: Rowwise, seen: set) -> None:
 def _own_reason(layer: Any, rank: int | None, found: Rowwise) -> str | None:
     """Why the code of this layer itself may mix rows."""
     if isinstance(layer, keras.Model):  # of which `compile` and `privatize` replace some
-        why = next((f"its `{n}` was replaced on it" for n in _RUNS if n in vars(layer)), None)
+        why = next(
+            (f"its `{n}` was replaced on it" for n in METHODS_BEFORE_THE_GRAPH if n in vars(layer)),
+            None,
+        )
     else:
         why = replaced_reason(layer)
     if why is not None:
@@ -148,7 +144,7 @@ def _own_reason(layer: Any, rank: int | None, found: Rowwise) -> str | None:
     if type(layer) in _DECLARED:
         found.declared.append(layer.path)
         return None
-    if isinstance(layer, (Functional, keras.Sequential)):
+    if isinstance(layer, (FunctionalModel, keras.Sequential)):
         if graph_of(layer) is None:
             return "it has a `call` of its own, or no graph of layers"
         return None
@@ -159,26 +155,26 @@ def _own_reason(layer: Any, rank: int | None, found: Rowwise) -> str | None:
     return condition(layer, rank)
 
 
-def graph_of(layer: Any) -> Functional | None:
+def graph_of(layer: Any) -> FunctionalModel | None:
     """The graph that runs when `layer` is called, or None."""
     if type(layer) is keras.Sequential:
-        return layer._functional
-    if not isinstance(layer, Functional):
+        return graph_inside(layer)
+    if not isinstance(layer, FunctionalModel):
         return None
     for kind in type(layer).__mro__:
-        if kind is Functional:
+        if kind is FunctionalModel:
             return layer
         # That of keras_hub only refuses strings.
         name = f"{kind.__module__}.{kind.__qualname__}"
         if name == "keras_hub.src.utils.pipeline_model.PipelineModel" and is_the_one(kind):
             continue
-        if _RUNS & set(vars(kind)):
+        if METHODS_BEFORE_THE_GRAPH & set(vars(kind)):
             return None
     return None
 
 
-def _look_at_graph(graph: Functional, found: Rowwise, seen: set) -> None:
-    for node in (node for nodes in graph._nodes_by_depth.values() for node in nodes):
+def _look_at_graph(graph: FunctionalModel, found: Rowwise, seen: set) -> None:
+    for node in (node for nodes in nodes_by_depth(graph).values() for node in nodes):
         operation = node.operation
         if not isinstance(operation, keras.layers.Layer):
             why = operation_reason(node)
@@ -243,4 +239,4 @@ def _side_reason(node: Any, ranks: set[int]) -> str | None:
 
 def _parts(layer: Any) -> list[Any]:
     # Keras keeps the layers that a layer holds here, also those in lists and dicts.
-    return [part for part in layer._layers if isinstance(part, keras.layers.Layer)]
+    return [part for part in inner_layers(layer) if isinstance(part, keras.layers.Layer)]

@@ -11,6 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import attention_axes_of
+
 # The rank of the first input where a functional model tells it, else None: inside a layer of this
 # table, whose own code was read, or inside one whose author vouches for it.
 Rank = int | None
@@ -165,7 +167,7 @@ def _scaled(layer: Any, rank: Rank) -> str | None:
 
 
 def _attention_axes(layer: Any, rank: Rank) -> str | None:
-    axes = getattr(layer, "_attention_axes", None)
+    axes = attention_axes_of(layer)
     return _rank(3)(layer, rank) or (None if axes is None else axis_reason(axes, rank))
 
 

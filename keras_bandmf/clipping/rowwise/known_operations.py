@@ -8,10 +8,8 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src.ops import core, linalg, nn
-from keras.src.ops import math as math_ops
-from keras.src.ops import numpy as numpy_ops
 
+from keras_bandmf._keras_internals import operation_classes
 from keras_bandmf.clipping.rowwise.known_layers import axis_reason, einsum_reason, replaced_reason
 
 Condition = Callable[[Any], str | None]
@@ -232,9 +230,8 @@ _BY_NAME: dict[Condition, str] = {
     _rank_of(3): "MaxPool AveragePool",
 }
 _TABLE: dict[type, Condition] = {
-    getattr(module, name): condition
+    operation_class: condition
     for condition, names in _BY_NAME.items()
     for name in names.split()
-    for module in (numpy_ops, nn, core, math_ops, linalg)
-    if hasattr(module, name)
+    for operation_class in operation_classes(name)
 }

@@ -7,7 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bandmf.clipping.factors import Layout, Lookup, Outer, Rows
+from keras_bandmf._keras_internals import kernel_of
+from keras_bandmf.clipping.factors import Factor, Layout, Outer, Rows
 from keras_bandmf.clipping.shapes import positions, sum_to
 
 
@@ -54,7 +55,7 @@ class LayerRule:
 
     def gradients(
         self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
-    ) -> list[tuple[keras.Variable, Rows | Outer | Lookup]]:
+    ) -> list[tuple[keras.Variable, Factor]]:
         """A factor per variable of the layer; those of frozen variables are never used.
 
         Args:
@@ -89,11 +90,49 @@ class KernelRule(LayerRule):
         return None
 
 
-class DenseRule(KernelRule):
+class LinearRule(KernelRule):
+    """A rule of a layer whose pre-activation is linear in one kernel, up to a bias.
+
+    The two methods answer for any kernel in place of the layer's own, such as the low-rank
+    carriers of RGP. LoRA is not their business: they are about the kernel they are given.
+    """
+
+    def linear(self, layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+        """Returns what the layer computes from a kernel, without bias and activation.
+
+        Args:
+            layer: The layer, for its settings.
+            inputs: As `forward` saves them.
+            kernel: A tensor of the shape of the layer's kernel; its last axis, which is that of
+                the outputs, may have any size.
+        """
+        raise NotImplementedError
+
+    def kernel_factor(
+        self, layer: keras.layers.Layer, inputs: tf.Tensor, g: tf.Tensor, shape: tuple[int, ...]
+    ) -> Factor:
+        """Returns the gradients of `linear` by the kernel, one for each example.
+
+        Args:
+            layer: The layer, for its settings.
+            inputs: As for `linear`.
+            g: The gradient of the summed losses by what `linear` returned, float32 or float64.
+            shape: The shape of the kernel.
+        """
+        raise NotImplementedError
+
+
+class DenseRule(LinearRule):
     """Dense on (batch, ..., in)."""
 
+    def linear(self, layer, inputs, kernel):
+        return keras.ops.matmul(inputs, kernel)
+
+    def kernel_factor(self, layer, inputs, g, shape):
+        return matrix(tf.cast(inputs, g.dtype), g)
+
     def forward(self, layer, inputs):
-        outputs = keras.ops.matmul(inputs, constant(layer.kernel))
+        outputs = self.linear(layer, inputs, constant(layer.kernel))
         if layer.bias is not None:
             outputs = keras.ops.add(outputs, constant(layer.bias))
         return outputs, inputs
@@ -109,7 +148,8 @@ class DenseRule(KernelRule):
                 (b, matrix(tf.matmul(x, wide(a, g)), scaled)),
             ]
         else:
-            found = [(layer._kernel, matrix(x, g))]
+            kernel = kernel_of(layer)
+            found = [(kernel, self.kernel_factor(layer, x, g, tuple(kernel.shape)))]
         if layer.bias is not None:
             found.append((layer.bias, Rows(sum_to(g, tuple(layer.bias.shape)))))
         return found

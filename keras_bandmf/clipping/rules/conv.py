@@ -7,8 +7,16 @@ import itertools
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import kernel_of
 from keras_bandmf.clipping.factors import Layout, Outer, Rows, prefers_product
-from keras_bandmf.clipping.rules.base import KernelRule, constant, lora_scale, matrix, wide
+from keras_bandmf.clipping.rules.base import (
+    KernelRule,
+    LinearRule,
+    constant,
+    lora_scale,
+    matrix,
+    wide,
+)
 from keras_bandmf.clipping.rules.patches import Slices
 from keras_bandmf.clipping.shapes import dims, product, sum_to
 
@@ -16,7 +24,7 @@ from keras_bandmf.clipping.shapes import dims, product, sum_to
 _THIN = 16
 
 
-class ConvRule(KernelRule):
+class ConvRule(LinearRule):
     """Conv1D, 2D and 3D with any strides, padding, dilation, groups and data format."""
 
     def refuses(self, layer):
@@ -24,29 +32,36 @@ class ConvRule(KernelRule):
             return "LoRA is enabled on grouped channels"
         return super().refuses(layer)
 
-    def forward(self, layer, inputs):
+    def linear(self, layer, inputs, kernel):
         padding, x = layer.padding, inputs
         if padding == "causal":
             left = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
             spatial = 1 if layer.data_format == "channels_last" else 2
             x = tf.pad(x, [[left, 0] if i == spatial else [0, 0] for i in range(3)])
             padding = "valid"
-        outputs = keras.ops.conv(
+        return keras.ops.conv(
             x,
-            constant(layer.kernel),
+            kernel,
             strides=list(layer.strides),
             padding=padding,
             dilation_rate=layer.dilation_rate,
             data_format=layer.data_format,
         )
-        return with_bias(layer, outputs), inputs
+
+    def kernel_factor(self, layer, inputs, g, shape):
+        x, g = channels_last(layer, tf.cast(inputs, g.dtype), g)
+        return _kernel_factor(layer, x, g, shape, layer.groups)
+
+    def forward(self, layer, inputs):
+        return with_bias(layer, self.linear(layer, inputs, constant(layer.kernel))), inputs
 
     def gradients(self, layer, saved, g):
+        if not layer.lora_enabled:
+            kernel = kernel_of(layer)
+            found = [(kernel, self.kernel_factor(layer, saved, g, tuple(kernel.shape)))]
+            return [*found, *bias_gradient(layer, *channels_last(layer, g))]
         x, g = channels_last(layer, tf.cast(saved, g.dtype), g)
         bias = bias_gradient(layer, g)
-        if not layer.lora_enabled:
-            kernel = layer._kernel
-            return [(kernel, _kernel_factor(layer, x, g, tuple(kernel.shape), layer.groups)), *bias]
         # Outputs are x * (W + s A B), with B on the channels alone.
         a, b = layer.lora_kernel_a, layer.lora_kernel_b
         scaled = lora_scale(layer) * g

@@ -5,13 +5,22 @@ from __future__ import annotations
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import kernel_of
 from keras_bandmf.clipping.factors import Layout, Outer, Rows, Unsupported
-from keras_bandmf.clipping.rules.base import KernelRule, constant, lora_scale, wide
+from keras_bandmf.clipping.rules.base import LinearRule, constant, lora_scale, wide
 from keras_bandmf.clipping.shapes import dims, product, sum_to
 
 
-class EinsumDenseRule(KernelRule):
-    """EinsumDense with any equation whose batch label stays in front and out of the kernel."""
+class EinsumDenseRule(LinearRule):
+    """EinsumDense with any equation whose batch label stays in front and out of the kernel.
+
+    Args:
+        equation: None for that of the layer; else the one to compute by in its place, for
+            `linear` and `kernel_factor` alone.
+    """
+
+    def __init__(self, equation: str | None = None):
+        self._equation = equation
 
     def refuses(self, layer):
         reason = super().refuses(layer)
@@ -19,25 +28,46 @@ class EinsumDenseRule(KernelRule):
             reason = _Equation.of(layer.equation, None).refuses(layer.lora_enabled)
         return reason
 
+    def linear(self, layer, inputs, kernel):
+        return keras.ops.einsum(self._equation or layer.equation, inputs, kernel)
+
+    def kernel_factor(self, layer, inputs, g, shape):
+        x = tf.cast(inputs, g.dtype)
+        equation = _known_equation(layer, self._equation or layer.equation, x, lora=False)
+        return equation.factor(x, g, shape)
+
     def forward(self, layer, inputs):
-        outputs = keras.ops.einsum(layer.equation, inputs, constant(layer.kernel))
+        outputs = self.linear(layer, inputs, constant(layer.kernel))
         if layer.bias is not None:
             outputs = keras.ops.add(outputs, constant(layer.bias))
         return outputs, inputs
 
     def gradients(self, layer, saved, g):
         x = tf.cast(saved, g.dtype)
-        equation = _Equation.of(layer.equation, x.shape.rank)
-        reason = equation.refuses(layer.lora_enabled)
-        if reason is not None:  # an ellipsis hides it until the rank is known
-            raise Unsupported(f"{layer.path}: {reason}")
         if layer.lora_enabled:
+            equation = _known_equation(layer, layer.equation, x, lora=True)
             found = _lora(layer, equation, x, lora_scale(layer) * g)
         else:
-            found = [(layer._kernel, equation.factor(x, g, tuple(layer._kernel.shape)))]
+            kernel = kernel_of(layer)
+            found = [(kernel, self.kernel_factor(layer, x, g, tuple(kernel.shape)))]
         if layer.bias is not None:
             found.append((layer.bias, Rows(sum_to(g, tuple(layer.bias.shape)))))
         return found
+
+
+def _known_equation(
+    layer: keras.layers.Layer, equation: str, x: tf.Tensor, lora: bool
+) -> _Equation:
+    """Returns an equation for inputs of the rank of `x`.
+
+    Raises:
+        Unsupported: If it cannot be handled, which an ellipsis hides until the rank is known.
+    """
+    found = _Equation.of(equation, x.shape.rank)
+    reason = found.refuses(lora)
+    if reason is not None:
+        raise Unsupported(f"{layer.path}: {reason}")
+    return found
 
 
 def _lora(

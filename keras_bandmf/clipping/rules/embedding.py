@@ -5,26 +5,34 @@ from __future__ import annotations
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import set_keras_mask, table_of
 from keras_bandmf.clipping.factors import Lookup
-from keras_bandmf.clipping.rules.base import KernelRule, constant, lora_scale, matrix, wide
+from keras_bandmf.clipping.rules.base import LinearRule, constant, lora_scale, matrix, wide
 from keras_bandmf.clipping.shapes import dims, positions, product
 
 
-class EmbeddingRule(KernelRule):
+class EmbeddingRule(LinearRule):
     """Embedding on (batch, ...) integers."""
+
+    def linear(self, layer, inputs, kernel):
+        return keras.ops.take(kernel, inputs, axis=0)
+
+    def kernel_factor(self, layer, inputs, g, shape):
+        return lookup(inputs, g, shape[0])
 
     def forward(self, layer, inputs):
         if inputs.dtype not in (tf.int32, tf.int64):
             inputs = tf.cast(inputs, tf.int32)
         ids = tf.where(inputs < 0, inputs + layer.input_dim, inputs)
-        return keras.ops.take(constant(layer.embeddings), ids, axis=0), ids
+        return self.linear(layer, ids, constant(layer.embeddings)), ids
 
     def finish(self, layer, outputs, saved):
         return keras.ops.cast(outputs, layer.compute_dtype)
 
     def gradients(self, layer, saved, g):
         if not layer.lora_enabled:
-            return [(layer._embeddings, lookup(saved, g, layer.input_dim))]
+            table = table_of(layer)
+            return [(table, self.kernel_factor(layer, saved, g, tuple(table.shape)))]
         # Row id of the table is W[id] + s A[id] B.
         a, b = layer.lora_embeddings_a, layer.lora_embeddings_b
         scaled = lora_scale(layer) * g
@@ -57,7 +65,7 @@ class ReversibleEmbeddingRule(EmbeddingRule):
         outputs = super().finish(layer, outputs, saved)
         if layer.mask_zero:
             # Keras' layer sets the mask in `call`, not in `compute_mask`.
-            outputs._keras_mask = keras.ops.not_equal(ids, 0)
+            set_keras_mask(outputs, keras.ops.not_equal(ids, 0))
         return outputs
 
     def gradients(self, layer, saved, g):
@@ -69,7 +77,7 @@ class ReversibleEmbeddingRule(EmbeddingRule):
             return [(layer.reverse_embeddings, matrix(x, g))]
         if not layer.lora_enabled:
             # Logits are x E': the table's gradient is g'x, its rows those of the vocabulary.
-            return [(layer._embeddings, matrix(g, x))]
+            return [(table_of(layer), matrix(g, x))]
         a, b = layer.lora_embeddings_a, layer.lora_embeddings_b
         scaled = lora_scale(layer) * g
         return [

@@ -8,6 +8,7 @@ import sys
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import MaskedLMHeadParts, kernel_of, table_of
 from keras_bandmf.clipping.factors import Layout, Rows, Unsupported
 from keras_bandmf.clipping.rules.base import LayerRule, constant, matrix
 from keras_bandmf.clipping.rules.embedding import ReversibleEmbeddingRule, lookup
@@ -69,17 +70,19 @@ class MaskedLMHeadRule(LayerRule):
 
     def forward(self, layer, inputs, mask_positions):
         x = tf.gather(inputs, tf.cast(mask_positions, tf.int32), batch_dims=1)
-        x = layer._intermediate_layer_norm(layer._intermediate_dense(x))
+        parts = MaskedLMHeadParts(layer)
+        x = parts.layer_norm(parts.dense(x))
         if layer.token_embedding:
             outputs = layer.token_embedding(x, reverse=True)
         else:
-            outputs = keras.ops.matmul(x, constant(layer._kernel))
-        return keras.ops.cast(outputs, layer.compute_dtype) + constant(layer._bias), x
+            outputs = keras.ops.matmul(x, constant(kernel_of(layer)))
+        return keras.ops.cast(outputs, layer.compute_dtype) + constant(parts.bias), x
 
     def gradients(self, layer, saved, g):
-        found = [(layer._bias, Rows(sum_to(g, tuple(layer._bias.shape))))]
+        bias = MaskedLMHeadParts(layer).bias
+        found = [(bias, Rows(sum_to(g, tuple(bias.shape))))]
         if not layer.token_embedding:
-            found.append((layer._kernel, matrix(tf.cast(saved, g.dtype), g)))
+            found.append((kernel_of(layer), matrix(tf.cast(saved, g.dtype), g)))
         return found
 
 
@@ -166,4 +169,4 @@ class _FirstRows:
 
 def _plain_table(layer: keras.layers.Layer) -> keras.Variable | None:
     table = layer.position_embedding
-    return None if table.lora_enabled or table.quantization_mode is not None else table._embeddings
+    return None if table.lora_enabled or table.quantization_mode is not None else table_of(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keras
 
+from keras_bandmf._keras_internals import recomputes_activations
 from keras_bandmf.clipping.rowwise.decision import declare_row_wise
 from keras_bandmf.clipping.rules.base import DenseRule, LayerRule
 from keras_bandmf.clipping.rules.conv import (
@@ -129,7 +130,7 @@ def rule_of(layer: keras.layers.Layer) -> tuple[LayerRule | None, str]:
         return None, f"no rule for {type(layer).__name__}"
     if "call" in vars(layer):
         return None, "its `call` was replaced on the instance"
-    if getattr(layer, "_remat_mode", None):
+    if recomputes_activations(layer):
         return None, "it recomputes its activations (remat)"
     reason = rule.refuses(layer)
     return (rule, type(rule).__name__) if reason is None else (None, reason)
