@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import tensorflow as tf
@@ -18,7 +18,7 @@ from keras_bandmf.clipping.checks.refusals import (
 from keras_bandmf.clipping.clipper import Clipper, accumulation_dtype
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import batch_loss, build_loss
-from keras_bandmf.clipping.modes import ClippingMode, checked_mode
+from keras_bandmf.clipping.modes import ClippingMode, ClippingName, checked_mode
 from keras_bandmf.clipping.norms import checked_clip_norm
 from keras_bandmf.clipping.passes import in_passes, with_row_numbers
 from keras_bandmf.clipping.paths.book_keeping import clip_by_book_keeping
@@ -89,8 +89,7 @@ class ClippedGradients:
         """TensorFlow's protocol for structures: (constants, tensors)."""
         constants = (self.l2_norm_clip, self.clipping, self.origin)
         rows = (self.norms, self.losses, self.was_clipped, self.outputs, self.mask)
-        rows = (*rows, self.rows_mixed)
-        return constants, (list(self.sums), *rows)
+        return constants, (list(self.sums), *rows, self.rows_mixed)
 
     @classmethod
     def __tf_unflatten__(cls, constants: tuple, tensors: tuple) -> ClippedGradients:
@@ -118,9 +117,9 @@ def clipped_gradients(
     sample_weight: Any = None,
     *,
     l2_norm_clip: float = 1.0,
-    clipping: str | ClippingMode = "flat",
+    clipping: ClippingName | ClippingMode = "flat",
     mask: Any = None,
-    microbatch_size: int | str | None = None,
+    microbatch_size: int | Literal["auto"] | None = None,
     loss: Any = None,
     mask_seeds: MaskSeeds | None = None,
     float64_sums: bool = False,
@@ -212,9 +211,9 @@ def clipped_for_noise(
     sample_weight: Any,
     *,
     l2_norm_clip: float,
-    clipping: str | ClippingMode,
+    clipping: ClippingName | ClippingMode,
     mask: Any,
-    microbatch_size: int | str | None,
+    microbatch_size: int | Literal["auto"] | None,
     loss: Any = None,
     mask_seeds: MaskSeeds | None,
     float64_sums: bool,
@@ -224,7 +223,7 @@ def clipped_for_noise(
     The noise adds in float64 anyway: to round before costs two passes over a large table.
     """
     clip = checked_clip_norm(l2_norm_clip)
-    microbatch_size = checked_microbatch_size(microbatch_size)
+    size = checked_microbatch_size(microbatch_size)
     refuse_sparse_data(x, y, sample_weight)
     refuse_short_products()
     mode = checked_mode(clipping)
@@ -240,28 +239,25 @@ def clipped_for_noise(
     build_loss(model, x, y)
     row_loss = batch_loss(model, loss)
     general = route_of(model, x, y, sample_weight, loss).general
-    common = {"clipper": Clipper.of(model, clip, mode, float64_sums), "loss": row_loss}
+    clipper = Clipper.of(model, clip, mode, float64_sums)
     data = (with_row_numbers(x, mask), y, sample_weight, mask)
     result = None
     if general is None:
-        by_batch = in_passes(
-            functools.partial(clip_by_book_keeping, model, **common), model, mask_seeds
-        )
+        way = functools.partial(clip_by_book_keeping, model, clipper=clipper, loss=row_loss)
+        by_batch = in_passes(way, model, mask_seeds)
         try:
-            if microbatch_size == "auto":
-                microbatch_size = rows_at_a_time(model, x, y, sample_weight, loss)
-            if microbatch_size is None:
+            if size == "auto":
+                size = rows_at_a_time(model, x, y, sample_weight, loss)
+            if size is None:
                 result = clip_at_once(by_batch, *data)
             else:
-                result = clip_in_chunks(by_batch, *data, microbatch_size)
+                result = clip_in_chunks(by_batch, *data, size)
         except Unsupported as reason:
             # What the trial trace could not see (other shapes, another kind of graph).
             give_up(model, str(reason))
     if result is None:
-        by_example = in_passes(
-            functools.partial(clip_one_example, model, **common), model, mask_seeds
-        )
-        result = clip_in_chunks(by_example, *data, 1)
+        way = functools.partial(clip_one_example, model, clipper=clipper, loss=row_loss)
+        result = clip_in_chunks(in_passes(way, model, mask_seeds), *data, 1)
     return ClippedGradients(
         **result._asdict(), mask=mask, l2_norm_clip=clip, clipping=mode, origin=Origin(model)
     )

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import tensorflow as tf
@@ -150,7 +150,7 @@ class PerLayerClipping(ClippingMode):
 
     def _shares_of(self, layers: list[keras.layers.Layer]) -> list[float]:
         shares: list[float | None] = [None] * len(layers)
-        for name, share in self.shares:
+        for name, share in self._pairs:
             found = [i for i, layer in enumerate(layers) if name in (layer.path, layer.name)]
             if len(found) != 1 or shares[found[0]] is not None:
                 raise ValueError(
@@ -164,8 +164,8 @@ class PerLayerClipping(ClippingMode):
 
     def describe(self, l2_norm_clip: float) -> str:
         split = "equal shares"
-        if self.shares:
-            named = ", ".join(f"{name} {share:g}" for name, share in self.shares)
+        if self._pairs:
+            named = ", ".join(f"{name} {share:g}" for name, share in self._pairs)
             split = f"shares {named}, any other layer 1"
         return (
             "per layer: each layer's part of an example's gradient is scaled down to the layer's "
@@ -174,7 +174,12 @@ class PerLayerClipping(ClippingMode):
         )
 
     def get_config(self) -> dict[str, Any]:
-        return {"shares": dict(self.shares) or None}
+        return {"shares": dict(self._pairs) or None}
+
+    @property
+    def _pairs(self) -> tuple[tuple[str, float], ...]:
+        """`shares` as `__post_init__` left it."""
+        return self.shares if isinstance(self.shares, tuple) else ()
 
 
 @keras.saving.register_keras_serializable(package="keras_bandmf")
@@ -211,7 +216,10 @@ class AutomaticClipping(ClippingMode):
         )
 
 
-_BY_NAME = {
+#: The modes that a string stands for.
+ClippingName = Literal["flat", "per_layer", "automatic"]
+
+_BY_NAME: dict[str, type[ClippingMode]] = {
     "flat": FlatClipping,
     "per_layer": PerLayerClipping,
     "automatic": AutomaticClipping,

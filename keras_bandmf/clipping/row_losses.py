@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -93,13 +94,14 @@ class _Leaf:
     def __init__(self, leaf: tf.Tensor | None):
         self.mask = keras_mask(leaf)
         self.logits = keras_logits(leaf)
-        self.activation = None
+        self.activation: Callable[[tf.Tensor], tf.Tensor] | None = None
         if leaf is not None and self.logits is None and not tf.executing_eagerly():
             # In a graph Keras looks for the operation that made the output and takes its input.
             operation = getattr(leaf, "op", None)
             known = {"Softmax": tf.nn.softmax, "Sigmoid": tf.sigmoid}
-            self.activation = known.get(getattr(operation, "type", None))
-            leaf = leaf if self.activation is None else operation.inputs[0]
+            if operation is not None and operation.type in known:
+                self.activation = known[operation.type]
+                leaf = operation.inputs[0]
         self.tensors = [t for t in (leaf, self.mask, self.logits) if t is not None]
 
     def of_row(self, rows: list[tf.Tensor]) -> tf.Tensor | None:

@@ -59,16 +59,16 @@ class Carrier:
         self.restart = restart
         self.path = path
         self.dtype = tf.as_dtype(dtype)
-        self.shape = (rank * sum(layout.sides),)
+        self.shape: tuple[int, ...] = (rank * sum(layout.sides),)
         self._index = 0
         self._state: dict[str, tf.Variable] | None = None
-        self._distribution: tf.distribute.Strategy | None = None
+        self._distribution: tf.distribute.Strategy = tf.distribute.get_strategy()
         self._first_replica = 0
 
     @property
-    def description(self) -> list:
-        """What must be equal for a checkpoint to fit, for JSON."""
-        schedule = [self.refresh_every, self.power_iterations, self.warmup_steps]
+    def description(self) -> list[Any]:
+        """What must be equal for a checkpoint to fit, as JSON."""
+        schedule: list[Any] = [self.refresh_every, self.power_iterations, self.warmup_steps]
         schedule += ["restart"] * self.restart
         return [list(self.layout.rows), list(self.layout.columns), self.rank, schedule]
 
@@ -125,13 +125,23 @@ class Carrier:
         Raises:
             ValueError: before `start`.
         """
+        state = self._started()
+        left, right = (tf.convert_to_tensor(state[name]) for name in ("left", "right"))
+        return tf.cast(left, dtype or self.dtype), tf.cast(right, dtype or self.dtype)
+
+    def _started(self) -> dict[str, tf.Variable]:
+        """Returns the state.
+
+        Raises:
+            ValueError: If there is none before `start`.
+        """
         if self._state is None:
             raise ValueError(
-                f"The gradient carriers of {self.path} do not exist yet: they belong to a run. "
-                "Build the optimizer first: `optimizer.build(model.trainable_variables)`."
+                f"The gradient carriers of {self.path} do not exist yet, because they belong to a "
+                "training run. Build the optimizer first: "
+                "`optimizer.build(model.trainable_variables)`."
             )
-        left, right = (tf.convert_to_tensor(self._state[name]) for name in ("left", "right"))
-        return tf.cast(left, dtype or self.dtype), tf.cast(right, dtype or self.dtype)
+        return self._state
 
     def of(self, gradient: tf.Tensor) -> tf.Tensor:
         """The coordinates of a gradient of the kernel, (r (m + n),)."""
@@ -172,21 +182,20 @@ class Carrier:
 
     def _copies(self, name: str) -> list[tf.Variable]:
         """Those of this process, in the order of its replicas."""
-        return list(self._distribution.experimental_local_results(self._state[name]))
+        return list(self._distribution.experimental_local_results(self._started()[name]))
 
     def _refreshed(self, kernel: Any, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         weights = tf.cast(tf.convert_to_tensor(kernel.value), self.dtype)
         begun = tf.cast(step >= self.warmup_steps, self.dtype)
-        history = weights - begun * tf.convert_to_tensor(self._state["start"])
+        history = weights - begun * tf.convert_to_tensor(self._started()["start"])
         begin = self.pair()
         if self.restart:
-            begin = self._drawn(tf.convert_to_tensor(self._state["key"]), step)
+            begin = self._drawn(tf.convert_to_tensor(self._started()["key"]), step)
         return algebra.refined(self.layout.matrix(history), *begin, self.power_iterations)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The state, to be saved with the run."""
-        self.pair()
-        return {name: np.asarray(value.numpy()) for name, value in self._state.items()}
+        return {name: np.asarray(value.numpy()) for name, value in self._started().items()}
 
     def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes over what `to_arrays` returned.
@@ -194,9 +203,8 @@ class Carrier:
         Raises:
             ValueError: if it is incomplete, of another rank or kernel, or damaged.
         """
-        self.pair()
         values = {}
-        for name, variable in self._state.items():
+        for name, variable in self._started().items():
             expected, dtype = tuple(variable.shape), variable.dtype
             value = np.asarray(arrays[name]) if name in arrays else np.zeros(0)
             good = value.shape == expected and value.dtype == dtype.as_numpy_dtype

@@ -17,6 +17,7 @@ from keras_bandmf._keras_internals import (
 )
 from keras_bandmf.clipping import LayerRule
 from keras_bandmf.clipping.coordinates import set_coordinates
+from keras_bandmf.clipping.factors import Factor
 from keras_bandmf.clipping.rules.registry import set_rule
 from keras_bandmf.rgp.layouts import carried_kernel
 from keras_bandmf.rgp.rules import ForwardedRule, type_rule
@@ -110,7 +111,10 @@ class ScaledRule(ForwardedRule):
         super().__init__(rule)
         self.scale = scale
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of the rule of the layer's type, times the scale."""
         return self.rule.gradients(layer, saved, g * tf.cast(self.scale, g.dtype))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import NamedTuple
 
 import keras
 import tensorflow as tf
@@ -90,14 +90,26 @@ def einsum_labels(equation: str) -> EinsumLabels | None:
     return EinsumLabels(inputs, kernel, outputs, contracted, produced, rank)
 
 
-def carried_kernel(layer: keras.layers.Layer) -> tuple[Any, MatrixLayout] | str:
+class CarriedKernel(NamedTuple):
+    """A kernel that can have carriers.
+
+    Attributes:
+        variable: The kernel.
+        layout: How it is a matrix.
+    """
+
+    variable: keras.Variable
+    layout: MatrixLayout
+
+
+def carried_kernel(layer: keras.layers.Layer) -> CarriedKernel | str:
     """The kernel of a layer that can have carriers.
 
     Args:
         layer: built.
 
     Returns:
-        (variable, layout), or the reason why there is none.
+        The kernel, or the reason why there is none.
     """
     kind = kind_of(layer)
     if kind is None:
@@ -110,7 +122,7 @@ def carried_kernel(layer: keras.layers.Layer) -> tuple[Any, MatrixLayout] | str:
         return "the layer is not built"
     if kind is keras.layers.Embedding:
         shape = tuple(table_of(layer).shape)
-        return table_of(layer), MatrixLayout(shape, (0,), (1,))
+        return CarriedKernel(table_of(layer), MatrixLayout(shape, (0,), (1,)))
     shape = tuple(kernel_of(layer).shape)
     if kind is keras.layers.EinsumDense:
         labels = einsum_labels(layer.equation)
@@ -118,11 +130,11 @@ def carried_kernel(layer: keras.layers.Layer) -> tuple[Any, MatrixLayout] | str:
             return "the equation has a kernel that is not one matrix for all positions"
         rows = tuple(labels.kernel.index(c) for c in labels.contracted)
         columns = tuple(labels.kernel.index(c) for c in labels.produced)
-        return kernel_of(layer), MatrixLayout(shape, rows, columns)
+        return CarriedKernel(kernel_of(layer), MatrixLayout(shape, rows, columns))
     if kind is keras.layers.Conv2D and layer.groups != 1:
         return "a grouped convolution has a matrix for each group"
     last = len(shape) - 1
-    return kernel_of(layer), MatrixLayout(shape, tuple(range(last)), (last,))
+    return CarriedKernel(kernel_of(layer), MatrixLayout(shape, tuple(range(last)), (last,)))
 
 
 #: Layer types with carriers; a thin layer of this package is a subclass of one of them.

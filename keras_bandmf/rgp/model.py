@@ -19,7 +19,7 @@ from keras_bandmf.clipping.rules.registry import set_rule
 from keras_bandmf.rgp.arguments import named_layers, within
 from keras_bandmf.rgp.carrier import Carrier
 from keras_bandmf.rgp.head import head_layers, scale_head
-from keras_bandmf.rgp.layouts import carried_kernel
+from keras_bandmf.rgp.layouts import CarriedKernel, carried_kernel
 from keras_bandmf.rgp.rules import CarrierRule, type_rule
 
 
@@ -161,7 +161,7 @@ def _candidates(
     chosen, kernels = [], set()
     for layer in every:
         found = carried_kernel(layer)
-        carried = not isinstance(found, str) and coordinates_of(found[0]) is not None
+        carried = not isinstance(found, str) and coordinates_of(found.variable) is not None
         if carried and getattr(layer, "rgp", None) is None:
             raise ValueError(
                 "`enable_rgp` may be called once. Received: a model whose layer "
@@ -173,7 +173,7 @@ def _candidates(
         if isinstance(found, str):
             reason = None if inner_layers(layer) else found
         else:
-            reason = _left_out(layer, *found, rank, set() if by_name else head)
+            reason = _left_out(layer, found, rank, set() if by_name else head)
         if reason is not None and by_name:
             raise ValueError(
                 f"`layers` must name layers that can have carriers. Received: '{layer.path}': "
@@ -181,54 +181,65 @@ def _candidates(
             )
         if isinstance(found, str) or reason is not None:
             continue
-        if id(found[0]) not in kernels:
-            _check_kernel(layer, *found, rank)
-            kernels.add(id(found[0]))
+        if id(found.variable) not in kernels:
+            _check_kernel(layer, found, rank)
+            kernels.add(id(found.variable))
             chosen.append(layer)
     return chosen
 
 
-def _left_out(layer: Any, kernel: Any, layout: Any, rank: int, head: set[int]) -> str | None:
-    """Why a layer is to get no carriers, or None."""
-    if not kernel.trainable:
+def _left_out(
+    layer: keras.layers.Layer, kernel: CarriedKernel, rank: int, head: set[int]
+) -> str | None:
+    """Returns why a layer is to get no carriers, or None."""
+    if not kernel.variable.trainable:
         return "it is not trained"
-    if min(layout.sides) < max(rank, 2):
-        m, n = layout.sides
+    m, n = kernel.layout.sides
+    if min(m, n) < max(rank, 2):
         return f"its kernel is a matrix of {m} x {n}, rank={rank} is above the shorter side"
     return "it is part of the head" if id(layer) in head else None
 
 
-def _check_kernel(layer: keras.layers.Layer, kernel: Any, layout: Any, rank: int) -> None:
-    if rank > min(layout.sides):
+def _check_kernel(layer: keras.layers.Layer, kernel: CarriedKernel, rank: int) -> None:
+    m, n = kernel.layout.sides
+    if rank > min(m, n):
         raise ValueError(
             f"`rank` must be at most the shorter side of a kernel. Received: rank={rank} for "
-            f"'{layer.path}', a matrix of {layout.sides[0]} x {layout.sides[1]}. Choose a smaller "
-            "rank or leave the layer out."
+            f"'{layer.path}', a matrix of {m} x {n}. Choose a smaller rank or leave the layer out."
         )
-    if kernel.constraint is not None:
+    constraint = kernel.variable.constraint
+    if constraint is not None:
         raise ValueError(
             "A kernel with a constraint cannot have carriers: what the constraint does to the "
             f"weights is no gradient the carriers could follow. Received: '{layer.path}' with "
-            f"{type(kernel.constraint).__name__}. Remove it, or name the layer in `exclude`."
+            f"{type(constraint).__name__}. Remove it, or name the layer in `exclude`."
         )
 
 
 def _carry(layer: keras.layers.Layer, **options: Any) -> None:
     """Puts carriers on a layer's kernel; `options` are those of `Carrier`."""
-    kernel, layout = carried_kernel(layer)
-    dtype = "float64" if keras.backend.standardize_dtype(kernel.dtype) == "float64" else "float32"
-    carrier = Carrier(layout, kernel.path, dtype, **options)
+    kernel = _kernel_to_carry(layer)
+    double = keras.backend.standardize_dtype(kernel.variable.dtype) == "float64"
+    dtype = "float64" if double else "float32"
+    carrier = Carrier(kernel.layout, kernel.variable.path, dtype, **options)
     set_rule(layer, CarrierRule(type_rule(layer), carrier))
-    set_coordinates(kernel, carrier)
+    set_coordinates(kernel.variable, carrier)
 
 
-class _Thin:
+def _kernel_to_carry(layer: keras.layers.Layer) -> CarriedKernel:
+    found = carried_kernel(layer)
+    if isinstance(found, str):
+        raise ValueError(f"The layer cannot have carriers: {found}. Received: '{layer.path}'.")
+    return found
+
+
+class _Thin(keras.layers.Layer):
     """What the RGP layers have in common: carriers from `build` on, and a config that says so."""
 
     carries_gradients = True
 
     def _init_rgp(self, rank: int | None, refresh_every: int, power_iterations: int) -> None:
-        self.rgp = None
+        self.rgp: dict[str, int] | None = None
         if rank is None:  # of a layer whose carriers were merged
             return
         numbers = {
@@ -249,16 +260,13 @@ class _Thin:
             return
         # Keras marks a layer built after `build`; `carried_kernel` asks for it.
         self.built = True
-        found = carried_kernel(self)
-        if isinstance(found, str):
-            raise ValueError(f"The layer cannot have carriers: {found}. Received: '{self.path}'.")
-        _check_kernel(self, *found, self.rgp["rank"])
+        _check_kernel(self, _kernel_to_carry(self), self.rgp["rank"])
         _carry(self, **self.rgp)
 
     def get_config(self) -> dict[str, Any]:
         """The config of the Keras layer, and rank and refreshes."""
-        rgp = self.rgp or {"rank": None, "refresh_every": 1, "power_iterations": 1}
-        return {**super().get_config(), **rgp}
+        merged = {"rank": None, "refresh_every": 1, "power_iterations": 1}
+        return {**super().get_config(), **(self.rgp or merged)}
 
 
 @keras.saving.register_keras_serializable(package="keras_bandmf")

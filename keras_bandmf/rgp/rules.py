@@ -142,13 +142,16 @@ class ForwardedRule(LayerRule):
     def __init__(self, rule: LayerRule):
         self.rule = rule
 
-    def refuses(self, layer):
+    def refuses(self, layer: keras.layers.Layer) -> str | None:
+        """Returns what the rule of the layer's type answers."""
         return self.rule.refuses(layer)
 
-    def forward(self, layer, inputs):
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Computes what the rule of the layer's type computes."""
         return self.rule.forward(layer, inputs)
 
-    def finish(self, layer, outputs, saved):
+    def finish(self, layer: keras.layers.Layer, outputs: tf.Tensor, saved: Any) -> tf.Tensor:
+        """Computes what the rule of the layer's type computes."""
         return self.rule.finish(layer, outputs, saved)
 
 
@@ -165,7 +168,10 @@ class CarrierRule(ForwardedRule):
         self.carrier = carrier
         self._linear_rule = rule
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the coordinates of the kernel's gradients, and all others as they are."""
         table = isinstance(self.rule, EmbeddingRule)
         kernel = table_of(layer) if table else kernel_of(layer)
         found = []

@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from keras_bandmf.clipping.coordinates import coordinates_of, released_shape
 from keras_bandmf.rgp.carrier import Carrier
-from keras_bandmf.rgp.head import HeadScale
 
 
 class RunCarriers:
@@ -31,7 +30,7 @@ class RunCarriers:
 
     def __init__(self, variables: Sequence[Any], strategy: Any):
         self._variables = list(variables)
-        self._carriers: list[Carrier | HeadScale | None] = [coordinates_of(v) for v in variables]
+        self._carriers = [coordinates_of(variable) for variable in variables]
         self.shapes = [released_shape(variable) for variable in variables]
         found = [carrier for carrier in self._carriers if isinstance(carrier, Carrier)]
         for period in sorted({carrier.refresh_every for carrier in found}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras
@@ -76,6 +77,7 @@ def synthetic_rows(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> li
 
     def draw(t: tf.Tensor, kind: str) -> tf.Tensor:
         shape = (3, *t.shape[1:])
+        values: np.ndarray
         if t.dtype.is_floating and kind == "x":
             values = random.normal(size=shape)
         elif t.dtype.is_floating:
@@ -88,12 +90,12 @@ def synthetic_rows(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> li
     leaves = [t for t in keras.tree.flatten((x, y, sample_weight)) if t is not None]
     if any(t.dtype == tf.string for t in leaves):
         return None
-    return [on_tensors(lambda t, kind=kind: draw(t, kind), part) for kind, part in named]
+    return [on_tensors(functools.partial(draw, kind=kind), part) for kind, part in named]
 
 
 def _difference(
     model: keras.Model,
-    data: tuple,
+    data: tuple[Any, Any, Any],
     loss: BatchLoss,
     snapshot: Snapshot,
     mode: ClippingMode,
@@ -107,8 +109,9 @@ def _difference(
     snapshot.restore()
     mask = tf.constant([True] * 3)
     clipper = Clipper.of(model, clip, mode)
+    x, y, sample_weight = data
     try:
-        got = clip_by_book_keeping(model, *data, mask, clipper, loss)
+        got = clip_by_book_keeping(model, x, y, sample_weight, mask, clipper, loss)
     except Unsupported as reason:
         return str(reason)
     narrow = any(layer.compute_dtype == "bfloat16" for layer in all_layers(model))
@@ -145,7 +148,7 @@ def _one_by_one(
         snapshot.restore()
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
-            y_pred = forward(model, on_tensors(lambda t, i=i: tf.gather(t, [i] * 3), x))
+            y_pred = forward(model, on_tensors(functools.partial(tf.gather, indices=[i] * 3), x))
         _, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight)
         own = [tf.where(over_rows(tf.range(3) == i, s), s, tf.zeros_like(s)) for s in slopes]
         found.append(

@@ -6,6 +6,7 @@ meet is found as well.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -209,7 +210,7 @@ class _Walk:
                 operation.type,
                 [self.labels(tensor) for tensor in inputs],
                 operation_definition(operation.type) or operation.op_def,
-                lambda operation=operation: operation.node_def,
+                functools.partial(getattr, operation, "node_def"),
                 any(output.dtype == tf.resource for output in operation.outputs),
             )
             if self._first is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,7 +115,7 @@ def _batches(y: Any, y_pred: Any, sample_weight: Any) -> Iterator[tuple]:
             chosen[: 3 * rows // 4] = chosen[0]
         elif attempt % 3 == 2:  # pairs
             chosen = chosen[np.arange(rows) // 2]
-        targets = on_tensors(lambda t, chosen=chosen: tf.gather(t, chosen), y)
+        targets = on_tensors(functools.partial(tf.gather, indices=chosen), y)
         if attempt == _TRIES - 1:
             targets = on_tensors(lambda t: _zero_or_one(t, random), targets)
         scale = (1.0, 0.1, 3.0)[attempt // 2]
@@ -122,7 +123,7 @@ def _batches(y: Any, y_pred: Any, sample_weight: Any) -> Iterator[tuple]:
             lambda t, scale=scale: _random_like(t, scale, random), y_pred
         )
         order = random.permutation(rows)
-        weights = on_tensors(lambda t, order=order: tf.gather(t, order), sample_weight)
+        weights = on_tensors(functools.partial(tf.gather, indices=order), sample_weight)
         yield targets, outputs, weights
 
 

@@ -29,7 +29,7 @@ from keras_bandmf.clipping.losses import (
     overrides_compute_loss,
     with_ignored_class,
 )
-from keras_bandmf.clipping.modes import ClippingMode, checked_mode
+from keras_bandmf.clipping.modes import ClippingMode, ClippingName, checked_mode
 from keras_bandmf.clipping.passes import refuse_untraceable, traced_pass, written_by_metrics
 from keras_bandmf.clipping.paths.book_keeping import forward
 from keras_bandmf.clipping.paths.routing import store_checked, structural_reason, trial_reason
@@ -44,7 +44,7 @@ def check_model(
     y: Any = None,
     sample_weight: Any = None,
     loss: Any = None,
-    clipping: str | ClippingMode = "flat",
+    clipping: ClippingName | ClippingMode = "flat",
 ) -> None:
     """Test that the model can be trained privately, before it is.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import tensorflow as tf
@@ -36,15 +36,17 @@ def refuse_sparse_data(x: Any, y: Any, sample_weight: Any) -> None:
                 )
 
 
-def checked_microbatch_size(microbatch_size: Any) -> int | str | None:
+def checked_microbatch_size(microbatch_size: Any) -> int | Literal["auto"] | None:
     """Returns None, "auto" or a positive integer.
 
     Raises:
         TypeError: if it is anything else.
         ValueError: if it is not positive.
     """
-    if microbatch_size is None or microbatch_size == "auto":
-        return microbatch_size
+    if microbatch_size is None:
+        return None
+    if isinstance(microbatch_size, str) and microbatch_size == "auto":
+        return "auto"
     hint = 'Or None for the whole batch, or "auto". It changes memory, never the result.'
     return checked_int("microbatch_size", microbatch_size, hint=hint)
 

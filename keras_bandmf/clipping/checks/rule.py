@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras
@@ -107,7 +108,7 @@ def _one_by_one(layer: Any, inputs: tuple, slopes: Any) -> list[np.ndarray]:
     values = [v.value for v in layer.trainable_variables]
     columns: list[list[np.ndarray]] = [[] for _ in values]
     for i in range(dims(inputs[0])[0]):
-        x, args, kwargs = on_tensors(lambda t, i=i: _row(t, i), inputs)
+        x, args, kwargs = on_tensors(functools.partial(_row, i=i), inputs)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
             outputs = keras.tree.flatten(layer(x, *args, **kwargs))

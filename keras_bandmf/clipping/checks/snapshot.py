@@ -37,7 +37,7 @@ class Snapshot:
         found = {id(v.value): v.value for v in known}
         graph = traced_pass(lambda x: forward(model, x), model, x)
         self.untraceable = graph if isinstance(graph, Exception) else None
-        if self.untraceable is None:
+        if not isinstance(graph, Exception):
             found.update((id(v), v) for v in graph.variables)
         self._variables = list(found.values())
         self._kept = self._values = [v.numpy() for v in self._variables]

@@ -56,8 +56,8 @@ def clip_in_chunks(
         if not watched:
             return clip_chunk(*rows)
         others = on_tensors(lambda t: tf.gather(t, (i + 1) % count)[:1], parts)
-        *rows, own = keras.tree.map_structure(_appended, rows, (*others[:3], tf.constant([False])))
-        clipped = clip_chunk(*rows, own)
+        rows = keras.tree.map_structure(_appended, rows, (*others[:3], tf.constant([False])))
+        clipped = clip_chunk(*rows)
         return _with_rows(clipped, [t[:-1] for t in _rows(clipped)])
 
     # The first chunk, run by itself, shows what the others will return.

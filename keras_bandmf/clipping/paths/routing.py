@@ -70,7 +70,9 @@ def store_checked(model: keras.Model, general: str | None) -> Route:
 
 def give_up(model: keras.Model, reason: str) -> None:
     """Send `model` the general path from here on: book-keeping failed on a real trace."""
-    _store(model, stored(model)._replace(general=reason))
+    known = stored(model)
+    if known is not None:
+        _store(model, known._replace(general=reason))
 
 
 def structural_reason(model: keras.Model, loss: Any) -> str | None:
@@ -121,10 +123,12 @@ def trial_graph(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: An
 
     def trial(tensors: list[tf.Tensor]) -> None:
         rows = iter(tensors)
-        parts = on_tensors(lambda _: next(rows), (x, y, sample_weight))
+        data = on_tensors(lambda _: next(rows), (x, y, sample_weight))
         mask = tf.ones([TRIAL_ROWS], tf.bool)
         with checked_shapes(model, TRIAL_ROWS):
-            clip_by_book_keeping(model, *parts, mask, Clipper.of(model), row_loss)
+            clip_by_book_keeping(
+                model, data[0], data[1], data[2], mask, Clipper.of(model), row_loss
+            )
 
     # Not under `tf.init_scope`, which stops tapes: every gradient would be None.
     traced = tf.function(trial, autograph=False)

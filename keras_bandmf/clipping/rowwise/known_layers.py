@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -130,7 +130,7 @@ def _letters(operand: str) -> str:
     return operand.replace("...", "")
 
 
-def einsum_reason(equation: str, ranks: list[Rank]) -> str | None:
+def einsum_reason(equation: str, ranks: Sequence[Rank]) -> str | None:
     """Why an einsum may mix rows: the first letter of operands and result must be the row.
 
     Args:
@@ -321,7 +321,7 @@ def _other_rank(name: str) -> int:
 
 def is_the_one(thing: Any) -> bool:
     """Whether a class or function is the very object that its module holds under its name."""
-    module = sys.modules.get(getattr(thing, "__module__", None))
+    module = sys.modules.get(getattr(thing, "__module__", None) or "")
     return getattr(module, getattr(thing, "__qualname__", ""), None) is thing
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -36,15 +37,19 @@ class LayerRule:
         return []
 
     def forward(
-        self, layer: keras.layers.Layer, inputs: Any, **arguments: Any
+        self, layer: keras.layers.Layer, inputs: Any, *args: Any, **kwargs: Any
     ) -> tuple[tf.Tensor, Any]:
-        """The pre-activation and whatever `gradients` needs to see again.
+        """Computes the pre-activation, and whatever `gradients` needs to see again.
+
+        A rule names the further arguments of `call` that it knows in its own signature: a call
+        with any other argument goes the general path.
 
         Args:
             layer: the layer.
             inputs: the first argument of its `call`, a tensor.
-            **arguments: the others by name, those left at their default (and `training`) omitted; a
-                call with an argument that `forward` does not name goes the general path.
+            *args: Not used: further arguments are passed by name.
+            **kwargs: The further arguments of `call` by name. Those at their default, and
+                `training`, are left out.
         """
         raise NotImplementedError
 
@@ -55,7 +60,7 @@ class LayerRule:
 
     def gradients(
         self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
-    ) -> list[tuple[keras.Variable, Factor]]:
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
         """A factor per variable of the layer; those of frozen variables are never used.
 
         Args:
@@ -85,6 +90,7 @@ class KernelRule(LayerRule):
     """What layers with a `_kernel`, a `bias`, LoRA and an activation have in common."""
 
     def refuses(self, layer: keras.layers.Layer) -> str | None:
+        """Returns a reason for a quantized layer."""
         if getattr(layer, "quantization_mode", None) is not None:
             return "the layer is quantized"
         return None
@@ -125,20 +131,29 @@ class LinearRule(KernelRule):
 class DenseRule(LinearRule):
     """Dense on (batch, ..., in)."""
 
-    def linear(self, layer, inputs, kernel):
+    def linear(self, layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+        """Returns x W."""
         return keras.ops.matmul(inputs, kernel)
 
-    def kernel_factor(self, layer, inputs, g, shape):
+    def kernel_factor(
+        self, layer: keras.layers.Layer, inputs: tf.Tensor, g: tf.Tensor, shape: tuple[int, ...]
+    ) -> Factor:
+        """Returns x'g."""
         return matrix(tf.cast(inputs, g.dtype), g)
 
-    def forward(self, layer, inputs):
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns x W + b, and x for the gradients."""
         outputs = self.linear(layer, inputs, constant(layer.kernel))
         if layer.bias is not None:
             outputs = keras.ops.add(outputs, constant(layer.bias))
         return outputs, inputs
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns x'g for the kernel, or LoRA's two factors, and g summed for the bias."""
         x = tf.cast(saved, g.dtype)
+        found: list[tuple[keras.Variable, Factor]]
         if layer.lora_enabled:
             # Outputs are x (W + s A B): A sees g B', B sees x A.
             a, b = layer.lora_kernel_a, layer.lora_kernel_b

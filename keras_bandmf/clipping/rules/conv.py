@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_bandmf._keras_internals import kernel_of
-from keras_bandmf.clipping.factors import Layout, Outer, Rows, prefers_product
+from keras_bandmf.clipping.factors import Factor, Layout, Outer, Rows, prefers_product
 from keras_bandmf.clipping.rules.base import (
     KernelRule,
     LinearRule,
@@ -27,12 +29,14 @@ _THIN = 16
 class ConvRule(LinearRule):
     """Conv1D, 2D and 3D with any strides, padding, dilation, groups and data format."""
 
-    def refuses(self, layer):
+    def refuses(self, layer: keras.layers.Layer) -> str | None:
+        """Returns a reason for LoRA on grouped channels, which Keras applies in another way."""
         if getattr(layer, "lora_enabled", False) and layer.groups > 1:
             return "LoRA is enabled on grouped channels"
         return super().refuses(layer)
 
-    def linear(self, layer, inputs, kernel):
+    def linear(self, layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+        """Returns the convolution of the inputs with a kernel."""
         padding, x = layer.padding, inputs
         if padding == "causal":
             left = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
@@ -48,14 +52,21 @@ class ConvRule(LinearRule):
             data_format=layer.data_format,
         )
 
-    def kernel_factor(self, layer, inputs, g, shape):
+    def kernel_factor(
+        self, layer: keras.layers.Layer, inputs: tf.Tensor, g: tf.Tensor, shape: tuple[int, ...]
+    ) -> Factor:
+        """Returns patches(x)'g, written out or as factors."""
         x, g = channels_last(layer, tf.cast(inputs, g.dtype), g)
         return _kernel_factor(layer, x, g, shape, layer.groups)
 
-    def forward(self, layer, inputs):
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns the convolution plus the bias, and the inputs for the gradients."""
         return with_bias(layer, self.linear(layer, inputs, constant(layer.kernel))), inputs
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of the kernel, or of LoRA's two factors, and of the bias."""
         if not layer.lora_enabled:
             kernel = kernel_of(layer)
             found = [(kernel, self.kernel_factor(layer, saved, g, tuple(kernel.shape)))]
@@ -79,7 +90,8 @@ class ConvRule(LinearRule):
 class ConvTransposeRule(KernelRule):
     """Conv1DTranspose, 2D and 3D: a convolution whose inputs and outputs have changed places."""
 
-    def forward(self, layer, inputs):
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns the transposed convolution, and the inputs for the gradients."""
         outputs = keras.ops.conv_transpose(
             inputs,
             constant(layer.kernel),
@@ -91,7 +103,10 @@ class ConvTransposeRule(KernelRule):
         )
         return with_bias(layer, outputs), inputs
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns patches(g)'x for the kernel, and the gradient of the bias."""
         x, g = channels_last(layer, tf.cast(saved, g.dtype), g)
         factor = _kernel_factor(layer, g, x, tuple(layer.kernel.shape), 1)
         return [(layer.kernel, factor), *bias_gradient(layer, g)]
@@ -100,10 +115,14 @@ class ConvTransposeRule(KernelRule):
 class DepthwiseConvRule(KernelRule):
     """DepthwiseConv1D and 2D: the kernel of an example is small, so its gradient is written out."""
 
-    def forward(self, layer, inputs):
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns the depthwise convolution, and the inputs for the gradients."""
         return with_bias(layer, depthwise(layer, inputs, layer.kernel)), inputs
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of the kernel, written out, and of the bias."""
         x, g = channels_last(layer, tf.cast(saved, g.dtype), g)
         return [(layer.kernel, _depthwise_rows(layer, x, g)), *bias_gradient(layer, g)]
 
@@ -111,7 +130,8 @@ class DepthwiseConvRule(KernelRule):
 class SeparableConvRule(KernelRule):
     """SeparableConv1D and 2D: a depthwise convolution, then a matrix on the channels."""
 
-    def forward(self, layer, inputs):
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns both convolutions in turn; saves the inputs and what is between the two."""
         (middle,) = channels_last(layer, depthwise(layer, inputs, layer.depthwise_kernel))
         pointwise = constant(layer.pointwise_kernel)
         outputs = keras.ops.matmul(middle, tf.reshape(pointwise, pointwise.shape[-2:]))
@@ -119,7 +139,10 @@ class SeparableConvRule(KernelRule):
             outputs = tf.transpose(outputs, [0, layer.rank + 1, *range(1, layer.rank + 1)])
         return with_bias(layer, outputs), (inputs, middle)
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of both kernels and of the bias."""
         inputs, middle = (tf.cast(t, g.dtype) for t in saved)
         x, g = channels_last(layer, inputs, g)
         pointwise = layer.pointwise_kernel

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import tensorflow as tf
 
 from keras_bandmf._keras_internals import kernel_of
-from keras_bandmf.clipping.factors import Layout, Outer, Rows, Unsupported
+from keras_bandmf.clipping.factors import Factor, Layout, Outer, Rows, Unsupported
 from keras_bandmf.clipping.rules.base import LinearRule, constant, lora_scale, wide
 from keras_bandmf.clipping.shapes import dims, product, sum_to
 
@@ -22,28 +25,38 @@ class EinsumDenseRule(LinearRule):
     def __init__(self, equation: str | None = None):
         self._equation = equation
 
-    def refuses(self, layer):
+    def refuses(self, layer: keras.layers.Layer) -> str | None:
+        """Returns a reason for an equation whose kernel gradient is not by example."""
         reason = super().refuses(layer)
         if reason is None and "." not in layer.equation:
             reason = _Equation.of(layer.equation, None).refuses(layer.lora_enabled)
         return reason
 
-    def linear(self, layer, inputs, kernel):
+    def linear(self, layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+        """Returns the einsum of the inputs with a kernel."""
         return keras.ops.einsum(self._equation or layer.equation, inputs, kernel)
 
-    def kernel_factor(self, layer, inputs, g, shape):
+    def kernel_factor(
+        self, layer: keras.layers.Layer, inputs: tf.Tensor, g: tf.Tensor, shape: tuple[int, ...]
+    ) -> Factor:
+        """Returns the kernel's gradients as products of arranged inputs and output gradients."""
         x = tf.cast(inputs, g.dtype)
         equation = _known_equation(layer, self._equation or layer.equation, x, lora=False)
         return equation.factor(x, g, shape)
 
-    def forward(self, layer, inputs):
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns the einsum plus the bias, and the inputs for the gradients."""
         outputs = self.linear(layer, inputs, constant(layer.kernel))
         if layer.bias is not None:
             outputs = keras.ops.add(outputs, constant(layer.bias))
         return outputs, inputs
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of the kernel, or of LoRA's two factors, and of the bias."""
         x = tf.cast(saved, g.dtype)
+        found: list[tuple[keras.Variable, Factor]]
         if layer.lora_enabled:
             equation = _known_equation(layer, layer.equation, x, lora=True)
             found = _lora(layer, equation, x, lora_scale(layer) * g)
@@ -72,7 +85,7 @@ def _known_equation(
 
 def _lora(
     layer: keras.layers.Layer, equation: _Equation, x: tf.Tensor, g: tf.Tensor
-) -> list[tuple[keras.Variable, Outer]]:
+) -> list[tuple[keras.Variable, Factor]]:
     """Factors of A and B in the kernel A B, by two equations with the rank's axis in between."""
     first, second = layer.lora_kernel_a, layer.lora_kernel_b
     if equation.kernel[-1] in equation.contracted:
@@ -103,6 +116,8 @@ class _Equation:
         left, outputs = equation.replace(" ", "").split("->")
         inputs, kernel = left.split(",")
         if "..." in equation:
+            if rank is None:
+                raise ValueError(f"An ellipsis needs the rank. Received: equation={equation!r}")
             fresh = "".join(_unused(equation)[: rank - len(inputs.replace("...", ""))])
             inputs, outputs = inputs.replace("...", fresh), outputs.replace("...", fresh)
         return cls(inputs, kernel, outputs)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import tensorflow as tf
 
 from keras_bandmf._keras_internals import set_keras_mask, table_of
-from keras_bandmf.clipping.factors import Lookup
+from keras_bandmf.clipping.factors import Factor, Lookup
 from keras_bandmf.clipping.rules.base import LinearRule, constant, lora_scale, matrix, wide
 from keras_bandmf.clipping.shapes import dims, positions, product
 
@@ -14,22 +17,31 @@ from keras_bandmf.clipping.shapes import dims, positions, product
 class EmbeddingRule(LinearRule):
     """Embedding on (batch, ...) integers."""
 
-    def linear(self, layer, inputs, kernel):
+    def linear(self, layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+        """Returns the rows of a table."""
         return keras.ops.take(kernel, inputs, axis=0)
 
-    def kernel_factor(self, layer, inputs, g, shape):
+    def kernel_factor(
+        self, layer: keras.layers.Layer, inputs: tf.Tensor, g: tf.Tensor, shape: tuple[int, ...]
+    ) -> Factor:
+        """Returns g, added to the rows that were read."""
         return lookup(inputs, g, shape[0])
 
-    def forward(self, layer, inputs):
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns the rows of the table, and their numbers for the gradients."""
         if inputs.dtype not in (tf.int32, tf.int64):
             inputs = tf.cast(inputs, tf.int32)
         ids = tf.where(inputs < 0, inputs + layer.input_dim, inputs)
         return self.linear(layer, ids, constant(layer.embeddings)), ids
 
-    def finish(self, layer, outputs, saved):
+    def finish(self, layer: keras.layers.Layer, outputs: tf.Tensor, saved: Any) -> tf.Tensor:
+        """Casts the rows as Keras's layer does."""
         return keras.ops.cast(outputs, layer.compute_dtype)
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of the table, or of LoRA's two factors."""
         if not layer.lora_enabled:
             table = table_of(layer)
             return [(table, self.kernel_factor(layer, saved, g, tuple(table.shape)))]
@@ -45,7 +57,10 @@ class EmbeddingRule(LinearRule):
 class ReversibleEmbeddingRule(EmbeddingRule):
     """ReversibleEmbedding in both directions; `merged` adds them up, cross term included."""
 
-    def forward(self, layer, inputs, reverse=False):
+    def forward(
+        self, layer: keras.layers.Layer, inputs: tf.Tensor, reverse: bool = False
+    ) -> tuple[tf.Tensor, Any]:
+        """Returns rows of the table, or logits from its transpose with `reverse=True`."""
         if not reverse:
             outputs, ids = super().forward(layer, inputs)
             return outputs, (False, ids, inputs)
@@ -57,7 +72,8 @@ class ReversibleEmbeddingRule(EmbeddingRule):
             kernel = keras.ops.transpose(kernel)
         return keras.ops.matmul(inputs, kernel), (True, inputs, None)
 
-    def finish(self, layer, outputs, saved):
+    def finish(self, layer: keras.layers.Layer, outputs: tf.Tensor, saved: Any) -> tf.Tensor:
+        """Casts rows and attaches their mask; caps logits where the layer does."""
         reverse, _, ids = saved
         if reverse:
             cap = getattr(layer, "logit_soft_cap", None)
@@ -68,7 +84,10 @@ class ReversibleEmbeddingRule(EmbeddingRule):
             set_keras_mask(outputs, keras.ops.not_equal(ids, 0))
         return outputs
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of the table, whichever way it was used."""
         reverse, inputs, _ = saved
         if not reverse:
             return super().gradients(layer, inputs, g)
