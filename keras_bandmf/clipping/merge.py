@@ -1,4 +1,4 @@
-"""Several uses of one variable, tied tables among them, joined before the norm is taken."""
+"""Joins several uses of one variable before the norm is taken, tied tables among them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from keras_bandmf.clipping.shapes import dims, static
 
 
 class Tied:
-    """Gradients of a table read by look-up and used as a matrix: the sum of both.
+    """The gradients of a table that is read by look-up and also used as a matrix: the sum of both.
 
     The squared norm of L + D is |L|^2 + |D|^2 + 2 <L, D>. With L the look-up's gradient (g_t on row
     ids_t) and D = a'b of the matrix's, <L, D> = sum over s, t of a_s[ids_t] (b_s . g_t).
@@ -40,8 +40,8 @@ class Tied:
         """Returns `Rows` if the product is the cheaper way to the norm, else itself."""
         a, b = self.outer.a, self.outer.g
         count = dims(a)[2]
-        # Logits over a vocabulary are a model's largest tensors as it is: a product of their size
-        # for each example would show in the peak, so it has to be smaller than elsewhere.
+        # Logits over a vocabulary are already the largest tensors of a model. A product of their
+        # size for each example would raise peak memory, so it must be smaller than elsewhere.
         share = max(count // 4, 1) if static(count) else count
         if not prefers_product(share, dims(a)[-1], dims(b)[-1]):
             return self
@@ -52,7 +52,7 @@ class Tied:
         return Rows(tf.tensor_scatter_nd_add(values, index, self.lookup.g))
 
     def squared_norms(self) -> tf.Tensor:
-        """Squared norm of every example's gradient, shape (batch,), the cross term included."""
+        """Returns the squared norm of every gradient, (batch,), the cross term included."""
         a, b = self.outer.a[:, 0], self.outer.g[:, 0]
         ids, g = self.lookup.ids, self.lookup.g
         read = tf.gather(a, ids, axis=2, batch_dims=1)
@@ -62,7 +62,7 @@ class Tied:
         return floored(self.lookup.squared_norms() + exact + 2 * cross, bound)
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        """Sum over examples of weight times gradient, in the table's shape, float64."""
+        """Returns the sum over examples of weight times gradient, in the table's shape, float64."""
         return self.lookup.weighted_sum(weights) + tf.cast(
             self.outer.weighted_sum(weights), tf.float64
         )

@@ -62,18 +62,27 @@ class MaskSeeds:
         random operations whose seed does not come from here.
 
     Attributes:
-        key: shape (2,), int64 or uint64: secret, of the run; read from a variable, never constant.
-        place: scalar int64, step * replicas + replica: below 2**28.
+        key: Shape (2,), int64 or uint64: the secret key of the run. It is read from a variable,
+            and never a constant of the graph.
+        place: Scalar int64, step * replicas + replica: below 2**28.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_bandmf import clipping
+        >>> key = tf.constant([1, 2], tf.int64)  # of a real run: secret and random
+        >>> first, second = (clipping.MaskSeeds(key, tf.constant(t, tf.int64)) for t in (0, 1))
+        >>> bool(first.of_pass(0) == second.of_pass(0))
+        False
     """
 
     key: tf.Tensor
     place: tf.Tensor
 
     def of_pass(self, first_row: Any) -> tf.Tensor:
-        """The seed of the first draw of a pass, scalar uint64; the others follow it.
+        """Returns the seed of the first draw of a pass, scalar uint64; the others follow it.
 
         Args:
-            first_row: scalar integer below 2**26, the first row of the pass in its batch.
+            first_row: Scalar integer below 2**26, the first row of the pass in its batch.
         """
         key = tf.bitcast(self.key, tf.uint64)
         number = _left(tf.cast(self.place, tf.uint64), _ROW_BITS) + tf.cast(first_row, tf.uint64)

@@ -38,7 +38,7 @@ class MatrixLayout:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """m and n."""
+        """The numbers of rows and columns, m and n."""
         return math.prod(self.row_shape), math.prod(self.column_shape)
 
     def matrix(self, kernel: tf.Tensor) -> tf.Tensor:

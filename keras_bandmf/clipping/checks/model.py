@@ -1,4 +1,4 @@
-"""`check_model`: does every example have a gradient of its own, and is it the one we compute?"""
+"""`check_model`: tests that every example has a gradient of its own, and that it is computed."""
 
 from __future__ import annotations
 
@@ -46,28 +46,33 @@ def check_model(
     loss: Any = None,
     clipping: ClippingName | ClippingMode = "flat",
 ) -> None:
-    """Test that the model can be trained privately, before it is.
+    """Tests whether a model can be trained privately, before it is.
 
-    Puts every variable back. In order: forward pass and loss may write no variable but metrics, may
-    not depend on metrics, and must draw random numbers from seed generators, all of it read off
-    their graphs; other rows must not change an example's outputs; where layers were declared
-    row-wise, other rows must not change an example's outputs in a whole batch, with many random
-    states; the loss must be a sum or mean over examples; and the book-keeping path must give what
-    one-example-at-a-time gradients give on rows of random numbers. All but the first with moved
-    weights: zeros would hide what comes before them. A model that fails only the last goes the
-    general path from here on (`explain` says why).
+    The private `fit` calls it. It puts every variable back. In this order:
+
+     1. Forward pass and loss may write no variable but metrics, may not depend on metrics, and must
+        draw random numbers from seed generators. All of this is read off their graphs.
+     2. Other rows must not change an example's outputs.
+     3. Where layers were declared row-wise, other rows must not change an example's outputs in a
+        whole batch, with many random states.
+     4. The loss must be a sum or a mean over examples.
+     5. The book-keeping path must give the gradients of one example at a time, on rows of random
+        numbers.
+
+    All but the first use moved weights, because zeros would hide what comes before them. A model
+    that fails only the last takes the general path from here on (`explain` says why).
 
     Args:
-        model: a Keras model, compiled unless `loss` is given.
-        x: inputs, at least one row; best as many as a batch of the run has. `y`, `sample_weight`
-            likewise.
-        y: targets or None.
-        sample_weight: weights or None.
-        loss: as for `clipped_gradients`.
-        clipping: likewise.
+        model: A Keras model, compiled unless `loss` is given.
+        x: The inputs, at least one row; at best as many as a batch of the run has.
+        y: The targets of the same rows, or None.
+        sample_weight: The weights of the same rows, or None.
+        loss: See `clipped_gradients`.
+        clipping: See `clipped_gradients`.
 
     Raises:
-        ValueError: the model, its loss or the mode is refused; the error names the layer, the
+        TypeError: If an argument has the wrong type.
+        ValueError: If the model, its loss or the mode is refused. The message names the layer, the
             variable or the loss, and what to use instead.
 
     Formal guarantees: a test on a sample, not a proof: mixing for some inputs only, or by less than
@@ -77,6 +82,17 @@ def check_model(
     `captures.Watch` says what is out of sight. No Python code of the model or the loss gets to see
     a value of the data, which it could keep and make a constant of the graph and of the released
     model: on the data it runs as a graph alone (`unseen`), eagerly on zeros and random numbers.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> import keras_bandmf as bandmf
+        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+        >>> try:
+        ...     bandmf.clipping.check_model(model, np.ones((4, 3)), np.ones((4, 3)), loss="mse")
+        ... except bandmf.PrivacyError as error:
+        ...     print(str(error)[:52])
+        BatchNormalization mixes the examples of a batch, so
     """
     refuse_sparse_data(x, y, sample_weight)
     refuse_short_products()

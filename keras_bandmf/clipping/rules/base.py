@@ -1,4 +1,4 @@
-"""What a clipping rule is: how a layer's call is tapped, and its per-example gradients."""
+"""What a clipping rule is: how a layer's call is recorded, and its per-example gradients."""
 
 from __future__ import annotations
 
@@ -14,80 +14,119 @@ from keras_bandmf.clipping.shapes import positions, sum_to
 
 
 class LayerRule:
-    """How one layer type takes the book-keeping path.
+    """How layers of one type take the book-keeping path. Derive from it for a layer of your own.
 
-    `forward` computes what the layer's `call` computes, up to and without the activation function,
-    from weights behind `constant`; what it returns is watched by the tape. `finish` does the rest.
-    `gradients` turns what was saved and the gradient of the pre-activation into factors. Axis 0 is
-    the example throughout. `register_rule` shows a rule for a layer of one's own.
+    `forward` computes what the layer's `call` computes, up to but without the activation function,
+    from weights behind `constant`. The gradient tape watches what it returns. `finish` does the
+    rest. `gradients` turns what was saved and the gradient of the pre-activation into factors. Axis
+    0 is the example throughout. The docstring of `register_rule` has a whole example.
 
     Formal guarantees: the clipped sum of whatever factors a rule returns has norm at most the clip,
     example by example, provided row i of them depends on example i alone. That they are the layer's
     gradients is tested: `check_model` compares every rule of a model with one-example-at-a-time
     gradients before training, and a layer that fails goes the general path; `check_rule` does it
     for one layer.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> from keras_bandmf import clipping
+        >>> class Shift(keras.layers.Layer):
+        ...     def build(self, shape):
+        ...         self.shift = self.add_weight(shape=shape[1:])
+        ...
+        ...     def call(self, inputs):
+        ...         return inputs + self.shift
+        >>> class ShiftRule(clipping.LayerRule):
+        ...     def forward(self, layer, inputs):
+        ...         return inputs + clipping.constant(layer.shift), None
+        ...
+        ...     def gradients(self, layer, saved, g):
+        ...         return [(layer.shift, clipping.Rows(g))]
+        >>> clipping.register_rule(Shift, ShiftRule())
+        >>> clipping.check_rule(Shift(dtype="float64"), np.ones((2, 3))) < 1e-12
+        True
     """
 
     def refuses(self, layer: keras.layers.Layer) -> str | None:
-        """Why this layer, though of the right type, must go the general path; else None."""
+        """Returns why this layer, though of the right type, must take the general path, or None."""
         return None
 
     def uses(self, layer: keras.layers.Layer) -> list[keras.Variable]:
-        """Weights of layers inside this one that the rule uses in their place."""
+        """Returns weights of layers inside this one that the rule uses in place of those layers."""
         return []
 
     def forward(
         self, layer: keras.layers.Layer, inputs: Any, *args: Any, **kwargs: Any
     ) -> tuple[tf.Tensor, Any]:
-        """Computes the pre-activation, and whatever `gradients` needs to see again.
+        """Computes the pre-activation of a call of the layer.
 
         A rule names the further arguments of `call` that it knows in its own signature: a call
         with any other argument goes the general path.
 
         Args:
-            layer: the layer.
-            inputs: the first argument of its `call`, a tensor.
+            layer: The layer.
+            inputs: The first argument of its `call`, a tensor.
             *args: Not used: further arguments are passed by name.
             **kwargs: The further arguments of `call` by name. Those at their default, and
                 `training`, are left out.
+
+        Returns:
+            (The pre-activation, what `gradients` needs to see again.)
         """
         raise NotImplementedError
 
     def finish(self, layer: keras.layers.Layer, outputs: tf.Tensor, saved: Any) -> tf.Tensor:
-        """From the pre-activation to the layer's outputs, given what `forward` saved."""
+        """Returns the layer's outputs from the pre-activation and what `forward` saved."""
         activation = getattr(layer, "activation", None)
         return outputs if activation is None else activation(outputs)
 
     def gradients(
         self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
     ) -> Sequence[tuple[keras.Variable, Factor]]:
-        """A factor per variable of the layer; those of frozen variables are never used.
+        """Returns a factor for each variable of the layer.
 
         Args:
-            layer: the layer.
-            saved: second result of `forward`.
-            g: gradient of the summed losses by the pre-activation, float32 or float64.
+            layer: The layer.
+            saved: The second result of `forward`.
+            g: The gradient of the summed losses by the pre-activation, float32 or float64.
+
+        Returns:
+            (variable, factor) for each variable. Those of frozen variables are never used.
         """
         raise NotImplementedError
 
 
 def constant(variable: Any) -> tf.Tensor:
-    """The value of a weight, in the dtype the layer computes in, behind `stop_gradient`."""
+    """Returns the value of a weight, in the dtype the layer computes in, behind `stop_gradient`.
+
+    A rule's `forward` reads weights through it, because the gradients by the weights are the task
+    of the rule's `gradients`.
+
+    Args:
+        variable: A weight of the layer.
+
+    Example:
+        >>> import keras
+        >>> from keras_bandmf import clipping
+        >>> clipping.constant(keras.Variable([1.0, 2.0])).numpy()
+        array([1., 2.], dtype=float32)
+    """
     return tf.stop_gradient(keras.ops.convert_to_tensor(variable))
 
 
 def lora_scale(layer: keras.layers.Layer) -> float:
-    """The factor in front of A B in a layer whose LoRA is enabled."""
+    """Returns the factor in front of A B in a layer whose LoRA is enabled."""
     return layer.lora_alpha / layer.lora_rank
 
 
 def wide(variable: keras.Variable, like: tf.Tensor) -> tf.Tensor:
-    """The value of a weight in the dtype gradients are kept in."""
+    """Returns the value of a weight in the dtype in which gradients are kept."""
     return tf.cast(constant(variable), like.dtype)
 
 
 class KernelRule(LayerRule):
-    """What layers with a `_kernel`, a `bias`, LoRA and an activation have in common."""
+    """What the rules of layers with a kernel, a bias, LoRA and an activation have in common."""
 
     def refuses(self, layer: keras.layers.Layer) -> str | None:
         """Returns a reason for a quantized layer."""
@@ -100,7 +139,7 @@ class LinearRule(KernelRule):
     """A rule of a layer whose pre-activation is linear in one kernel, up to a bias.
 
     The two methods answer for any kernel in place of the layer's own, such as the low-rank
-    carriers of RGP. LoRA is not their business: they are about the kernel they are given.
+    carriers of RGP. They know nothing of LoRA: they are about the kernel they are given.
     """
 
     def linear(self, layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
@@ -171,5 +210,10 @@ class DenseRule(LinearRule):
 
 
 def matrix(x: tf.Tensor, g: tf.Tensor) -> Outer:
-    """The gradient x'g of a matrix W in y = x W: x (batch, ..., in) and g (batch, ..., out)."""
+    """Returns the gradients x'g of a matrix W in y = x W.
+
+    Args:
+        x: Shape (batch, ..., in).
+        g: Shape (batch, ..., out), the gradient by y.
+    """
     return Outer(positions(x), positions(g), Layout((x.shape[-1], g.shape[-1])))
