@@ -13,7 +13,7 @@ from keras_bandmf.clipping.modes import ClippingMode, FlatClipping
 
 
 def accumulation_dtype(variables: list[keras.Variable], float64_sums: bool = False) -> tf.DType:
-    """float64 if asked for or any variable is, else float32, whatever the policy computes in."""
+    """Returns float64 if asked for or if a variable is float64, else float32."""
     wide = float64_sums or any(tf.as_dtype(v.dtype) == tf.float64 for v in variables)
     return tf.float64 if wide else tf.float32
 
@@ -55,7 +55,7 @@ class Clipper(NamedTuple):
         mode: ClippingMode | None = None,
         float64_sums: bool = False,
     ) -> Clipper:
-        """The clipper of `model`'s trainable variables.
+        """Returns the clipper of `model`'s trainable variables.
 
         Args:
             model: built.
@@ -72,7 +72,7 @@ class Clipper(NamedTuple):
         return cls(mode, groups, [l2_norm_clip * math.sqrt(share) for share in shares], dtype)
 
     def factors(self, squared_norms: list[tf.Tensor], mask: tf.Tensor) -> Factors:
-        """Weights of every example.
+        """Returns the weights of every example.
 
         Args:
             squared_norms: a tensor (batch,) for each trainable variable that has a gradient, else

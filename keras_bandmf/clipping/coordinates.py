@@ -81,12 +81,12 @@ def coordinates_of(variable: Any) -> Coordinates | None:
 
 
 def released_shape(variable: keras.Variable) -> tuple[int, ...]:
-    """Shape of the entry of a variable in a clipped sum."""
+    """Returns the shape of a variable's entry in a clipped sum."""
     coordinates = coordinates_of(variable)
     return tuple(variable.shape if coordinates is None else coordinates.shape)
 
 
 def released(variable: keras.Variable, gradient: tf.Tensor) -> tf.Tensor:
-    """A gradient of a variable's shape, in the coordinates in which it is released."""
+    """Returns a gradient in the coordinates in which it is released."""
     coordinates = coordinates_of(variable)
     return gradient if coordinates is None else coordinates.of(gradient)

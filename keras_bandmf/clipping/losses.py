@@ -16,15 +16,15 @@ BatchLoss = Callable[[Any, Any, Any, Any], tf.Tensor]
 
 
 def overrides_compute_loss(model: keras.Model) -> bool:
-    """Whether `model` has a `compute_loss` of its own, on its class or on the instance."""
+    """Returns whether `model` has a `compute_loss` of its own, on its class or on the instance."""
     return type(model).compute_loss is not keras.Model.compute_loss or "compute_loss" in vars(model)
 
 
 def batch_loss(model: keras.Model, loss: Any = None) -> BatchLoss:
-    """The function (x, y, y_pred, sample_weight) -> scalar that Keras would minimise.
+    """Returns the function (x, y, y_pred, sample_weight) -> scalar that Keras would minimize.
 
-    Without weight regularisers (they belong after the noise), without the factor 1 / replicas that
-    Keras applies under a distribution strategy, and without touching a metric.
+    Without weight regularizers (they belong after the noise), without the factor 1 / replicas that
+    Keras applies under a distribution, and without touching a metric.
 
     Args:
         model: a compiled model, or any model if `loss` is given.
@@ -43,7 +43,7 @@ def batch_loss(model: keras.Model, loss: Any = None) -> BatchLoss:
     compiled = compiled_loss(model) if loss is None else _compiled(loss)
     if compiled is None:
         raise ValueError(
-            "Expected a compiled model, or `loss=`: there is no loss to differentiate. Call "
+            "Expected a compiled model or `loss=`, because there is no loss to differentiate. Call "
             f"`model.compile(optimizer, loss=...)` first or pass `loss=`. Received: loss={loss!r}"
         )
     alone = _alone(lambda x, y, y_pred, sample_weight: compiled(y, y_pred, sample_weight))
@@ -60,7 +60,7 @@ def batch_loss(model: keras.Model, loss: Any = None) -> BatchLoss:
 
 
 def build_loss(model: keras.Model, x: Any, y: Any) -> None:
-    """Let Keras make the metrics of single outputs, which it does on the first use of the loss.
+    """Makes Keras build the metrics of single outputs, as it does on the first use of the loss.
 
     Args:
         model: built.
@@ -85,7 +85,7 @@ def build_loss(model: keras.Model, x: Any, y: Any) -> None:
 
 
 def with_mean_by_weight(model: keras.Model, loss: Any = None) -> bool:
-    """Whether any loss divides by the sum of the sample weights."""
+    """Returns whether any loss divides by the sum of the sample weights."""
     chosen = model.loss if loss is None else loss
     return any(
         getattr(leaf, "reduction", None) == "mean_with_sample_weight"
@@ -94,7 +94,7 @@ def with_mean_by_weight(model: keras.Model, loss: Any = None) -> bool:
 
 
 def with_ignored_class(model: keras.Model, loss: Any = None) -> bool:
-    """Whether any loss leaves out a class, and divides by how many of the batch it keeps."""
+    """Returns whether any loss ignores a class, and so divides by the number of rows it keeps."""
     chosen = model.loss if loss is None else loss
     return any(
         getattr(leaf, "ignore_class", None) is not None for leaf in keras.tree.flatten(chosen)
@@ -102,7 +102,7 @@ def with_ignored_class(model: keras.Model, loss: Any = None) -> bool:
 
 
 def _alone(compute: BatchLoss) -> BatchLoss:
-    """`compute` with its side effects and its scaling for distribution taken away."""
+    """Returns `compute` with its side effects and its scaling for distribution taken away."""
 
     def alone(x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
         # Metrics inside the loss would count every example as a step: StatelessScope drops that.
@@ -115,7 +115,7 @@ def _alone(compute: BatchLoss) -> BatchLoss:
 
 @contextlib.contextmanager
 def no_replicas() -> Iterator[None]:
-    """Lets what is called find one replica, as outside any strategy.
+    """Makes the code inside find one replica, as outside any distribution.
 
     Keras divides mean losses by the number of replicas it finds; a tape cannot watch a variable
     of several.
@@ -130,7 +130,7 @@ def no_replicas() -> Iterator[None]:
 
 
 def _compiled(loss: Any) -> Callable[[Any, Any, Any], Any]:
-    """`loss` as `compile` would resolve it, for a model with one output."""
+    """Returns `loss` as `compile` would resolve it, for a model with one output."""
     if keras.tree.is_nested(loss):
         raise ValueError(
             "`loss` must be one loss: a name, a `keras.losses.Loss` or a function "

@@ -31,14 +31,14 @@ class RowsOf(NamedTuple):
 
 
 def with_row_numbers(x: Any, mask: tf.Tensor) -> RowsOf:
-    """Number the rows of a batch."""
+    """Numbers the rows of a batch."""
     return RowsOf(x, tf.range(tf.cast(dims(mask)[0], tf.int64), dtype=tf.int64))
 
 
 def in_passes(
     clip: ChunkFunction, model: keras.Model, mask_seeds: MaskSeeds | None
 ) -> ChunkFunction:
-    """`clip` of rows that are numbered, each call a pass with masks of its own.
+    """Returns `clip` for numbered rows: each call is a pass with its own masks.
 
     Args:
         clip: (x, y, sample_weight, mask) -> `Clipped`: forward pass, loss and gradients.
@@ -68,7 +68,7 @@ def private_pass(
     first: tf.Tensor | None,
     unread: dict[int, str] | None = None,
 ) -> Any:
-    """Run one pass: draws answered from `first`, writes and dependences looked at.
+    """Runs one pass: draws are answered from `first`, writes and dependences are checked.
 
     Args:
         run: forward pass, loss, gradients, or some of them.
@@ -92,7 +92,7 @@ def private_pass(
 def traced_pass(
     run: Callable[..., Any], model: keras.Model, *data: Any, unread: dict[int, str] | None = None
 ) -> tf.Graph | Exception:
-    """Trace a private pass without running it, to see what it does.
+    """Traces a private pass without running it, to see what it does.
 
     Args:
         run: forward pass or loss, of structures like `data`.
@@ -122,7 +122,7 @@ def traced_pass(
 def written_by_metrics(
     model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any
 ) -> dict[int, str]:
-    """What the compiled metrics write, variables of their own and others: as `written_in`.
+    """Returns what the compiled metrics write, their own variables and others; see `written_in`.
 
     Args: structures of tensors, of which only shapes and dtypes are used.
 
@@ -144,7 +144,7 @@ def written_by_metrics(
 
 
 def refuse_untraceable(what: str, error: Exception) -> None:
-    """Refuse a model or a loss that runs only eagerly: what it reads and writes is unknown.
+    """Refuses a model or a loss that runs only eagerly: what it reads and writes is unknown.
 
     Raises:
         Refused: always.

@@ -35,11 +35,11 @@ class RowLosses(NamedTuple):
 def per_example_losses(
     loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any, weights: Any = ()
 ) -> RowLosses:
-    """Loss of every example: `loss` on a batch of that one row.
+    """Returns the loss of every example: `loss` on a batch of that one row.
 
     Sample weights, temporal weights, masks, several outputs and loss weights act as they do there.
-    Losses are vectorised, layers never are. The slopes are taken row by row, too, not from the
-    vectorised loss: under XLA its gradient made every step as slow as a compilation (measured).
+    Losses are vectorized, layers never are. The slopes are taken row by row, too, not from the
+    vectorized loss: under XLA its gradient made every step as slow as a compilation (measured).
 
     Args:
         loss: from `batch_loss`; it must not look at x.
@@ -80,7 +80,7 @@ def per_example_losses(
         losses, slopes = tf.vectorized_map(one, tensors)
     except Unsupported:
         raise
-    except Exception:  # an operation that cannot be vectorised, or a mistake: this shows which
+    except Exception:  # an operation that cannot be vectorized, or a mistake: this shows which
         kept = [t.dtype for t, u in zip(outputs, used, strict=True) if u]
         signature = (tf.as_dtype(keras.config.floatx()), kept)
         losses, slopes = tf.map_fn(one, tensors, fn_output_signature=signature)
@@ -105,7 +105,7 @@ class _Leaf:
         self.tensors = [t for t in (leaf, self.mask, self.logits) if t is not None]
 
     def of_row(self, rows: list[tf.Tensor]) -> tf.Tensor | None:
-        """The same for a batch of one, given `tensors` of that batch."""
+        """Returns the same for a batch of one, given `tensors` of that batch."""
         if not rows:
             return None
         rest = iter(rows)

@@ -104,7 +104,7 @@ def _left(value: tf.Tensor, bits: int) -> tf.Tensor:
 
 
 def seed_generators(model: keras.layers.Layer) -> list[keras.random.SeedGenerator]:
-    """Every generator that is an attribute of a layer of `model`, and Keras's global one.
+    """Returns every generator that is an attribute of a layer of `model`, and Keras's global one.
 
     Keras makes that one on first use. A replica cannot make it; `check_model` does.
     """
@@ -121,7 +121,7 @@ def seed_generators(model: keras.layers.Layer) -> list[keras.random.SeedGenerato
 
 @contextlib.contextmanager
 def drawing(model: keras.layers.Layer, first: tf.Tensor) -> Iterator[None]:
-    """Answer every seed generator of `model`, on its instance, from one pass's seeds.
+    """Makes every seed generator of `model`, on its instance, answer with one pass's seeds.
 
     Args:
         model: whose forward pass, loss and gradients are computed inside; all of them, as a layer
@@ -173,7 +173,7 @@ def _graph() -> tf.Graph | None:
 
 
 def _refuse_inner(graph: tf.Graph | None) -> None:
-    """Only branches may draw besides the pass itself: they run at most once."""
+    """Refuses draws outside the pass itself and its branches, which run at most once."""
     here = _graph()
     while here is not None and here is not graph and type(here).__name__ == "CondBranchFuncGraph":
         here = here.outer_graph

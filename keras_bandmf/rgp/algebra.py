@@ -1,4 +1,4 @@
-"""RGP's algebra: power iteration, orthonormalisation, projection, reconstruction.
+"""RGP's algebra: power iteration, orthonormalization, projection, reconstruction.
 
 Tensors in, tensors out. `m` and `n` are the sides of a weight matrix W and r the rank of its
 carriers: L (m, r) with orthonormal columns and R (r, n) with orthonormal rows (Yu et al., "Large

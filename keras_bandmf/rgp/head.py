@@ -1,4 +1,4 @@
-"""The head of a model: the layers that make its outputs, which stay without carriers."""
+"""The head of a model: the layers that make its outputs. They get no carriers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from keras_bandmf.rgp.rules import ForwardedRule, type_rule
 
 
 def head_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """The layers with a kernel that are last on the way to an output.
+    """Returns the layers with a kernel that are last on the way to an output.
 
     Args:
-        model: built. One that is not functional says nothing about the way: its last layer with a
-            kernel is taken for the head.
+        model: A built model. If it is not functional, the way is not known, and its last layer
+            with a kernel is taken for the head.
     """
     functional = _functional(model)
     if functional is not None:
@@ -70,7 +70,8 @@ def _functional(model: keras.Model) -> keras.Model | None:
 class HeadScale:
     """Coordinates of a variable of the head: its gradient times a constant.
 
-    The same noise on smaller gradients: the head gets less of the clip norm, the carriers more.
+    The head's gradients are made smaller, so that they take less of the clip norm and leave more to
+    the carriers. The noise is the same.
     """
 
     def __init__(self, scale: float, shape: tuple[int, ...]):
@@ -78,30 +79,30 @@ class HeadScale:
         self.shape = shape
 
     @property
-    def description(self) -> list:
-        """What must be equal for a checkpoint to fit, for JSON."""
+    def description(self) -> list[Any]:
+        """What must be equal for a checkpoint to fit, as JSON."""
         return ["head_scale", self.scale]
 
     def of(self, gradient: tf.Tensor) -> tf.Tensor:
-        """The gradient times the scale."""
+        """Returns the gradient times the scale."""
         return gradient * tf.cast(self.scale, gradient.dtype)
 
     def reconstruct(self, coordinates: tf.Tensor) -> tf.Tensor:
-        """The coordinates as they are: the paper's code does not scale back."""
+        """Returns the coordinates as they are: the paper's code does not scale them back."""
         return coordinates
 
     def start(self, kernel: Any, key: np.ndarray, index: int) -> None:
-        """Nothing to draw."""
+        """Does nothing: there is nothing to draw."""
 
     def refresh(self, kernel: Any, step: tf.Tensor, replica: int) -> None:
-        """Nothing moves."""
+        """Does nothing: the scale is fixed."""
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """No state."""
+        """Returns nothing: there is no state."""
         return {}
 
     def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """No state."""
+        """Does nothing: there is no state."""
 
 
 class ScaledRule(ForwardedRule):
@@ -124,13 +125,13 @@ def scale_head(
     """Scales the per-example gradients of the head before clipping.
 
     Raises:
-        ValueError: if a layer of the head is to get carriers too.
+        ValueError: If a layer of the head is to get carriers too.
     """
     for layer in head:
         if any(layer is other for other in carried):
             raise ValueError(
-                "`head_scale` is for a head without carriers. Received: "
-                f"head_scale={scale} and '{layer.path}' in `layers`."
+                "Expected a head without carriers, for which `head_scale` is meant. Leave it out "
+                f"of `layers`. Received: head_scale={scale} and '{layer.path}' in `layers`"
             )
     for layer in head:
         set_rule(layer, ScaledRule(type_rule(layer), scale))

@@ -17,9 +17,9 @@ class MatrixLayout:
     """A kernel as a matrix W (m, n): some axes make its rows, the others its columns.
 
     Attributes:
-        shape: of the kernel.
-        rows: axes that are summed over with the layer's inputs, in their order.
-        columns: the other axes, in their order.
+        shape: The shape of the kernel.
+        rows: The axes that are summed over with the layer's inputs, in their order.
+        columns: The other axes, in their order.
     """
 
     shape: tuple[int, ...]
@@ -42,11 +42,11 @@ class MatrixLayout:
         return math.prod(self.row_shape), math.prod(self.column_shape)
 
     def matrix(self, kernel: tf.Tensor) -> tf.Tensor:
-        """The kernel as (m, n)."""
+        """Returns the kernel as (m, n)."""
         return tf.reshape(tf.transpose(kernel, self.rows + self.columns), self.sides)
 
     def kernel(self, matrix: tf.Tensor) -> tf.Tensor:
-        """The inverse of `matrix`."""
+        """Returns the kernel that `matrix` turned into (m, n)."""
         order = self.rows + self.columns
         split = tf.reshape(matrix, [self.shape[axis] for axis in order])
         return tf.transpose(split, [order.index(axis) for axis in range(len(order))])
@@ -57,10 +57,12 @@ class EinsumLabels:
     """Labels of an einsum "inputs,kernel->outputs" whose kernel is a matrix.
 
     Attributes:
-        inputs, kernel, outputs: the three terms, "..." included.
-        contracted: labels of the kernel that are summed over, in its order.
-        produced: its other labels, in its order.
-        rank: a label that occurs nowhere else.
+        inputs: The first term, "..." included.
+        kernel: The second term.
+        outputs: The term after the arrow, "..." included.
+        contracted: The labels of the kernel that are summed over, in its order.
+        produced: The other labels of the kernel, in its order.
+        rank: A label that occurs nowhere else.
     """
 
     inputs: str
@@ -103,10 +105,10 @@ class CarriedKernel(NamedTuple):
 
 
 def carried_kernel(layer: keras.layers.Layer) -> CarriedKernel | str:
-    """The kernel of a layer that can have carriers.
+    """Returns the kernel of a layer that can have carriers.
 
     Args:
-        layer: built.
+        layer: A built layer.
 
     Returns:
         The kernel, or the reason why there is none.
@@ -147,7 +149,7 @@ KINDS = (
 
 
 def kind_of(layer: keras.layers.Layer) -> type | None:
-    """The Keras layer type whose computation this layer does, or None.
+    """Returns the Keras layer type whose computation this layer does, or None.
 
     A subclass from elsewhere may compute something else: only exact types and the thin layers of
     this package, which change nothing but their config, are known.

@@ -254,8 +254,9 @@ def _carry(layer: keras.layers.Layer, **options: Any) -> None:
     """Puts carriers on a layer's kernel. The options are those of `Carrier`."""
     kernel = _kernel_to_carry(layer)
     double = keras.backend.standardize_dtype(kernel.variable.dtype) == "float64"
-    dtype = "float64" if double else "float32"
-    carrier = Carrier(kernel.layout, kernel.variable.path, dtype, **options)
+    carrier = Carrier(
+        kernel.layout, kernel.variable.path, "float64" if double else "float32", **options
+    )
     set_rule(layer, CarrierRule(type_rule(layer), carrier))
     set_coordinates(kernel.variable, carrier)
 

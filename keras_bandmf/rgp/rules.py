@@ -100,7 +100,7 @@ class CarrierFactor:
         return merged([Outer(self.a, self.g, layout)])
 
     def _inside(self) -> tf.Tensor:
-        """Squared norms of L' dL, never too large: they are subtracted."""
+        """Returns squared norms of L' dL that are never too large, because they are subtracted."""
         if isinstance(self.whole, Rows):
             # Of the very numbers that are summed: where positions cancel, little but rounding is
             # left of them, and another product rounds in another way.
@@ -112,7 +112,7 @@ class CarrierFactor:
         return _squared(tf.matmul(self.a[:, 0], self.thin[:, 0], transpose_a=True))
 
     def squared_norms(self) -> tf.Tensor:
-        """Squared norms of the coordinates, (batch,)."""
+        """Returns squared norms of the coordinates, (batch,)."""
         left, right = self.whole.squared_norms(), self._right().squared_norms()
         total = left - self._inside() + right
         # |dR| >= |L' dL|, so the true sum is at least either: rounding cannot hide a gradient.
@@ -121,7 +121,7 @@ class CarrierFactor:
         return tf.where(total < floor, floor, total)
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        """Sum over examples of weight times coordinates, (r (m + n),)."""
+        """Returns the sum over examples of weight times coordinates, (r (m + n),)."""
         left, _ = self.carrier.pair(self.g.dtype)
         total, right = (
             tf.cast(factor.weighted_sum(weights), left.dtype)

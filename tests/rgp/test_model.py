@@ -209,14 +209,14 @@ MISUSES = {
         lambda: bandmf.enable_rgp(keras.Sequential([keras.layers.Dense(3)]), 2),
         "not built",
     ),
-    "twice": (enabled_twice, "once"),
+    "twice": (enabled_twice, "merge_rgp"),
     "after_compile": (after_compile, "before `compile`"),
     "constraint": (constrained, "constraint"),
     "all_excluded": (
         lambda: bandmf.enable_rgp(make_model(), 2, exclude=["conv", "heads", "dense"]),
-        "No kernel",
+        "at least one kernel",
     ),
-    "rank_above_all": (lambda: bandmf.enable_rgp(make_model(), 500), "No kernel"),
+    "rank_above_all": (lambda: bandmf.enable_rgp(make_model(), 500), "at least one kernel"),
     "unknown_layer": (lambda: bandmf.enable_rgp(make_model(), 2, exclude=["nose"]), "nose"),
     "layer_without_kernel": (
         lambda: bandmf.enable_rgp(make_model(), 2, layers=["reshape", "flatten"]),

@@ -33,7 +33,7 @@ def disagreement(
     snapshot: Snapshot,
     mode: ClippingMode,
 ) -> str | None:
-    """What differs between book-keeping and gradients of one example at a time, or None.
+    """Returns where book-keeping and gradients of one example at a time differ, or None.
 
     Args:
         model: built, on the book-keeping path as far as its structure tells.
@@ -62,7 +62,7 @@ def disagreement(
 
 
 def synthetic_rows(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> list[Any] | None:
-    """Three random rows of the shapes and dtypes of the data; None for strings.
+    """Returns three random rows of the shapes and dtypes of the data; None for strings.
 
     Integers are below the size of every table that a layer of `model` looks up, or 0 and 1.
     """
@@ -136,7 +136,7 @@ def _difference(
 def _one_by_one(
     model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: BatchLoss, snapshot: Snapshot
 ) -> list[np.ndarray]:
-    """Released gradients of the three examples, each from a forward pass of its own.
+    """Returns released gradients of the three examples, each from a forward pass of its own.
 
     The pass of a row has it in all three places, so that at its own it has the same dropout masks
     as in the batch, and another row nowhere.

@@ -97,7 +97,7 @@ class Watch:
         self._names = {**(unread or {}), **_handles([*model.variables, *metrics])}
 
     def refuse(self, results: Any) -> None:
-        """Refuse the pass if what it computed carries more than weights, constants and seeds.
+        """Refuses the pass if what it computed carries more than weights, constants and seeds.
 
         Args:
             results: a structure of tensors: what the pass hands on.
@@ -141,7 +141,7 @@ class Watch:
 
 
 def written_in(graph: tf.Graph) -> dict[int, str]:
-    """What a traced function may write: identities of resources, with names for messages.
+    """Returns what a traced function may write: identities of resources, with names for messages.
 
     Formal guarantees: every variable and table that an operation of the graph, or of a function
     it calls, gets otherwise than to read it. What Python code writes (`tf.py_function`) is not
@@ -153,7 +153,7 @@ def written_in(graph: tf.Graph) -> dict[int, str]:
 
 
 def _metric_variables(model: keras.Model) -> list[Any]:
-    """Variables of metrics that Keras does not list, such as those of TensorFlow."""
+    """Returns variables of metrics that Keras does not list, such as those of TensorFlow."""
     found = []
     for layer in all_layers(model):
         for metric in own_metrics(layer):
@@ -168,7 +168,7 @@ def _raw(metric: keras.metrics.Metric) -> list[tf.Variable]:
 
 
 def _handles(variables: Iterable[Any]) -> dict[int, str]:
-    """The identity of the resource of each variable, on each replica -> its name."""
+    """Returns the identity of each variable's resource, on each replica -> its name."""
     found = {}
     strategy = tf.distribute.get_strategy()
     for variable in variables:
@@ -200,7 +200,7 @@ class _Walk:
         self._draws: dict[str, tuple] = {}
 
     def operations(self, operations: list[tf.Operation]) -> None:
-        """Look at operations in the order in which they were made."""
+        """Looks at operations in the order in which they were made."""
         for operation in operations:
             if operation.type in ("Placeholder", "Const"):
                 continue
@@ -218,7 +218,7 @@ class _Walk:
             self._labels[operation.name] = self._visit(node)
 
     def labels(self, tensor: tf.Tensor) -> Labels:
-        """What a tensor of the graph depends on."""
+        """Returns what a tensor of the graph depends on."""
         known = self._labels.get(tensor.op.name) if tensor.graph is self._graph else None
         if known is not None:
             return known
@@ -231,7 +231,7 @@ class _Walk:
         return Labels([handle])
 
     def _origin(self, tensor: tf.Tensor) -> Any:
-        """The tensor that was captured, through all functions around this one."""
+        """Returns the tensor that was captured, through all functions around this one."""
         while hasattr(tensor, "graph"):
             graph = tensor.graph
             if id(graph) not in self._captured:
@@ -254,7 +254,7 @@ class _Walk:
         return "a variable or table that no layer owns"
 
     def _visit(self, node: _Node) -> Labels:
-        """Check one operation; what its outputs depend on."""
+        """Checks one operation and returns what its outputs depend on."""
         union = Labels().union(*node.inputs)
         kept = union if node.forwards or node.kind in _FORWARDS else union & self._followed
         bodies = _bodies(node)
@@ -284,7 +284,7 @@ class _Walk:
             )
 
     def _refuse_shared_seeds(self, operation: tf.Operation) -> None:
-        """One seed for draws of different shapes: rows would share bits by their places."""
+        """Refuses one seed for draws of different shapes: rows would share bits by their places."""
         if not operation.type.startswith(_FROM_SEEDS) or operation.type in _SEED_HELPERS:
             return
         names = [argument.name for argument in operation.op_def.input_arg]
@@ -332,7 +332,7 @@ class _Walk:
         )
 
     def _body(self, name: str, inputs: list[Labels]) -> Labels:
-        """Look into a function, given what its arguments depend on; what its results depend on."""
+        """Returns what the results of a function depend on, given that of its arguments."""
         function = self._function(name)
         if function is None:
             raise Refused(
@@ -399,7 +399,7 @@ class _Writes(_Walk):
 
 
 def _bodies(node: _Node) -> list[str]:
-    """Names of the functions that an operation runs."""
+    """Returns names of the functions that an operation runs."""
     kinds = {"func", "list(func)"}
     names = [a.name for a in node.definition.attr if a.type in kinds] if node.definition else []
     found = []

@@ -19,7 +19,7 @@ _LEAST_ROWS = 64
 
 
 def check_declared(model: keras.Model, x: Any, declared: list[str], snapshot: Snapshot) -> None:
-    """Replace half of the rows of a batch, again and again: the other half must not notice.
+    """Replaces half of the rows of a batch, again and again, and compares the other half.
 
     Each try draws the random state, the rows that stay, and the data, floats and integers, anew. It
     runs as a graph of that number of rows, and as one in which their number is not known.
@@ -68,7 +68,7 @@ def check_declared(model: keras.Model, x: Any, declared: list[str], snapshot: Sn
 
 
 def same_columns(a: np.ndarray, b: np.ndarray, narrow: bool = False, wide: bool = False) -> bool:
-    """Whether two tensors of rows agree up to rounding, column by column (NaN equals NaN).
+    """Returns whether two tensors of rows agree up to rounding, column by column (NaN equals NaN).
 
     A large column must not hide another: each has a tolerance of its own.
     """
@@ -91,7 +91,7 @@ def _run(way: UnseenForward, x: Any, snapshot: Snapshot, seed: int) -> list[np.n
 
 
 def _varied(x: Any, attempt: int, random: np.random.Generator) -> Any:
-    """Other rows of the kind: in another order, and perturbed where that makes sense."""
+    """Returns other rows of the kind: in another order, and perturbed where that makes sense."""
     return on_tensors(lambda t: _varied_leaf(t, attempt, random), x)
 
 

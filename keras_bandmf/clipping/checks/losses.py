@@ -21,7 +21,7 @@ _TOLERANCE = 1e-3
 
 
 def check_loss(loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any) -> None:
-    """Compare the batch's loss with those of its rows: outputs, targets and weights vary.
+    """Compares the batch's loss with those of its rows: outputs, targets and weights vary.
 
     Training always takes the loss of one row at a time, so that rows cannot be coupled. This is to
     tell a user whose loss means something else on a batch: it would train another objective.
@@ -70,7 +70,7 @@ def _wide(output: tf.Tensor) -> tf.Tensor:
 
 
 def _slopes(loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any) -> list[tuple]:
-    """Slopes by each output: of the batch's loss, and of the losses of its rows."""
+    """Returns the gradients by each output: of the batch's loss, and of the losses of its rows."""
     y_pred = keras.tree.map_structure(tf.identity, y_pred)
     leaves = [t for t in keras.tree.flatten(y_pred) if t.dtype.is_floating]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -106,7 +106,7 @@ def _compare(batch: np.ndarray, own: np.ndarray) -> None:
 
 
 def _batches(y: Any, y_pred: Any, sample_weight: Any) -> Iterator[tuple]:
-    """Batches of random outputs with targets in another order, repeated or, last, invented."""
+    """Yields random outputs with targets in another order, repeated or, at last, invented."""
     random = np.random.default_rng(0)
     rows = int(keras.tree.flatten(y_pred)[0].shape[0])
     for attempt in range(_TRIES):
@@ -128,7 +128,7 @@ def _batches(y: Any, y_pred: Any, sample_weight: Any) -> Iterator[tuple]:
 
 
 def _random_like(t: tf.Tensor, scale: float, random: np.random.Generator) -> tf.Tensor:
-    """Random outputs of the kind of `t`: distributions, probabilities, sizes or any numbers."""
+    """Returns random outputs of the kind of `t`: distributions, probabilities, sizes, numbers."""
     if not t.dtype.is_floating:
         return t
     values = np.asarray(tf.cast(t, tf.float64))
@@ -144,7 +144,7 @@ def _random_like(t: tf.Tensor, scale: float, random: np.random.Generator) -> tf.
 
 
 def _zero_or_one(t: tf.Tensor, random: np.random.Generator) -> tf.Tensor:
-    """The same target in every place of a row, or all zero: the labels 0 and 1."""
+    """Returns the same target in every place of a row, or all zero: the labels 0 and 1."""
     shape = [int(t.shape[0])] + [1] * (t.shape.rank - 1)
     drawn = np.broadcast_to(random.integers(0, 2, size=shape), t.shape)
     return tf.cast(tf.constant(drawn), t.dtype) if t.dtype != tf.string else t

@@ -16,7 +16,7 @@ from keras_bandmf.clipping.paths.book_keeping import forward
 
 SameRow = Callable[[tf.Tensor, tf.Tensor, int], bool]
 
-_NORMALISE = "Use GroupNormalization or LayerNormalization instead."
+_NORMALIZE = "Use GroupNormalization or LayerNormalization instead."
 _KEEP_AXIS = "Keep the example on axis 0 throughout; do not fold, transpose or reduce it."
 _PER_EXAMPLE = "Compute it from one example only, or move it out of the model (`preprocess=`)."
 
@@ -30,7 +30,7 @@ class _Call(NamedTuple):
 def first_mixing_layer(
     model: keras.Model, x: Any, changed: Any, i: int, snapshot: Snapshot, same_row: SameRow
 ) -> tuple[str, str]:
-    """Name the first layer whose output of row i changes though its input of row i does not.
+    """Returns the first layer whose output of row i changes though its input of row i does not.
 
     Args:
         model: the model.
@@ -76,7 +76,7 @@ def first_mixing_layer(
 
 @contextlib.contextmanager
 def _recorded(model: keras.Model, calls: list[_Call]) -> Iterator[None]:
-    """Record every call of every layer, and of the operations of functional models."""
+    """Records every call of every layer, and of the operations of functional models."""
     operations = {id(layer): layer for layer in all_layers(model, include_self=False)}
     for part in [model, *operations.values()]:
         for operation in getattr(part, "operations", []):
@@ -128,7 +128,7 @@ def _name(operation: Any) -> str:
 def _instead(operation: Any) -> str:
     name = type(operation).__name__
     if "Norm" in name:
-        return _NORMALISE
+        return _NORMALIZE
     if name in ("Reshape", "Transpose", "Permute", "Moveaxis", "Swapaxes"):
         return _KEEP_AXIS
     return _PER_EXAMPLE

@@ -151,7 +151,7 @@ def _check_written(snapshot: Snapshot) -> None:
 
 
 def _check_rows(model: keras.Model, run: UnseenForward, x: Any, snapshot: Snapshot) -> None:
-    """Changing the other rows must not change the output of a row.
+    """Checks that changing the other rows does not change the output of a row.
 
     Of real rows: layers may take no random ones (strings, numbers of categories).
     """
@@ -180,7 +180,7 @@ def _check_rows(model: keras.Model, run: UnseenForward, x: Any, snapshot: Snapsh
 
 
 def same_row(a: tf.Tensor, b: tf.Tensor, i: int) -> bool:
-    """Whether row i of two tensors agrees up to rounding (NaN equals NaN)."""
+    """Returns whether row i of two tensors agrees up to rounding (NaN equals NaN)."""
     narrow, wide = a.dtype in (tf.bfloat16, tf.float16), a.dtype == tf.float64
     a, b = (np.asarray(tf.cast(t[i : i + 1], tf.float64)) for t in (a, b))
     return same_columns(a, b, narrow, wide)
@@ -194,7 +194,7 @@ def _check_loss_captures(
     sample_weight: Any,
     unread: dict[int, str],
 ) -> None:
-    """The loss keeps nothing from one step to another, and reads nothing that a metric keeps."""
+    """Checks that the loss keeps nothing between steps and reads nothing that a metric keeps."""
 
     def run(x: Any, y: Any, sample_weight: Any) -> tf.Tensor:
         y_pred = forward(model, x)
@@ -208,7 +208,7 @@ def _check_loss_captures(
 
 
 def _check_loss(loss: BatchLoss, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> None:
-    """The batch's loss must be a sum over examples, each on its own output only."""
+    """Checks that the batch's loss is a sum over examples, each on its own output only."""
 
     def slopes(outputs: Any, masks: list, x: Any, y: Any, sample_weight: Any) -> list[tf.Tensor]:
         for output, mask in zip(keras.tree.flatten(outputs), masks, strict=True):

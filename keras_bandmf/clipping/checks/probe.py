@@ -14,7 +14,7 @@ from keras_bandmf.clipping.shapes import on_tensors
 
 
 def all_rows(*parts: Any) -> list[Any]:
-    """Every structure as tensors, None kept."""
+    """Returns every structure as tensors; None stays None."""
     return [on_tensors(tf.convert_to_tensor, part) for part in parts]
 
 
@@ -23,7 +23,7 @@ FEW = 17
 
 
 def few_rows(*parts: Any) -> list[Any]:
-    """The first `FEW` rows of every structure, as tensors; fewer are repeated.
+    """Returns the first `FEW` rows of every structure, as tensors; fewer are repeated.
 
     Raises:
         ValueError: no row at all, or leaves without a row axis.
@@ -43,7 +43,7 @@ def few_rows(*parts: Any) -> list[Any]:
 
 
 def each_row_repeated(data: Any) -> Iterator[tuple[int, Any]]:
-    """For some rows i: i, and `data` with all other rows replaced by row i, or by something new.
+    """Yields i, and `data` with all rows but i replaced by row i or by something new.
 
     Keras masks are those of `data`: only values change.
     """

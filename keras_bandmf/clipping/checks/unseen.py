@@ -19,7 +19,7 @@ from keras_bandmf.clipping.shapes import on_tensors
 
 
 def unseen(function: Callable[..., Any], *data: Any, known: bool = False) -> Any:
-    """Trace `function` with symbols in place of rows, their number unknown where it can be.
+    """Traces `function` with symbols in place of rows, their number unknown where it can be.
 
     Args:
         function: of as many structures as `data` has, all of rows on axis 0; it returns tensors
@@ -91,7 +91,7 @@ class UnseenForward:
         self._run = unseen(run, x, known=known)
 
     def __call__(self, x: Any) -> Any:
-        """The outputs of the model, with their Keras masks."""
+        """Returns the outputs of the model, with their Keras masks."""
         outputs, masks = self._run(x)
         for output, mask in zip(outputs, masks, strict=True):
             if mask is not None:

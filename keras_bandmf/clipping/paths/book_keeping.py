@@ -52,7 +52,7 @@ class _Record(NamedTuple):
 
 
 def forward(model: keras.Model, x: Any) -> Any:
-    """The training forward pass, called as Keras' own `train_step` calls it.
+    """Runs the training forward pass, called as Keras's own `train_step` calls it.
 
     Raises:
         ValueError: a layer called `add_loss`: its loss belongs to no single example.
@@ -78,7 +78,7 @@ def clip_by_book_keeping(
     clipper: Clipper,
     loss: BatchLoss,
 ) -> Clipped:
-    """Clipped sums of a batch by one forward and one backward pass.
+    """Returns clipped sums of a batch by one forward and one backward pass.
 
     Args:
         model: built; every layer with trainable weights has a rule.
@@ -130,7 +130,7 @@ def clip_by_book_keeping(
 
 
 def _rows_mixed(taps: list[tf.Tensor | None], mask: tf.Tensor) -> tf.Tensor:
-    """Whether a masked row, whose slopes are zero, has a gradient at any tap: a scalar bool.
+    """Returns, as a scalar bool, whether a masked row has a gradient at any recorded call.
 
     The first `_SENTINELS` masked rows are looked at. NaN and infinity are no evidence: zero times
     an infinite activation of the row itself gives them.
@@ -157,7 +157,7 @@ def example_gradients(
     mask: tf.Tensor,
     dtype: tf.DType,
 ) -> tuple[dict[int, Factor], list[tf.Tensor | None]]:
-    """Every example's gradient, as a factor per variable, from one backward pass.
+    """Returns every example's gradient, as a factor for each variable, from one backward pass.
 
     Args:
         tape: on which a forward pass ran inside `tapped`, watching `variables`.
@@ -191,7 +191,7 @@ def _by_variable(
     variables: list[keras.Variable],
     dtype: tf.DType,
 ) -> dict[int, Factor]:
-    """One factor per trainable variable, all its calls in it."""
+    """Returns one factor for each trainable variable, with all its calls joined."""
     index = {id(v): i for i, v in enumerate(variables)}
     found: dict[int, list[Factor]] = {}
     for record, g in zip(records, taps, strict=True):
@@ -208,7 +208,7 @@ def _by_variable(
 def tapped(
     model: keras.layers.Layer, tape: tf.GradientTape, records: list[_Record]
 ) -> Iterator[None]:
-    """Replace `call` on every layer instance that has a rule and a trainable weight of its own.
+    """Replaces `call` on every layer instance with a rule and a trainable weight of its own.
 
     Args:
         model: a model or a layer: itself and the layers in it.
@@ -234,7 +234,7 @@ def tapped(
 
 
 def _using_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """Layers with no trainable variable of their own whose rule uses one of a layer inside."""
+    """Returns layers without a trainable variable whose rule uses one of a layer inside."""
     trainable = {id(v) for v in model.trainable_variables}
     own = {id(layer) for layer in trained_layers(model)}
     found = []
@@ -264,7 +264,7 @@ def _recording(
 def _arguments(
     layer: keras.layers.Layer, rule: LayerRule, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """What `layer` was called with: its inputs, and what else its rule has to know.
+    """Returns what `layer` was called with: its inputs, and what else its rule has to know.
 
     Raises:
         Unsupported: an argument that is not at its default and that the rule does not name.
@@ -282,7 +282,7 @@ def _arguments(
 
 
 def _check_records(records: list[_Record], mask: tf.Tensor) -> None:
-    """Every tapped call ran once, in this graph, on one row per example."""
+    """Checks that every recorded call ran once, in this graph, with a row for each example."""
     batch = mask.shape[0]
     for record in records:
         tensor = record.outputs

@@ -23,7 +23,7 @@ def clip_in_chunks(
     mask: tf.Tensor,
     size: int,
 ) -> Clipped:
-    """Run `clip_chunk` over equal chunks of at most `size` examples, the last padded and masked.
+    """Runs `clip_chunk` over equal chunks of at most `size` examples, the last one padded.
 
     A chunk of several rows gets one more, masked: a copy of a row of the next chunk. What it shows
     is in `clip_by_book_keeping`.
@@ -71,7 +71,7 @@ def clip_in_chunks(
 def clip_at_once(
     clip_batch: ChunkFunction, x: Any, y: Any, sample_weight: Any, mask: tf.Tensor
 ) -> Clipped:
-    """Run `clip_batch` on the whole batch; an empty one gets a masked row for the time.
+    """Runs `clip_batch` on the whole batch. An empty one gets a masked row meanwhile.
 
     Some operations, convolutions among them, do not take zero rows.
 
@@ -90,7 +90,7 @@ def clip_at_once(
 
 
 def _with_rows(clipped: Clipped, rows: list[tf.Tensor]) -> Clipped:
-    """`clipped` with everything that has a row per example replaced; the inverse of `_rows`."""
+    """Returns `clipped` with everything that `_rows` returned replaced."""
     norms, losses, was_clipped, *rest = rows
     restored = iter(rest)
     leaves = keras.tree.flatten(clipped.outputs)
@@ -103,7 +103,7 @@ def _with_rows(clipped: Clipped, rows: list[tf.Tensor]) -> Clipped:
 
 
 def _rows(clipped: Clipped) -> list[tf.Tensor]:
-    """Everything that has a row per example."""
+    """Returns everything that has a row per example."""
     leaves = keras.tree.flatten(clipped.outputs)
     masks = [keras_mask(t) for t in leaves]
     columns = [clipped.norms, clipped.losses, clipped.was_clipped]
@@ -120,7 +120,7 @@ def _stacked(
     step: Callable[[Any], tuple[list[tf.Tensor], list[tf.Tensor]]],
     count: Any,
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-    """Add up the sums, float64, and stack the rows of all steps, given those of step 0."""
+    """Adds up the sums in float64 and stacks the rows of all steps, given those of step 0."""
     arrays = [tf.TensorArray(r.dtype, size=count, element_shape=r.shape).write(0, r) for r in rows]
 
     def body(i: Any, sums: list[tf.Tensor], arrays: list[tf.TensorArray]) -> tuple:

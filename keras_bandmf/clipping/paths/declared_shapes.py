@@ -20,7 +20,7 @@ from keras_bandmf.clipping.rowwise.decision import graph_of
 
 @contextlib.contextmanager
 def checked_shapes(model: keras.Model, rows: int | None = None) -> Iterator[None]:
-    """Compare what each layer and operation returns with what the model declares that it returns.
+    """Compares what each layer and operation returns with what the model declares that it returns.
 
     `rowwise` reads axes off the shapes that Keras declared when the model was made. Where a layer
     returns another number of axes than it declared, axis 1 of the declared tensor may be the rows.
@@ -94,7 +94,7 @@ def _checking(graph: FunctionalModel, run: Callable, rows: int | None) -> Callab
 
 
 def _in_order(graph: FunctionalModel) -> list[Any]:
-    """The calls of the graph, in the order in which Keras runs them."""
+    """Returns the calls of the graph, in the order in which Keras runs them."""
     return [
         node
         for depth in sorted(nodes_by_depth(graph), reverse=True)

@@ -19,7 +19,7 @@ _ATTRIBUTE = "_bandmf_example_bytes"
 
 
 def rows_at_a_time(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> int:
-    """The rule of `microbatch_size="auto"`: as many examples as fit into 1 GiB.
+    """Returns the number for `microbatch_size="auto"`: as many examples as fit in 1 GiB.
 
     The memory of an example is taken to be the sum over all tensors of the forward and backward
     pass, the norms and the clipped sums that have a row for each example, as if none were freed
@@ -59,7 +59,7 @@ def rows_at_a_time(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss:
 
 
 def _bytes_per_example(graph: tf.Graph) -> int:
-    """Bytes of all tensors of a trial trace that grow with the number of rows, for one row."""
+    """Returns the bytes for one row of all tensors in a trial trace that grow with the rows."""
     total = 0
     for operation in graph.get_operations():
         if operation.type in _NO_MEMORY:

@@ -22,7 +22,7 @@ def clip_one_example(
     clipper: Clipper,
     loss: BatchLoss,
 ) -> Clipped:
-    """The clipped gradient of a batch that holds one example.
+    """Returns the clipped gradient of a batch that holds one example.
 
     Args: as `clip_by_book_keeping`, every leading axis 1.
 

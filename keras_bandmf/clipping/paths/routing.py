@@ -32,7 +32,7 @@ class Route(NamedTuple):
 
 
 def route_of(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> Route:
-    """The path `model` takes on data like this.
+    """Returns the path that `model` takes on data like this.
 
     The decision of `check_model` holds while the trainable variables are the same; without it the
     layers are looked at, and the model is traced once on symbolic data.
@@ -57,26 +57,26 @@ def route_of(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) 
 
 
 def stored(model: keras.Model) -> Route | None:
-    """The last decision about `model`, if any."""
+    """Returns the last decision about `model`, if any."""
     return vars(model).get(_ATTRIBUTE)
 
 
 def store_checked(model: keras.Model, general: str | None) -> Route:
-    """Keep the verdict of `check_model` with the model."""
+    """Keeps the verdict of `check_model` with the model."""
     route = Route(_variables_key(model), general, checked=True)
     _store(model, route)
     return route
 
 
 def give_up(model: keras.Model, reason: str) -> None:
-    """Send `model` the general path from here on: book-keeping failed on a real trace."""
+    """Sends `model` to the general path from here on: book-keeping failed on a real trace."""
     known = stored(model)
     if known is not None:
         _store(model, known._replace(general=reason))
 
 
 def structural_reason(model: keras.Model, loss: Any) -> str | None:
-    """Why the layers alone send the model the general path; None if they do not.
+    """Returns why the layers alone send the model to the general path, or None.
 
     Formal guarantees: of None, that every layer and operation of the model is known to treat rows
     independently, or declared to. The general path works on one row at a time and mixes none. No
@@ -96,7 +96,7 @@ def structural_reason(model: keras.Model, loss: Any) -> str | None:
 
 
 def trial_reason(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> str | None:
-    """Why the book-keeping path cannot be traced, or None if it can."""
+    """Returns why the book-keeping path cannot be traced, or None."""
     try:
         trial_graph(model, x, y, sample_weight, loss)
     except Unsupported as reason:
@@ -105,7 +105,7 @@ def trial_reason(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: A
 
 
 def trial_graph(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> tf.Graph:
-    """Trace the book-keeping path on `TRIAL_ROWS` symbolic rows: a tell-tale size.
+    """Traces the book-keeping path on `TRIAL_ROWS` symbolic rows: no other axis has that size.
 
     Formal guarantees: of a graph, that every tensor between the layers of functional models has the
     shape that the model declared, and the rows on axis 0 (`checked_shapes`). Each trace that trains
@@ -136,7 +136,7 @@ def trial_graph(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: An
 
 
 def data_key(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> tuple:
-    """What a trial trace depends on."""
+    """Returns what a trial trace depends on."""
     shapes = tuple(
         None if t is None else (t.dtype, tuple(t.shape[1:]))
         for t in keras.tree.flatten((x, y, sample_weight))

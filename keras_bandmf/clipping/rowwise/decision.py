@@ -85,7 +85,7 @@ def declare_row_wise(layer_class: type) -> type:
 
 
 def rowwise(model: keras.Model) -> Rowwise:
-    """What is known of `model`: look at every layer and at every operation between them.
+    """Returns what is known of `model`, from every layer and every operation between them.
 
     Formal guarantees: if both lists are empty, then `model` consists of layers and operations of
     the tables of `known_layers` and `known_operations`, and row i of its outputs depends on row i

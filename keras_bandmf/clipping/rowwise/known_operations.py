@@ -16,7 +16,7 @@ Condition = Callable[[Any], str | None]
 
 
 def operation_reason(node: Any) -> str | None:
-    """Why one call of an operation of a functional model may mix rows, or None.
+    """Returns why one call of an operation of a functional model may mix rows, or None.
 
     Formal guarantees: of None, that every output has a row per row of the inputs, on axis 0, and
     that it depends on that row alone, provided the same holds of every symbolic input, and that
@@ -53,7 +53,7 @@ def _arguments(node: Any) -> list[Any]:
 
 
 def _elementwise(node: Any) -> str | None:
-    """Aligned on the right, no operand may meet the rows of another at another axis."""
+    """Returns why an operand, aligned on the right, may meet rows at another axis, or None."""
     rank = len(node.outputs[0].shape)
     for operand in keras.tree.flatten(_arguments(node)):
         if isinstance(operand, keras.KerasTensor):

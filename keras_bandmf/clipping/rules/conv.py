@@ -22,7 +22,7 @@ from keras_bandmf.clipping.rules.base import (
 from keras_bandmf.clipping.rules.patches import Slices
 from keras_bandmf.clipping.shapes import dims, product, sum_to
 
-# Fewer channels than this make a matrix product too thin: neighbours are joined first.
+# Fewer channels than this make a matrix product too thin: neighbors are joined first.
 _THIN = 16
 
 
@@ -157,7 +157,7 @@ class SeparableConvRule(KernelRule):
 
 
 def depthwise(layer: keras.layers.Layer, inputs: tf.Tensor, kernel: keras.Variable) -> tf.Tensor:
-    """The depthwise convolution of `layer` with the value of `kernel`."""
+    """Returns the depthwise convolution of `layer` with the value of `kernel`."""
     return keras.ops.depthwise_conv(
         inputs,
         constant(kernel),
@@ -169,7 +169,7 @@ def depthwise(layer: keras.layers.Layer, inputs: tf.Tensor, kernel: keras.Variab
 
 
 def with_bias(layer: keras.layers.Layer, outputs: tf.Tensor) -> tf.Tensor:
-    """`outputs` plus the bias of their channels, if the layer has one."""
+    """Returns `outputs` plus the bias of their channels, if the layer has one."""
     if not layer.use_bias:
         return outputs
     bias = constant(layer.bias)
@@ -179,12 +179,12 @@ def with_bias(layer: keras.layers.Layer, outputs: tf.Tensor) -> tf.Tensor:
 
 
 def bias_gradient(layer: keras.layers.Layer, g: tf.Tensor) -> list[tuple[keras.Variable, Rows]]:
-    """The bias and its gradient, given that of the outputs, channels last."""
+    """Returns the bias and its gradient, given that of the outputs, channels last."""
     return [(layer.bias, Rows(sum_to(g, tuple(layer.bias.shape))))] if layer.use_bias else []
 
 
 def channels_last(layer: keras.layers.Layer, *tensors: tf.Tensor) -> list[tf.Tensor]:
-    """Tensors in the layer's data format with their channels moved to the end."""
+    """Returns tensors in the layer's data format with their channels moved to the end."""
     if layer.data_format == "channels_last":
         return list(tensors)
     return [tf.transpose(t, [0, *range(2, layer.rank + 2), 1]) for t in tensors]
@@ -193,7 +193,7 @@ def channels_last(layer: keras.layers.Layer, *tensors: tf.Tensor) -> list[tf.Ten
 def _kernel_factor(
     layer: keras.layers.Layer, x: tf.Tensor, g: tf.Tensor, shape: tuple[int, ...], groups: int
 ) -> Rows | Outer:
-    """The gradient patches(x)'g of a kernel of shape `shape`, product or factors.
+    """Returns the gradient patches(x)'g of a kernel of shape `shape`, product or factors.
 
     Args:
         layer: the convolution.
@@ -227,7 +227,7 @@ def _kernel_factor(
 
 
 def _depthwise_rows(layer: keras.layers.Layer, x: tf.Tensor, g: tf.Tensor) -> Rows:
-    """The gradient of a depthwise kernel (*size, channels, multiplier), one offset at a time."""
+    """Returns the gradients of a kernel (*size, channels, multiplier), one offset at a time."""
     cells, channels = dims(g)[1:-1], x.shape[-1]
     slices = Slices(layer, x, cells)
     multiplier = g.shape[-1] // channels

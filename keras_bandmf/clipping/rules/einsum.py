@@ -86,7 +86,7 @@ def _known_equation(
 def _lora(
     layer: keras.layers.Layer, equation: _Equation, x: tf.Tensor, g: tf.Tensor
 ) -> list[tuple[keras.Variable, Factor]]:
-    """Factors of A and B in the kernel A B, by two equations with the rank's axis in between."""
+    """Returns factors of A and B in the kernel A B, by two equations with the rank between."""
     first, second = layer.lora_kernel_a, layer.lora_kernel_b
     if equation.kernel[-1] in equation.contracted:
         first, second = second, first
@@ -112,7 +112,7 @@ class _Equation:
 
     @classmethod
     def of(cls, equation: str, rank: int | None) -> _Equation:
-        """From Keras' text; `rank` of the inputs, to write out an ellipsis."""
+        """Returns the equation of Keras's text; an ellipsis is written out for inputs of `rank`."""
         left, outputs = equation.replace(" ", "").split("->")
         inputs, kernel = left.split(",")
         if "..." in equation:
@@ -123,11 +123,11 @@ class _Equation:
         return cls(inputs, kernel, outputs)
 
     def text(self) -> str:
-        """The equation as `tf.einsum` takes it."""
+        """Returns the equation as `tf.einsum` takes it."""
         return f"{self.inputs},{self.kernel}->{self.outputs}"
 
     def split(self) -> tuple[_Equation, _Equation]:
-        """For a kernel A B: the equation applied first and the one applied to its outputs."""
+        """Returns, for a kernel A B, the equation applied first and the one for its outputs."""
         last = self.kernel[-1]
         rank = _unused(self.text())[0]
         if last in self.produced:  # A, then B
@@ -139,7 +139,7 @@ class _Equation:
         return _Equation(self.inputs, parts[0], middle), _Equation(middle, parts[1], self.outputs)
 
     def refuses(self, lora: bool) -> str | None:
-        """Why the equation cannot be handled; None if it can."""
+        """Returns why the equation cannot be handled; None if it can."""
         batch = self.inputs[0]
         if self.outputs[0] != batch or batch in self.kernel:
             return "the equation does not keep the example axis in front"
@@ -150,11 +150,11 @@ class _Equation:
             return "the equation sums the kernel by itself"
         alone = set(self.inputs) - set(self.outputs) - set(self.kernel)
         if lora and (self.kernel[-1] in self.groups or alone):
-            return "LoRA is enabled on an equation it does not factorise"
+            return "LoRA is enabled on an equation it does not factorize"
         return None
 
     def factor(self, x: tf.Tensor, g: tf.Tensor, kernel_shape: tuple[int, ...]) -> Outer:
-        """The kernel's gradient as `Outer`."""
+        """Returns the kernel's gradient as `Outer`."""
         batch = self.inputs[0]
         a = _arranged(x, self.inputs, [batch, self.groups, self.positions, self.contracted])
         b = _arranged(g, self.outputs, [batch, self.groups, self.positions, self.produced])
@@ -169,7 +169,7 @@ def _unused(equation: str) -> list[str]:
 
 
 def _arranged(tensor: tf.Tensor, labels: str, blocks: list[str]) -> tf.Tensor:
-    """`tensor` with its axes put into `blocks` of labels, one axis a block; other labels summed."""
+    """Returns `tensor` with an axis for each block of labels; other labels are summed."""
     wanted = "".join(blocks)
     summed = [i for i, c in enumerate(labels) if c not in wanted]
     if summed:

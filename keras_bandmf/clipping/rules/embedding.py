@@ -106,7 +106,7 @@ class ReversibleEmbeddingRule(EmbeddingRule):
 
 
 def nearest_ids(ids: tf.Tensor, rows: int) -> tf.Tensor:
-    """Ids that no table of `rows` rows has, replaced by the nearest it has, as XLA reads them.
+    """Replaces ids that a table of `rows` rows does not have by the nearest, as XLA reads them.
 
     Elsewhere the forward pass refuses them on a CPU and reads zeros on a GPU; norms and sums must
     not disagree on which row they belong to.
@@ -115,7 +115,7 @@ def nearest_ids(ids: tf.Tensor, rows: int) -> tf.Tensor:
 
 
 def lookup(ids: tf.Tensor, g: tf.Tensor, rows: int) -> Lookup:
-    """The gradient of a table of `rows` rows, read at `ids` (batch, ...), g (batch, ..., width)."""
+    """Returns the gradients of a table read at `ids` (batch, ...), for g (batch, ..., width)."""
     sizes = dims(ids)
     flat = tf.reshape(nearest_ids(ids, rows), [sizes[0], product(sizes[1:])])
     flat = tf.cast(flat, tf.int32)

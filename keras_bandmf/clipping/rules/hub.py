@@ -36,7 +36,7 @@ class RootMeanSquareRule(ScaleRule):
         """Returns the last axis."""
         return [rank - 1]
 
-    def normalised(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tf.Tensor:
+    def normalized(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tf.Tensor:
         """Returns x / rms(x), computed in float32."""
         x = tf.cast(inputs, tf.float32)
         mean = tf.reduce_mean(tf.square(x), axis=-1, keepdims=True)
@@ -44,8 +44,8 @@ class RootMeanSquareRule(ScaleRule):
 
     def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
         """Returns the scaled inputs plus `offset` times the normalized ones."""
-        outputs, normalised = super().forward(layer, inputs)
-        return outputs + self.offset * normalised, normalised
+        outputs, normalized = super().forward(layer, inputs)
+        return outputs + self.offset * normalized, normalized
 
 
 class PositionEmbeddingRule(LayerRule):
@@ -166,7 +166,7 @@ _RULES: dict[str, LayerRule] = {
 
 
 def rule_by_name(layer_class: type) -> LayerRule | None:
-    """The rule of one of keras_hub's classes, or None.
+    """Returns the rule of one of keras_hub's classes, or None.
 
     Args:
         layer_class: any class.
