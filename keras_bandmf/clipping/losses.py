@@ -27,11 +27,11 @@ def batch_loss(model: keras.Model, loss: Any = None) -> BatchLoss:
     Keras applies under a distribution, and without touching a metric.
 
     Args:
-        model: a compiled model, or any model if `loss` is given.
+        model: A compiled model, or any model if `loss` is given.
         loss: None for the compiled loss; else one loss for a model with one output.
 
     Raises:
-        ValueError: no loss at all.
+        ValueError: If there is no loss at all.
     """
     if loss is None and overrides_compute_loss(model):
 
@@ -63,12 +63,13 @@ def build_loss(model: keras.Model, x: Any, y: Any) -> None:
     """Makes Keras build the metrics of single outputs, as it does on the first use of the loss.
 
     Args:
-        model: built.
-        x: inputs, tensors; only shapes and dtypes matter, and so for `y`.
-        y: targets or None.
+        model: A built model.
+        x: The inputs, tensors. Only shapes and dtypes matter, also of `y`.
+        y: The targets, or None.
 
     Raises:
-        ValueError: several outputs, not built yet, inside a graph, where no variable can be made.
+        ValueError: If several outputs are not built yet inside a graph, where no variable can be
+            made.
     """
     compiled = compiled_loss(model)
     if compiled is None or compiled.built or overrides_compute_loss(model):

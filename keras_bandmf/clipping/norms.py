@@ -28,7 +28,7 @@ def largest_contribution(bound: float, least_norm: float, num_variables: int) ->
     Args:
         bound: `sensitivity(l2_norm_clip)` of the clipping mode.
         least_norm: `least_norm(l2_norm_clip)` of the mode.
-        num_variables: trainable variables.
+        num_variables: The number of trainable variables.
     """
     return bound * math.sqrt(1.0 + num_variables * VANISHING / least_norm**2)
 
@@ -37,8 +37,8 @@ def checked_clip_norm(l2_norm_clip: Any) -> float:
     """Returns a clip norm that float32 can hold.
 
     Raises:
-        TypeError: if it is not a number.
-        ValueError: if it is not finite and positive, too small or too large.
+        TypeError: If it is not a number.
+        ValueError: If it is not finite and positive, too small or too large.
     """
     l2_norm_clip = checked_float(
         "l2_norm_clip", l2_norm_clip, above=0.0, hint="It is fixed before training."

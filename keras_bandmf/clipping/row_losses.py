@@ -22,9 +22,9 @@ class RowLosses(NamedTuple):
     """Losses of all examples and where backpropagation starts.
 
     Attributes:
-        losses: (batch,).
-        outputs: the tensors of the forward pass that the losses depend on.
-        slopes: gradient of the summed losses by each of `outputs`.
+        losses: Shape (batch,).
+        outputs: The tensors of the forward pass that the losses depend on.
+        slopes: The gradient of the summed losses by each of `outputs`.
     """
 
     losses: tf.Tensor
@@ -42,14 +42,14 @@ def per_example_losses(
     vectorized loss: under XLA its gradient made every step as slow as a compilation (measured).
 
     Args:
-        loss: from `batch_loss`; it must not look at x.
-        y: targets, a structure of tensors with the example on axis 0, or None.
-        y_pred: outputs of the model on the whole batch.
+        loss: A loss from `batch_loss`. It must not read x.
+        y: The targets, a structure of tensors with the example on axis 0, or None.
+        y_pred: The outputs of the model on the whole batch.
         sample_weight: None, a tensor, or a structure of tensors.
-        weights: variables the loss must not read by itself.
+        weights: Variables that the loss must not read by itself.
 
     Raises:
-        Unsupported: the loss reads one of `weights`.
+        Unsupported: If the loss reads one of `weights`.
     """
     parts = (y, y_pred, sample_weight)
     leaves = [[_Leaf(leaf) for leaf in keras.tree.flatten(part)] for part in parts]

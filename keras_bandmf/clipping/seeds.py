@@ -124,12 +124,12 @@ def drawing(model: keras.layers.Layer, first: tf.Tensor) -> Iterator[None]:
     """Makes every seed generator of `model`, on its instance, answer with one pass's seeds.
 
     Args:
-        model: whose forward pass, loss and gradients are computed inside; all of them, as a layer
-            that recomputes its activations draws again.
-        first: of `MaskSeeds.of_pass`.
+        model: The model whose forward pass, loss and gradients are computed inside. All of them
+            must be, because a layer that recomputes its activations draws again.
+        first: The seed of `MaskSeeds.of_pass`.
 
     Raises:
-        Refused: a generator that is answered otherwise already; and, from inside, a draw in a
+        Refused: If a generator's `next` is replaced already; and, from inside, for a draw in a
             loop or an inner function, where one seed would serve for many draws, or more draws
             than a pass may have.
     """

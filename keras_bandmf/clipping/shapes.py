@@ -41,8 +41,8 @@ def sum_to(tensor: tf.Tensor, shape: tuple[int, ...]) -> tf.Tensor:
     """Undoes a broadcast example by example: (batch, ...) summed to (batch, *shape).
 
     Args:
-        tensor: gradient of an output of shape (batch, ...).
-        shape: of the variable that was broadcast to it, aligned on the right.
+        tensor: The gradient of an output of shape (batch, ...).
+        shape: The shape of the variable that was broadcast to it, aligned on the right.
 
     Returns:
         Tensor of shape (batch, *shape).

@@ -291,7 +291,7 @@ class _Thin(keras.layers.Layer):
         """Builds the layer and puts carriers on its kernel.
 
         Raises:
-            ValueError: if the rank exceeds a side of the kernel, or the kernel cannot have any.
+            ValueError: If the rank exceeds a side of the kernel, or the kernel cannot have any.
         """
         super().build(input_shape)
         if self.rgp is None:

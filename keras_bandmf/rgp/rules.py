@@ -57,11 +57,11 @@ class CarrierFactor:
     norm is subtracted, and that is L' dL = (x L)' (g R'), an r by r matrix.
 
     Args:
-        carrier: of the kernel.
-        whole: dL as a factor, before the part inside L is taken out.
-        a: x L, (batch, 1, positions, r).
-        thin: g R', (batch, 1, positions, r).
-        g: (batch, 1, positions, n).
+        carrier: The carrier of the kernel.
+        whole: The factor of dL, before the part inside L is taken out.
+        a: Shape (batch, 1, positions, r): x L.
+        thin: Shape (batch, 1, positions, r): g R'.
+        g: Shape (batch, 1, positions, n): the output gradients.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class ForwardedRule(LayerRule):
     """A rule that leaves everything but the gradients to that of the layer's type.
 
     Args:
-        rule: of the layer's type.
+        rule: The rule of the layer's type.
     """
 
     def __init__(self, rule: LayerRule):
@@ -159,8 +159,8 @@ class CarrierRule(ForwardedRule):
     """The rule of a layer whose kernel has carriers.
 
     Args:
-        rule: of the layer's type; everything but the kernel is left to it.
-        carrier: of the kernel.
+        rule: The rule of the layer's type, which answers for everything but the kernel.
+        carrier: The carrier of the kernel.
     """
 
     def __init__(self, rule: LinearRule, carrier: Carrier):

@@ -36,13 +36,13 @@ def disagreement(
     """Returns where book-keeping and gradients of one example at a time differ, or None.
 
     Args:
-        model: built, on the book-keeping path as far as its structure tells.
-        x: three rows, of which only structure, shapes and dtypes are used; so of the others.
-        y: targets or None.
-        sample_weight: weights or None.
-        loss: from `batch_loss`.
-        snapshot: restored before each pass, so that both draw the same masks.
-        mode: the clipping mode.
+        model: A built model, which takes the book-keeping path as far as its structure tells.
+        x: Three rows. Only structure, shapes and dtypes are used, here and below.
+        y: The targets, or None.
+        sample_weight: The weights, or None.
+        loss: A loss from `batch_loss`.
+        snapshot: A snapshot that is restored before each pass, so that both draw the same masks.
+        mode: The clipping mode.
 
     Formal guarantees: the result depends on the model and on the shapes and dtypes of the data, not
     on its values: rows drawn here at random take their place. Where the model does not take such

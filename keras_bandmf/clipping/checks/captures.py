@@ -72,10 +72,10 @@ class Watch:
     """Looks at the operations added to the current graph from here on; in eager mode at none.
 
     Args:
-        model: whose pass is traced.
-        first: the seed tensor of `MaskSeeds.of_pass`; None if Keras's generators serve.
-        generators: the seed generators that may be written then.
-        unread: what no result may depend on besides metrics, from `written_in`.
+        model: The model whose pass is traced.
+        first: The seed tensor of `MaskSeeds.of_pass`; None if Keras's generators are used.
+        generators: The seed generators that may be written in that case.
+        unread: What no result may depend on, besides metrics; from `written_in`.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class Watch:
         """Refuses the pass if what it computed carries more than weights, constants and seeds.
 
         Args:
-            results: a structure of tensors: what the pass hands on.
+            results: A structure of tensors: what the pass returns.
 
         Raises:
-            Refused: it writes a variable that is no metric, a result depends on a metric, it
+            Refused: If it writes a variable that is no metric, a result depends on a metric, it
                 draws random numbers from other seeds than those of the run, or it runs an
                 operation that keeps a state which cannot be looked at.
 

@@ -25,13 +25,13 @@ def check_declared(model: keras.Model, x: Any, declared: list[str], snapshot: Sn
     runs as a graph of that number of rows, and as one in which their number is not known.
 
     Args:
-        model: built.
-        x: inputs, tensors, of as many rows as there are up to the size of a batch of the run.
-        declared: paths of the declared layers, for the error.
-        snapshot: of the model.
+        model: A built model.
+        x: The inputs, tensors: all rows there are, up to the size of a batch of the run.
+        declared: The paths of the declared layers, for the error.
+        snapshot: A snapshot of the model.
 
     Raises:
-        ValueError: a row's output changed.
+        PrivacyError: If a row's output changed.
 
     Formal guarantees: a test on a sample. Mixing with probability p in a batch that shows in the
     outputs, whether the number of rows is known or not, passes with probability at most

@@ -33,13 +33,13 @@ def check_loss(loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any) -> None
     overrides `compute_loss`, where the loss of a batch of one row is what is trained.
 
     Args:
-        loss: from `batch_loss`; it must not look at x.
-        y: targets or None, tensors, of a whole batch.
-        y_pred: outputs for some rows; only their kind is used: random ones take their place.
-        sample_weight: weights or None.
+        loss: A loss from `batch_loss`. It must not read x.
+        y: The targets of a whole batch, tensors, or None.
+        y_pred: Outputs for some rows. Only their kind is used: random ones take their place.
+        sample_weight: The weights, or None.
 
     Raises:
-        ValueError: the slopes of the batch's loss are neither the rows' own nor, for a mean over
+        ValueError: If the slopes of the batch's loss are neither the rows' own nor, for a mean over
             the batch, these over the number of rows.
     """
     outputs = keras.tree.flatten(y_pred)

@@ -33,12 +33,12 @@ def first_mixing_layer(
     """Returns the first layer whose output of row i changes though its input of row i does not.
 
     Args:
-        model: the model.
-        x: some rows.
-        changed: the same with all rows but i replaced.
-        i: the row.
-        snapshot: restored before each run, so that both draw the same masks.
-        same_row: whether row i of two tensors agrees.
+        model: The model.
+        x: Some rows.
+        changed: The same rows with all but row i replaced.
+        i: The row.
+        snapshot: A snapshot that is restored before each run, so that both draw the same masks.
+        same_row: Whether row i of two tensors agrees.
 
     Returns:
         (what mixes, what to use instead), both for an error message.

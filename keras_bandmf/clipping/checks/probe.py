@@ -26,7 +26,7 @@ def few_rows(*parts: Any) -> list[Any]:
     """Returns the first `FEW` rows of every structure, as tensors; fewer are repeated.
 
     Raises:
-        ValueError: no row at all, or leaves without a row axis.
+        ValueError: If there is no row at all, or a leaf has no row axis.
     """
 
     def take(leaf: Any) -> tf.Tensor:

@@ -18,15 +18,15 @@ class Snapshot:
     """Values of every variable of a model, and of those its forward pass uses without owning.
 
     Args:
-        model: built.
-        x: inputs, tensors, of which only shapes and dtypes are used: the training forward pass is
+        model: A built model.
+        x: The inputs, tensors, of which only shapes and dtypes are used. The forward pass is
             traced once, to see what it captures.
 
     Attributes:
-        untraceable: why the pass cannot be traced, or None.
+        untraceable: The error if the pass cannot be traced, or None.
 
     Raises:
-        Refused: the pass writes, reads or draws what no private pass may (`captures.Watch`).
+        Refused: If the pass writes, reads or draws what no private pass may (`captures.Watch`).
     """
 
     def __init__(self, model: keras.Model, x: Any):

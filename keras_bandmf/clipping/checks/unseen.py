@@ -22,17 +22,17 @@ def unseen(function: Callable[..., Any], *data: Any, known: bool = False) -> Any
     """Traces `function` with symbols in place of rows, their number unknown where it can be.
 
     Args:
-        function: of as many structures as `data` has, all of rows on axis 0; it returns tensors
-            and None in lists or tuples.
-        data: structures of tensors, of which only shapes and dtypes are used.
-        known: trace for the number of rows of `data`, and no other.
+        function: A function of as many structures as `data` has, with rows on axis 0. It returns
+            tensors and None in lists or tuples.
+        *data: Structures of tensors, of which only shapes and dtypes are used.
+        known: Whether to trace for the number of rows of `data` and no other.
 
     Returns:
         A callable of structures like `data`, the number of rows apart; its attribute `graph` is
         the graph.
 
     Raises:
-        Exception: whatever `function` raises when it is traced.
+        Exception: Whatever `function` raises when it is traced.
 
     Formal guarantees: `function` runs while it is traced and never again, on tensors without
         values, also where `tf.config.run_functions_eagerly` is on. So no Python code that it calls
@@ -74,9 +74,9 @@ class UnseenForward:
     """The training forward pass on rows that the model's Python code does not get to see.
 
     Args:
-        model: built.
-        x: inputs, tensors, of which only shapes and dtypes are used.
-        known: as for `unseen`.
+        model: A built model.
+        x: The inputs, tensors, of which only shapes and dtypes are used.
+        known: See `unseen`.
     """
 
     def __init__(self, model: keras.Model, x: Any, known: bool = False):

@@ -55,7 +55,7 @@ def forward(model: keras.Model, x: Any) -> Any:
     """Runs the training forward pass, called as Keras's own `train_step` calls it.
 
     Raises:
-        ValueError: a layer called `add_loss`: its loss belongs to no single example.
+        ValueError: If a layer called `add_loss`, because that loss belongs to no single example.
     """
     y_pred = model(x, training=True) if takes_training(model) else model(x)
     for layer in all_layers(model):
@@ -81,19 +81,19 @@ def clip_by_book_keeping(
     """Returns clipped sums of a batch by one forward and one backward pass.
 
     Args:
-        model: built; every layer with trainable weights has a rule.
-        x: inputs, a structure of tensors with the example on axis 0; so are `y`, `sample_weight`.
-        y: targets or None.
-        sample_weight: weights or None.
-        mask: (batch,) bool, False for padding.
-        clipper: of this model.
-        loss: from `losses.batch_loss`.
+        model: A built model. Every layer with trainable weights has a rule.
+        x: The inputs, a structure of tensors with the example on axis 0, as all data here.
+        y: The targets, or None.
+        sample_weight: The weights, or None.
+        mask: Shape (batch,), bool; False for padding.
+        clipper: The clipper of this model.
+        loss: A loss from `losses.batch_loss`.
 
     Returns:
         `Clipped`, sums aligned with `model.trainable_variables`.
 
     Raises:
-        Unsupported: the model cannot take this path; the general one is exact for it.
+        Unsupported: If the model cannot take this path. The general path is exact for it.
 
     Formal guarantees: if no example influences another example's outputs (`rowwise`), each
     masked-in example adds to `sums` a vector of which each group of variables has a norm of at most
@@ -160,20 +160,20 @@ def example_gradients(
     """Returns every example's gradient, as a factor for each variable, from one backward pass.
 
     Args:
-        tape: on which a forward pass ran inside `tapped`, watching `variables`.
-        records: what `tapped` recorded.
-        variables: those to differentiate by.
-        outputs: tensors of that forward pass, the example on axis 0.
-        slopes: gradients of the summed losses by `outputs`.
-        mask: (batch,) for the number of examples only.
-        dtype: float32 or float64, of the factors.
+        tape: The tape on which a forward pass ran inside `tapped`, watching `variables`.
+        records: What `tapped` recorded.
+        variables: The variables to differentiate by.
+        outputs: Tensors of that forward pass, with the example on axis 0.
+        slopes: The gradients of the summed losses by `outputs`.
+        mask: Shape (batch,), for the number of examples only.
+        dtype: The dtype of the factors, float32 or float64.
 
     Returns:
         Position in `variables` -> factor, those without a gradient left out; and the gradients at
         all taps, in the order of `records`, None for an output that nobody used.
 
     Raises:
-        Unsupported: a weight used outside a layer with a rule, or a call that is not by example.
+        Unsupported: If a weight is used outside a layer with a rule, or a call is not by example.
     """
     _check_records(records, tf.convert_to_tensor(mask))
     taps, direct = tape.gradient(
@@ -211,12 +211,12 @@ def tapped(
     """Replaces `call` on every layer instance with a rule and a trainable weight of its own.
 
     Args:
-        model: a model or a layer: itself and the layers in it.
-        tape: watches every pre-activation.
-        records: filled with a record per call.
+        model: A model or layer. It and the layers in it are recorded.
+        tape: The tape that watches every pre-activation.
+        records: A list that gets a record for each call.
 
     Raises:
-        Unsupported: a layer with trainable weights has no rule.
+        Unsupported: If a layer with trainable weights has no rule.
     """
     replaced = []
     try:
@@ -267,7 +267,7 @@ def _arguments(
     """Returns what `layer` was called with: its inputs, and what else its rule has to know.
 
     Raises:
-        Unsupported: an argument that is not at its default and that the rule does not name.
+        Unsupported: If an argument is not at its default and the rule does not name it.
     """
     signature = inspect.signature(type(layer).call)
     _, inputs, *rest = signature.bind(layer, *args, **kwargs).arguments.items()

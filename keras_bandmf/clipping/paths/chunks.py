@@ -29,12 +29,12 @@ def clip_in_chunks(
     is in `clip_by_book_keeping`.
 
     Args:
-        clip_chunk: (x, y, sample_weight, mask) of one chunk -> `Clipped`.
-        x: inputs; `y` and `sample_weight` likewise: structures of tensors, the example on axis 0.
-        y: targets or None.
-        sample_weight: weights or None.
-        mask: (batch,) bool.
-        size: the most examples in a chunk.
+        clip_chunk: A function (x, y, sample_weight, mask) of one chunk that returns `Clipped`.
+        x: The inputs, a structure of tensors with the example on axis 0, as all data here.
+        y: The targets, or None.
+        sample_weight: The weights, or None.
+        mask: Shape (batch,), bool.
+        size: The largest number of examples in a chunk.
 
     Returns:
         `Clipped` of the whole batch: the same as that of one chunk of everything.
@@ -75,7 +75,7 @@ def clip_at_once(
 
     Some operations, convolutions among them, do not take zero rows.
 
-    Args: as `clip_in_chunks`.
+    The arguments are those of `clip_in_chunks`.
 
     Returns:
         `Clipped` of the batch.

@@ -26,11 +26,11 @@ def checked_shapes(model: keras.Model, rows: int | None = None) -> Iterator[None
     returns another number of axes than it declared, axis 1 of the declared tensor may be the rows.
 
     Args:
-        model: built; the functional models in it are looked at too.
-        rows: the number of rows if no other axis has that size, else None.
+        model: A built model. The functional models in it are checked too.
+        rows: The number of rows if no other axis has that size, else None.
 
     Raises:
-        Unsupported: on a call of the model inside, if a tensor has another shape.
+        Unsupported: From a call of the model inside, if a tensor has another shape.
 
     Formal guarantees: of a call that returns, that every tensor between the layers and operations
     of the functional models that ran has the declared number of axes; the declared size, or one

@@ -27,17 +27,17 @@ def rows_at_a_time(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss:
     spare; parameters, gradients and the data itself come on top.
 
     Args:
-        model: built.
-        x: inputs, tensors; only their dtypes and shapes matter. `y`, `sample_weight` likewise.
-        y: targets or None.
-        sample_weight: weights or None.
-        loss: as for `clipped_gradients`.
+        model: A built model.
+        x: The inputs, tensors. Only dtypes and shapes matter, here and below.
+        y: The targets, or None.
+        sample_weight: The weights, or None.
+        loss: See `clipped_gradients`.
 
     Returns:
         At least 1. Models on the general path work on one example at a time anyway.
 
     Raises:
-        ValueError: a shape is not known but for the number of rows.
+        ValueError: If a size other than the number of rows is not known.
     """
     for leaf in keras.tree.flatten((x, y, sample_weight)):
         if leaf is not None and not leaf.shape[1:].is_fully_defined():

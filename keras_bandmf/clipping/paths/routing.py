@@ -38,11 +38,11 @@ def route_of(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) 
     layers are looked at, and the model is traced once on symbolic data.
 
     Args:
-        model: built.
-        x: inputs, tensors; only their dtypes and shapes matter. `y`, `sample_weight` likewise.
-        y: targets or None.
-        sample_weight: weights or None.
-        loss: as for `clipped_gradients`.
+        model: A built model.
+        x: The inputs, tensors. Only dtypes and shapes matter, here and below.
+        y: The targets, or None.
+        sample_weight: The weights, or None.
+        loss: See `clipped_gradients`.
     """
     known = stored(model)
     if known is not None and known.checked and known.key == _variables_key(model):
@@ -112,7 +112,7 @@ def trial_graph(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: An
     is looked at in the same way, as far as its sizes are known.
 
     Raises:
-        Unsupported: the model cannot take this path.
+        Unsupported: If the model cannot take this path.
     """
 
     def spec(t: tf.Tensor) -> tf.TensorSpec:

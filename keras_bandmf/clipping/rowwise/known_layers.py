@@ -134,8 +134,8 @@ def einsum_reason(equation: str, ranks: Sequence[Rank]) -> str | None:
     """Returns why an einsum may mix rows: the first letter of operands and result must be the row.
 
     Args:
-        equation: of the form "abc,cd->abd" or "...x,xy->...y".
-        ranks: of the operands, from the first on, that have rows on axis 0.
+        equation: An equation of the form "abc,cd->abd" or "...x,xy->...y".
+        ranks: The ranks of the operands, from the first on, that have rows on axis 0.
     """
     sides = equation.replace(" ", "").split("->")
     why = f"its equation {equation!r} does not keep the rows on the first axis of all"

@@ -196,11 +196,11 @@ def _kernel_factor(
     """Returns the gradient patches(x)'g of a kernel of shape `shape`, product or factors.
 
     Args:
-        layer: the convolution.
-        x: the side that is slid over: inputs, or output gradients of a transposed convolution.
-        g: the other side.
+        layer: The convolution.
+        x: The side that the kernel slides over: inputs, or output gradients if transposed.
+        g: The other side.
         shape: (*size, channels of x / groups, channels of g).
-        groups: of channels.
+        groups: The number of groups of channels.
     """
     cells, out = dims(g)[1:-1], shape[-1] // groups
     slices = Slices(layer, x, cells, groups)

@@ -169,7 +169,7 @@ def rule_by_name(layer_class: type) -> LayerRule | None:
     """Returns the rule of one of keras_hub's classes, or None.
 
     Args:
-        layer_class: any class.
+        layer_class: Any class.
 
     Returns:
         A rule only if the class is the very object that its module of that name holds: a class that

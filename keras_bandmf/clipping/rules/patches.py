@@ -15,10 +15,10 @@ class Slices:
     """Slices of `x` (batch, *sizes, channels), one for each kernel offset.
 
     Args:
-        layer: a convolution: its kernel size, strides, dilation and padding are used.
-        x: the side of the convolution that is slid over, channels last.
-        cells: sizes of the other side, one for each spatial axis.
-        groups: of channels.
+        layer: A convolution. Its kernel size, strides, dilation and padding are used.
+        x: The side of the convolution that the kernel slides over, channels last.
+        cells: The sizes of the other side, one for each spatial axis.
+        groups: The number of groups of channels.
     """
 
     def __init__(self, layer: keras.layers.Layer, x: tf.Tensor, cells: list[Any], groups: int = 1):
