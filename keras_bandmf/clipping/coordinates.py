@@ -1,4 +1,4 @@
-"""In which coordinates the gradient of a variable is clipped, summed and released.
+"""The coordinates in which the gradient of a variable is clipped, summed and released.
 
 By default in its own: one number for each weight. A variable may carry others, such as those of
 RGP's low-rank carriers; clipped sums then hold a vector of these in place of the gradient.

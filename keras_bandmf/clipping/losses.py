@@ -51,7 +51,7 @@ def batch_loss(model: keras.Model, loss: Any = None) -> BatchLoss:
     def single(x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
         if len(keras.tree.flatten(y_pred)) > 1:
             raise ValueError(
-                "`loss=` is for models with one output; use `compile(loss=...)` for several. "
+                "Expected one output with `loss=`. Use `compile(loss=...)` for several outputs. "
                 f"Received: {len(keras.tree.flatten(y_pred))} outputs"
             )
         return alone(x, y, y_pred, sample_weight)
@@ -79,8 +79,8 @@ def build_loss(model: keras.Model, x: Any, y: Any) -> None:
         batch_loss(model)(None, one[1], model(one[0]), None)
     elif len(keras.tree.flatten(y)) > 1:
         raise ValueError(
-            "The losses of several outputs are built on first use, and not inside a `tf.function`. "
-            "Call `clipping.check_model(model, x, y)` before training, as every model needs. "
+            "The losses of several outputs are built on first use, which cannot happen inside a "
+            "`tf.function`. Call `clipping.check_model(model, x, y)` before training. "
             f"Received: model '{model.name}' with {len(keras.tree.flatten(y))} targets"
         )
 
@@ -134,7 +134,7 @@ def _compiled(loss: Any) -> Callable[[Any, Any, Any], Any]:
     """Returns `loss` as `compile` would resolve it, for a model with one output."""
     if keras.tree.is_nested(loss):
         raise ValueError(
-            "`loss` must be one loss: a name, a `keras.losses.Loss` or a function "
+            "Expected `loss` to be one loss: a name, a `keras.losses.Loss` or a function "
             "(y_true, y_pred). For several outputs use `compile(loss=...)`. "
             f"Received: loss={loss!r}"
         )

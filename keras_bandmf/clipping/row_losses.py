@@ -1,4 +1,4 @@
-"""The loss of every example in one go, with its slopes by the model's outputs."""
+"""The losses of all examples at once, and their gradients (slopes) by the model's outputs."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def per_example_losses(
         used[:] = [slope is not None for slope in slopes]
         return value, [tf.convert_to_tensor(slope)[0] for slope in slopes if slope is not None]
 
-    # The tape of the forward pass has no business in here.
+    # The tape of the forward pass must not record what happens here.
     tensors = [[[tf.stop_gradient(t) for t in leaf.tensors] for leaf in part] for part in leaves]
     try:
         losses, slopes = tf.vectorized_map(one, tensors)
     except Unsupported:
         raise
-    except Exception:  # an operation that cannot be vectorized, or a mistake: this shows which
+    except Exception:  # an operation that cannot be vectorized, or a mistake, which `map_fn` shows
         kept = [t.dtype for t, u in zip(outputs, used, strict=True) if u]
         signature = (tf.as_dtype(keras.config.floatx()), kept)
         losses, slopes = tf.map_fn(one, tensors, fn_output_signature=signature)

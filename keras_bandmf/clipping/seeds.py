@@ -162,7 +162,7 @@ def _answer(first: tf.Tensor) -> Callable[..., tf.Tensor]:
                 "A forward pass may draw random numbers at most "
                 f"{2**_DRAW_BITS} times. Received: a model with more draws"
             )
-        # int32 as Keras passes it on unchanged: of other types it drops bits.
+        # int32, because Keras passes it on unchanged. It drops bits of other types.
         return tf.bitcast(first + tf.constant(number, tf.uint64), tf.int32)
 
     return answer

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-# What of the previous carrier is mixed in, in units of the norm of the new one: it decides the
-# directions in which the history is zero and nothing else.
+# How much of the previous carrier is mixed in, in units of the norm of the new one. It decides only
+# the directions in which the history is zero.
 _FILL = 1e-6
 
 

@@ -13,7 +13,7 @@ from keras_bandmf.noise import normals
 from keras_bandmf.rgp import algebra
 from keras_bandmf.rgp.layouts import MatrixLayout
 
-# Rows of the carriers' random stream between one step and the next: more than a model has kernels.
+# The rows of the carriers' random stream for each step: more than twice a model's kernels.
 _ROWS_PER_STEP = 2**20
 
 

@@ -1,4 +1,4 @@
-"""Which kernel of a layer can have carriers, and how it is a matrix."""
+"""Says which kernel of a layer can have carriers, and how it is a matrix."""
 
 from __future__ import annotations
 

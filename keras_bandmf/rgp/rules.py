@@ -26,7 +26,7 @@ from keras_bandmf.rgp import algebra
 from keras_bandmf.rgp.carrier import Carrier
 from keras_bandmf.rgp.layouts import EinsumLabels, einsum_labels, kind_of
 
-# Of the layers a carrier can be on; each refuses a layer, when it is used, for its own reasons.
+# The rules of layers that can have carriers. Each may refuse a layer when it is used.
 _RULES: dict[type, LinearRule] = {
     keras.layers.Dense: DenseRule(),
     keras.layers.EinsumDense: EinsumDenseRule(),
@@ -102,8 +102,8 @@ class CarrierFactor:
     def _inside(self) -> tf.Tensor:
         """Returns squared norms of L' dL that are never too large, because they are subtracted."""
         if isinstance(self.whole, Rows):
-            # Of the very numbers that are summed: where positions cancel, little but rounding is
-            # left of them, and another product rounds in another way.
+            # From the very numbers that are summed. Where positions cancel, little but rounding
+            # is left of them, and another product would round in another way.
             left, _ = self.carrier.pair(self.g.dtype)
             values = tf.reshape(self.whole.values, [-1, *left.shape])  # no layout permutes them
             return _squared(tf.matmul(left[None], values, transpose_a=True))

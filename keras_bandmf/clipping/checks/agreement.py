@@ -1,4 +1,4 @@
-"""Does book-keeping give what one-example-at-a-time gradients give: compared on synthetic rows."""
+"""Compares book-keeping with gradients of one example at a time, on synthetic rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from keras_bandmf.clipping.paths.book_keeping import clip_by_book_keeping, forwa
 from keras_bandmf.clipping.row_losses import per_example_losses
 from keras_bandmf.clipping.shapes import on_tensors, over_rows
 
-# What a layer that looks up rows of a table calls their number.
+# The attributes of layers that hold the number of rows of a table.
 _TABLE_SIZES = ("input_dim", "vocabulary_size", "num_tokens")
 
 
@@ -56,7 +56,7 @@ def disagreement(
     x, y, sample_weight = parts
     try:
         expected = _one_by_one(model, x, y, sample_weight, loss, snapshot)
-    except tf.errors.OpError:  # values that a layer or the loss does not take
+    except tf.errors.OpError:  # values that a layer or the loss does not accept
         return None
     return _difference(model, (x, y, sample_weight), loss, snapshot, mode, expected)
 

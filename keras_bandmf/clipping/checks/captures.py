@@ -1,4 +1,4 @@
-"""What a private pass reads, writes and draws, found in the graph that TensorFlow traces of it.
+"""Finds what a private pass reads, writes and draws, in the graph that TensorFlow traces of it.
 
 By structure, not by values: what an operation does under a condition that the data at hand do not
 meet is found as well.
@@ -30,7 +30,7 @@ _READS = {
     "VarIsInitializedOp",
     "VariableShape",
 }
-# Nothing in a later step can read what they write.
+# No later step can read what these write.
 _WRITES_OUTSIDE = {
     "Assert",
     "Print",
@@ -53,7 +53,7 @@ Labels = frozenset
 class Refused(ValueError):
     """A pass does what no private pass may do: the message says what, where and what instead."""
 
-    # Errors that AutoGraph passes on keep their type only if they are made like this.
+    # AutoGraph keeps the type of an exception that is made like this, and hides that of others.
     __init__ = Exception.__init__
 
 
@@ -246,7 +246,7 @@ class _Walk:
     def _resource_name(self, origin: Any) -> str:
         graph = self._graph
         while graph is not None:
-            # Listed as `variables` only once the trace is complete. For the message alone.
+            # They are listed as `variables` only once the trace is complete. For the message only.
             for variable in watched_variables(graph):
                 if variable.handle is origin:
                     return variable.name
@@ -261,7 +261,7 @@ class _Walk:
         if bodies:
             results = [self._body(body, node.inputs) for body in bodies]
             if node.kind in _CALLS and not node.forwards:
-                # What runs once, from its arguments to its results: no more than that is handed on.
+                # It runs once, from its arguments to its results, so only these are passed on.
                 kept = Labels().union(*results) & self._followed
         elif node.kind.startswith(_FROM_SEEDS):
             self._check_seed(node)
@@ -307,7 +307,7 @@ class _Walk:
         kind = node.kind
         if kind in _READS or kind in _WRITES_OUTSIDE:
             return
-        if kind == "Empty" and node.node_def().attr["init"].b:  # zeros, in spite of its name
+        if kind == "Empty" and node.node_def().attr["init"].b:  # zeros, despite its name
             return
         if kind.startswith("CudnnRNN") and not node.node_def().attr["dropout"].f:
             return
@@ -316,7 +316,7 @@ class _Walk:
                 return
             raise Refused(
                 "Random numbers of TensorFlow's own state do not come from the secret key of the "
-                "run. Draw them by `keras.random`, with `seed=` a `keras.random.SeedGenerator` "
+                "run. Draw them with `keras.random`, with `seed=` a `keras.random.SeedGenerator` "
                 "that is an attribute of the layer. "
                 f"Received: operation '{node.name}' of type {kind}"
             )
@@ -341,7 +341,7 @@ class _Walk:
             )
         arguments = function.signature.input_arg
         if len(inputs) != len(arguments):
-            # A branch does not get the condition; of other kinds each argument may be any input.
+            # A branch does not get the condition. For other kinds each argument may be any input.
             union = Labels().union(*inputs)
             fits = len(inputs) == len(arguments) + 1
             inputs = inputs[1:] if fits else [union] * len(arguments)
@@ -369,7 +369,7 @@ class _Walk:
             node = _Node(node_def.name, node_def.op, given, definition, lambda: node_def, False)
             labels[node_def.name] = self._visit(node)
 
-        # Sources first, so that no chain of calls grows with the function.
+        # Sources first, so that recursion does not grow with the function.
         for node_def in function.node_def:
             if node_def.name not in labels:
                 visit(node_def)

@@ -1,4 +1,4 @@
-"""The hard test of models whose authors vouch for their layers: many rows, many random states."""
+"""Tests models with layers that were declared row-wise, on many rows and random states."""
 
 from __future__ import annotations
 
@@ -105,6 +105,6 @@ def _varied_leaf(t: tf.Tensor, attempt: int, random: np.random.Generator) -> tf.
         spread = tf.math.reduce_std(tf.cast(t, tf.float64), axis=0) + 1e-3
         return values + tf.cast(scale * spread * noise, t.dtype)
     array = np.asarray(t)
-    # Column by column: columns of integers have tables of their own.
+    # Column by column, because each column of integers has its own table.
     low, high = array.min(axis=0), array.max(axis=0)
     return tf.cast(tf.constant(random.integers(low, high, array.shape, endpoint=True)), t.dtype)

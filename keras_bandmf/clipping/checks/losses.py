@@ -1,4 +1,4 @@
-"""Is the loss of a batch the sum of those of its examples, or another objective: compared."""
+"""Compares the loss of a batch with the losses of its examples: their sum, or another objective?"""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def check_loss(loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any) -> None
         on_tensors(lambda t: tf.gather(t, rows % int(t.shape[0])), part)
         for part in (y, y_pred, sample_weight)
     )
-    # Slopes by bfloat16 outputs have three digits: too few to compare.
+    # Gradients by bfloat16 outputs have three digits, which are too few to compare.
     y_pred = on_tensors(_wide, y_pred)
     compare = unseen(lambda *parts: _slopes(loss, *parts), y, y_pred, sample_weight)
     for parts in _batches(y, y_pred, sample_weight):
         try:
             pairs = compare(*parts)
-        except tf.errors.OpError:  # values that the loss does not take: no evidence
+        except tf.errors.OpError:  # values that the loss does not accept: no evidence
             continue
         for batch, own in pairs:
             _compare(np.asarray(batch, "float64"), np.asarray(own, "float64"))

@@ -1,4 +1,4 @@
-"""Which layer mixes examples: the first whose output differs where its input does not."""
+"""Finds the layer that mixes examples: the first whose output differs where its input does not."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def check_model(
             y_pred = run(x)
         except tf.errors.OpError:
             raise
-        except Exception as error:  # what the first trace left behind may not fit a second one
+        except Exception as error:  # what the first trace left may not fit a second one
             refuse_untraceable("The forward pass", error)
         _check_written(snapshot)
         _check_rows(model, run, x, snapshot)
@@ -128,7 +128,7 @@ def check_model(
         unread = written_by_metrics(model, x, y, y_pred, sample_weight)
         _check_loss_captures(model, row_loss, x, y, sample_weight, unread)
         _check_loss(row_loss, x, y, run(x), sample_weight)
-        # A loss of `compute_loss` may look at x; one that ignores a class divides by the others.
+        # A loss of `compute_loss` may read x. One that ignores a class divides by the other rows.
         if not (loss is None and overrides_compute_loss(model)):
             if not with_ignored_class(model, loss):
                 check_loss(row_loss, whole[1], y_pred, whole[2])
@@ -153,7 +153,7 @@ def _check_written(snapshot: Snapshot) -> None:
 def _check_rows(model: keras.Model, run: UnseenForward, x: Any, snapshot: Snapshot) -> None:
     """Checks that changing the other rows does not change the output of a row.
 
-    Of real rows: layers may take no random ones (strings, numbers of categories).
+    Real rows are used, because layers may accept no random ones (strings, category numbers).
     """
     snapshot.restore()
     y_pred = run(x)

@@ -1,4 +1,4 @@
-"""The few rows `check_model` works on, and what it replaces them by."""
+"""The few rows that `check_model` works on, and what replaces them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from keras_bandmf._keras_internals import all_layers
 from keras_bandmf.clipping.losses import overrides_compute_loss, with_mean_by_weight
 from keras_bandmf.clipping.rowwise.known_layers import GROUP_OR_LAYER_NORM, replacement_of
 
-# Options of grappler, and variables of the environment that TensorFlow or oneDNN reads.
+# The options of grappler, and the environment variables that TensorFlow or oneDNN reads.
 _MIXED = "auto_mixed_precision"
 _MATH_MODES = (
     "TF_SET_ONEDNN_FPMATH_MODE",

@@ -1,4 +1,4 @@
-"""The variables a forward pass touches: kept, compared, put back."""
+"""Keeps, compares and puts back the variables that a forward pass touches."""
 
 from __future__ import annotations
 

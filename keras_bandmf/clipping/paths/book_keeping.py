@@ -27,7 +27,7 @@ from keras_bandmf.clipping.rules.base import LayerRule
 from keras_bandmf.clipping.rules.registry import rule_of
 from keras_bandmf.clipping.shapes import over_rows
 
-# Masked rows that are watched in each batch or chunk: to look at more would cost time.
+# The number of masked rows that are watched in each batch or chunk. More would cost time.
 _SENTINELS = 8
 
 
@@ -224,7 +224,7 @@ def tapped(
             rule, why = rule_of(layer)
             if rule is None:
                 raise Unsupported(f"{layer.path}: {why}")
-            # Past Keras' attribute tracking, and on this instance only.
+            # Bypasses Keras's attribute tracking, and changes this instance only.
             vars(layer)["call"] = _recording(layer, rule, tape, records)
             replaced.append(layer)
         yield

@@ -128,9 +128,9 @@ def _stacked(
         sums = [s + tf.cast(a, tf.float64) for s, a in zip(sums, added, strict=True)]
         return i + 1, sums, [a.write(i, r) for a, r in zip(arrays, rows, strict=True)]
 
-    # In float64: a long chain of float32 additions could move by more than is charged for it.
+    # In float64, because a long chain of float32 additions could round by more than is charged.
     sums = [tf.cast(s, tf.float64) for s in sums]
-    # One iteration at a time: running several would cost the memory that chunks save.
+    # One iteration at a time, because running several would cost the memory that chunks save.
     _, sums, arrays = tf.while_loop(
         lambda i, *_: i < count, body, (tf.constant(1), sums, arrays), parallel_iterations=1
     )
@@ -148,7 +148,7 @@ def _padded(tensor: tf.Tensor, amount: Any) -> tf.Tensor:
 
 
 def _parts(tensor: tf.Tensor, count: Any, size: Any) -> tf.Tensor:
-    # An axis of chunks, not slices: XLA needs the size of a slice to be constant.
+    # An axis of chunks instead of slices, because XLA needs slices of constant size.
     return tf.reshape(tensor, [count, size, *dims(tensor)[1:]])
 
 

@@ -1,4 +1,4 @@
-"""Are the tensors of a functional model of the shapes that it declared: looked at in each trace."""
+"""Checks in each trace that the tensors of a functional model have the shapes that it declared."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def checked_shapes(model: keras.Model, rows: int | None = None) -> Iterator[None
     before = {key: vars(graph).get(RUN_GRAPH) for key, graph in graphs.items()}
     try:
         for graph in graphs.values():
-            # On this instance only, and past Keras' attribute tracking.
+            # On this instance only, bypassing Keras's attribute tracking.
             vars(graph)[RUN_GRAPH] = _checking(graph, getattr(graph, RUN_GRAPH), rows)
         yield
     finally:

@@ -1,4 +1,4 @@
-"""How many examples to work on at a time, from the tensors of a trial trace."""
+"""Decides how many examples to work on at a time, from the tensors of a trial trace."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import tensorflow as tf
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.paths.routing import TRIAL_ROWS, data_key, trial_graph
 
-# What the tensors of one microbatch may take together, in bytes.
+# The memory that the tensors of one microbatch may take together, in bytes.
 _BUDGET = 2**30
-# Their outputs are their inputs, or alive for the whole step anyway.
+# Operations whose outputs are their inputs, or are alive for the whole step anyway.
 _NO_MEMORY = {"Identity", "Placeholder", "ReadVariableOp", "Reshape", "Squeeze", "ExpandDims"}
 _OPAQUE = (tf.resource, tf.variant, tf.string)
 _ATTRIBUTE = "_bandmf_example_bytes"
@@ -42,8 +42,8 @@ def rows_at_a_time(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss:
     for leaf in keras.tree.flatten((x, y, sample_weight)):
         if leaf is not None and not leaf.shape[1:].is_fully_defined():
             raise ValueError(
-                '`microbatch_size="auto"` needs examples of one known shape. Pad them to a fixed '
-                f"length, or pass a number. Received: data of shape {tuple(leaf.shape)}"
+                'Expected examples of one known shape for `microbatch_size="auto"`. Pad them to a '
+                f"fixed length, or pass a number. Received: data of shape {tuple(leaf.shape)}"
             )
     key = data_key(model, x, y, sample_weight, loss)
     known = vars(model).get(_ATTRIBUTE)
@@ -53,7 +53,7 @@ def rows_at_a_time(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss:
         except Unsupported:
             size = _BUDGET
         known = (key, size)
-        # Past Keras' attribute tracking, as the route is.
+        # Bypasses Keras's attribute tracking, as for the route.
         object.__setattr__(model, _ATTRIBUTE, known)
     return max(1, _BUDGET // max(known[1], 1))
 

@@ -17,8 +17,8 @@ from keras_bandmf.clipping.rowwise.decision import advice, rowwise
 from keras_bandmf.clipping.rules.registry import rule_of
 from keras_bandmf.clipping.shapes import on_tensors
 
-# Rows of the trial trace: a prime no other axis is likely to have, so that an axis of this size
-# is the example axis and nothing else.
+# The number of rows of the trial trace: a prime that no other axis is likely to have, so that an
+# axis of this size is the example axis.
 TRIAL_ROWS = 1009
 _ATTRIBUTE = "_bandmf_route"
 
@@ -153,5 +153,5 @@ def _loss_key(loss: Any) -> Any:
 
 
 def _store(model: keras.Model, route: Route) -> None:
-    # Past Keras' attribute tracking, which would wrap the tuple and, once built, refuse it.
+    # Bypasses Keras's attribute tracking, which would wrap the tuple or, once built, refuse it.
     object.__setattr__(model, _ATTRIBUTE, route)

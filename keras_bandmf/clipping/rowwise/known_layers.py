@@ -1,4 +1,4 @@
-"""Which layers treat the rows of a batch independently: a table by exact type, read off sources."""
+"""The layers that treat the rows of a batch independently: a table of exact types."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MIXERS: dict[str, str] = {
     "first image takes the place of all",
 }
 
-# Of these nothing is known: they run whatever code they are given, or write state.
+# Nothing is known of these: they run whatever code they are given, or write state.
 UNKNOWN = frozenset(
     {
         "ActivityRegularization",
@@ -201,7 +201,7 @@ _BY_NAME: dict[Condition, str] = {
     "MaxPooling1D GlobalAveragePooling1D GlobalMaxPooling1D AdaptiveAveragePooling1D "
     "AdaptiveMaxPooling1D Cropping1D UpSampling1D ZeroPadding1D SpatialDropout1D Attention "
     "AdditiveAttention GroupQueryAttention TimeDistributed",
-    # A picture of three axes would be read as one image, not as a batch of rows.
+    # An array of three axes would be read as one image, not as a batch of rows.
     _rank(4): "Conv2D Conv2DTranspose DepthwiseConv2D SeparableConv2D AveragePooling2D "
     "MaxPooling2D GlobalAveragePooling2D GlobalMaxPooling2D AdaptiveAveragePooling2D "
     "AdaptiveMaxPooling2D Cropping2D UpSampling2D ZeroPadding2D SpatialDropout2D AutoContrast "
@@ -270,7 +270,7 @@ keras_hub.src.models: bloom.bloom_attention.BloomAttention bloom.bloom_decoder.B
  vit.vit_layers.MLP vit.vit_layers.ViTEncoder vit.vit_layers.ViTEncoderBlock
  vit.vit_layers.ViTPatchingAndEmbedding
 """
-# The library's own layers compute what the Keras layers they are made of compute.
+# The library's own layers compute what the Keras layers that they derive from compute.
 _OWN = {
     "keras_bandmf.rgp.model.RGPDense": keras.layers.Dense,
     "keras_bandmf.rgp.model.RGPEinsumDense": keras.layers.EinsumDense,
@@ -279,13 +279,13 @@ _OWN = {
 }
 
 
-# Their arrays are along axes that were looked up at `build`, or tables.
+# The arrays of these layers are tables, or along axes that `build` determined.
 _WITH_ARRAYS = tuple(
     getattr(keras.layers, name)
     for name in "Rescaling Normalization Discretization IntegerLookup StringLookup Hashing "
     "HashedCrossing CategoryEncoding".split()
 )
-# What is inside of these gets as many axes as they do themselves.
+# The layers inside these get inputs with as many axes as these themselves.
 _KEEP_RANK = frozenset(
     "Activation Dense Bidirectional Conv1D Conv2D Conv3D Conv1DTranspose Conv2DTranspose "
     "Conv3DTranspose DepthwiseConv1D DepthwiseConv2D SeparableConv1D SeparableConv2D LSTMCell "
@@ -338,7 +338,7 @@ def condition_of(layer_class: type) -> Condition | None:
 def replaced_reason(operation: Any) -> str | None:
     """Returns why a layer or operation is not what its class says, if a method was replaced."""
     for name in vars(operation):
-        # These two Keras itself wraps on each layer.
+        # Keras itself wraps these two on each layer.
         if name not in ("build", "quantize") and callable(getattr(type(operation), name, None)):
             return f"its `{name}` was replaced on the instance"
     return None

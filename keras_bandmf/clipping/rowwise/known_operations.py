@@ -1,4 +1,4 @@
-"""Which operations of a functional model (`keras.ops`) treat rows independently."""
+"""The operations of functional models (`keras.ops`) that treat rows independently."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ def _depthwise_rows(layer: keras.layers.Layer, x: tf.Tensor, g: tf.Tensor) -> Ro
     g = tf.reshape(g, [dims(g)[0], product(cells), channels, multiplier])
     values: list[tf.Tensor] = []
     for k in slices.offsets:
-        # One after the other: all products at once would be as many copies of the outputs.
+        # One after the other, because all products at once would be as many copies of the outputs.
         with tf.control_dependencies(values[-1:]):
             products = slices.at(k)[:, 0, :, :, None] * g
             values.append(tf.reduce_sum(products, axis=1, keepdims=True))

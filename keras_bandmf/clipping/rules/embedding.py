@@ -80,7 +80,7 @@ class ReversibleEmbeddingRule(EmbeddingRule):
             return outputs if cap is None else keras.ops.tanh(outputs / cap) * cap
         outputs = super().finish(layer, outputs, saved)
         if layer.mask_zero:
-            # Keras' layer sets the mask in `call`, not in `compute_mask`.
+            # Keras's layer sets the mask in `call`, not in `compute_mask`.
             set_keras_mask(outputs, keras.ops.not_equal(ids, 0))
         return outputs
 
