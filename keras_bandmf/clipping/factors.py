@@ -48,6 +48,14 @@ class Factor(Protocol):
 
     Formal guarantees: `squared_norms` may be too large, never too small by more than rounding, and
     `weighted_sum` is the sum over the examples of these very gradients.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_bandmf import clipping
+        >>> def norms(factor: clipping.Factor) -> tf.Tensor:
+        ...     return tf.sqrt(factor.squared_norms())
+        >>> norms(clipping.Rows(tf.constant([[3.0, 4.0]]))).numpy()
+        array([5.], dtype=float32)
     """
 
     def joined(self, factors: Sequence[Factor]) -> Factor:
