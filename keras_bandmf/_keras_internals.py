@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common.global_state import get_global_attribute
+from keras.src.models.functional import Functional
+from keras.src.ops import core, linalg, nn
+from keras.src.ops import math as math_operations
+from keras.src.ops import numpy as numpy_operations
+from keras.src.random import seed_generator
+from keras.src.trainers.compile_utils import CompileLoss
+from tensorflow.python.framework import op_def_registry
 from tensorflow.python.ops import control_flow_util
 
 #: The newest version of Keras that the tests run on: major and minor.
@@ -107,14 +115,34 @@ class CheckpointHooks:
 
 # Layers and models (used by clipping and rgp).
 
+#: The class of models that are a graph of layers and operations.
+FunctionalModel = Functional
 
-def trained_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """Layers that own a trainable variable of `model`: the only ones that cost anything."""
-    trainable = {id(v) for v in model.trainable_variables}
+#: The method that runs such a graph: `(inputs, operation_fn=..., call_fn=...)`.
+RUN_GRAPH = "_run_through_graph"
+
+#: What a subclass of a functional or sequential model must not redefine, if its graph is what runs.
+METHODS_BEFORE_THE_GRAPH = frozenset(
+    {
+        "__call__",
+        "call",
+        "operations",
+        "_adjust_input_rank",
+        "_convert_inputs_to_tensors",
+        "_standardize_inputs",
+        "compute_mask",
+        RUN_GRAPH,
+    }
+)
+
+
+def trained_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Returns the layers that own a trainable variable of `model`: the only ones that cost time."""
+    trainable = {id(variable) for variable in model.trainable_variables}
     return [
         layer
-        for layer in model._flatten_layers()
-        if any(id(v) in trainable for v in layer._trainable_variables)
+        for layer in all_layers(model)
+        if any(id(variable) in trainable for variable in own_trainable_variables(layer))
     ]
 
 
@@ -123,6 +151,166 @@ def all_layers(layer: keras.layers.Layer, include_self: bool = True) -> list[ker
     return list(layer._flatten_layers(include_self=include_self))
 
 
+def inner_layers(layer: keras.layers.Layer) -> list[Any]:
+    """Returns what a layer holds directly, in the order of its attributes, lists and dicts too.
+
+    Other tracked objects than layers may be among them.
+    """
+    return layer._layers
+
+
+def own_trainable_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Returns the trainable variables that a layer made itself, whether or not it is frozen."""
+    return layer._trainable_variables
+
+
 def own_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
     """Returns all variables that a layer made itself, those of its inner layers left out."""
     return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def own_metrics(layer: keras.layers.Layer) -> list[keras.metrics.Metric]:
+    """Returns the metrics that are attributes of a layer."""
+    return layer._metrics
+
+
+def own_seed_generators(layer: keras.layers.Layer) -> list[keras.random.SeedGenerator]:
+    """Returns the seed generators that are attributes of a layer."""
+    return layer._seed_generators
+
+
+def global_seed_generator() -> keras.random.SeedGenerator:
+    """Returns the generator that `seed=None` stands for, and makes it on first use.
+
+    Raises:
+        RuntimeError: If it does not exist yet and cannot be made here.
+    """
+    return seed_generator.global_seed_generator()
+
+
+def existing_global_seed_generator() -> keras.random.SeedGenerator | None:
+    """Returns the generator that `seed=None` stands for, or None if it was not made yet."""
+    return get_global_attribute("global_seed_generator")
+
+
+def added_losses(layer: keras.layers.Layer) -> list[tf.Tensor]:
+    """Returns the losses that a layer passed to `add_loss` in its last call."""
+    return layer._losses
+
+
+def takes_training(layer: keras.layers.Layer) -> bool:
+    """Returns whether the `call` of a layer or model has an argument `training`."""
+    return layer._call_has_training_arg
+
+
+def recomputes_activations(layer: keras.layers.Layer) -> bool:
+    """Returns whether a layer was made in a `keras.RematScope`."""
+    return bool(getattr(layer, "_remat_mode", None))
+
+
+def kernel_of(layer: keras.layers.Layer) -> keras.Variable:
+    """Returns the variable behind `layer.kernel`, which may be its sum with LoRA's product."""
+    return layer._kernel
+
+
+def table_of(layer: keras.layers.Layer) -> keras.Variable:
+    """Returns the variable behind `layer.embeddings`, which may be its sum with LoRA's product."""
+    return layer._embeddings
+
+
+def attention_axes_of(layer: keras.layers.Layer) -> Sequence[int] | None:
+    """Returns the axes that a layer attends over, or None if it has or was given none."""
+    return getattr(layer, "_attention_axes", None)
+
+
+class MaskedLMHeadParts:
+    """The layers and variables of a `MaskedLMHead` of keras_hub.
+
+    Attributes:
+        dense: The layer that is applied first.
+        layer_norm: The layer that is applied to its outputs.
+        bias: The variable that is added to the logits.
+    """
+
+    def __init__(self, layer: keras.layers.Layer):
+        self.dense: keras.layers.Layer = layer._intermediate_dense
+        self.layer_norm: keras.layers.Layer = layer._intermediate_layer_norm
+        self.bias: keras.Variable = layer._bias
+
+
+def keras_mask(tensor: Any) -> Any:
+    """Returns the mask that Keras attached to a tensor, or None."""
+    return getattr(tensor, "_keras_mask", None)
+
+
+def set_keras_mask(tensor: Any, mask: Any) -> None:
+    """Attaches a mask to a tensor, as Keras's layers do."""
+    tensor._keras_mask = mask
+
+
+def keras_logits(tensor: Any) -> Any:
+    """Returns the logits that Keras attached to probabilities, or None."""
+    return getattr(tensor, "_keras_logits", None)
+
+
+def set_keras_logits(tensor: Any, logits: Any) -> None:
+    """Attaches logits to probabilities, as Keras's activation functions do."""
+    tensor._keras_logits = logits
+
+
+def compiled_loss(model: keras.Model) -> CompileLoss | None:
+    """Returns the loss that `compile` made from its arguments, or None before `compile`."""
+    return getattr(model, "_compile_loss", None)
+
+
+def compiled_metrics(model: keras.Model) -> Any:
+    """Returns the metrics that `compile` made from its arguments, or None without any."""
+    return getattr(model, "_compile_metrics", None)
+
+
+def resolved_loss(loss: Any) -> CompileLoss:
+    """Returns a loss as `compile(loss=loss)` would resolve it: a function (y_true, y_pred)."""
+    return CompileLoss(loss)
+
+
+def loss_of_training_step(
+    model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any
+) -> tf.Tensor:
+    """Returns the loss as Keras's own `train_step` computes it, by `model.compute_loss`."""
+    return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+
+
+def graph_inside(model: keras.layers.Layer) -> Functional | None:
+    """Returns the functional model that runs inside a `Sequential`, or None."""
+    return getattr(model, "_functional", None)
+
+
+def nodes_by_depth(graph: Functional) -> dict[int, list[Any]]:
+    """Returns the calls in the graph of a functional model; those of the largest depth run first.
+
+    Each has `operation`, `arguments`, `input_tensors`, `outputs` and `is_input`.
+    """
+    return graph._nodes_by_depth
+
+
+def call_that_made(tensor: keras.KerasTensor) -> tuple[Any, Any]:
+    """Returns the operation that made a symbolic tensor, and Keras's record of the call or None."""
+    operation, index, _ = tensor._keras_history
+    nodes = operation._inbound_nodes
+    return operation, nodes[index] if nodes else None
+
+
+def operation_classes(name: str) -> list[type]:
+    """Returns the classes of `keras.ops` operations of a name, such as "Add"; perhaps none."""
+    modules = (numpy_operations, nn, core, math_operations, linalg)
+    return [getattr(module, name) for module in modules if hasattr(module, name)]
+
+
+def operation_definition(kind: str) -> Any:
+    """Returns TensorFlow's definition (`OpDef`) of a type of operation, or None."""
+    return op_def_registry.get(kind)
+
+
+def watched_variables(graph: tf.Graph) -> list[tf.Variable]:
+    """Returns the variables that a graph has read so far, while it is traced; for messages only."""
+    return list(getattr(graph, "_watched_variables", []))
