@@ -49,8 +49,13 @@ class NoiseRows(Protocol):
         >>> noise = bandmf.noise.CorrelatedNoise(strategy, stddev=1.0, shapes=[(3,)])
     """
 
-    num_steps: int
-    num_bands: int
+    @property
+    def num_steps(self) -> int:
+        """The number of steps n."""
+
+    @property
+    def num_bands(self) -> int:
+        """The number of bands b."""
 
     def noise_rows(self) -> np.ndarray:
         """Returns `r`, float64, of shape (1, b) if all rows are equal, and else of shape (n, b)."""

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import pathlib
+import os
 import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -299,7 +299,7 @@ def _from_json(text: str) -> tuple[list[PastRun], bool]:
 
 
 def take_over(
-    variables: Sequence[keras.Variable], history: Statement | str | pathlib.PurePath
+    variables: Sequence[keras.Variable], history: Statement | str | os.PathLike
 ) -> None:
     """Adds to variables the history that the user has of them.
 
@@ -322,7 +322,7 @@ def take_over(
         parsed = (
             _of_statement(Statement.from_json(history)) if is_statement else _from_json(history)
         )
-    elif isinstance(history, (str, pathlib.PurePath)):
+    elif isinstance(history, (str, os.PathLike)):
         parsed = _from_json(_read_member(history))
     else:
         raise TypeError(
@@ -349,8 +349,8 @@ def _of_statement(statement: Statement) -> tuple[list[PastRun], bool]:
     return runs, True
 
 
-def _read_member(path: str | pathlib.PurePath) -> str:
-    text = str(path)
+def _read_member(path: str | os.PathLike) -> str:
+    text = os.fspath(path)
     if zipfile.is_zipfile(text):
         with zipfile.ZipFile(text) as archive:
             if MEMBER in archive.namelist():
@@ -362,15 +362,15 @@ def _read_member(path: str | pathlib.PurePath) -> str:
     )
 
 
-def write_member(path: str | pathlib.PurePath, text: str) -> None:
+def write_member(path: str | os.PathLike, text: str) -> None:
     """Adds a history to a `.keras` archive, which Keras reads as before; leaves other files alone.
 
     Args:
         path: The file that Keras wrote.
         text: JSON from `to_json`.
     """
-    if isinstance(path, (str, pathlib.PurePath)) and zipfile.is_zipfile(str(path)):
-        with zipfile.ZipFile(str(path), "a") as archive:
+    if isinstance(path, (str, os.PathLike)) and zipfile.is_zipfile(os.fspath(path)):
+        with zipfile.ZipFile(os.fspath(path), "a") as archive:
             archive.writestr(MEMBER, text)
 
 
