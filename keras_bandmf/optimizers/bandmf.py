@@ -329,8 +329,8 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
         trainable_variables = list(trainable_variables)
         if not clipped.origin.belongs_to(trainable_variables):
             raise PrivacyError(
-                "The gradients must be those of the variables that they update, at their present "
-                "values and in the same order. Pass the model itself to `clipped_gradients`, and "
+                "The gradients must be those of the variables they update, taken at their values "
+                "and in the same order. Pass the model itself to `clipped_gradients`, and "
                 "its `trainable_variables` here. Received: gradients of "
                 f"{[v.path for v in clipped.origin.variables]} for "
                 f"{[v.path for v in trainable_variables]}"
