@@ -47,10 +47,9 @@ class ToeplitzStrategy(Strategy):
     With k participations that fit into the run, `sensitivity` is exact where b does not exceed the
     separation. It is then `sqrt(k)` with `column_normalize`, and at most that without. With more
     bands it is exact for non-negative, non-increasing coefficients without `column_normalize`. For
-    other non-negative
-    coefficients it is exact in fixed order, and without it if there are few bands or participations
-    are far apart. Everywhere else it is an upper bound; with `column_normalize` that bound needs
-    memory that grows with b^2, and too many bands raise a `ValueError`.
+    all non-negative coefficients it is exact in fixed order, and without it if there are few bands
+    or participations are far apart. Everywhere else it is an upper bound. With `column_normalize`
+    that bound needs memory that grows with b^2, and too many bands raise a `ValueError`.
 
     Attributes:
       coefficients: `(b,)` float64, read-only, scaled to norm 1. The first is positive. The argument
@@ -224,7 +223,9 @@ class ToeplitzStrategy(Strategy):
         return np.where(np.isnan(errors), np.inf, errors)
 
     def loss(self, error: ErrorMeasure = "mean") -> float:
-        """Returns the mean or the largest entry of `per_step_error()`, for any number of steps.
+        """Returns the mean or the largest entry of `per_step_error()`.
+
+        For prefix sums it works for any number of steps, also where `per_step_error` does not.
 
         Args:
           error: "mean" or "max".
@@ -235,7 +236,7 @@ class ToeplitzStrategy(Strategy):
 
         Raises:
           TypeError: if `error` is not a string.
-          ValueError: if `error` is unknown.
+          ValueError: if `error` is unknown, or if C has too many entries for a `workload`.
         """
         checked_choice("error", error, ERRORS)
         n, b = self.num_steps, self.num_bands
