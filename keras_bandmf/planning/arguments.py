@@ -120,13 +120,13 @@ class PlanArguments:
         )
 
     def bands(self) -> int:
-        """Returns the number of bands, for callers that do not look for the best.
+        """Returns the number of bands, for callers that do not look for the best one.
 
         Returns:
             b.
 
         Raises:
-            ValueError: It is to be found.
+            TypeError: The number is not known yet.
         """
         return checked_int("num_bands", self.num_bands)
 

@@ -298,9 +298,7 @@ def _from_json(text: str) -> tuple[list[PastRun], bool]:
     return runs, facts["is_known"] is True
 
 
-def take_over(
-    variables: Sequence[keras.Variable], history: Statement | str | os.PathLike
-) -> None:
+def take_over(variables: Sequence[keras.Variable], history: Statement | str | os.PathLike) -> None:
     """Adds to variables the history that the user has of them.
 
     Formal guarantees: none of its own. That the values are those that the history is of is what
