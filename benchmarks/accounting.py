@@ -30,10 +30,10 @@ from dp_accounting.pld import privacy_loss_distribution
 from keras_bandmf.accounting.accountant import (
     FINE_ACCURACY,
     FINITE_NOISE_SHARE,
-    Schedule,
     calibrate_noise,
     epsilon_of,
 )
+from keras_bandmf.sampling.schedule import Schedule
 
 _MAX_FREQUENCIES = 3000
 
@@ -125,7 +125,7 @@ def integral_delta(q: float, sigma: float, rounds: int, epsilon: float) -> float
             return None
         moments = np.concatenate(blocks)
         frequencies = frequencies[: len(moments)]
-        # Neighbouring outputs must not turn by more than a quarter where there is mass.
+        # Neighboring outputs must not turn by more than a quarter where there is mass.
         heavy = weight > 1e-12 * weight.max()
         useful = rounds * np.log(np.maximum(abs(moments), 1e-300)) > -32
         fastest = frequencies[useful].max()

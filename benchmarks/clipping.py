@@ -7,7 +7,7 @@ PATHs are interpreters of environments with what `clipping_tfp.py`, `clipping_ja
 `clipping_opacus.py` need; without one its rows say so. Every ratio is private over plain in the
 same framework, so that the frameworks' own speeds cancel. Runs of both are interleaved in one
 process, so that a busy machine slows both alike: the table shows medians, the median of the ratios
-of neighbouring runs and their quartiles. Memory is what a step takes at its peak above what the
+of neighboring runs and their quartiles. Memory is what a step takes at its peak above what the
 process had before the first; each is measured in a process of its own.
 """
 

@@ -1,4 +1,4 @@
-"""Steps of TF Privacy's vectorised clipping on the same Keras models, for `clipping.py`.
+"""Steps of TF Privacy's vectorized clipping on the same Keras models, for `clipping.py`.
 
 For an environment with `tensorflow-privacy`, `tf_keras` (whose optimizers it derives from) and
 `keras-hub`. Its noise is drawn with a standard deviation of zero.
@@ -10,7 +10,7 @@ import os
 import sys
 
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
-# Else vectorised products of rank 3 end the process on some CPUs.
+# Else vectorized products of rank 3 end the process on some CPUs.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 sys.skip_tf_privacy_import = True  # its __init__ does not import with TensorFlow 2.16 and later
 
@@ -45,7 +45,7 @@ def plain(name: str, batch: int, sizes: Sizes) -> Step:
 
 
 def clipped(name: str, batch: int, sizes: Sizes) -> Step:
-    """The same with TF Privacy's vectorised optimizer."""
+    """The same with TF Privacy's vectorized optimizer."""
     from tensorflow_privacy.privacy.optimizers import dp_optimizer_keras_vectorized as vectorized
 
     optimizer = vectorized.VectorizedDPKerasSGDOptimizer(

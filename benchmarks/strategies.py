@@ -1,4 +1,4 @@
-"""Time and memory of strategy optimisation, alone and against jax-privacy, as ratios in one run.
+"""Time and memory of strategy optimization, alone and against jax-privacy, as ratios in one run.
 
     python benchmarks/strategies.py [--peer_python PATH] [--million]
 

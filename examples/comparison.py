@@ -144,20 +144,20 @@ def draw(task: Task, results: list[Result], path: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (errors, accuracies) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for result, colour in zip(results, ("tab:gray", "tab:blue"), strict=True):
+    for result, color in zip(results, ("tab:gray", "tab:blue"), strict=True):
         plan = result.plan
         deviation = plan.noise_stddev(1.0) * np.sqrt(plan.strategy.per_step_error())
         steps = np.arange(1, plan.num_steps + 1)
         label = f"{result.label} ({plan.num_bands} band{'s' * (plan.num_bands > 1)})"
-        errors.plot(steps, deviation, color=colour, label=label)
+        errors.plot(steps, deviation, color=color, label=label)
         mean = result.accuracy.mean(axis=0)
         epochs = np.arange(1, len(mean) + 1)
-        accuracies.plot(epochs, mean, color=colour, label=label)
+        accuracies.plot(epochs, mean, color=color, label=label)
         accuracies.fill_between(
             epochs,
             result.accuracy.min(axis=0),
             result.accuracy.max(axis=0),
-            color=colour,
+            color=color,
             alpha=0.2,
         )
     errors.set(

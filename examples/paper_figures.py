@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 
 import paper_numbers as numbers
 
-# Okabe and Ito: told apart by every kind of colour vision, with a marker each besides.
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
+# Okabe and Ito: told apart by every kind of color vision, with a marker each besides.
+COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 MARKERS = ("s", "v", "^", "D", "P", "o", "X")
 
 
@@ -58,9 +58,9 @@ class Table:
 
 
 def styles(count: int) -> list[dict]:
-    """A colour and a marker for each of `count` lines."""
-    order = [i % len(COLOURS) for i in range(count)]
-    return [{"color": COLOURS[i], "marker": MARKERS[i], "markersize": 5} for i in order]
+    """A color and a marker for each of `count` lines."""
+    order = [i % len(COLORS) for i in range(count)]
+    return [{"color": COLORS[i], "marker": MARKERS[i], "markersize": 5} for i in order]
 
 
 def panels(count: int) -> tuple[Figure, list]:
@@ -194,12 +194,12 @@ def draw_sweep(axis, swept: numbers.Sweep, style: dict, label: str) -> None:
     bands = [row.num_bands for row in rows]
     axis.plot(bands, [row.expected_rmse for row in rows], label=label, **{**style, "markersize": 3})
     best = swept.choice.best
-    colour = style["color"]
-    axis.plot(best.num_bands, best.expected_rmse, "*", color=colour, markersize=11)
+    color = style["color"]
+    axis.plot(best.num_bands, best.expected_rmse, "*", color=color, markersize=11)
     end = swept.num_steps // swept.epochs, swept.unamplified
-    axis.plot(*end, "_", color=colour, markersize=9, markeredgewidth=2)
+    axis.plot(*end, "_", color=color, markersize=9, markeredgewidth=2)
     last = bands[-1], rows[-1].expected_rmse
-    axis.plot(*zip(last, end, strict=True), ":", color=colour, linewidth=1)
+    axis.plot(*zip(last, end, strict=True), ":", color=color, linewidth=1)
 
 
 def figure_c(options: argparse.Namespace) -> tuple[Table, Figure]:

@@ -13,8 +13,9 @@ import pathlib
 import time
 from collections.abc import Iterator
 
-from keras_bandmf.accounting.accountant import COARSE_ACCURACY, Schedule, calibrate_noise
+from keras_bandmf.accounting.accountant import COARSE_ACCURACY, calibrate_noise
 from keras_bandmf.planning.band_choice import BandChoice, choose_bands, expected_rmse
+from keras_bandmf.sampling.schedule import Schedule
 from keras_bandmf.strategies import (
     BandedInverseStrategy,
     BandedStrategy,

@@ -16,7 +16,7 @@ from keras_bandmf.sampling import PrivateBatches
 from keras_bandmf.training.model_statement import statement
 from keras_bandmf.training.private_training import privatize
 
-#: The word of Opacus and JAX Privacy for `privatize`.
+#: The name that Opacus and JAX Privacy use for `privatize`.
 make_private = privatize
 
 __version__ = "0.1.0"
@@ -51,5 +51,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """Public names only: the rooms of the package are found by their paths."""
+    """Lists public names only. The other modules of the package are found by their paths."""
     return __all__

@@ -1,109 +1,104 @@
-"""The command line: `python -m keras_bandmf plan --num_examples=60000 ...`."""
+"""The command line: `keras-bandmf plan ...`, or `python -m keras_bandmf plan ...`."""
 
 from __future__ import annotations
 
-import os
+import argparse
+import pathlib
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-from absl import app, flags
+from keras_bandmf.planning.band_choice import BandChoice
+from keras_bandmf.planning.calibration import compare_bands
+from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.plots import plot_plan
 
-_USAGE = """\
-Usage: python -m keras_bandmf plan --num_examples=N --batch_size=B --epochs=K --epsilon=E --delta=D
-
-Finds the number of bands and the noise multiplier for a private run, and prints what to expect.
-It looks at no data.
-"""
+#: What `main` returns: done, a run that is refused, and a mistake in the arguments.
+DONE, REFUSED, USAGE = 0, 1, 2
 
 
-def _define_flags() -> flags.FlagValues:
-    # Flags of our own, not the global FLAGS: other libraries define "batch_size" there.
-    values = flags.FlagValues()
-    own: dict[str, Any] = {"flag_values": values}
-    flags.DEFINE_integer("num_examples", None, "Rows of the training data, a public number.", **own)
-    flags.DEFINE_integer("batch_size", None, "Expected examples a step.", **own)
-    flags.DEFINE_integer("epochs", None, "Passes over the data; or --num_steps.", **own)
-    flags.DEFINE_integer("num_steps", None, "Optimizer updates; or --epochs.", **own)
-    flags.DEFINE_float("epsilon", None, "Target epsilon.", **own)
-    flags.DEFINE_float("delta", None, "Target delta, below 1 / num_examples.", **own)
-    flags.DEFINE_string("num_bands", "auto", "A number of bands, or 'auto'.", **own)
-    flags.DEFINE_integer("max_bands", 128, "Most bands 'auto' may take.", **own)
-    flags.DEFINE_enum(
-        "sampling",
-        "cyclic_poisson",
-        ["cyclic_poisson", "fixed_order", "auto"],
-        "How batches are drawn; 'auto' takes the one of lower expected RMSE, which decides what "
-        "neighbouring data sets are (see the adjacency of the plan).",
-        **own,
+class _UsageError(Exception):
+    """A mistake in the arguments that argparse cannot see."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that reports a mistake in one line before the usage, instead of after it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"error: {message}\n{self.format_usage()}")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="keras-bandmf",
+        description="Plans private training runs. It looks at no data.",
+        epilog="`keras-bandmf COMMAND --help` shows the arguments of a command.",
+        allow_abbrev=False,
     )
-    flags.DEFINE_string("plot", None, "Draw the plan to this file (.png, .pdf, .svg).", **own)
-    flags.DEFINE_string("json", None, "Write the plan to this file.", **own)
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", **own)
-    return values
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs a command.
-
-    Args:
-        argv: the program's name, the command and its flags; those of the process if None, as for
-            the console script `keras-bandmf`.
-
-    Returns:
-        The exit code: 0, or 2 for a mistake in the arguments, which is told without a traceback.
-    """
-    argv = sys.argv if argv is None else argv
-    values = _define_flags()
-    try:
-        words = values(argv)[1:]
-        if values.help:
-            sys.stdout.write(_USAGE + "\n" + values.get_help() + "\n")
-            return 0
-        if words != ["plan"]:
-            raise ValueError(f"Expected the command `plan`. Received: {' '.join(words) or 'none'}.")
-        sys.stdout.write(_plan(values) + "\n")
-    except (flags.Error, ValueError, TypeError, ImportError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n\n{_USAGE}Try --help for the flags.\n")
-        return 2
-    return 0
-
-
-def _plan(values: flags.FlagValues) -> str:
-    """Makes the plan, writes what was asked for, and returns the report."""
-    for name in ("num_examples", "batch_size", "epsilon", "delta"):
-        if values[name].value is None:
-            raise ValueError(f"Expected --{name}. Received: none.")
-    num_bands = _bands(values.num_bands)
-    for name in ("plot", "json"):
-        _check_writable(name, values[name].value)
-    # TensorFlow takes seconds to import: not before the flags are known to be good.
-    from keras_bandmf.planning.calibration import compare_bands
-    from keras_bandmf.planning.plan import TrainingPlan
-
-    arguments: dict[str, Any] = {
-        "num_examples": values.num_examples,
-        "batch_size": values.batch_size,
-        "epochs": values.epochs,
-        "num_steps": values.num_steps,
-        "epsilon": values.epsilon,
-        "delta": values.delta,
-    }
-    choice = compare_bands(
-        **arguments, num_bands=num_bands, sampling=values.sampling, max_bands=values.max_bands
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    plan = commands.add_parser(
+        "plan",
+        help="find the plan with the lowest expected error for an (epsilon, delta)",
+        description="Finds the number of bands and the noise multiplier of a private run, and "
+        "prints what to expect of it.",
+        allow_abbrev=False,
     )
-    best = (choice if num_bands == "auto" else choice.of_bands(num_bands)).best
-    plan = TrainingPlan.calibrate(**arguments, strategy=best.strategy, sampling=best.sampling)
-    report = f"{plan}\n\nBands compared at this epsilon and delta:\n{choice}"
-    if values.json is not None:
-        with open(values.json, "w", encoding="utf-8") as file:
-            file.write(plan.to_json() + "\n")
-        report += f"\n\nPlan written to {values.json}"
-    if values.plot is not None:
-        from keras_bandmf.plots import plot_plan
+    _add_run(plan)
+    plan.add_argument(
+        "--plot", type=pathlib.Path, metavar="FILE", help="draw the plan (.png, .pdf or .svg)"
+    )
+    plan.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the plan as JSON")
+    plan.set_defaults(run=_plan)
+    compare = commands.add_parser(
+        "compare-bands",
+        help="show the expected error for each number of bands",
+        description="Prints a table of the expected error for each number of bands at one "
+        "(epsilon, delta). The best one is starred.",
+        allow_abbrev=False,
+    )
+    _add_run(compare)
+    compare.set_defaults(run=_compare_bands)
+    return parser
 
-        plot_plan(plan, choice, values.plot)
-        report += f"\n\nPicture written to {values.plot}"
-    return report
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that describe a run."""
+    run = parser.add_argument_group("the run")
+    run.add_argument(
+        "--num_examples", type=int, required=True, metavar="N", help="rows of data, a public number"
+    )
+    run.add_argument(
+        "--batch_size", type=int, required=True, metavar="B", help="expected examples in a step"
+    )
+    length = run.add_mutually_exclusive_group(required=True)
+    length.add_argument("--epochs", type=int, help="passes over the data")
+    length.add_argument("--num_steps", type=int, metavar="STEPS", help="updates of the optimizer")
+    run.add_argument("--epsilon", type=float, required=True, help="target epsilon")
+    run.add_argument(
+        "--delta", type=float, required=True, help="target delta; choose it below 1 / num_examples"
+    )
+    run.add_argument(
+        "--num_bands",
+        type=_bands,
+        default="auto",
+        metavar="BANDS",
+        help="a number of bands, or 'auto' (the default)",
+    )
+    run.add_argument(
+        "--max_bands",
+        type=int,
+        default=128,
+        metavar="BANDS",
+        help="the largest number of bands that 'auto' considers (default: %(default)s)",
+    )
+    run.add_argument(
+        "--sampling",
+        default="cyclic_poisson",
+        choices=["cyclic_poisson", "fixed_order", "auto"],
+        help="how batches are drawn (default: %(default)s). 'auto' takes the one with the lower "
+        "expected error, which also decides which data sets are neighbors (see the adjacency of "
+        "the plan)",
+    )
 
 
 def _bands(text: str) -> int | str:
@@ -112,21 +107,79 @@ def _bands(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
-        message = f"Expected --num_bands to be a number or auto. Received: --num_bands={text}."
-        raise ValueError(message) from None
+        message = f"expected a number of bands or 'auto', received: {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
-def _check_writable(name: str, path: str | None) -> None:
-    """Better now than after the planning."""
-    if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
-        raise ValueError(f"Expected --{name} to be in a folder that exists. Received: {path}.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: The command and its arguments, without the name of the program. None, as for the
+            console script `keras-bandmf`, takes those of the process.
+
+    Returns:
+        The exit code: 0 if the command ran; 1 if the run it describes is refused, or a file cannot
+        be written; 2 for a mistake in the arguments. Errors are printed in one line, without a
+        traceback.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed the help or the error
+        return int(stop.code or DONE)
+    try:
+        report = arguments.run(arguments)
+    except _UsageError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return USAGE
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return REFUSED
+    sys.stdout.write(f"{report}\n")
+    return DONE
 
 
-def _arguments(argv: list[str]) -> list[str]:
-    """Leaves parsing to `main`, where mistakes are told without absl's help pages."""
-    flags.FLAGS(argv[:1])  # absl insists that its global flags are parsed
-    return argv
+def _run_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns what `compare_bands` and `TrainingPlan.calibrate` both take."""
+    names = ("num_examples", "batch_size", "epochs", "num_steps", "epsilon", "delta")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _choice(arguments: argparse.Namespace) -> BandChoice:
+    return compare_bands(
+        **_run_of(arguments),
+        num_bands=arguments.num_bands,
+        sampling=arguments.sampling,
+        max_bands=arguments.max_bands,
+    )
+
+
+def _compare_bands(arguments: argparse.Namespace) -> str:
+    """Returns the table of the candidates."""
+    return str(_choice(arguments))
+
+
+def _plan(arguments: argparse.Namespace) -> str:
+    """Makes the plan, writes the files that were asked for, and returns the report."""
+    for name, path in (("plot", arguments.plot), ("json", arguments.json)):
+        # Better now than after the planning.
+        if path is not None and not path.parent.is_dir():
+            message = f"argument --{name}: expected a file in a folder that exists, received: "
+            raise _UsageError(f"{message}{str(path)!r}")
+    choice, num_bands = _choice(arguments), arguments.num_bands
+    best = (choice.of_bands(num_bands) if isinstance(num_bands, int) else choice).best
+    plan = TrainingPlan.calibrate(
+        **_run_of(arguments), strategy=best.strategy, sampling=best.sampling
+    )
+    report = f"{plan}\n\nBands compared at this epsilon and delta:\n{choice}"
+    if arguments.json is not None:
+        arguments.json.write_text(plan.to_json() + "\n", encoding="utf-8")
+        report += f"\n\nPlan written to {arguments.json}"
+    if arguments.plot is not None:
+        plot_plan(plan, choice, str(arguments.plot))
+        report += f"\n\nPicture written to {arguments.plot}"
+    return report
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_arguments)
+    sys.exit(main())

@@ -7,13 +7,31 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+_Choice = TypeVar("_Choice", bound=str)
+
 
 class PrivacyError(ValueError):
-    """The stated guarantee would not hold: not a slip in an argument, but a run to be refused."""
+    """Raised where the stated guarantee would not hold, so that the run must be refused.
+
+    It is a `ValueError`, so that code which catches that keeps working. A slip in an argument that
+    has nothing to do with the guarantee is a plain `TypeError` or `ValueError`.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=100, batch_size=10, epochs=1, noise_multiplier=1.0, delta=1e-5,
+        ...     num_bands=1)
+        >>> optimizer = bandmf.BandMFOptimizer("sgd", plan)
+        >>> try:
+        ...     optimizer.apply([], [])
+        ... except bandmf.PrivacyError as error:
+        ...     print(str(error).split(",")[0])
+        BandMFOptimizer received plain gradients
+    """
 
     # AutoGraph keeps the type of an exception made like this one, and hides that of others.
     __init__ = Exception.__init__
@@ -23,17 +41,17 @@ def checked_int(name: str, value: Any, minimum: int = 1, hint: str = "") -> int:
     """Returns `value` as a Python int of at least `minimum`.
 
     Args:
-        name: the argument's name, for the message.
-        value: an integer of any library; a bool or a float is not one.
-        minimum: the smallest value allowed.
-        hint: the way out, appended to the message.
+        name: The argument's name, for the message.
+        value: An integer of any library; a bool or a float is not one.
+        minimum: The smallest value allowed.
+        hint: The way out, appended to the message.
 
     Returns:
         The value as an `int`.
 
     Raises:
-        TypeError: if it is not an integer.
-        ValueError: if it is below `minimum`.
+        TypeError: If it is not an integer.
+        ValueError: If it is below `minimum`.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(_message(name, f"an integer of at least {minimum}", value, hint))
@@ -54,19 +72,19 @@ def checked_float(
     """Returns `value` as a finite Python float within the given bounds.
 
     Args:
-        name: the argument's name, for the message.
-        value: a real number of any library; a bool, NaN or infinity is refused.
-        above: an exclusive lower bound.
-        minimum: an inclusive lower bound.
-        below: an exclusive upper bound.
-        hint: the way out, appended to the message.
+        name: The argument's name, for the message.
+        value: A real number of any library; a bool, NaN or infinity is refused.
+        above: An exclusive lower bound.
+        minimum: An inclusive lower bound.
+        below: An exclusive upper bound.
+        hint: The way out, appended to the message.
 
     Returns:
         The value as a `float`.
 
     Raises:
-        TypeError: if it is not a real number.
-        ValueError: if it is not finite or out of bounds.
+        TypeError: If it is not a real number.
+        ValueError: If it is not finite or out of bounds.
     """
     bounds = [
         f"{words} {bound:g}"
@@ -90,43 +108,44 @@ def checked_float(
     return number
 
 
-def checked_choice(name: str, value: Any, choices: tuple[str, ...], hint: str = "") -> str:
+def checked_choice(name: str, value: Any, choices: tuple[_Choice, ...], hint: str = "") -> _Choice:
     """Returns `value` if it is one of `choices`.
 
     Args:
-        name: the argument's name, for the message.
-        value: the string to check.
-        choices: what is known.
-        hint: the way out, appended to the message.
+        name: The argument's name, for the message.
+        value: The string to check.
+        choices: The allowed strings.
+        hint: The way out, appended to the message.
 
     Returns:
         The value.
 
     Raises:
-        TypeError: if it is not a string.
-        ValueError: if it is not one of `choices`.
+        TypeError: If it is not a string.
+        ValueError: If it is not one of `choices`.
     """
     expected = "one of " + ", ".join(repr(choice) for choice in choices)
     if not isinstance(value, str):
         raise TypeError(_message(name, expected, value, hint))
-    if value not in choices:
-        raise ValueError(_message(name, expected, value, hint))
-    return value
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise ValueError(_message(name, expected, value, hint))
 
 
 def checked_bool(name: str, value: Any, hint: str = "") -> bool:
     """Returns `value` as a Python bool.
 
     Args:
-        name: the argument's name, for the message.
+        name: The argument's name, for the message.
         value: True or False, Python's or NumPy's; 0 and 1 are refused.
-        hint: the way out, appended to the message.
+        hint: The way out, appended to the message.
 
     Returns:
         The value as a `bool`.
 
     Raises:
-        TypeError: if it is anything else.
+        TypeError: If it is anything else.
     """
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(_message(name, "True or False", value, hint))
@@ -137,7 +156,7 @@ def checked_function(name: str, value: Any, hint: str = "") -> Any:
     """Returns `value` if it can be called, or is None.
 
     Raises:
-        TypeError: if it is anything else.
+        TypeError: If it is anything else.
     """
     if value is not None and not callable(value):
         raise TypeError(_message(name, "a function or None", value, hint))

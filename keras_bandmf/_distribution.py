@@ -1,4 +1,4 @@
-"""Replicas, and what the worker processes of one job tell each other."""
+"""Replicas, and what the worker processes of a job tell each other."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import in_multi_worker_mode
+
 
 def replica_id() -> int:
-    """Returns the number of the replica in whose context it is called, known while tracing.
+    """Returns the number of the current replica, which is known while a step is traced.
 
     Raises:
-        ValueError: outside a replica context, or where the number is not known.
+        ValueError: If it is called outside a replica context, or the number is not known.
     """
     context = tf.distribute.get_replica_context()
     if context is None:
@@ -30,64 +32,72 @@ def replica_id() -> int:
     return int(replica)
 
 
-def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
-    """Returns whether the strategy trains in several processes."""
-    return (
-        isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-        and strategy.extended._in_multi_worker_mode()
-    )
+def is_multi_worker(distribution: tf.distribute.Strategy) -> bool:
+    """Returns whether the distribution trains in several processes."""
+    return isinstance(
+        distribution, tf.distribute.MultiWorkerMirroredStrategy
+    ) and in_multi_worker_mode(distribution)
 
 
-def local_replicas(strategy: tf.distribute.Strategy) -> list[int]:
-    """Returns the replicas of this process."""
-    if not is_multi_worker(strategy):
-        return list(range(strategy.num_replicas_in_sync))
-    replicas = _distributed(strategy, lambda replica: replica)
-    return [int(replica) for replica in strategy.experimental_local_results(replicas)]
+def local_replicas(distribution: tf.distribute.Strategy) -> list[int]:
+    """Returns the numbers of the replicas of this process."""
+    if not is_multi_worker(distribution):
+        return list(range(distribution.num_replicas_in_sync))
+    replicas = _distributed(distribution, lambda replica: replica)
+    return [int(replica) for replica in distribution.experimental_local_results(replicas)]
 
 
-def from_chief(strategy: tf.distribute.Strategy, value: np.ndarray) -> np.ndarray:
-    """Returns the value of the first replica's process, in every process.
+def from_chief(distribution: tf.distribute.Strategy, value: np.ndarray) -> np.ndarray:
+    """Returns, in every process, the value that the process of the first replica passed.
 
-    All processes of a job must call it, in the same order as the other functions of this file;
-    one that does not lets the others wait or fail.
+    All processes of a job must call it, in the same order as the other functions of this file. If
+    one does not, the others wait or fail.
 
     Args:
-        strategy: the strategy of the job.
-        value: int64, of the same shape in every process.
+        distribution: The distribution of the job.
+        value: An int64 array, of the same shape in every process.
+
+    Returns:
+        An int64 array of that shape.
     """
-    if not is_multi_worker(strategy):
+    if not is_multi_worker(distribution):
         return value
-    parts = _distributed(strategy, lambda r: tf.constant(value if r == 0 else np.zeros_like(value)))
-    return strategy.reduce("SUM", parts, axis=None).numpy()
+    parts = _distributed(
+        distribution, lambda r: tf.constant(value if r == 0 else np.zeros_like(value))
+    )
+    return distribution.reduce("SUM", parts, axis=None).numpy()
 
 
-def same_everywhere(strategy: tf.distribute.Strategy, content: bytes) -> bool:
+def same_everywhere(distribution: tf.distribute.Strategy, content: bytes) -> bool:
     """Returns, in every process, whether all of them passed the same bytes."""
-    if not is_multi_worker(strategy):
+    if not is_multi_worker(distribution):
         return True
     words = np.frombuffer(hashlib.sha256(content).digest(), np.int64)
-    differs = int(not np.array_equal(words, from_chief(strategy, words)))
-    return int(strategy.reduce("SUM", _distributed(strategy, lambda r: differs), axis=None)) == 0
+    differs = int(not np.array_equal(words, from_chief(distribution, words)))
+    found = _distributed(distribution, lambda r: differs)
+    return int(distribution.reduce("SUM", found, axis=None)) == 0
 
 
-def gather_parts(strategy: tf.distribute.Strategy, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Returns the parts of all replicas in their order, in every process.
+def gather_parts(
+    distribution: tf.distribute.Strategy, parts: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Returns, in every process, the parts of all replicas in the order of the replicas.
 
     Args:
-        strategy: the strategy of the job.
-        parts: of each replica of this process, all of one shape.
+        distribution: The distribution of the job.
+        parts: One array for each replica of this process, all of the same shape.
     """
-    if not is_multi_worker(strategy):
+    if not is_multi_worker(distribution):
         return list(parts)
-    first = local_replicas(strategy)[0]
-    replicas = strategy.gather(_distributed(strategy, lambda r: tf.constant([r])), axis=0).numpy()
-    values = strategy.gather(_distributed(strategy, lambda r: parts[r - first][None]), axis=0)
-    return list(values.numpy()[np.argsort(replicas)])
+    first = local_replicas(distribution)[0]
+    numbers = _distributed(distribution, lambda r: tf.constant([r]))
+    replicas = distribution.gather(numbers, axis=0).numpy()
+    values = _distributed(distribution, lambda r: parts[r - first][None])
+    return list(distribution.gather(values, axis=0).numpy()[np.argsort(replicas)])
 
 
-def _distributed(strategy: tf.distribute.Strategy, value_of: Callable[[int], Any]) -> Any:
+def _distributed(distribution: tf.distribute.Strategy, value_of: Callable[[int], Any]) -> Any:
     def value(context: tf.distribute.experimental.ValueContext) -> tf.Tensor:
         return tf.convert_to_tensor(value_of(context.replica_id_in_sync_group))
 
-    return strategy.experimental_distribute_values_from_function(value)
+    return distribution.experimental_distribute_values_from_function(value)

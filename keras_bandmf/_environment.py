@@ -1,4 +1,4 @@
-"""Settings of the process under which arithmetic is not what noise and clipping rest on."""
+"""Settings of the process that make arithmetic too loose for noise and clipping."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pathlib
 from keras_bandmf._checks import PrivacyError
 
 # Flags of XLA. Measured with TensorFlow 2.21: fast arithmetic on processors makes the noise 4 % too
-# small, and without honored NaNs one row that is not finite spoils all sums. The other flags are
-# there to round float32 products to bfloat16; that version does not know the last two, and the
-# first of them changed nothing on an H100.
+# small, and if NaNs are not honored, one row that is not finite spoils all sums. The other flags
+# round float32 products to bfloat16. That version does not know the last two, and the first of them
+# changed nothing on an H100.
 _LOOSE_FLAGS = (
     "xla_enable_fast_math",
     "xla_cpu_enable_fast_math",
@@ -21,16 +21,20 @@ _LOOSE_FLAGS = (
 
 
 def refuse_loose_arithmetic() -> None:
-    """Raise ValueError where XLA's flags allow arithmetic that is not that of IEEE 754.
+    """Refuses flags of XLA that allow arithmetic other than that of IEEE 754.
 
-    Formal guarantees: a necessary condition only. It knows some flags by name, and reads the
-    environment, which must be now what it was when XLA read it.
+    Formal guarantees:
+        A necessary condition only. It knows some flags by name, and reads the environment, which
+        must be the same now as when XLA read it.
+
+    Raises:
+        PrivacyError: If one of these flags is set.
     """
     for flag in _flags(os.environ.get("XLA_FLAGS", "")):
         name, _, value = flag.lstrip("-").partition("=")
         if name in _LOOSE_FLAGS and value.lower() not in ("false", "0"):
             raise PrivacyError(
-                "Noise and clipping need the arithmetic of IEEE 754: with this flag XLA makes the "
+                "Noise and clipping need the arithmetic of IEEE 754. With this flag XLA makes the "
                 "noise too small, lets rows that are not finite into the sums, or rounds float32 "
                 "products. Remove it from the environment variable XLA_FLAGS before TensorFlow is "
                 f"imported. Received: {flag}"
@@ -38,7 +42,7 @@ def refuse_loose_arithmetic() -> None:
 
 
 def _flags(value: str) -> list[str]:
-    """What XLA reads: the flags themselves, or the file that has them."""
+    """Returns the flags as XLA reads them: from the value itself, or from the file it names."""
     value = value.strip()
     if value and not value.startswith("-"):
         try:

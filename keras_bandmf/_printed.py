@@ -1,4 +1,4 @@
-"""Numbers for people to read: rounded to the safe side, never to nearest."""
+"""Numbers for people to read: rounded to the safe side, never to the nearest."""
 
 from __future__ import annotations
 
@@ -7,37 +7,38 @@ import math
 
 
 def rounded_up(value: float, digits: int) -> str:
-    """`value` in at most `digits` significant digits, rounded up: epsilon, delta, errors, norms.
+    """Prints a number rounded up, as is safe for epsilon, delta, errors and norms.
 
-    Formal guarantees: the decimal printed, as a real number, is at least the float `value`; with
-    one exception: a float whose shortest decimal (its `repr`) has at most `digits` digits is
-    printed as that decimal, which is what was typed and reads back as that very float.
+    Formal guarantees:
+        The decimal printed, as a real number, is at least the float `value`; with one exception: a
+        float whose shortest decimal (its `repr`) has at most `digits` digits is printed as that
+        decimal, which is what was typed and reads back as that very float.
 
     Args:
-        value: a float; zero and infinities are printed as they are.
-        digits: from 1 to 15.
+        value: A float; zero and infinities are printed as they are.
+        digits: The largest number of significant digits, from 1 to 15.
 
     Returns:
         The number, as the format "g" would print it.
 
     Example:
-
-    ```python
-    rounded_up(1.2349e-5, 3)  # "1.24e-05"
-    rounded_up(1e-5, 3)       # "1e-05"
-    ```
+        >>> rounded_up(1.2349e-5, 3)
+        '1.24e-05'
+        >>> rounded_up(1e-5, 3)
+        '1e-05'
     """
     return _rounded(value, digits, decimal.ROUND_CEILING)
 
 
 def rounded_down(value: float, digits: int) -> str:
-    """`value` in at most `digits` significant digits, rounded down: noise multipliers.
+    """Prints a number rounded down, as is safe for noise multipliers.
 
-    Formal guarantees: as `rounded_up`, the other way: the decimal is at most `value`.
+    Formal guarantees:
+        See `rounded_up`, in the other direction: the decimal is at most `value`.
 
     Args:
-        value: a float; zero and infinities are printed as they are.
-        digits: from 1 to 15.
+        value: A float; zero and infinities are printed as they are.
+        digits: The largest number of significant digits, from 1 to 15.
 
     Returns:
         The number, as the format "g" would print it.
@@ -46,12 +47,12 @@ def rounded_down(value: float, digits: int) -> str:
 
 
 def raised_for_progress(value: float) -> float:
-    """The least float of at least `value` that Keras's progress bar prints in full.
+    """Returns the smallest float of at least `value` that Keras's progress bar prints in full.
 
-    It prints four decimals, and five digits of numbers up to 0.001, rounded to nearest.
+    The bar prints four decimals, and five digits of numbers up to 0.001, rounded to the nearest.
 
     Args:
-        value: at least 0.
+        value: At least 0.
 
     Returns:
         A float whose printed form is not below `value`.

@@ -1,9 +1,9 @@
-"""Pictures of plans; needs the extra `plot` (matplotlib)."""
+"""Pictures of plans. They need matplotlib, which the extra `plot` installs."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,24 +13,36 @@ from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.plan_table import rmse_unit
 from keras_bandmf.strategies import ToeplitzStrategy
 
+if TYPE_CHECKING:  # Everything but `plot_plan` works without matplotlib.
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_plan"]
+
 _BLUE, _GREY = "#1f5fa8", "#8a8a8a"
 _COLORS = {"cyclic_poisson": _BLUE, "fixed_order": "#3a9a5c"}
 _HOW = {"cyclic_poisson": "Poisson sampling", "fixed_order": "fixed order"}
 _MAX_POINTS = 2000
-_MAX_STEPS = 10**8  # per_step_error is refused above
+_MAX_STEPS = 10**8  # The most steps that `per_step_error` accepts.
 
 
 def plot_plan(
-    plan: TrainingPlan, choice: BandChoice | None = None, path: str | os.PathLike | None = None
-) -> Any:
-    """Draws a plan: RMSE over the number of bands, and the error of every step, against DP-SGD.
+    plan: TrainingPlan,
+    choice: BandChoice | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draws a plan against DP-SGD: error by number of bands, and error of each step.
+
+    The first panel shows the expected root mean squared error (RMSE) for each number of bands in
+    `choice`. The second shows the RMSE of the noise at each step, for the plan and for DP-SGD.
 
     Args:
         plan: the plan.
-        choice: the numbers of bands compared at the plan's (epsilon, delta), from
-            `keras_bandmf.compare_bands`, under the plan's sampling at least; without it only the
-            errors of the steps are drawn, DP-SGD's at the plan's own noise multiplier.
-        path: where to save the picture, by its extension (.png, .pdf, .svg); None saves nothing.
+        choice: the numbers of bands that `keras_bandmf.compare_bands` compared at the plan's
+            (epsilon, delta), at least under the plan's sampling. None leaves out the first panel,
+            and the second then shows DP-SGD at the plan's own noise multiplier.
+        path: the file to which the picture is saved, in the format of its extension (.png, .pdf,
+            .svg). None saves nothing.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -38,13 +50,24 @@ def plot_plan(
     Raises:
         ImportError: if matplotlib is not installed.
         TypeError: if `plan` is not a `TrainingPlan`.
-        ValueError: if `choice` is of another sampling than the plan.
+        ValueError: if `choice` does not have the plan's sampling, or if the plan has more than 10^8
+            steps.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> from keras_bandmf.plots import plot_plan
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=1000, batch_size=100, epochs=2, num_bands=4,
+        ...     noise_multiplier=1.0, delta=1e-5)
+        >>> figure = plot_plan(plan)
+        >>> figure.axes[0].get_xlabel()
+        'step'
     """
     if not isinstance(plan, TrainingPlan):
         raise TypeError(f"Expected `plan` to be a TrainingPlan. Received: plan={plan!r}.")
     if choice is not None and plan.sampling not in choice.curves:
         raise ValueError(
-            f"Expected `choice` to compare bands under sampling={plan.sampling!r}, that of the "
+            f"Expected `choice` to compare bands under sampling={plan.sampling!r}, as in the "
             f"plan. Received: {sorted(choice.curves)}. Compare the bands for the plan's arguments."
         )
     figure = _new_figure(panels=1 if choice is None else 2)
@@ -63,24 +86,27 @@ def plot_plan(
     return figure
 
 
-def _new_figure(panels: int) -> Any:
+def _new_figure(panels: int) -> Figure:
+    """Returns a figure with this number of empty panels in a row."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise ImportError(
-            "Plots need matplotlib, which is not installed. Install the extra: "
+            "Expected matplotlib to be installed: plots need it. Install the extra: "
             "`pip install keras_bandmf[plot]`."
         ) from error
-    # A Figure of its own, not pyplot's: no window, no global state.
-    figure = Figure(figsize=(5.4 * panels, 4.0), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06)
+    # Not pyplot's figure, which would open windows and keep global state.
+    layout = ConstrainedLayoutEngine(wspace=0.06)
+    figure = Figure(figsize=(5.4 * panels, 4.0), layout=layout)
     for axis in np.ravel(figure.subplots(1, panels)):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3, linewidth=0.6)
     return figure
 
 
-def _draw_choice(axis: Any, plan: TrainingPlan, choice: BandChoice) -> None:
+def _draw_choice(axis: Axes, plan: TrainingPlan, choice: BandChoice) -> None:
+    """Draws the expected RMSE over the number of bands, a curve for each sampling."""
     rows = choice.candidates
     for sampling, curve in choice.curves.items():
         bands = [row.num_bands for row in curve.candidates]
@@ -105,20 +131,21 @@ def _draw_choice(axis: Any, plan: TrainingPlan, choice: BandChoice) -> None:
     axis.legend(frameon=False)
 
 
-def _draw_steps(axis: Any, plan: TrainingPlan, choice: BandChoice | None) -> None:
+def _draw_steps(axis: Axes, plan: TrainingPlan, choice: BandChoice | None) -> None:
+    """Draws the RMSE of the noise at each step, for the plan and for DP-SGD."""
     if plan.num_steps > _MAX_STEPS:
         raise ValueError(
-            f"Per-step errors are drawn up to {_MAX_STEPS} steps. Received: "
+            f"Expected at most {_MAX_STEPS} steps for a picture of the errors of steps. Received: "
             f"num_steps={plan.num_steps}. Plan fewer steps."
         )
     stride = max(1, plan.num_steps // _MAX_POINTS)
     steps = np.arange(1, plan.num_steps + 1)[::stride]
     participations = plan.num_steps * plan.batch_size / plan.num_examples
     scale = plan.sensitivity / participations
-    # DP-SGD under the sampling of the plan, so that `scale` is that of both.
+    # DP-SGD under the sampling of the plan, so that `scale` holds for both.
     peer = None if choice is None else choice.curves[plan.sampling].dp_sgd
     dp_sgd = plan.noise_multiplier if peer is None else peer.noise_multiplier
-    one_band = ToeplitzStrategy([1.0], plan.num_steps, workload=plan.workload)
+    one_band = ToeplitzStrategy(np.ones(1), plan.num_steps, workload=plan.workload)
     for name, strategy, sigma, color, line in (
         ("this plan", plan.strategy, plan.noise_multiplier, _BLUE, "-"),
         ("DP-SGD", one_band, dp_sgd, _GREY, "--"),
@@ -136,6 +163,7 @@ def _draw_steps(axis: Any, plan: TrainingPlan, choice: BandChoice | None) -> Non
 
 
 def _label(name: str, bands: int, sigma: float) -> str:
+    """Returns the text of a line in the legend."""
     return (
         f"{name}: {bands} band{'s' if bands > 1 else ''}, noise multiplier {rounded_down(sigma, 3)}"
     )

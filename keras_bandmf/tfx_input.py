@@ -1,6 +1,6 @@
 """Inputs of a TFX Trainer: the plan in `custom_config`, and TFXIO's stream as data of that plan.
 
-Nothing of TFX is imported: a stream is the `tf.data.Dataset` that
+TFX itself is not imported: a stream is the `tf.data.Dataset` that
 `fn_args.data_accessor.tf_dataset_factory` returns. In `run_fn`:
 
 ```python
@@ -10,13 +10,13 @@ stream = fn_args.data_accessor.tf_dataset_factory(fn_args.train_files, options, 
 model.fit(tfx_input.private_batches(stream, plan), epochs=10)
 ```
 
-`import tensorflow_transform` makes `tf.keras` Keras 2: models and layers are to come from
-`import keras`, which stays Keras 3.
+`import tensorflow_transform` turns `tf.keras` into Keras 2. Take models and layers from
+`import keras`, which remains Keras 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -33,37 +33,57 @@ __all__ = [
     "streamed_batches",
 ]
 
+#: The key of the plan in `custom_config`.
 PLAN_KEY = "keras_bandmf_plan"
 
 
 def plan_to_config(plan: TrainingPlan) -> dict[str, str]:
-    """The entry of `Trainer(custom_config=...)` that carries a plan.
+    """Returns the entry of `Trainer(custom_config=...)` that carries a plan.
 
     Args:
-        plan: the plan of the run.
+        plan: The plan of the run.
 
     Returns:
-        `PLAN_KEY` to the plan's JSON, exact to the last bit; no key or seed is in it.
+        A dict from `PLAN_KEY` to the plan's JSON, which is exact to the last bit. It contains no
+        key and no seed.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=100, batch_size=10, epochs=1, noise_multiplier=1.0, delta=1e-5,
+        ...     num_bands=1)
+        >>> custom_config = {"epochs": 1, **bandmf.tfx_input.plan_to_config(plan)}
+        >>> sorted(custom_config)
+        ['epochs', 'keras_bandmf_plan']
     """
     return {PLAN_KEY: plan.to_json()}
 
 
 def plan_from_config(custom_config: Mapping[str, Any] | None) -> TrainingPlan:
-    """The plan that `plan_to_config` put into `custom_config`.
+    """Returns the plan that `plan_to_config` put into `custom_config`.
 
     Args:
-        custom_config: that of the Trainer's `fn_args`.
+        custom_config: The `custom_config` of the Trainer's `fn_args`.
 
     Returns:
         The plan, with the fingerprint of the original.
 
     Raises:
-        TypeError: if `custom_config` is no dict.
-        ValueError: if it holds no plan, or one of another version of this library.
+        TypeError: If `custom_config` is not a dict.
+        ValueError: If it contains no plan, or one of another version of this library.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=100, batch_size=10, epochs=1, noise_multiplier=1.0, delta=1e-5,
+        ...     num_bands=1)
+        >>> custom_config = bandmf.tfx_input.plan_to_config(plan)
+        >>> bandmf.tfx_input.plan_from_config(custom_config).fingerprint == plan.fingerprint
+        True
     """
     if not isinstance(custom_config, Mapping):
         raise TypeError(
-            "Argument `custom_config` must be the dict given to the Trainer. Received: "
+            "Expected `custom_config` to be the dict given to the Trainer. Received: "
             f"custom_config={custom_config!r}. Use "
             "`Trainer(custom_config=tfx_input.plan_to_config(plan))`."
         )
@@ -78,22 +98,32 @@ def plan_from_config(custom_config: Mapping[str, Any] | None) -> TrainingPlan:
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"`custom_config[{PLAN_KEY!r}]` holds no plan that this release can read: {error} "
-            "Pipeline and Trainer need the same release of keras_bandmf; make the plan anew with "
-            "`tfx_input.plan_to_config`."
+            "Pipeline and Trainer need the same release of keras_bandmf. Make a new plan and pass "
+            "it with `tfx_input.plan_to_config`."
         ) from error
 
 
 def stream_options(plan: TrainingPlan, label_key: str | None = None) -> dict[str, Any]:
-    """Arguments of TFXIO's `TensorFlowDatasetOptions` under which a plan can account for a stream.
+    """Returns the TFXIO options under which a plan can account for a stream.
 
-    TFXIO's own defaults shuffle within a buffer, repeat for ever and read in parallel.
+    TFXIO's own defaults shuffle within a buffer, repeat forever and read in parallel.
 
     Args:
-        plan: the plan of the run.
-        label_key: the feature that becomes the target.
+        plan: The plan of the run.
+        label_key: The feature that becomes the target.
 
     Returns:
-        Keyword arguments: one pass in the order of the files, nothing dropped.
+        Keyword arguments of `TensorFlowDatasetOptions`: one pass in the order of the files, and
+        nothing is dropped.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=100, batch_size=10, epochs=1, noise_multiplier=1.0, delta=1e-5,
+        ...     num_bands=1)
+        >>> options = bandmf.tfx_input.stream_options(plan, label_key="label")
+        >>> options["batch_size"], options["num_epochs"], options["shuffle"]
+        (10, 1, False)
     """
     return {
         "batch_size": plan.batch_size,
@@ -112,30 +142,44 @@ def private_batches(
     plan: TrainingPlan,
     *,
     class_weight: dict[int, float] | None = None,
-    preprocess: Any = None,
+    preprocess: Callable[..., Any] | None = None,
     seed: int | None = None,
 ) -> PrivateBatches:
-    """`plan.batches` of a stream of batches, which is read once into memory.
+    """Returns `plan.batches` of a stream of batches, which is read once into memory.
 
     Formal guarantees:
-        As of `plan.batches`, cyclic Poisson sampling included: TFXIO decides only which number a
+        Those of `plan.batches`, cyclic Poisson sampling included: TFXIO decides only which number a
         row has, not who takes part when. A stream that does not hold exactly the plan's
         `num_examples` is refused.
 
     Args:
-        stream: one pass over the data, in batches of any size: `x`, `(x, y)` or
-            `(x, y, sample_weight)`, x often a dict of features.
-        plan: the plan of the run.
-        class_weight: as of `plan.batches`.
-        preprocess: as of `plan.batches`; for example from a dict of features to one array.
-        seed: for tests only: the run is then not private.
+        stream: One pass over the data, in batches of any size: `x`, `(x, y)` or
+            `(x, y, sample_weight)`. Often x is a dict of features.
+        plan: The plan of the run.
+        class_weight: See `plan.batches`.
+        preprocess: See `plan.batches`. It may, for example, turn a dict of features into an array.
+        seed: For tests only: the run is then not private.
 
     Returns:
-        What the private `fit` takes.
+        The batches, which the private `fit` takes.
 
     Raises:
-        TypeError: if `stream` is no dataset of dense tensors.
-        ValueError: if it is endless or holds another number of rows.
+        TypeError: If `stream` is not a dataset of dense tensors.
+        ValueError: If it is endless or has another number of rows.
+
+    Example:
+        >>> import numpy as np
+        >>> import tensorflow as tf
+        >>> import keras_bandmf as bandmf
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=100, batch_size=10, epochs=1, noise_multiplier=1.0, delta=1e-5,
+        ...     num_bands=1)
+        >>> rows = {"a": np.zeros((100, 3))}, np.zeros(100)
+        >>> stream = tf.data.Dataset.from_tensor_slices(rows).batch(32)
+        >>> batches = bandmf.tfx_input.private_batches(
+        ...     stream, plan, preprocess=lambda features, label: (features["a"], label))
+        >>> batches.steps_per_epoch
+        10
     """
     _refuse_other_streams(stream)
     return plan.batches(
@@ -144,54 +188,60 @@ def private_batches(
 
 
 def streamed_batches(stream: tf.data.Dataset, plan: TrainingPlan) -> StreamedBatches:
-    """Batches of a fixed-order plan in the order of a stream that does not fit into memory.
+    """Returns batches of a fixed-order plan, in the order of a stream too large for memory.
 
     Formal guarantees:
         See `StreamedBatches`: the order is compared with that of the first reading, batch by
         batch, so that the separation of the plan is enforced, not taken on trust.
 
     Args:
-        stream: one pass over the data in batches of `plan.batch_size`, with the `stream_options`
+        stream: One pass over the data in batches of `plan.batch_size`, with the `stream_options`
             of the plan.
-        plan: a plan with `sampling="fixed_order"`.
+        plan: A plan with `sampling="fixed_order"`.
 
     Returns:
-        What the private `fit` takes.
+        The batches, which the private `fit` takes.
 
     Raises:
-        TypeError: if `stream` is no dataset of dense tensors.
-        ValueError: if the plan is another, or the stream is endless, shuffled, cut short, or does
-            not hold the plan's `num_examples`.
+        TypeError: If `stream` is not a dataset of dense tensors.
+        ValueError: If the plan is of another kind, or the stream is endless, shuffled, cut short,
+            or does not have the plan's `num_examples`.
+
+    Example:
+        >>> import numpy as np
+        >>> import tensorflow as tf
+        >>> import keras_bandmf as bandmf
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=100, batch_size=10, epochs=2, noise_multiplier=5.0, delta=1e-5,
+        ...     num_bands=4, sampling="fixed_order")
+        >>> rows = np.zeros((100, 3), np.float32), np.zeros(100, np.float32)
+        >>> stream = tf.data.Dataset.from_tensor_slices(rows).batch(plan.batch_size)
+        >>> batches = bandmf.tfx_input.streamed_batches(stream, plan)
+        >>> batches.steps_per_epoch
+        10
     """
     _refuse_other_streams(stream)
     if plan.sampling != "fixed_order" or plan.declares_participations:
         raise ValueError(
             "A stream that is not read into memory needs a plan with sampling='fixed_order' that "
-            "declares no participations: they follow from the stream. Received: "
+            "declares no participations, because they follow from the stream. Received: "
             f"sampling={plan.sampling!r}, max_participations={plan.max_participations}. For "
             "Poisson sampling use `private_batches`."
         )
-    return StreamedBatches(
-        stream,
-        num_examples=plan.num_examples,
-        batch_size=plan.batch_size,
-        num_steps=plan.num_steps,
-        num_bands=plan.num_bands,
-        plan_fingerprint=plan.fingerprint,
-    )
+    return StreamedBatches(stream, schedule=plan.schedule, plan_fingerprint=plan.fingerprint)
 
 
 def _refuse_other_streams(stream: Any) -> None:
-    """Says in the words of TFXIO what a stream must be."""
+    """Refuses other streams, in the words of TFXIO."""
     if not isinstance(stream, tf.data.Dataset):
         raise TypeError(
-            "Argument `stream` must be the tf.data.Dataset that "
+            "Expected `stream` to be the tf.data.Dataset that "
             "`fn_args.data_accessor.tf_dataset_factory(files, options, schema)` returns. "
             f"Received: stream of type {type(stream).__name__}"
         )
     if int(stream.cardinality()) == tf.data.INFINITE_CARDINALITY:
         raise ValueError(
-            "Argument `stream` must end after one pass over the data. Received: an endless stream "
+            "Expected `stream` to end after one pass over the data. Received: an endless stream "
             "(TFXIO's default is num_epochs=None). Make it with "
             "`TensorFlowDatasetOptions(**tfx_input.stream_options(plan, label_key))`."
         )

@@ -45,7 +45,9 @@ QUICK = (
     "sampling/",
     "strategies/test_sensitivity.py",
     "strategies/test_toeplitz.py",
+    "test_doctests.py",
     "test_environment.py",
+    "test_keras_internals.py",
     "test_layout.py",
     "test_printed.py",
 )

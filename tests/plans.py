@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from keras_bandmf.accounting.accountant import Schedule
 from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.sampling.schedule import Schedule
 
 
 def make_plan(**changes):

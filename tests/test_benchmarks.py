@@ -58,7 +58,7 @@ def numbers_of(line):
     return [float(text) for text in re.findall(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", line)]
 
 
-@pytest.mark.filterwarnings("ignore:The search was to end:RuntimeWarning")  # eight iterations
+@pytest.mark.filterwarnings("ignore:The search ended after:RuntimeWarning")  # eight iterations
 def test_everything_is_printed_beside_the_peer(benchmark, capsys):
     benchmark.main(["--peer_python", "peer", "--million"], small(benchmark))
     lines = capsys.readouterr().out.splitlines()
@@ -76,7 +76,7 @@ def test_everything_is_printed_beside_the_peer(benchmark, capsys):
     assert text.count("target") == 8
 
 
-@pytest.mark.filterwarnings("ignore:The search was to end:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:The search ended after:RuntimeWarning")
 def test_without_a_peer_its_columns_are_empty(benchmark, capsys):
     benchmark.main([], small(benchmark))
     lines = capsys.readouterr().out.splitlines()

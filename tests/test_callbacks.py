@@ -95,7 +95,7 @@ def test_a_moved_position_is_seen_at_every_hook(hook, whole):
     optimizer.iterations.assign(2)
     if whole:
         optimizer.run_state.noise.position = 2
-    with pytest.raises(ValueError, match="changed during `fit`|counter was moved"):
+    with pytest.raises(ValueError, match="changed during `fit`|counter was changed"):
         getattr(guard, hook)(*([] if hook == "on_train_end" else [0]))
 
 
@@ -106,7 +106,7 @@ def test_a_counter_moved_before_the_first_epoch_is_seen():
     guard = callback_policy.StepGuard(model.optimizer, None)
     guard.set_model(model)
     model.optimizer.iterations.assign(2)
-    with pytest.raises(ValueError, match="counter was moved"):
+    with pytest.raises(ValueError, match="counter was changed"):
         guard.on_epoch_begin(0)
 
 

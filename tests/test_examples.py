@@ -37,7 +37,7 @@ def test_gaps_are_those_of_dense_matrices(example):
     numbers = example("paper_numbers")
     (found,) = (gap for gap in numbers.gaps(16) if gap.num_bands == 4)
     assert (found.num_steps, found.exact) == (16, pytest.approx(1.902896, rel=1e-6))
-    # From the reference table of raw and column-normalised strategies.
+    # From the reference table of raw and column-normalized strategies.
     assert (found.raw, found.normalized) == (
         pytest.approx(1.820, abs=1e-3),
         pytest.approx(1.085, abs=1e-3),

@@ -93,6 +93,12 @@ def test_library_files_are_small_and_never_assert_or_print(path):
     assert ast.get_docstring(tree)
 
 
+def test_private_modules_of_keras_and_tensorflow_are_imported_in_one_file():
+    private = re.compile(r"^\s*(?:from|import) (?:keras\.src|tensorflow\.python)\b", re.MULTILINE)
+    found = {path.name for path in PACKAGE.rglob("*.py") if private.search(path.read_text())}
+    assert found == {"_keras_internals.py"}
+
+
 def test_dir_shows_public_names_only():
     import keras_bandmf
 

@@ -1,4 +1,4 @@
-"""The command line: the report, the files, and mistakes told without a traceback."""
+"""The command line: the report, the files, and mistakes reported without a traceback."""
 
 import os
 import subprocess
@@ -18,14 +18,13 @@ GOOD = {
 }
 
 
-def command(**changes):
+def command(name="plan", **changes):
     values = {**GOOD, **changes}
-    flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
-    return ["keras_bandmf", "plan", *flags]
+    return [name, *(f"--{key}={value}" for key, value in values.items() if value is not None)]
 
 
 def test_the_console_script_reads_the_arguments_of_the_process(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["keras-bandmf", "--help"])
+    monkeypatch.setattr(sys, "argv", ["keras-bandmf", "plan", "--help"])
     assert main() == 0
     assert "--num_examples" in capsys.readouterr().out
 
@@ -60,49 +59,84 @@ def test_auto_sampling_compares_both(capsys):
     assert "bands: 2" in out
 
 
+def test_compare_bands_prints_the_table_of_the_function(capsys):
+    import keras_bandmf
+
+    run = {"num_examples": 1000, "batch_size": 50, "num_steps": 40, "epsilon": 2.0, "delta": 1e-5}
+    assert main(command("compare-bands", max_bands="8")) == 0
+    out = capsys.readouterr().out
+    assert out == f"{keras_bandmf.compare_bands(**run, max_bands=8)}\n"
+    assert "*" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["keras_bandmf"], "Expected the command `plan`"),
-        (["keras_bandmf", "train"], "Received: train"),
-        (command(num_examples=None), "Expected --num_examples"),
-        (command(delta=None), "Expected --delta"),
-        (command(epsilon="much"), "--epsilon=much"),
+        ([], "COMMAND"),
+        (["train"], "'train'"),
+        (command(num_examples=None), "--num_examples"),
+        (command(delta=None), "--delta"),
+        (command(epsilon="much"), "'much'"),
         (command(surprise="1"), "surprise"),
-        (command(sampling="shuffle"), "cyclic_poisson|fixed_order"),
-        (command(num_bands="some"), "--num_bands=some"),
-        (command(num_bands="21"), "Use at most 20 bands"),
-        (command(epochs="3"), "exactly one of `epochs` and `num_steps`"),
-        (command(epsilon="-1"), "epsilon=-1.0"),
-        (command(batch_size="2000"), "batch_size=2000"),
+        (command(sampling="shuffle"), "'shuffle'"),
+        (command(num_bands="some"), "'some'"),
+        (command(epochs="3"), "--epochs: not allowed with argument --num_steps"),
+        (command(num_steps=None), "--epochs --num_steps is required"),
+        (command("compare-bands", json="plan.json"), "--json"),
         (command(plot="/no/such/folder/plan.png"), "--plot"),
         (command(json="/no/such/folder/plan.json"), "--json"),
     ],
 )
-def test_mistakes(arguments, words, capsys):
+def test_mistakes_in_the_arguments_end_with_2(arguments, words, capsys):
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
+    assert words in err.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", ["plan", "compare-bands"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_bands": "21"}, "Use at most 20 bands"),
+        ({"epsilon": "-1"}, "epsilon=-1.0"),
+        ({"batch_size": "2000"}, "batch_size=2000"),
+        ({"delta": "1.5"}, "delta"),
+    ],
+)
+def test_a_refused_plan_ends_with_1_and_one_line(name, changes, words, capsys):
+    assert main(command(name, **changes)) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
     assert words in err
-    assert "Usage: python -m keras_bandmf plan" in err
+    assert err.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written_ends_with_1(capsys, tmp_path):
+    assert main(command(num_bands="2", json=tmp_path)) == 1  # a folder
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_help(capsys):
-    assert main(["keras_bandmf", "--help"]) == 0
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "plan" in out and "compare-bands" in out
+    assert main(["plan", "--help"]) == 0
     out = capsys.readouterr().out
     for name in (*GOOD, "epochs", "num_bands", "sampling", "plot", "json"):
-        assert f"--{name}" in out or f"--[no]{name}" in out
+        assert f"--{name}" in out
 
 
 def test_as_a_module():
     run = subprocess.run(
-        [sys.executable, "-m", "keras_bandmf", *command(epsilon="much")[1:]],
+        [sys.executable, "-m", "keras_bandmf", *command(epsilon="much")],
         capture_output=True,
         text=True,
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
         check=False,
     )
     assert run.returncode == 2
-    assert "error: flag --epsilon=much" in run.stderr
+    assert "error: argument --epsilon: invalid float value: 'much'" in run.stderr
     assert "Traceback" not in run.stderr

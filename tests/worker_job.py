@@ -127,7 +127,7 @@ def weights_of(model):
 
 
 def train(strategy, folder, worker):
-    """A model with regulariser, metrics and validation data, then its evaluation by Keras."""
+    """A model with regularizer, metrics and validation data, then its evaluation by Keras."""
     x, y = regression_data()
     with strategy.scope():
         model = regression_model()
@@ -165,7 +165,7 @@ def save(strategy, folder, worker):
 
 
 def refusals(strategy, folder, worker):
-    """Workers that do not do the same run, and data that is not split by this library."""
+    """Workers that do not run the same job, and data that is not split by this library."""
     x, y = runs.counting_data()
     with strategy.scope():
         model = runs.compiled(runs.counting_model(), runs.make_plan())

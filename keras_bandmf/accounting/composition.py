@@ -29,21 +29,26 @@ _ROUNDING = 2.0**-52
 
 
 def composed_epsilon(events: Sequence[Event], delta: float) -> tuple[float, str]:
-    """The epsilon of several events on the same data.
+    """Returns the epsilon of several events on the same data.
 
     Formal guarantees: an upper bound for mechanisms that may see the results of those before them
     (adaptive composition), if their parameters were fixed in advance, at
-    delta * (1 - FINITE_NOISE_SHARE), as of `epsilon_of`. Unsampled Gaussians are
+    delta * (1 - FINITE_NOISE_SHARE), like that of `epsilon_of`. Unsampled Gaussians are
     merged exactly. Losses are rounded up to a grid, and `delta` is lowered by the rounding error
     of the accountant's FFT. Where the accountant cannot do it, the sum of the epsilons of the
     parts, each at its share of delta (basic composition), bounds it.
 
     Args:
         events: (rounds, sampling probability, noise multiplier) of each.
-        delta: in (0, 1).
+        delta: In (0, 1).
 
     Returns:
-        Epsilon, and what computed it: that of `accountant_name`, or "PLD, summed over the runs".
+        Epsilon, and the accountant that computed it: `accountant_name`, or "PLD, summed over the
+        runs".
+
+    Raises:
+        TypeError: `delta` is not a number.
+        ValueError: `delta` is not in (0, 1).
     """
     delta = checked_float("delta", delta, above=0.0, below=1.0)
     merged = _merged(events)
@@ -74,7 +79,14 @@ def _summed(events: Sequence[Event], delta: float) -> float:
 
 
 def dp_event(event: Event) -> dp_accounting.DpEvent:
-    """The event as `dp_accounting` has it, in the form that `Schedule.dp_event` makes."""
+    """Returns the event as `dp_accounting` has it, in the form that `Schedule.dp_event` makes.
+
+    Args:
+        event: (rounds, sampling probability, noise multiplier).
+
+    Returns:
+        A `dp_accounting.DpEvent`.
+    """
     rounds, probability, sigma = event
     gaussian = dp_accounting.GaussianDpEvent(sigma)
     if probability == 1.0 and rounds == 1:
@@ -84,35 +96,50 @@ def dp_event(event: Event) -> dp_accounting.DpEvent:
 
 
 def event_parts(event: dp_accounting.DpEvent) -> tuple[Event, ...]:
-    """What `Schedule.dp_event` made, as a statement keeps it: nothing, or one triple.
+    """Returns an event as a statement keeps it.
+
+    Args:
+        event: An event that `Schedule.dp_event` made.
+
+    Returns:
+        Nothing for no step, or one triple of rounds, sampling probability and noise multiplier.
 
     Raises:
-        ValueError: for an event of another make.
+        ValueError: The event has another form.
     """
     rounds, probability, sigma = parts_of(event)
     return ((int(rounds), float(probability), float(sigma)),) if rounds else ()
 
 
 def delta_of_ideal_noise(deltas: Sequence[float], delta: float) -> float:
-    """The delta of which `epsilon_of` takes its share, once the noise of every run is charged.
+    """Returns the delta to call `epsilon_of` with, once the noise of every run is charged.
 
     The noise of each run may be off by `FINITE_NOISE_SHARE` of its own delta in total variation.
 
+    Args:
+        deltas: The delta of each run.
+        delta: The delta of all runs together.
+
+    Returns:
+        A delta, of which `epsilon_of` still takes its share.
+
     Raises:
-        ValueError: if that leaves nothing.
+        ValueError: Nothing of delta is left.
     """
     charged = FINITE_NOISE_SHARE * math.fsum(deltas)
     if charged >= delta:
         raise ValueError(
-            "The noise of the runs is made of finitely many random bits, which costs up to "
-            f"{charged!r} of delta in all. Expected a larger `delta`. Received: delta={delta!r}"
+            f"Expected `delta` to be above {charged!r}, which the noise of all runs may cost, "
+            f"because it is made of finitely many random bits. Received: delta={delta!r}. Use a "
+            "larger `delta`."
         )
     return (delta - charged) / (1.0 - FINITE_NOISE_SHARE)
 
 
 def _merged(events: Sequence[Event]) -> list[Event]:
-    """Adds up the rounds of equal events, and merges Gaussians that are not sampled."""
-    precision, rounds = 0.0, {}
+    """Returns the events with equal ones added up, and Gaussians without sampling merged."""
+    precision = 0.0
+    rounds: dict[tuple[float, float], int] = {}
     for count, probability, sigma in events:
         if probability < 1.0:
             rounds[probability, sigma] = rounds.get((probability, sigma), 0) + count
@@ -120,12 +147,12 @@ def _merged(events: Sequence[Event]) -> list[Event]:
             precision = math.inf
         else:
             precision += count / sigma**2
-    merged = [(count, *parts) for parts, count in rounds.items()]
+    merged = [(count, q, sigma) for (q, sigma), count in rounds.items()]
     return [(1, 1.0, precision**-0.5), *merged] if precision else merged
 
 
 def _affordable_interval(events: Sequence[Event]) -> float:
-    """The fine interval, doubled until the distributions of rounds and of the whole are small.
+    """Returns the fine interval, doubled until a round and the whole take few buckets.
 
     A round's loss spans about 10 / sigma + 1 / (2 sigma^2), and the whole about 16 of its standard
     deviations; that of a round is at most q sqrt(exp(1 / sigma^2) - 1).

@@ -33,13 +33,13 @@ class RoundLoss:
             return np.log(self.masses)
 
     def log_moment(self, order: float) -> float:
-        """log E exp(order * loss)."""
+        """Returns log E exp(order * loss)."""
         terms = self.log_masses + order * self.values
         largest = float(terms.max())
         return largest + math.log(float(np.exp(terms - largest).sum()))
 
     def tilted(self, order: float) -> np.ndarray:
-        """The masses times exp(order * loss), scaled to sum 1."""
+        """Returns the masses times exp(order * loss), scaled to sum 1."""
         return np.exp(self.log_masses + order * self.values - self.log_moment(order))
 
 
@@ -51,9 +51,10 @@ class SampledRound:
     units in the last place; what is added for that (`slack` below) is generous, not proved.
 
     Attributes:
-        probability: q in (0, 1).
-        sigma: the noise multiplier.
-        reach: outputs further out have a probability of at most exp(-reach^2 / 2) on each side.
+        probability: The sampling probability q, in (0, 1).
+        sigma: The noise multiplier.
+        reach: Where to stop, in standard deviations; outputs further out have a probability of at
+            most exp(-reach^2 / 2) on each side.
     """
 
     probability: float
@@ -61,7 +62,7 @@ class SampledRound:
     reach: float
 
     def loss(self, x: np.ndarray) -> np.ndarray:
-        """log of the ratio of densities, mixture over plain, at the outputs `x`."""
+        """Returns the log of the ratio of densities, mixture over plain, at the outputs `x`."""
         exponent = (2 * x - 1) / (2 * self.sigma**2)
         return np.logaddexp(math.log1p(-self.probability), math.log(self.probability) + exponent)
 
@@ -72,7 +73,7 @@ class SampledRound:
         return float(np.abs(self.loss(ends)).max())
 
     def output(self, loss: np.ndarray) -> np.ndarray:
-        """The output of that loss; -inf for a loss that no output has."""
+        """Returns the output of that loss; -inf for a loss that no output has."""
         q = self.probability
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             small = np.log(np.maximum(np.expm1(np.minimum(loss, 1.0)) + q, 0.0))
@@ -81,7 +82,7 @@ class SampledRound:
         return self.sigma**2 * (log_excess - math.log(q)) + 0.5
 
     def on_grid(self, unit: float, growth: float, widest: float) -> tuple[RoundLoss, RoundLoss]:
-        """The losses of the pairs (mixture, plain) and (plain, mixture), on grids.
+        """Returns the losses of the pairs (mixture, plain) and (plain, mixture), on grids.
 
         Formal guarantees: with an infinite loss of probability exp(-reach^2 / 2) added, each
         dominates the exact loss: its hockey-stick divergences are at least the exact ones. The
@@ -90,12 +91,13 @@ class SampledRound:
         end of the lowest interval, those above as infinite.
 
         Args:
-            unit: the width of intervals near 0, and what every loss is a multiple of.
-            growth: further out, intervals are at most about this share of their loss wide,
-            widest: and at most this wide (all that as far as their number allows).
+            unit: The width of intervals near 0; every loss is a multiple of it.
+            growth: Further out, the width of an interval is at most about this share of its loss,
+                as far as the number of intervals allows.
+            widest: The largest width of an interval, as far as their number allows.
 
         Returns:
-            (removing the example, adding it).
+            The losses of removing the example, and of adding it.
         """
         x_low, x_high = -self.reach * self.sigma, 1.0 + self.reach * self.sigma
         first, last = self.loss(np.array([x_low, x_high])) / unit
@@ -133,7 +135,7 @@ class SampledRound:
         return RoundLoss(unit, indices, remove), RoundLoss(unit, -indices, add)
 
     def _nodes(self, cuts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Nodes and weights of Gauss-Legendre quadrature between the cuts, and their bucket."""
+        """Returns the nodes and weights of Gauss-Legendre quadrature, after their buckets."""
         longest = 0.5 * min(self.sigma, self.sigma**2)
         lengths = np.diff(cuts)
         pieces = np.maximum(np.ceil(lengths / longest), 1).astype(np.int64)
@@ -147,7 +149,7 @@ class SampledRound:
 
 
 def _grid(first: int, last: int, growth: float, widest: float) -> np.ndarray:
-    """Whole numbers from first to last: all near 0, then growing steps of `widest` at most."""
+    """Returns whole numbers from first to last: all near 0, then growing steps up to `widest`."""
     last = max(last, first + 1)
     widest = max(widest, (last - first) / _MAX_BUCKETS, 1.0)
 

@@ -26,15 +26,15 @@ _LOG_ORDERS = (-12.0, 20.0)  # where tilts are looked for
 
 
 def gaussian_epsilon(sigma: float, delta: float) -> float:
-    """Epsilon of one Gaussian mechanism of sensitivity 1.
+    """Returns the epsilon of one Gaussian mechanism of sensitivity 1.
 
     Formal guarantees: at least the exact value (Balle and Wang 2018, theorem 8), and above it by
     rounding only: the delta solved for is raised by more than the errors of the floating-point
     functions it is computed with, taken to be 10^-14 of logarithms.
 
     Args:
-        sigma: the noise multiplier, above 0.
-        delta: in (0, 1).
+        sigma: The noise multiplier, above 0.
+        delta: In (0, 1).
 
     Returns:
         Epsilon, at least 0.
@@ -54,7 +54,7 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
 def sampled_gaussian_epsilon(
     rounds: int, probability: float, sigma: float, delta: float, accuracy: float
 ) -> float:
-    """Epsilon of `rounds` Poisson-sampled Gaussian mechanisms of sensitivity 1.
+    """Returns the epsilon of `rounds` Poisson-sampled Gaussian mechanisms of sensitivity 1.
 
     Formal guarantees: an upper bound under add-or-remove-one, by these steps.
      1. The pairs (q N(1, s^2) + (1-q) N(0, s^2), N(0, s^2)), and the same in the other order,
@@ -76,12 +76,12 @@ def sampled_gaussian_epsilon(
     raise epsilon by some percent when delta is below 10^-9.
 
     Args:
-        rounds: at least 1.
-        probability: of an example to take part, in (0, 1].
-        sigma: the noise multiplier, above 0.
-        delta: in (0, 1).
-        accuracy: how much of epsilon the grid may cost, about; where the grid would be too large
-            it costs more.
+        rounds: The number of mechanisms, at least 1.
+        probability: The probability that an example takes part, in (0, 1].
+        sigma: The noise multiplier, above 0.
+        delta: In (0, 1).
+        accuracy: The share of epsilon that the grid may cost, about; where the grid would be too
+            large it costs more.
 
     Returns:
         Epsilon, at least 0.
@@ -134,13 +134,13 @@ class _Direction:
         return math.exp(min(1e-9 + self.rounds * 4e-12, 700.0))
 
     def chernoff(self) -> tuple[float, float]:
-        """(an upper bound on epsilon, the order that gives it)."""
+        """Returns an upper bound on epsilon, and the order that gives it."""
         delta = (self.delta - self.infinite) / self.factor
         order, bound = _chernoff(self.sketch, self.rounds, delta)
         return max(bound, 0.0), order
 
     def tried(self, best: float, order: float, accuracy: float) -> tuple[float, float]:
-        """(an upper bound on epsilon, the order of a good tilt), from Chernoff's.
+        """Returns an upper bound on epsilon and the order of a good tilt, starting from Chernoff's.
 
         Chernoff's order suits most runs; where few large losses decide (tiny rates), the epsilon
         found shows a better one.
@@ -155,7 +155,7 @@ class _Direction:
         return best, order
 
     def refined(self, best: float, order: float, accuracy: float) -> float:
-        """An upper bound on epsilon, again and again while the grid was made for a larger one."""
+        """Returns an upper bound on epsilon; repeats while the grid was made for a larger one."""
         for _ in range(_MAX_TILTS):
             rough, best = best, min(best, self.tilted(order, best, accuracy))
             if best > 0.9 * rough or best == 0.0:
@@ -163,7 +163,7 @@ class _Direction:
         return best
 
     def tilted(self, order: float, rough: float, accuracy: float) -> float:
-        """An upper bound on epsilon, tilted by `order`, on a grid for an epsilon near `rough`."""
+        """Returns an upper bound on epsilon, tilted by `order`, on a grid for one near `rough`."""
         rounds = self.rounds
         low, high, tail_order = _window(self.sketch, rounds, order, self.delta)
         high = max(high, rough)
@@ -187,7 +187,7 @@ class _Direction:
 
 
 def _saddle(loss: RoundLoss, rounds: int, epsilon: float) -> float:
-    """The order at which Chernoff's bound on delta(epsilon) is least."""
+    """Returns the order at which Chernoff's bound on delta(epsilon) is least."""
 
     def bound(log_order: float) -> float:
         order = math.exp(log_order)
@@ -201,9 +201,9 @@ def _saddle(loss: RoundLoss, rounds: int, epsilon: float) -> float:
 
 
 def _chernoff(loss: RoundLoss, rounds: int, delta: float) -> tuple[float, float]:
-    """(order, epsilon): delta(epsilon) <= E exp(order (X - epsilon)) max_t (1-e^-t) e^(-order t).
+    """Returns the order of the least Chernoff bound on epsilon, and that bound.
 
-    Valid for every order; the order of the least epsilon is returned.
+    For every order, delta(epsilon) <= E exp(order (X - epsilon)) max_t (1-e^-t) e^(-order t).
     """
 
     def bound(log_order: float) -> float:
@@ -218,7 +218,9 @@ def _chernoff(loss: RoundLoss, rounds: int, delta: float) -> tuple[float, float]
 
 
 def _window(loss: RoundLoss, rounds: int, order: float, delta: float) -> tuple[float, float, float]:
-    """(low, high, mu): the tilted sum is in between but for exp(-30); E exp(mu (X - high)) small.
+    """Returns the ends of a window for the tilted sum, and the order mu that bounds its tail.
+
+    The sum is outside with a probability of exp(-30), and E exp(mu (X - high)) is small.
 
     A window too narrow costs accuracy, never safety.
     """
@@ -298,7 +300,7 @@ class _Composed:
         return cls(loss.unit, order, scale, offset, masses, each, norm)
 
     def delta(self, epsilon: float) -> float:
-        """At least the part of delta(epsilon) that comes from sums in the window."""
+        """Returns at least what the sums in the window contribute to delta."""
         begin = max(math.floor(epsilon / self.unit) + 1 - self.offset, 0)
         # Beyond, exp(-order * distance) is below exp(-60).
         reach = math.ceil(_VANISHING / (self.order * self.unit)) + 1
@@ -319,7 +321,7 @@ def _norm(values: np.ndarray) -> float:
 
 
 def _least(excess: Callable[[float], float], low: float, high: float) -> float:
-    """The least argument with excess <= 0, rounded up; excess(high) <= 0 is known."""
+    """Returns the least argument with excess <= 0, rounded up; excess(high) <= 0 is known."""
     if excess(low) <= 0.0:
         return low
     if excess(high) > 0.0:

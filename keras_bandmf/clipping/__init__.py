@@ -1,9 +1,9 @@
-"""Per-example gradients, clipped and summed."""
+"""Computes the gradient of each example, clips it, and adds up the results."""
 
 from keras_bandmf.clipping.checks.model import check_model
 from keras_bandmf.clipping.checks.rule import check_rule
 from keras_bandmf.clipping.clipped import ClippedGradients, clipped_gradients
-from keras_bandmf.clipping.factors import Lookup, Outer, Rows
+from keras_bandmf.clipping.factors import Factor, Lookup, Outer, Rows
 from keras_bandmf.clipping.modes import (
     AutomaticClipping,
     ClippingMode,
@@ -22,6 +22,7 @@ __all__ = [
     "ClippedGradients",
     "ClippingMode",
     "Explanation",
+    "Factor",
     "FlatClipping",
     "LayerRule",
     "Lookup",

@@ -13,7 +13,7 @@ from keras_bandmf.clipping.modes import ClippingMode, FlatClipping
 
 
 def accumulation_dtype(variables: list[keras.Variable], float64_sums: bool = False) -> tf.DType:
-    """float64 if asked for or any variable is, else float32, whatever the policy computes in."""
+    """Returns float64 if asked for or if a variable is float64, else float32."""
     wide = float64_sums or any(tf.as_dtype(v.dtype) == tf.float64 for v in variables)
     return tf.float64 if wide else tf.float32
 
@@ -22,9 +22,9 @@ class Factors(NamedTuple):
     """What clipping does to every example.
 
     Attributes:
-        weights: one tensor (batch,) per group of variables: what its gradients are multiplied by.
-        norms: (batch,) norms before clipping, over all variables jointly.
-        was_clipped: (batch,) bool, whether any weight of an unmasked example is below one.
+        weights: For each group of variables, shape (batch,): what its gradients are multiplied by.
+        norms: Shape (batch,): the norms before clipping, over all variables jointly.
+        was_clipped: Shape (batch,), bool: whether a weight of an unmasked example is below one.
     """
 
     weights: list[tf.Tensor]
@@ -36,10 +36,10 @@ class Clipper(NamedTuple):
     """How one model is clipped.
 
     Attributes:
-        mode: of the factors.
-        groups: the group of every trainable variable.
-        clip_norms: of every group.
-        dtype: of gradients, norms and sums.
+        mode: The mode that gives the factors.
+        groups: The group of every trainable variable.
+        clip_norms: The clip norm of every group.
+        dtype: The dtype of gradients, norms and sums.
     """
 
     mode: ClippingMode
@@ -55,16 +55,16 @@ class Clipper(NamedTuple):
         mode: ClippingMode | None = None,
         float64_sums: bool = False,
     ) -> Clipper:
-        """The clipper of `model`'s trainable variables.
+        """Returns the clipper of `model`'s trainable variables.
 
         Args:
-            model: built.
-            l2_norm_clip: clip norm over all groups.
-            mode: flat by default.
-            float64_sums: whether norms and sums are float64 even if no variable is.
+            model: A built model.
+            l2_norm_clip: The clip norm over all groups.
+            mode: The mode; flat by default.
+            float64_sums: Whether norms and sums are float64 even if no variable is.
 
         Raises:
-            ValueError: the mode does not fit the model.
+            ValueError: If the mode does not fit the model.
         """
         mode = mode or FlatClipping()
         groups, shares = mode.variable_groups(model)
@@ -72,12 +72,12 @@ class Clipper(NamedTuple):
         return cls(mode, groups, [l2_norm_clip * math.sqrt(share) for share in shares], dtype)
 
     def factors(self, squared_norms: list[tf.Tensor], mask: tf.Tensor) -> Factors:
-        """Weights of every example.
+        """Returns the weights of every example.
 
         Args:
-            squared_norms: a tensor (batch,) for each trainable variable that has a gradient, else
+            squared_norms: Shape (batch,) for each trainable variable that has a gradient, else
                 None, in the order of the variables.
-            mask: (batch,) bool, False for padding.
+            mask: Shape (batch,), bool; False for padding.
 
         Formal guarantees: weight times norm is at most the clip norm of the group. Every weight of
         an example is exactly zero if it is masked out or its gradient is not finite in any group.

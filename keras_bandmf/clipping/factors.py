@@ -1,51 +1,102 @@
-"""Per-example gradients kept as factors: squared norms and weighted sums, nothing larger.
+"""Per-example gradients as factors: squared norms and weighted sums, and nothing larger.
 
-A factor stands for one gradient per example of one variable. `Rows` holds the gradients
-themselves, `Outer` two matrices whose product they are, `Lookup` the rows of a table that were
-read. All of them are float32 (float64 for float64 variables), whatever the model computes in.
+A factor stands for the gradients of all examples by one variable. `Rows` holds the gradients
+themselves, `Outer` two matrices whose product they are, and `Lookup` the rows of a table that were
+read. All of them are float32 (float64 for float64 variables), whatever dtype the model computes in.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import tensorflow as tf
 
 from keras_bandmf.clipping.shapes import dims, over_rows, product, static
 
 # Below this share of the largest value it could have, a squared norm of float32 is rounding error.
-# In float64 it is not, but a floor also bounds how large the terms of a gradient may be that is
-# small itself, hence how much they disturb the sum over the batch.
+# In float64 it is not. But the floor also bounds how large the terms of a small gradient may be,
+# and so how much their rounding disturbs the sum over the batch.
 _GRAM_FLOOR = 64.0 * 2.0**-23
-#: Norms up to the root of this may be lost to squares below the smallest normal number.
+#: Norms up to the root of this may be lost, because squares fall below the smallest normal number.
 VANISHING = 1e-14
-# What a float32 sum of vectors may be off by, as a share of their lengths.
+# By how much a float32 sum of vectors may be off, as a share of their lengths.
 _SUM_FLOOR = 64.0 * 2.0**-23
-#: So many float32 terms are added in a row; what they add up to is added in float64.
+#: This many float32 terms are added in a row. The results are added in float64.
 BLOCK_ROWS = 16
-#: In float64 so many terms may be added in a row: rows of a chunk times positions.
+#: This many terms may be added in a row in float64: rows of a chunk times positions.
 LARGEST_CHAIN = 2**20
-# Up to so many positions, comparing all pairs of them is faster than sorting.
+# Up to this many positions, comparing all pairs of them is faster than sorting.
 _FEW_POSITIONS = 64
 # Positions assumed when their number is unknown before the graph runs.
 _UNKNOWN_POSITIONS = 64
+
+
+_DIFFERENT_KINDS = "one variable is used by layers of different kinds (tied weights)"
 
 
 class Unsupported(Exception):
     """This layer or model cannot take the book-keeping path; the message says why."""
 
 
+class Factor(Protocol):
+    """The gradients of all examples by one variable, of one call of a layer or of all calls.
+
+    A rule returns one for each call (`LayerRule.gradients`). Those of a variable that is used in
+    several calls add up before the norm is taken (`merge.merged`).
+
+    Formal guarantees: `squared_norms` may be too large, never too small by more than rounding, and
+    `weighted_sum` is the sum over the examples of these very gradients.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_bandmf import clipping
+        >>> def norms(factor: clipping.Factor) -> tf.Tensor:
+        ...     return tf.sqrt(factor.squared_norms())
+        >>> norms(clipping.Rows(tf.constant([[3.0, 4.0]]))).numpy()
+        array([5.], dtype=float32)
+    """
+
+    def joined(self, factors: Sequence[Factor]) -> Factor:
+        """Returns one factor for the sum of several.
+
+        Args:
+            factors: This factor first, then those of the other calls.
+
+        Raises:
+            Unsupported: If another factor is of another kind or arranged in another way.
+        """
+
+    def resolved(self) -> Factor:
+        """Returns the same gradients in the form that is cheapest to use; often itself."""
+
+    def squared_norms(self) -> tf.Tensor:
+        """Returns the squared norm of the gradient of every example, shape (batch,)."""
+
+    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
+        """Returns the sum over examples of weight times gradient.
+
+        Args:
+            weights: Shape (batch,), of the dtype of the gradients. A gradient whose weight is not
+                positive adds exactly zero, whatever it is.
+
+        Returns:
+            The sum, in the shape in which the variable is released.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the entries of a (groups, in, out) sum of products stand in the variable.
+    """How a (groups, in, out) sum of products becomes the shape of the variable.
 
-    Two products may be joined only if their layouts are equal, hence values and not a function.
+    Two products may be joined only if their layouts are equal. So this holds values instead of
+    being a function.
 
     Attributes:
-        shape: of the variable.
-        split: shape the sum is brought to before its axes are permuted; None if it is in order.
-        order: permutation of the axes of `split`.
+        shape: The shape of the variable.
+        split: The shape of the sum before its axes are permuted; None if they are in order.
+        order: The permutation of the axes of `split`.
     """
 
     shape: tuple[int, ...]
@@ -53,28 +104,41 @@ class Layout:
     order: tuple[int, ...] | None = None
 
     def __call__(self, total: tf.Tensor) -> tf.Tensor:
-        """The sum in the variable's shape."""
+        """Returns the sum in the variable's shape."""
         if self.split is not None:
             total = tf.transpose(tf.reshape(total, self.split), self.order)
         return tf.reshape(total, self.shape)
 
 
 def _weighted(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Rows of `values` times `weights`; exactly zero where the weight is not positive."""
+    """Returns rows of `values` times `weights`: exactly zero where the weight is not positive."""
     weights = tf.where(weights > 0, weights, tf.zeros_like(weights))
-    # 0 * NaN is zero here. A selection by example, broadcast over the row, takes twice the time.
+    # Here 0 * NaN is zero. Selecting rows by `tf.where`, broadcast, takes twice as long.
     return tf.math.multiply_no_nan(values, over_rows(weights, values))
 
 
 def _kept(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Rows of `values` whose weight is positive; the others replaced by zeros."""
+    """Returns `values` with the rows whose weight is not positive replaced by zeros."""
     return _weighted(values, tf.cast(weights > 0, values.dtype))
 
 
 class Rows:
-    """Gradients themselves: `values` (batch, ...); `layout` maps their sum to the variable.
+    """Per-example gradients that are written out.
 
-    Layouts are compared when gradients are joined: a `Layout`, or another function with equality.
+    Args:
+        values: Shape (batch, ...), float32 or float64: the gradient of every example.
+        layout: How their sum becomes the shape of the variable; None if it has that shape. Layouts
+            are compared when gradients are joined, so give a `Layout` or another function with
+            equality.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_bandmf import clipping
+        >>> rows = clipping.Rows(tf.constant([[3.0, 4.0], [0.0, 1.0]]))
+        >>> rows.squared_norms().numpy()
+        array([25.,  1.], dtype=float32)
+        >>> rows.weighted_sum(tf.constant([0.2, 1.0])).numpy().round(6)
+        array([0.6, 1.8])
     """
 
     def __init__(self, values: tf.Tensor, layout: Callable[[tf.Tensor], tf.Tensor] | None = None):
@@ -82,19 +146,32 @@ class Rows:
         self.layout = layout
 
     def squared_norms(self) -> tf.Tensor:
-        """Squared norm of every example's gradient, shape (batch,)."""
+        """Returns the squared norm of every example's gradient, shape (batch,)."""
         return tf.reduce_sum(tf.square(self.values), axis=list(range(1, self.values.shape.rank)))
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        """Sum over examples of weight times gradient, in the variable's shape, float64."""
+        """Returns the sum over examples of weight times gradient: the variable's shape, float64."""
         sizes = dims(self.values)
         flat = tf.reshape(self.values, [sizes[0], product(sizes[1:])])
         total = tf.reshape(_total_of_blocks(_kept(flat, weights), weights), sizes[1:])
         return total if self.layout is None else self.layout(total)
 
+    def joined(self, factors: Sequence[Factor]) -> Rows:
+        """Returns the sum of gradients that are all written out in the same layout."""
+        rows = [factor for factor in factors if isinstance(factor, Rows)]
+        if len(rows) < len(factors) or any(f.layout != self.layout for f in rows):
+            raise Unsupported(_DIFFERENT_KINDS)
+        if any(f.values.shape[1:] != self.values.shape[1:] for f in rows):
+            raise Unsupported(_DIFFERENT_KINDS)
+        return Rows(tf.add_n([f.values for f in rows]), self.layout)
+
+    def resolved(self) -> Rows:
+        """Returns itself: nothing is cheaper than gradients that are written out."""
+        return self
+
 
 def _total_of_blocks(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Sum over rows of weight times row, float64.
+    """Returns the sum over rows of weight times row, float64.
 
     Formal guarantees: of N rows in float32, off by at most (`BLOCK_ROWS` + 2) 2^-24 times the sum
     of weight times norm of a row, whatever the rows and their order: `BLOCK_ROWS` roundings in a
@@ -116,9 +193,28 @@ def _total_of_blocks(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
 
 
 class Outer:
-    """Gradients a'g: `a` (batch, groups, positions, in), `g` (batch, groups, positions, out).
+    """Per-example gradients of a matrix as products a'g, which are written out only where cheaper.
 
-    `layout` maps the (groups, in, out) sum to the variable's shape.
+    The norms come from Gram matrices otherwise: |a'g|^2 is the sum over positions s, t of
+    (a_s . a_t)(g_s . g_t) (Li et al., "Large Language Models Can Be Strong Differentially Private
+    Learners", 2022).
+
+    Args:
+        a: Shape (batch, groups, positions, in): the inputs.
+        g: Shape (batch, groups, positions, out), of the same dtype: the output gradients.
+        layout: How the (groups, in, out) sum becomes the shape of the variable.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_bandmf import clipping
+        >>> from keras_bandmf.clipping.factors import Layout
+        >>> a, g = tf.constant([[[[1.0, 2.0]]]]), tf.constant([[[[3.0]]]])
+        >>> outer = clipping.Outer(a, g, Layout((2, 1)))
+        >>> outer.squared_norms().numpy()
+        array([45.], dtype=float32)
+        >>> outer.weighted_sum(tf.constant([1.0])).numpy()
+        array([[3.],
+               [6.]], dtype=float32)
     """
 
     def __init__(self, a: tf.Tensor, g: tf.Tensor, layout: Layout):
@@ -126,13 +222,23 @@ class Outer:
         self.g = g
         self.layout = layout
 
+    def joined(self, factors: Sequence[Factor]) -> Outer:
+        """Returns the sum of products in the same layout: their positions one after another."""
+        outers = [factor for factor in factors if isinstance(factor, Outer)]
+        if len(outers) < len(factors) or any(f.layout != self.layout for f in outers):
+            raise Unsupported(_DIFFERENT_KINDS)
+        if len(outers) == 1:
+            return self
+        a = tf.concat([f.a for f in outers], axis=2)
+        return Outer(a, tf.concat([f.g for f in outers], axis=2), self.layout)
+
     def resolved(self) -> Rows | Outer:
-        """`Rows` if the product is the cheaper way to the norm, else itself."""
+        """Returns `Rows` if writing the product out is the cheaper way to the norm, else itself."""
         _, _, count, width = dims(self.a)
         return self.as_rows() if prefers_product(count, width, dims(self.g)[-1]) else self
 
     def as_rows(self) -> Rows:
-        """The products written out: (batch, groups, in, out)."""
+        """Returns the products written out: (batch, groups, in, out)."""
         if self.a.shape[1] == 1:
             values = tf.matmul(self.a[:, 0], self.g[:, 0], transpose_a=True)[:, None]
         else:
@@ -140,11 +246,11 @@ class Outer:
         return Rows(values, self.layout)
 
     def squared_norms(self) -> tf.Tensor:
-        """Squared norms by Gram matrices: sum over positions s, t of (a_s . a_t)(g_s . g_t)."""
+        """Returns the squared norms, (batch,), by Gram matrices."""
         return floored(*self.gram())
 
     def gram(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """(squared norms up to rounding, the largest norms they could have), both (batch,)."""
+        """Returns (the squared norms up to rounding, the largest possible norms), both (batch,)."""
         a_lengths, g_lengths = _lengths(self.a), _lengths(self.g)
         bound = tf.reduce_sum(tf.sqrt(a_lengths * g_lengths), axis=[1, 2])
         if static(dims(self.a)[2]) == 1:
@@ -153,8 +259,9 @@ class Outer:
             grams = tf.matmul(self.a, self.a, transpose_b=True)
             grams *= tf.matmul(self.g, self.g, transpose_b=True)
             exact = tf.reduce_sum(grams, axis=[1, 2, 3])
-        # Squares of one matrix may vanish where the other is so large that the product counts: then
-        # a coarse bound with the most that each entry may lose, which can only clip more.
+        # Squares of one matrix may vanish although the other is so large that the product counts.
+        # Then a coarse bound, with the most that each entry may lose, is used: it can only clip
+        # more.
         largest = tf.reduce_max(tf.maximum(a_lengths, g_lengths), axis=[1, 2])
         dtype = self.a.dtype
         _, groups, count, width = dims(self.a)
@@ -170,7 +277,7 @@ class Outer:
         return tf.where(may_vanish, tf.square(coarse), exact), bound
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        """Sum over examples of weight times a'g, in the variable's shape, of the dtype of a."""
+        """Returns the sum over examples of weight times a'g, in the shape of the variable."""
         _check_chain(self.a)
         a, g = _kept(self.a, weights), _weighted(self.g, weights)
         if a.shape[1] == 1:
@@ -181,9 +288,23 @@ class Outer:
 
 
 class Lookup:
-    """Gradients of a table: example i adds g[i, t] to row ids[i, t].
+    """Per-example gradients of a table: example i adds g[i, t] to row ids[i, t].
 
-    `ids` (batch, positions) int32, `g` (batch, positions, width), `rows` of the table.
+    Args:
+        ids: Shape (batch, positions), int32: the rows that were read.
+        g: Shape (batch, positions, width): the gradient by what was read.
+        rows: The number of rows of the table.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_bandmf import clipping
+        >>> lookup = clipping.Lookup(tf.constant([[0, 2, 0]]), tf.ones((1, 3, 1)), rows=3)
+        >>> lookup.squared_norms().numpy()
+        array([5.], dtype=float32)
+        >>> lookup.weighted_sum(tf.constant([1.0])).numpy()
+        array([[2.],
+               [0.],
+               [1.]])
     """
 
     def __init__(self, ids: tf.Tensor, g: tf.Tensor, rows: int):
@@ -191,36 +312,52 @@ class Lookup:
         self.g = g
         self.rows = rows
 
+    def joined(self, factors: Sequence[Factor]) -> Lookup:
+        """Returns the sum of look-ups in one table: their positions one after another."""
+        lookups = [factor for factor in factors if isinstance(factor, Lookup)]
+        if len(lookups) < len(factors):
+            raise Unsupported(_DIFFERENT_KINDS)
+        if len(lookups) == 1:
+            return self
+        ids = tf.concat([f.ids for f in lookups], axis=1)
+        return Lookup(ids, tf.concat([f.g for f in lookups], axis=1), self.rows)
+
+    def resolved(self) -> Lookup:
+        """Returns itself: the table is never written out for each example."""
+        return self
+
     def squared_norms(self) -> tf.Tensor:
-        """Squared norms; positions that read the same row are added up first."""
+        """Returns squared norms, (batch,); positions that read the same row are added up first."""
         count = dims(self.ids)[1]
-        if static(count) == 1:
+        known = static(count)
+        if known == 1:
             return tf.reduce_sum(tf.square(self.g), axis=[1, 2])
-        if static(count) is not None and static(count) <= _FEW_POSITIONS:
+        if known is not None and known <= _FEW_POSITIONS:
             exact = self._by_pairs()
         else:
             exact = self._by_order()
-        # `weighted_sum` rounds anew: what is left of large vectors that cancel may differ there.
+        # `weighted_sum` rounds in another way, so what remains of large vectors that cancel may
+        # be larger there.
         share = _GRAM_FLOOR**0.5 if self.g.dtype == tf.float64 else _SUM_FLOOR
         rounding = share * tf.reduce_sum(tf.norm(self.g, axis=-1), 1)
         return tf.where(tf.math.is_nan(exact), exact, tf.maximum(exact, tf.square(rounding)))
 
     def _by_pairs(self) -> tf.Tensor:
-        """Every position adds up all that read its row; c of them count that row once."""
+        """Adds up, at every position, all that read its row; c of them count that row once."""
         same = tf.cast(self.ids[:, :, None] == self.ids[:, None, :], self.g.dtype)
         added = tf.reduce_sum(tf.square(tf.matmul(same, self.g)), axis=2)
         return tf.reduce_sum(added / tf.reduce_sum(same, axis=2), axis=1)
 
     def _by_order(self) -> tf.Tensor:
-        """Positions are sorted by row, and neighbours added up."""
+        """Sorts positions by row, and adds up neighbors."""
         batch, count = dims(self.ids)
         order = tf.argsort(self.ids, axis=1)
         ids = tf.gather(self.ids, order, batch_dims=1)
         starts = count * tf.range(batch)[:, None]
-        # Compared with the position before, by a roll: it takes an empty sequence, too.
+        # Each is compared with the position before it. `roll` also takes an empty sequence.
         new = tf.logical_and(ids != tf.roll(ids, 1, axis=1), tf.range(count) > 0)
         segments = tf.cumsum(tf.cast(new, tf.int32), axis=1)
-        # Back in the order of the positions: integers are moved, not gradients.
+        # Back to the order of the positions, so that integers are moved and not gradients.
         back = tf.math.invert_permutation(tf.reshape(order + starts, [batch * count]))
         segments = tf.gather(tf.reshape(segments + starts, [batch * count]), back)
         width = dims(self.g)[-1]
@@ -230,37 +367,39 @@ class Lookup:
         return tf.reduce_sum(tf.square(tf.reshape(added, [batch, count, width])), axis=[1, 2])
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        """Sum over examples of weight times gradient, dense: (rows, width), float64."""
+        """Returns the sum over examples of weight times gradient, dense: (rows, width), float64."""
         _check_chain(self.g)
         sizes = dims(self.g)
         flat = tf.reshape(_weighted(self.g, weights), [sizes[0] * sizes[1], sizes[2]])
         ids = tf.reshape(self.ids, [sizes[0] * sizes[1]])
-        # In float64: a row that many positions read is a long chain of additions.
+        # In float64, because a row that many positions read is a long chain of additions.
         return tf.math.unsorted_segment_sum(tf.cast(flat, tf.float64), ids, self.rows)
 
 
 def _check_chain(stacked: tf.Tensor) -> None:
     """Refuses float64 sums so long that their rounding would count."""
-    sizes = [static(size) for size in dims(stacked)]
-    if stacked.dtype == tf.float64 and None not in (sizes[0], sizes[-2]):
-        if sizes[0] * sizes[-2] > LARGEST_CHAIN:
-            raise ValueError(
-                f"In float64 up to {LARGEST_CHAIN} rows times positions are added at once. "
-                f"Received: {sizes[0]} rows of {sizes[-2]} positions. Pass a smaller "
-                "`microbatch_size` to `privatize` or `clipped_gradients`."
-            )
+    rows, positions = static(dims(stacked)[0]), static(dims(stacked)[-2])
+    if stacked.dtype != tf.float64 or rows is None or positions is None:
+        return
+    if rows * positions > LARGEST_CHAIN:
+        raise ValueError(
+            f"Expected at most {LARGEST_CHAIN} rows times positions in a float64 sum. "
+            f"Received: {rows} rows of {positions} positions. Pass a smaller "
+            "`microbatch_size` to `privatize` or `clipped_gradients`."
+        )
 
 
 def prefers_product(count: object, width_in: int, width_out: int) -> bool:
-    """Whether the product a'g of an example is to be written out.
+    """Returns whether the product a'g of an example should be written out.
 
-    It saves the Gram matrices and gives the clipped sum almost for free, and is worth it while it
-    is not much larger than the activations and gradients it is made of.
+    That avoids the Gram matrices and gives the clipped sum almost for free. It pays while the
+    product is not much larger than the activations and gradients it is made of.
 
     Args:
-        count: positions T of an example: an int, or a tensor if unknown before the graph runs.
-        width_in: columns of a.
-        width_out: columns of g.
+        count: The number of positions of an example: an int, or a tensor if it is unknown before
+            the graph runs.
+        width_in: The number of columns of a.
+        width_out: The number of columns of g.
     """
     known = static(count) or _UNKNOWN_POSITIONS
     if known == 1:
@@ -269,14 +408,14 @@ def prefers_product(count: object, width_in: int, width_out: int) -> bool:
 
 
 def floored(exact: tf.Tensor, bound: tf.Tensor) -> tf.Tensor:
-    """Squared norms that rounding cannot have understated.
+    """Returns squared norms that rounding cannot have understated.
 
-    Cancelling terms leave only rounding error, which could hide a large gradient: the floor keeps
+    Terms that cancel leave only rounding error, which could hide a large gradient. The floor keeps
     the norm from being understated, so the clip still holds.
 
     Args:
-        exact: (batch,) squared norms as a sum of terms that may cancel.
-        bound: (batch,) the norms there would be if nothing cancelled.
+        exact: Shape (batch,), squared norms as a sum of terms that may cancel.
+        bound: Shape (batch,), the norms there would be if nothing canceled.
     """
     floor = _GRAM_FLOOR * tf.square(bound)
     # A NaN stays a NaN: the example is dropped, not clipped.

@@ -9,45 +9,41 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-# The one class that resolves losses as `compile` does; Keras does not export it.
-from keras.src.trainers.compile_utils import CompileLoss
-
+from keras_bandmf._keras_internals import compiled_loss, loss_of_training_step, resolved_loss
 from keras_bandmf.clipping.shapes import on_tensors
 
 BatchLoss = Callable[[Any, Any, Any, Any], tf.Tensor]
 
 
 def overrides_compute_loss(model: keras.Model) -> bool:
-    """Whether `model` has a `compute_loss` of its own, on its class or on the instance."""
+    """Returns whether `model` has a `compute_loss` of its own, on its class or on the instance."""
     return type(model).compute_loss is not keras.Model.compute_loss or "compute_loss" in vars(model)
 
 
 def batch_loss(model: keras.Model, loss: Any = None) -> BatchLoss:
-    """The function (x, y, y_pred, sample_weight) -> scalar that Keras would minimise.
+    """Returns the function (x, y, y_pred, sample_weight) -> scalar that Keras would minimize.
 
-    Without weight regularisers (they belong after the noise), without the factor 1 / replicas that
-    Keras applies under a distribution strategy, and without touching a metric.
+    Without weight regularizers (they belong after the noise), without the factor 1 / replicas that
+    Keras applies under a distribution, and without touching a metric.
 
     Args:
-        model: a compiled model, or any model if `loss` is given.
+        model: A compiled model, or any model if `loss` is given.
         loss: None for the compiled loss; else one loss for a model with one output.
 
     Raises:
-        ValueError: no loss at all.
+        ValueError: If there is no loss at all.
     """
     if loss is None and overrides_compute_loss(model):
 
         def compute(x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
-            return model._compute_loss(
-                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
-            )
+            return loss_of_training_step(model, x, y, y_pred, sample_weight)
 
         return _alone(compute)
 
-    compiled = getattr(model, "_compile_loss", None) if loss is None else _compiled(loss)
+    compiled = compiled_loss(model) if loss is None else _compiled(loss)
     if compiled is None:
         raise ValueError(
-            "Expected a compiled model, or `loss=`: there is no loss to differentiate. Call "
+            "Expected a compiled model or `loss=`, because there is no loss to differentiate. Call "
             f"`model.compile(optimizer, loss=...)` first or pass `loss=`. Received: loss={loss!r}"
         )
     alone = _alone(lambda x, y, y_pred, sample_weight: compiled(y, y_pred, sample_weight))
@@ -55,7 +51,7 @@ def batch_loss(model: keras.Model, loss: Any = None) -> BatchLoss:
     def single(x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
         if len(keras.tree.flatten(y_pred)) > 1:
             raise ValueError(
-                "`loss=` is for models with one output; use `compile(loss=...)` for several. "
+                "Expected one output with `loss=`. Use `compile(loss=...)` for several outputs. "
                 f"Received: {len(keras.tree.flatten(y_pred))} outputs"
             )
         return alone(x, y, y_pred, sample_weight)
@@ -64,17 +60,18 @@ def batch_loss(model: keras.Model, loss: Any = None) -> BatchLoss:
 
 
 def build_loss(model: keras.Model, x: Any, y: Any) -> None:
-    """Let Keras make the metrics of single outputs, which it does on the first use of the loss.
+    """Makes Keras build the metrics of single outputs, as it does on the first use of the loss.
 
     Args:
-        model: built.
-        x: inputs, tensors; only shapes and dtypes matter, and so for `y`.
-        y: targets or None.
+        model: A built model.
+        x: The inputs, tensors. Only shapes and dtypes matter, also of `y`.
+        y: The targets, or None.
 
     Raises:
-        ValueError: several outputs, not built yet, inside a graph, where no variable can be made.
+        ValueError: If several outputs are not built yet inside a graph, where no variable can be
+            made.
     """
-    compiled = getattr(model, "_compile_loss", None)
+    compiled = compiled_loss(model)
     if compiled is None or compiled.built or overrides_compute_loss(model):
         return
     if tf.executing_eagerly():
@@ -82,14 +79,14 @@ def build_loss(model: keras.Model, x: Any, y: Any) -> None:
         batch_loss(model)(None, one[1], model(one[0]), None)
     elif len(keras.tree.flatten(y)) > 1:
         raise ValueError(
-            "The losses of several outputs are built on first use, and not inside a `tf.function`. "
-            "Call `clipping.check_model(model, x, y)` before training, as every model needs. "
+            "The losses of several outputs are built on first use, which cannot happen inside a "
+            "`tf.function`. Call `clipping.check_model(model, x, y)` before training. "
             f"Received: model '{model.name}' with {len(keras.tree.flatten(y))} targets"
         )
 
 
 def with_mean_by_weight(model: keras.Model, loss: Any = None) -> bool:
-    """Whether any loss divides by the sum of the sample weights."""
+    """Returns whether any loss divides by the sum of the sample weights."""
     chosen = model.loss if loss is None else loss
     return any(
         getattr(leaf, "reduction", None) == "mean_with_sample_weight"
@@ -98,7 +95,7 @@ def with_mean_by_weight(model: keras.Model, loss: Any = None) -> bool:
 
 
 def with_ignored_class(model: keras.Model, loss: Any = None) -> bool:
-    """Whether any loss leaves out a class, and divides by how many of the batch it keeps."""
+    """Returns whether any loss ignores a class, and so divides by the number of rows it keeps."""
     chosen = model.loss if loss is None else loss
     return any(
         getattr(leaf, "ignore_class", None) is not None for leaf in keras.tree.flatten(chosen)
@@ -106,7 +103,7 @@ def with_ignored_class(model: keras.Model, loss: Any = None) -> bool:
 
 
 def _alone(compute: BatchLoss) -> BatchLoss:
-    """`compute` with its side effects and its scaling for distribution taken away."""
+    """Returns `compute` with its side effects and its scaling for distribution taken away."""
 
     def alone(x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
         # Metrics inside the loss would count every example as a step: StatelessScope drops that.
@@ -119,7 +116,7 @@ def _alone(compute: BatchLoss) -> BatchLoss:
 
 @contextlib.contextmanager
 def no_replicas() -> Iterator[None]:
-    """Lets what is called find one replica, as outside any strategy.
+    """Makes the code inside find one replica, as outside any distribution.
 
     Keras divides mean losses by the number of replicas it finds; a tape cannot watch a variable
     of several.
@@ -133,12 +130,12 @@ def no_replicas() -> Iterator[None]:
         yield
 
 
-def _compiled(loss: Any) -> CompileLoss:
-    """`loss` as `compile` would resolve it, for a model with one output."""
+def _compiled(loss: Any) -> Callable[[Any, Any, Any], Any]:
+    """Returns `loss` as `compile` would resolve it, for a model with one output."""
     if keras.tree.is_nested(loss):
         raise ValueError(
-            "`loss` must be one loss: a name, a `keras.losses.Loss` or a function "
+            "Expected `loss` to be one loss: a name, a `keras.losses.Loss` or a function "
             "(y_true, y_pred). For several outputs use `compile(loss=...)`. "
             f"Received: loss={loss!r}"
         )
-    return CompileLoss(loss)
+    return resolved_loss(loss)

@@ -1,10 +1,13 @@
-"""Several uses of one variable, tied tables among them, joined before the norm is taken."""
+"""Joins several uses of one variable before the norm is taken, tied tables among them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import tensorflow as tf
 
 from keras_bandmf.clipping.factors import (
+    Factor,
     Layout,
     Lookup,
     Outer,
@@ -17,7 +20,7 @@ from keras_bandmf.clipping.shapes import dims, static
 
 
 class Tied:
-    """Gradients of a table read by look-up and used as a matrix: the sum of both.
+    """The gradients of a table that is read by look-up and also used as a matrix: the sum of both.
 
     The squared norm of L + D is |L|^2 + |D|^2 + 2 <L, D>. With L the look-up's gradient (g_t on row
     ids_t) and D = a'b of the matrix's, <L, D> = sum over s, t of a_s[ids_t] (b_s . g_t).
@@ -27,12 +30,18 @@ class Tied:
         self.lookup = lookup
         self.outer = outer
 
+    def joined(self, factors: Sequence[Factor]) -> Tied:
+        """Returns itself: it stands for all calls of its table already."""
+        if len(factors) > 1:
+            raise Unsupported("a look-up table is also used in another way (tied weights)")
+        return self
+
     def resolved(self) -> Rows | Tied:
-        """`Rows` if the product is the cheaper way to the norm, else itself."""
+        """Returns `Rows` if the product is the cheaper way to the norm, else itself."""
         a, b = self.outer.a, self.outer.g
         count = dims(a)[2]
-        # Logits over a vocabulary are a model's largest tensors as it is: a product of their size
-        # for each example would show in the peak, so it has to be smaller than elsewhere.
+        # Logits over a vocabulary are already the largest tensors of a model. A product of their
+        # size for each example would raise peak memory, so it must be smaller than elsewhere.
         share = max(count // 4, 1) if static(count) else count
         if not prefers_product(share, dims(a)[-1], dims(b)[-1]):
             return self
@@ -43,7 +52,7 @@ class Tied:
         return Rows(tf.tensor_scatter_nd_add(values, index, self.lookup.g))
 
     def squared_norms(self) -> tf.Tensor:
-        """Squared norm of every example's gradient, shape (batch,), the cross term included."""
+        """Returns the squared norm of every gradient, (batch,), the cross term included."""
         a, b = self.outer.a[:, 0], self.outer.g[:, 0]
         ids, g = self.lookup.ids, self.lookup.g
         read = tf.gather(a, ids, axis=2, batch_dims=1)
@@ -53,65 +62,39 @@ class Tied:
         return floored(self.lookup.squared_norms() + exact + 2 * cross, bound)
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        """Sum over examples of weight times gradient, in the table's shape, float64."""
+        """Returns the sum over examples of weight times gradient, in the table's shape, float64."""
         return self.lookup.weighted_sum(weights) + tf.cast(
             self.outer.weighted_sum(weights), tf.float64
         )
 
 
-Factor = Rows | Outer | Lookup | Tied
-
-
-def merged(factors: list[Rows | Outer | Lookup]) -> Factor:
-    """One factor for a variable used in several calls; they add up before the norm is taken.
+def merged(factors: Sequence[Factor]) -> Factor:
+    """Returns one factor for a variable used in several calls; they add up before the norm.
 
     Args:
-        factors: at least one factor of one variable, all over the same examples.
+        factors: One factor or more, all of one variable and over the same examples, one for each
+            call of a layer that uses the variable.
 
     Returns:
         A factor ready for `squared_norms` and `weighted_sum`.
 
     Raises:
-        Unsupported: uses whose gradients are arranged in different ways.
+        Unsupported: If the gradients of the calls are arranged in different ways.
 
     Formal guarantees: the result stands for the sum of `factors`, example by example; what cannot
     be joined exactly is refused.
     """
-    if any(hasattr(f, "joined") for f in factors):
-        # A factor from another room, which alone knows how its calls add up.
-        if any(type(f) is not type(factors[0]) for f in factors):
-            raise Unsupported("one variable is used by layers of different kinds (tied weights)")
-        return factors[0].joined(factors)
-    lookups = [f for f in factors if isinstance(f, Lookup)]
-    outers = [f for f in factors if isinstance(f, Outer)]
-    if lookups and len(lookups) + len(outers) == len(factors):
-        lookup = _joined_lookups(lookups)
+    lookups = [factor for factor in factors if isinstance(factor, Lookup)]
+    outers = [factor for factor in factors if isinstance(factor, Outer)]
+    if lookups:
+        if len(lookups) + len(outers) < len(factors):
+            raise Unsupported("a look-up table is also used in another way (tied weights)")
+        lookup = lookups[0].joined(lookups)
         if not outers:
             return lookup
         if any(f.layout != Layout((lookup.rows, dims(lookup.g)[-1])) for f in outers):
             raise Unsupported("a look-up table is also used in another way (tied weights)")
-        return Tied(lookup, _joined_outers(outers)).resolved()
-    if lookups:
-        raise Unsupported("a look-up table is also used in another way (tied weights)")
-    if any(f.layout != factors[0].layout for f in factors):
-        raise Unsupported("one variable is used by layers of different kinds (tied weights)")
-    if len(outers) == len(factors):
-        return _joined_outers(outers).resolved()
-    rows = [f.as_rows() if isinstance(f, Outer) else f for f in factors]
-    if any(r.values.shape[1:] != rows[0].values.shape[1:] for r in rows):
-        raise Unsupported("one variable is used by layers of different kinds (tied weights)")
-    return Rows(tf.add_n([r.values for r in rows]), rows[0].layout)
-
-
-def _joined_lookups(lookups: list[Lookup]) -> Lookup:
-    if len(lookups) == 1:
-        return lookups[0]
-    ids = tf.concat([f.ids for f in lookups], axis=1)
-    return Lookup(ids, tf.concat([f.g for f in lookups], axis=1), lookups[0].rows)
-
-
-def _joined_outers(outers: list[Outer]) -> Outer:
-    if len(outers) == 1:
-        return outers[0]
-    a = tf.concat([f.a for f in outers], axis=2)
-    return Outer(a, tf.concat([f.g for f in outers], axis=2), outers[0].layout)
+        return Tied(lookup, outers[0].joined(outers)).resolved()
+    if any(isinstance(factor, Rows) for factor in factors):
+        factors = [f.as_rows() if isinstance(f, Outer) else f for f in factors]
+    return factors[0].joined(factors).resolved()

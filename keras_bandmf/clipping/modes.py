@@ -1,4 +1,4 @@
-"""Clipping modes: how an example's gradient is brought to a norm of at most the clip norm."""
+"""Clipping modes: how the gradient of an example is brought to a norm of at most the clip norm."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import tensorflow as tf
 
 from keras_bandmf._checks import checked_float
-from keras_bandmf._keras_internals import trained_layers
+from keras_bandmf._keras_internals import own_trainable_variables, trained_layers
 from keras_bandmf._printed import rounded_up
 
 # Below this norm automatic clipping no longer scales up to the clip norm: squares of smaller
@@ -22,75 +22,104 @@ _LEAST_NORM = 1e-4
 
 
 def _shown(norm: float) -> str:
-    """A clip norm or a sensitivity as the statement prints it: rounded up."""
+    """Returns a clip norm or a sensitivity as the statement prints it: rounded up."""
     return rounded_up(norm, 6)
 
 
 @dataclasses.dataclass(frozen=True)
 class ClippingMode:
-    """Base of the clipping modes; use one of its subclasses.
+    """The base class of the clipping modes. Use one of its subclasses.
 
     Formal guarantees: in every mode the contribution of one example to the clipped sum has a norm
     of at most `sensitivity(l2_norm_clip)` over all trainable variables jointly, so one noise scaled
     to it serves all of them.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> mode = bandmf.clipping.AutomaticClipping(gamma=0.1)
+        >>> isinstance(mode, bandmf.clipping.ClippingMode)
+        True
+        >>> mode.sensitivity(l2_norm_clip=0.5)
+        0.5
     """
 
     def sensitivity(self, l2_norm_clip: float) -> float:
-        """The largest norm of one example's contribution: what the noise is scaled to."""
+        """Returns the largest norm of one example's contribution: what the noise is scaled to.
+
+        Args:
+            l2_norm_clip: The clip norm.
+        """
         return l2_norm_clip
 
     def least_norm(self, l2_norm_clip: float) -> float:
-        """The smallest norm at which a contribution may reach `sensitivity(l2_norm_clip)`."""
+        """Returns the smallest gradient norm whose contribution may reach the sensitivity.
+
+        Args:
+            l2_norm_clip: The clip norm.
+        """
         return l2_norm_clip
 
     def variable_groups(self, model: keras.Model) -> tuple[list[int], list[float]]:
-        """How the variables are clipped together.
+        """Returns which variables are clipped together.
 
         Args:
-            model: built.
+            model: A built model.
 
         Returns:
-            (group of each trainable variable, share of each group): the clip norm of a group is
-            `l2_norm_clip` times the root of its share, and the shares add up to one.
+            (The group of each trainable variable, the share of each group.) The clip norm of a
+            group is `l2_norm_clip` times the square root of its share. The shares add up to one.
 
         Raises:
-            ValueError: the mode does not fit the model.
+            ValueError: If the mode does not fit the model.
         """
         return [0] * len(model.trainable_variables), [1.0]
 
     def factors(self, norms: tf.Tensor, clip_norm: float) -> tf.Tensor:
-        """What the gradients of one group are multiplied by: min(1, clip / norm).
+        """Returns what the gradients of one group are multiplied by: min(1, clip_norm / norm).
 
         Args:
-            norms: (batch,) norms of the group's gradients; one that is not finite may get any
-                factor.
-            clip_norm: of the group.
+            norms: Shape (batch,), the norms of the group's gradients. One that is not finite may
+                get any factor.
+            clip_norm: The clip norm of the group.
 
         Returns:
-            (batch,) factors with factor * norm <= clip_norm, and never NaN for a finite norm.
+            Shape (batch,), with factor * norm <= clip_norm, and never NaN for a finite norm.
         """
         return tf.minimum(tf.ones_like(norms), clip_norm / norms)
 
     def describe(self, l2_norm_clip: float) -> str:
-        """The mode and its sensitivity in words, for the statement."""
+        """Returns the mode and its sensitivity in words, for the statement.
+
+        Args:
+            l2_norm_clip: The clip norm.
+        """
         raise NotImplementedError
 
     def get_config(self) -> dict[str, Any]:
-        """The config, as Keras's serialization wants it."""
+        """Returns the config for Keras's serialization."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ClippingMode:
-        """Makes a mode from what `get_config` returned."""
+        """Returns the mode with a config from `get_config`."""
         return cls(**config)
 
 
 @keras.saving.register_keras_serializable(package="keras_bandmf")
 @dataclasses.dataclass(frozen=True)
 class FlatClipping(ClippingMode):
-    """One norm over all trainable variables: factor min(1, clip / norm) (Abadi et al., 2016)."""
+    """Clips by one norm over all trainable variables: the factor is min(1, clip / norm).
+
+    This is the clipping of DP-SGD (Abadi et al., 2016, algorithm 1), and the default.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> bandmf.clipping.FlatClipping().factors(2.0, clip_norm=1.0).numpy().item()
+        0.5
+    """
 
     def describe(self, l2_norm_clip: float) -> str:
+        """Returns the mode and its sensitivity in words, for the statement."""
         return (
             "flat: an example's gradient over all variables is scaled down to norm "
             f"{_shown(l2_norm_clip)} at most; sensitivity {_shown(self.sensitivity(l2_norm_clip))}"
@@ -100,24 +129,32 @@ class FlatClipping(ClippingMode):
 @keras.saving.register_keras_serializable(package="keras_bandmf")
 @dataclasses.dataclass(frozen=True)
 class PerLayerClipping(ClippingMode):
-    """Each layer's part of a gradient is clipped by itself (McMahan et al., 2018).
+    """Clips each layer's part of a gradient by itself (McMahan et al., 2018).
 
-    The squared clip norms of the layers add up to that of the optimizer: layer g gets
+    The squared clip norms of the layers add up to the square of the optimizer's. Layer g gets
     c_g = clip * sqrt(share_g / sum of shares), by default clip / sqrt(number of layers). The whole
     contribution has norm sqrt(sum c_g^2) = clip at most, so noise and privacy are those of flat
     clipping. A layer here is one that owns trainable variables: `clipping.explain` lists their
     paths. A variable that two layers share belongs to the first of them.
 
     Args:
-        shares: path of a layer, or its name where that is unique -> its positive share of the
-            squared clip norm; layers that are not named have share 1. None: all alike.
+        shares: A mapping from the path of a layer, or from its name where that is unique, to its
+            positive share of the squared clip norm. Layers that are not named have share 1. With
+            None all layers have equal shares.
+
+    Raises:
+        ValueError: If `shares` is not such a mapping.
 
     Example:
+        An embedding gets a share of 4, hence twice the clip norm of the other layer.
 
-    ```python
-    clipping = keras_bandmf.clipping.PerLayerClipping({"embedding": 4.0})  # twice the clip norm
-    optimizer = keras_bandmf.BandMFOptimizer("adam", plan, l2_norm_clip=1.0, clipping=clipping)
-    ```
+        >>> import keras
+        >>> import keras_bandmf as bandmf
+        >>> mode = bandmf.clipping.PerLayerClipping({"embedding": 4.0})
+        >>> layers = [keras.layers.Embedding(9, 2, name="embedding"), keras.layers.Dense(1)]
+        >>> model = keras.Sequential([keras.Input((3,), dtype="int32"), *layers])
+        >>> mode.variable_groups(model)
+        ([0, 1, 1], [0.8, 0.2])
     """
 
     shares: Mapping[str, float] | tuple[tuple[str, float], ...] | None = None
@@ -130,17 +167,22 @@ class PerLayerClipping(ClippingMode):
         )
         if not fits:
             raise ValueError(
-                "`shares` must map paths of layers to positive finite numbers, their shares of the "
-                f"squared clip norm. Received: shares={self.shares!r}"
+                "Expected `shares` to map paths of layers to positive finite numbers, their shares "
+                f"of the squared clip norm. Received: shares={self.shares!r}"
             )
-        # Pairs, not a dict: modes are compared and hashed.
+        # Pairs instead of a dict, because modes are compared and hashed.
         object.__setattr__(self, "shares", tuple((name, float(share)) for name, share in pairs))
 
     def variable_groups(self, model: keras.Model) -> tuple[list[int], list[float]]:
+        """Returns a group for each layer that owns trainable variables, and its share.
+
+        Raises:
+            ValueError: If a name in `shares` does not stand for exactly one such layer.
+        """
         layers = trained_layers(model)
         owner: dict[int, int] = {}
         for i, layer in enumerate(layers):
-            for variable in layer._trainable_variables:
+            for variable in own_trainable_variables(layer):
                 owner.setdefault(id(variable), i)
         owners = [owner[id(variable)] for variable in model.trainable_variables]
         used = sorted(set(owners))
@@ -150,22 +192,23 @@ class PerLayerClipping(ClippingMode):
 
     def _shares_of(self, layers: list[keras.layers.Layer]) -> list[float]:
         shares: list[float | None] = [None] * len(layers)
-        for name, share in self.shares:
+        for name, share in self._pairs:
             found = [i for i, layer in enumerate(layers) if name in (layer.path, layer.name)]
             if len(found) != 1 or shares[found[0]] is not None:
                 raise ValueError(
-                    "`shares` must name each layer once, by its path or a name no other layer has, "
-                    "and only layers with trainable variables: "
+                    "Expected `shares` to name each layer at most once, by its path or by a name "
+                    "that no other layer has, and only layers with trainable variables: "
                     f"{', '.join(layer.path for layer in layers)}. Received: {name!r}, which fits "
-                    f"{len(found)} layers{' named already' if len(found) == 1 else ''}"
+                    f"{len(found)} layers{' that are already named' if len(found) == 1 else ''}"
                 )
             shares[found[0]] = share
         return [1.0 if share is None else share for share in shares]
 
     def describe(self, l2_norm_clip: float) -> str:
+        """Returns the mode, the shares and the sensitivity in words, for the statement."""
         split = "equal shares"
-        if self.shares:
-            named = ", ".join(f"{name} {share:g}" for name, share in self.shares)
+        if self._pairs:
+            named = ", ".join(f"{name} {share:g}" for name, share in self._pairs)
             split = f"shares {named}, any other layer 1"
         return (
             "per layer: each layer's part of an example's gradient is scaled down to the layer's "
@@ -174,20 +217,36 @@ class PerLayerClipping(ClippingMode):
         )
 
     def get_config(self) -> dict[str, Any]:
-        return {"shares": dict(self.shares) or None}
+        """Returns the shares, for Keras's serialization."""
+        return {"shares": dict(self._pairs) or None}
+
+    @property
+    def _pairs(self) -> tuple[tuple[str, float], ...]:
+        """The shares in the form that `__post_init__` gave them."""
+        return self.shares if isinstance(self.shares, tuple) else ()
 
 
 @keras.saving.register_keras_serializable(package="keras_bandmf")
 @dataclasses.dataclass(frozen=True)
 class AutomaticClipping(ClippingMode):
-    """Every gradient is normalised: factor clip / (norm + gamma) (Bu et al., arXiv 2206.07136).
+    """Normalizes every gradient: the factor is clip / (norm + gamma) (Bu et al., arXiv 2206.07136).
 
     The clip norm then only scales the learning rate and needs no tuning. `gamma=0` gives
-    clip / norm; gradients of norm below 1e-4 are scaled as if their norm were 1e-4, and a zero
+    clip / norm. Gradients of norm below 1e-4 are scaled as if their norm were 1e-4, and a zero
     gradient contributes zero.
 
     Args:
-        gamma: stability constant, at least 0, of the order of small gradient norms.
+        gamma: The stability constant, at least 0, of the order of small gradient norms.
+
+    Raises:
+        TypeError: If `gamma` is not a number.
+        ValueError: If it is negative or not finite.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> mode = bandmf.clipping.AutomaticClipping(gamma=0.5)
+        >>> mode.factors(1.5, clip_norm=1.0).numpy().item()
+        0.5
     """
 
     gamma: float = 0.01
@@ -198,12 +257,15 @@ class AutomaticClipping(ClippingMode):
         object.__setattr__(self, "gamma", gamma)
 
     def least_norm(self, l2_norm_clip: float) -> float:
+        """Returns gamma, or 1e-4 if that is larger: a smaller norm is not scaled up to the clip."""
         return max(self.gamma, _LEAST_NORM)
 
     def factors(self, norms: tf.Tensor, clip_norm: float) -> tf.Tensor:
+        """Returns clip_norm / (norm + gamma), with the denominator at least 1e-4."""
         return clip_norm / tf.maximum(norms + self.gamma, _LEAST_NORM)
 
     def describe(self, l2_norm_clip: float) -> str:
+        """Returns the mode and its sensitivity in words, for the statement."""
         added = f" + {self.gamma:g}" if self.gamma else ""
         return (
             f"automatic: an example's gradient is multiplied by {_shown(l2_norm_clip)} / (its norm"
@@ -211,7 +273,10 @@ class AutomaticClipping(ClippingMode):
         )
 
 
-_BY_NAME = {
+#: The modes that a string stands for.
+ClippingName = Literal["flat", "per_layer", "automatic"]
+
+_BY_NAME: dict[str, type[ClippingMode]] = {
     "flat": FlatClipping,
     "per_layer": PerLayerClipping,
     "automatic": AutomaticClipping,
@@ -219,19 +284,31 @@ _BY_NAME = {
 
 
 def checked_mode(clipping: Any) -> ClippingMode:
-    """The clipping mode that `clipping` names or is.
+    """Returns the clipping mode that an argument `clipping` stands for.
+
+    Args:
+        clipping: "flat", "per_layer", "automatic", or a mode.
+
+    Returns:
+        The mode, with default settings for a name.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: If it is neither.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> bandmf.clipping.checked_mode("automatic")
+        AutomaticClipping(gamma=0.01)
     """
     if isinstance(clipping, str) and clipping in _BY_NAME:
         return _BY_NAME[clipping]()
-    # Not subclasses: they could bound nothing.
+    # A subclass is refused: nothing says that it bounds a norm.
     if type(clipping) in _BY_NAME.values():
         return clipping
     raise ValueError(
-        '`clipping` must be "flat", "per_layer", "automatic", or one of clipping.FlatClipping, '
-        "clipping.PerLayerClipping(shares) and clipping.AutomaticClipping(gamma). "
+        'Expected `clipping` to be "flat", "per_layer", "automatic", or one of '
+        "clipping.FlatClipping(), clipping.PerLayerClipping(shares) and "
+        "clipping.AutomaticClipping(gamma). "
         f"Received: clipping={clipping!r}"
     )
 

@@ -1,4 +1,4 @@
-"""The clip norms whose promise float32 can hold."""
+"""The clip norms that float32 can guarantee."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def largest_contribution(bound: float, least_norm: float, num_variables: int) ->
         to `bound` has a norm of `least_norm` at least.
 
     Args:
-        bound: `sensitivity(l2_norm_clip)` of the clipping mode.
-        least_norm: `least_norm(l2_norm_clip)` of the mode.
-        num_variables: trainable variables.
+        bound: The `sensitivity(l2_norm_clip)` of the clipping mode.
+        least_norm: The `least_norm(l2_norm_clip)` of the mode.
+        num_variables: The number of trainable variables.
     """
     return bound * math.sqrt(1.0 + num_variables * VANISHING / least_norm**2)
 
@@ -37,17 +37,19 @@ def checked_clip_norm(l2_norm_clip: Any) -> float:
     """Returns a clip norm that float32 can hold.
 
     Raises:
-        TypeError: if it is not a number.
-        ValueError: if it is not finite and positive, too small or too large.
+        TypeError: If it is not a number.
+        ValueError: If it is not finite and positive.
+        PrivacyError: If it is too small or too large.
     """
     l2_norm_clip = checked_float(
         "l2_norm_clip", l2_norm_clip, above=0.0, hint="It is fixed before training."
     )
     if not LEAST_CLIP_NORM * (1 - 1e-12) <= l2_norm_clip <= LARGEST_CLIP_NORM:
         raise PrivacyError(
-            f"`l2_norm_clip` must be from {LEAST_CLIP_NORM:.3g} to {LARGEST_CLIP_NORM:.3g}: "
-            "squares of gradients beyond are lost in float32, and an example could count for more "
-            "than the clip norm. Scale the loss, and with it the clip norm; the learning rate by "
-            f"the inverse. Received: l2_norm_clip={l2_norm_clip!r}"
+            f"Expected `l2_norm_clip` to be from {LEAST_CLIP_NORM:.3g} to "
+            f"{LARGEST_CLIP_NORM:.3g}. Outside that range squares of gradients are lost in "
+            "float32, and an example could count for more than the clip norm. Scale the loss and "
+            "the clip norm by the same factor, and the learning rate by its inverse. "
+            f"Received: l2_norm_clip={l2_norm_clip!r}"
         )
     return l2_norm_clip

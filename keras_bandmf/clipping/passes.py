@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import compiled_metrics
 from keras_bandmf.clipping.checks.captures import Refused, Watch, written_in
 from keras_bandmf.clipping.checks.unseen import unseen
 from keras_bandmf.clipping.paths.book_keeping import Clipped
@@ -21,8 +22,8 @@ class RowsOf(NamedTuple):
     """Inputs and the number of each row in its batch: what tells one pass of a batch from another.
 
     Attributes:
-        x: inputs, a structure of tensors with the example on axis 0.
-        numbers: (rows,) int64.
+        x: The inputs, a structure of tensors with the example on axis 0.
+        numbers: Shape (rows,), int64.
     """
 
     x: Any
@@ -30,19 +31,19 @@ class RowsOf(NamedTuple):
 
 
 def with_row_numbers(x: Any, mask: tf.Tensor) -> RowsOf:
-    """Number the rows of a batch."""
+    """Numbers the rows of a batch."""
     return RowsOf(x, tf.range(tf.cast(dims(mask)[0], tf.int64), dtype=tf.int64))
 
 
 def in_passes(
     clip: ChunkFunction, model: keras.Model, mask_seeds: MaskSeeds | None
 ) -> ChunkFunction:
-    """`clip` of rows that are numbered, each call a pass with masks of its own.
+    """Returns `clip` for numbered rows: each call is a pass with its own masks.
 
     Args:
-        clip: (x, y, sample_weight, mask) -> `Clipped`: forward pass, loss and gradients.
-        model: of which `clip` is.
-        mask_seeds: as for `clipped_gradients`.
+        clip: A function (x, y, sample_weight, mask) that returns `Clipped`.
+        model: The model that `clip` is for.
+        mask_seeds: See `clipped_gradients`.
 
     Returns:
         The same of (`RowsOf`, y, sample_weight, mask).
@@ -67,19 +68,19 @@ def private_pass(
     first: tf.Tensor | None,
     unread: dict[int, str] | None = None,
 ) -> Any:
-    """Run one pass: draws answered from `first`, writes and dependences looked at.
+    """Runs one pass: draws are answered from `first`, writes and dependences are checked.
 
     Args:
-        run: forward pass, loss, gradients, or some of them.
-        model: whose.
-        first: of `MaskSeeds.of_pass`, or None for Keras's own generators.
-        unread: as for `Watch`.
+        run: The forward pass, loss and gradients, or some of them.
+        model: The model.
+        first: The seed of `MaskSeeds.of_pass`, or None for Keras's own generators.
+        unread: See `Watch`.
 
     Returns:
         What `run` returns.
 
     Raises:
-        Refused: as `captures.Watch.refuse` and `seeds.drawing`.
+        Refused: See `captures.Watch.refuse` and `seeds.drawing`.
     """
     watch = Watch(model, first, seed_generators(model), unread)
     with contextlib.nullcontext() if first is None else drawing(model, first):
@@ -91,19 +92,19 @@ def private_pass(
 def traced_pass(
     run: Callable[..., Any], model: keras.Model, *data: Any, unread: dict[int, str] | None = None
 ) -> tf.Graph | Exception:
-    """Trace a private pass without running it, to see what it does.
+    """Traces a private pass without running it, to see what it does.
 
     Args:
-        run: forward pass or loss, of structures like `data`.
-        model: whose.
-        data: structures of tensors, of which only shapes and dtypes are used.
-        unread: as for `Watch`.
+        run: The forward pass or loss, a function of structures like `data`.
+        model: The model.
+        *data: Structures of tensors, of which only shapes and dtypes are used.
+        unread: See `Watch`.
 
     Returns:
         The graph, or the error of a pass that cannot be traced.
 
     Raises:
-        Refused: as `private_pass`.
+        Refused: See `private_pass`.
     """
 
     def trace(*data: Any) -> Any:
@@ -121,14 +122,14 @@ def traced_pass(
 def written_by_metrics(
     model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any
 ) -> dict[int, str]:
-    """What the compiled metrics write, variables of their own and others: as `written_in`.
+    """Returns what the compiled metrics write, their own variables and others; see `written_in`.
 
-    Args: structures of tensors, of which only shapes and dtypes are used.
+    The arguments are structures of tensors, of which only shapes and dtypes are used.
 
     Formal guarantees: empty if the metrics are not built yet, which `fit` does, or cannot be
     traced: they run eagerly then, and what they write is out of sight.
     """
-    compiled = getattr(model, "_compile_metrics", None)
+    compiled = compiled_metrics(model)
     if compiled is None or not compiled.built:
         return {}
 
@@ -143,10 +144,10 @@ def written_by_metrics(
 
 
 def refuse_untraceable(what: str, error: Exception) -> None:
-    """Refuse a model or a loss that runs only eagerly: what it reads and writes is unknown.
+    """Refuses a model or a loss that runs only eagerly: what it reads and writes is unknown.
 
     Raises:
-        Refused: always.
+        Refused: Always.
     """
     raise Refused(
         f"{what} must be traceable by `tf.function`: what it reads and writes is looked up in its "

@@ -1,12 +1,19 @@
-"""The loss of every example in one go, with its slopes by the model's outputs."""
+"""The losses of all examples at once, and their gradients (slopes) by the model's outputs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import (
+    keras_logits,
+    keras_mask,
+    set_keras_logits,
+    set_keras_mask,
+)
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import BatchLoss
 
@@ -15,9 +22,9 @@ class RowLosses(NamedTuple):
     """Losses of all examples and where backpropagation starts.
 
     Attributes:
-        losses: (batch,).
-        outputs: the tensors of the forward pass that the losses depend on.
-        slopes: gradient of the summed losses by each of `outputs`.
+        losses: Shape (batch,).
+        outputs: The tensors of the forward pass that the losses depend on.
+        slopes: The gradient of the summed losses by each of `outputs`.
     """
 
     losses: tf.Tensor
@@ -28,21 +35,21 @@ class RowLosses(NamedTuple):
 def per_example_losses(
     loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any, weights: Any = ()
 ) -> RowLosses:
-    """Loss of every example: `loss` on a batch of that one row.
+    """Returns the loss of every example: `loss` on a batch of that one row.
 
     Sample weights, temporal weights, masks, several outputs and loss weights act as they do there.
-    Losses are vectorised, layers never are. The slopes are taken row by row, too, not from the
-    vectorised loss: under XLA its gradient made every step as slow as a compilation (measured).
+    Losses are vectorized, layers never are. The slopes are taken row by row, too, not from the
+    vectorized loss: under XLA its gradient made every step as slow as a compilation (measured).
 
     Args:
-        loss: from `batch_loss`; it must not look at x.
-        y: targets, a structure of tensors with the example on axis 0, or None.
-        y_pred: outputs of the model on the whole batch.
+        loss: A loss from `batch_loss`. It must not read x.
+        y: The targets, a structure of tensors with the example on axis 0, or None.
+        y_pred: The outputs of the model on the whole batch.
         sample_weight: None, a tensor, or a structure of tensors.
-        weights: variables the loss must not read by itself.
+        weights: Variables that the loss must not read by itself.
 
     Raises:
-        Unsupported: the loss reads one of `weights`.
+        Unsupported: If the loss reads one of `weights`.
     """
     parts = (y, y_pred, sample_weight)
     leaves = [[_Leaf(leaf) for leaf in keras.tree.flatten(part)] for part in parts]
@@ -67,13 +74,13 @@ def per_example_losses(
         used[:] = [slope is not None for slope in slopes]
         return value, [tf.convert_to_tensor(slope)[0] for slope in slopes if slope is not None]
 
-    # The tape of the forward pass has no business in here.
+    # The tape of the forward pass must not record what happens here.
     tensors = [[[tf.stop_gradient(t) for t in leaf.tensors] for leaf in part] for part in leaves]
     try:
         losses, slopes = tf.vectorized_map(one, tensors)
     except Unsupported:
         raise
-    except Exception:  # an operation that cannot be vectorised, or a mistake: this shows which
+    except Exception:  # an operation that cannot be vectorized, or a mistake, which `map_fn` shows
         kept = [t.dtype for t, u in zip(outputs, used, strict=True) if u]
         signature = (tf.as_dtype(keras.config.floatx()), kept)
         losses, slopes = tf.map_fn(one, tensors, fn_output_signature=signature)
@@ -85,19 +92,20 @@ class _Leaf:
     """A tensor and what Keras hangs on it and reads in losses: its mask and its logits."""
 
     def __init__(self, leaf: tf.Tensor | None):
-        self.mask = getattr(leaf, "_keras_mask", None)
-        self.logits = getattr(leaf, "_keras_logits", None)
-        self.activation = None
+        self.mask = keras_mask(leaf)
+        self.logits = keras_logits(leaf)
+        self.activation: Callable[[tf.Tensor], tf.Tensor] | None = None
         if leaf is not None and self.logits is None and not tf.executing_eagerly():
             # In a graph Keras looks for the operation that made the output and takes its input.
             operation = getattr(leaf, "op", None)
             known = {"Softmax": tf.nn.softmax, "Sigmoid": tf.sigmoid}
-            self.activation = known.get(getattr(operation, "type", None))
-            leaf = leaf if self.activation is None else operation.inputs[0]
+            if operation is not None and operation.type in known:
+                self.activation = known[operation.type]
+                leaf = operation.inputs[0]
         self.tensors = [t for t in (leaf, self.mask, self.logits) if t is not None]
 
     def of_row(self, rows: list[tf.Tensor]) -> tf.Tensor | None:
-        """The same for a batch of one, given `tensors` of that batch."""
+        """Returns the same for a batch of one, given `tensors` of that batch."""
         if not rows:
             return None
         rest = iter(rows)
@@ -105,7 +113,7 @@ class _Leaf:
         if self.activation is not None:
             leaf = self.activation(leaf)
         if self.mask is not None:
-            leaf._keras_mask = next(rest)
+            set_keras_mask(leaf, next(rest))
         if self.logits is not None:
-            leaf._keras_logits = next(rest)
+            set_keras_logits(leaf, next(rest))
         return leaf

@@ -16,10 +16,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-# The generator that `seed=None` stands for; Keras does not export it.
-from keras.src.backend.common.global_state import get_global_attribute
-from keras.src.random.seed_generator import global_seed_generator
-
+from keras_bandmf._keras_internals import (
+    all_layers,
+    existing_global_seed_generator,
+    global_seed_generator,
+    own_seed_generators,
+)
 from keras_bandmf.clipping.checks.captures import Refused
 
 # A seed has 64 bits: 28 number steps and replicas, 26 the rows of a batch, 10 the draws of a pass.
@@ -60,18 +62,27 @@ class MaskSeeds:
         random operations whose seed does not come from here.
 
     Attributes:
-        key: shape (2,), int64 or uint64: secret, of the run; read from a variable, never constant.
-        place: scalar int64, step * replicas + replica: below 2**28.
+        key: Shape (2,), int64 or uint64: the secret key of the run. It is read from a variable,
+            and never a constant of the graph.
+        place: Scalar int64, step * replicas + replica: below 2**28.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_bandmf import clipping
+        >>> key = tf.constant([1, 2], tf.int64)  # of a real run: secret and random
+        >>> first, second = (clipping.MaskSeeds(key, tf.constant(t, tf.int64)) for t in (0, 1))
+        >>> bool(first.of_pass(0) == second.of_pass(0))
+        False
     """
 
     key: tf.Tensor
     place: tf.Tensor
 
     def of_pass(self, first_row: Any) -> tf.Tensor:
-        """The seed of the first draw of a pass, scalar uint64; the others follow it.
+        """Returns the seed of the first draw of a pass, scalar uint64; the others follow it.
 
         Args:
-            first_row: scalar integer below 2**26, the first row of the pass in its batch.
+            first_row: Scalar integer below 2**26, the first row of the pass in its batch.
         """
         key = tf.bitcast(self.key, tf.uint64)
         number = _left(tf.cast(self.place, tf.uint64), _ROW_BITS) + tf.cast(first_row, tf.uint64)
@@ -93,7 +104,7 @@ def _left(value: tf.Tensor, bits: int) -> tf.Tensor:
 
 
 def seed_generators(model: keras.layers.Layer) -> list[keras.random.SeedGenerator]:
-    """Every generator that is an attribute of a layer of `model`, and Keras's global one.
+    """Returns every generator that is an attribute of a layer of `model`, and Keras's global one.
 
     Keras makes that one on first use. A replica cannot make it; `check_model` does.
     """
@@ -101,24 +112,24 @@ def seed_generators(model: keras.layers.Layer) -> list[keras.random.SeedGenerato
         # Where it cannot be made, a draw from it is refused: it would write its new variable.
         with contextlib.suppress(RuntimeError), tf.init_scope():
             global_seed_generator()
-    shared = get_global_attribute("global_seed_generator")
+    shared = existing_global_seed_generator()
     found = [] if shared is None else [shared]
-    for layer in model._flatten_layers():
-        found += layer._seed_generators
+    for layer in all_layers(model):
+        found += own_seed_generators(layer)
     return list({id(generator): generator for generator in found}.values())
 
 
 @contextlib.contextmanager
 def drawing(model: keras.layers.Layer, first: tf.Tensor) -> Iterator[None]:
-    """Answer every seed generator of `model`, on its instance, from one pass's seeds.
+    """Makes every seed generator of `model`, on its instance, answer with one pass's seeds.
 
     Args:
-        model: whose forward pass, loss and gradients are computed inside; all of them, as a layer
-            that recomputes its activations draws again.
-        first: of `MaskSeeds.of_pass`.
+        model: The model whose forward pass, loss and gradients are computed inside. All of them
+            must be, because a layer that recomputes its activations draws again.
+        first: The seed of `MaskSeeds.of_pass`.
 
     Raises:
-        Refused: a generator that is answered otherwise already; and, from inside, a draw in a
+        Refused: If a generator's `next` is replaced already; and, from inside, for a draw in a
             loop or an inner function, where one seed would serve for many draws, or more draws
             than a pass may have.
     """
@@ -151,7 +162,7 @@ def _answer(first: tf.Tensor) -> Callable[..., tf.Tensor]:
                 "A forward pass may draw random numbers at most "
                 f"{2**_DRAW_BITS} times. Received: a model with more draws"
             )
-        # int32 as Keras passes it on unchanged: of other types it drops bits.
+        # int32, because Keras passes it on unchanged. It drops bits of other types.
         return tf.bitcast(first + tf.constant(number, tf.uint64), tf.int32)
 
     return answer
@@ -162,7 +173,7 @@ def _graph() -> tf.Graph | None:
 
 
 def _refuse_inner(graph: tf.Graph | None) -> None:
-    """Only branches may draw besides the pass itself: they run at most once."""
+    """Refuses draws outside the pass itself and its branches, which run at most once."""
     here = _graph()
     while here is not None and here is not graph and type(here).__name__ == "CondBranchFuncGraph":
         here = here.outer_graph

@@ -11,38 +11,38 @@ import tensorflow as tf
 
 
 def dims(tensor: tf.Tensor) -> list[Any]:
-    """Every dimension of `tensor`: a Python int where static, else a scalar int32 tensor."""
+    """Returns the sizes of a tensor: a Python int where static, else a scalar int32 tensor."""
     dynamic = tf.shape(tensor)
     return [dynamic[i] if d is None else d for i, d in enumerate(tensor.shape.as_list())]
 
 
 def product(sizes: list[Any]) -> Any:
-    """The product of `sizes` (ints or scalar tensors); 1 for none."""
+    """Returns the product of `sizes` (ints or scalar tensors); 1 for none."""
     return math.prod(sizes)
 
 
 def static(size: Any) -> int | None:
-    """`size` as a Python int, or None if it is known only when the graph runs."""
+    """Returns `size` as a Python int, or None if it is known only when the graph runs."""
     return size if isinstance(size, int) else None
 
 
 def over_rows(row_values: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
-    """`row_values` of shape (batch,) reshaped to broadcast over the trailing axes of `like`."""
+    """Returns `row_values`, (batch,), reshaped to broadcast over the other axes of `like`."""
     return tf.reshape(row_values, [-1] + [1] * (like.shape.rank - 1))
 
 
 def positions(tensor: tf.Tensor) -> tf.Tensor:
-    """(batch, ..., features) as (batch, 1, positions, features): one group."""
+    """Returns (batch, ..., features) as (batch, 1, positions, features): one group."""
     sizes = dims(tensor)
     return tf.reshape(tensor, [sizes[0], 1, product(sizes[1:-1]), sizes[-1]])
 
 
 def sum_to(tensor: tf.Tensor, shape: tuple[int, ...]) -> tf.Tensor:
-    """Undo a broadcast example by example: (batch, ...) summed to (batch, *shape).
+    """Undoes a broadcast example by example: (batch, ...) summed to (batch, *shape).
 
     Args:
-        tensor: gradient of an output of shape (batch, ...).
-        shape: of the variable that was broadcast to it, aligned on the right.
+        tensor: The gradient of an output of shape (batch, ...).
+        shape: The shape of the variable that was broadcast to it, aligned on the right.
 
     Returns:
         Tensor of shape (batch, *shape).
@@ -56,5 +56,5 @@ def sum_to(tensor: tf.Tensor, shape: tuple[int, ...]) -> tf.Tensor:
 
 
 def on_tensors(function: Callable[[Any], Any], data: Any) -> Any:
-    """`function` of every leaf of a structure; None stays None."""
+    """Returns `function` of every leaf of a structure; None stays None."""
     return keras.tree.map_structure(lambda t: None if t is None else function(t), data)

@@ -1,4 +1,4 @@
-"""Correlated noise `C^-1 Z`, a row per step."""
+"""Correlated noise `C^-1 Z`, one row for each step."""
 
 from keras_bandmf.noise.correlated import CorrelatedNoise, NoiseRows
 

@@ -1,4 +1,4 @@
-"""The correlated noise `C^-1 Z`, one row a step, each replica its share."""
+"""The correlated noise `C^-1 Z`: one row for each step, of which each replica draws its share."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from keras_bandmf.noise.lattice import NoiseRows
 from keras_bandmf.noise.shards import ShardLayout
 
 _INT32 = 2.0**31
-#: Adding it to a float64 below 2^51 leaves the nearest integer in the lower bits of the sum.
+#: Added to a float64 below 2^51, it leaves the nearest integer in the lower bits of the sum.
 _ROUNDER = 1.5 * 2.0**52
-#: Partial sums of replicas are cut there, so that float64 adds them exactly.
+#: Partial sums of replicas are clipped to this size, so that float64 adds them exactly.
 _LARGEST_SUM = 2.0**51
 
 
 class CorrelatedNoise:
-    """A stream of rows of `C^-1 Z`, `Z` independent normals of standard deviation `stddev`.
+    """A stream of rows of `C^-1 Z`, where `Z` is independent Gaussian noise.
 
-    The state is a ring of the last `b - 1` rows in `tf.Variable`s, so that a compiled training
-    loop advances it. Under a `tf.distribute` strategy each replica keeps, and draws, only its own
-    run of the flat gradient vector; the sum of all shares is the row. (Under a central storage the
-    first replica has it all.)
+    The state is a ring buffer of the last `b - 1` rows in `tf.Variable`s, so that a compiled
+    training loop advances it. Under a `tf.distribute` strategy, each replica keeps and draws only
+    its own part of the flat gradient vector, and the sum of all parts is the row. (Under a central
+    storage the first replica has all of it.)
 
-    A row is whole multiples `n_i` (int32) of the lattice step 2^exponent:
-    `n_i = rint(a_i z_i - sum_k c_{i,k} n_{i-k})`. The rounding does not add up over rows: each is
-    computed from the rows that were released.
+    A row consists of whole multiples `n_i` (int32) of the lattice step 2^exponent:
+    `n_i = rint(a_i z_i - sum_k c_{i,k} n_{i-k})`. The rounding errors do not accumulate over rows,
+    because each row is computed from the rows that were released.
 
     Formal guarantees:
         *Lattice.* What `noisy_sums` returns is a function of the integers `w_i = G_i + n_i`, `G_i`
@@ -62,16 +62,25 @@ class CorrelatedNoise:
         knows it, or the ring, can subtract the noise.
 
     Args:
-        strategy: the strategy whose `noise_rows` and `tail_scale` define `C`.
-        stddev: standard deviation of `Z`: noise multiplier times sensitivity times clip norm.
-        shapes: the shapes of the gradients.
-        seed: an integer for tests only. By default the key comes from the operating system.
-        exact: round each value as the real number would be, of which the float64 one is an
-            approximation. Refused in a program that XLA compiles.
+        strategy: The strategy, whose `noise_rows` and `tail_scale` define `C`.
+        stddev: The standard deviation of `Z`: noise multiplier times sensitivity times clip norm.
+        shapes: The shapes of the gradients.
+        seed: An integer, for tests only. By default the key comes from the operating system.
+        exact: Whether to round each value as the real number that float64 approximates would be
+            rounded. It is refused in a program that XLA compiles.
 
     Raises:
-        ValueError: if an argument is out of range, a replica would draw 2**31 values or more, or
+        ValueError: If an argument is out of range, a replica would draw 2**31 values or more, or
             flags of XLA make its arithmetic too loose.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> strategy = bandmf.strategies.ToeplitzStrategy([0.8, 0.6], num_steps=4)
+        >>> noise = bandmf.noise.CorrelatedNoise(strategy, stddev=1.0, shapes=[(2, 3), (3,)])
+        >>> [tuple(part.shape) for part in noise.next()]
+        [(2, 3), (3,)]
+        >>> noise.position, noise.num_steps, noise.num_slots
+        (1, 4, 1)
     """
 
     def __init__(
@@ -87,16 +96,16 @@ class CorrelatedNoise:
         self.stddev = checked_float("stddev", stddev, minimum=0.0)
         self.exact = bool(exact)
         #: The lattice step is 2^exponent; None without noise.
-        self.exponent = None
+        self.exponent: int | None = None
         if self.stddev:
             self.exponent = lattice.step_exponent(self.stddev, lattice.largest_row_norm(strategy))
         self.num_steps = strategy.num_steps
         self.num_slots = strategy.num_bands - 1
         distribution = tf.distribute.get_strategy()
         self.num_replicas = distribution.num_replicas_in_sync
-        # Partial sums are rounded to so many bits more than the whole: see `lattice`.
+        # Partial sums are rounded to this many more bits than the whole: see `lattice`.
         self._finer = lattice.finer_bits(self.num_replicas)
-        # A central storage has one place for state: the first replica draws the whole row.
+        # A central storage has only one place for state, so the first replica draws the whole row.
         central = isinstance(distribution, tf.distribute.experimental.CentralStorageStrategy)
         self.layout = ShardLayout(shapes, 1 if central else self.num_replicas)
         if self.layout.shard_size >= 2**31:
@@ -108,8 +117,9 @@ class CorrelatedNoise:
         self._distribution = distribution
         self._first_replica = _distribution.local_replicas(distribution)[0]
         if central:
-            # Its variables combine what all replicas assign. A new thread is in no scope, and
-            # knows no device: a program of XLA takes variables of its own device only.
+            # Variables made in its scope combine what all replicas assign, so these are made in a
+            # new thread, which is in no scope. The thread has no device either, but a program of
+            # XLA takes variables of its own device only.
             def make() -> None:
                 with tf.device(distribution.extended.worker_devices[0]):
                     self._make_variables()
@@ -119,7 +129,7 @@ class CorrelatedNoise:
         else:
             with tf.init_scope(), distribution.scope():
                 self._make_variables()
-        # Programs of their own: XLA computes a row anew for each array that is made from it.
+        # Separate programs: XLA computes a row again for each array that is made from it.
         self._row = tf.function(self._draw_and_pass, jit_compile=True, autograph=False)
         self._doubtful = tf.function(self._doubtful_pairs, jit_compile=True, autograph=False)
         self._meet = tf.function(self._keep_and_add, jit_compile=True, autograph=False)
@@ -131,7 +141,7 @@ class CorrelatedNoise:
         self._key = tf.Variable(np.zeros(2, np.int64), trainable=False, name="noise_key")
         # A table of n rows must not become a constant of the graph.
         self._table = tf.Variable(table, trainable=False, name="noise_table")
-        self._ring = None
+        self._ring: tf.Variable | None = None
         if self.num_slots:
             self._ring = self._per_replica(
                 # Two int32 in each element: a pair of normals comes from one counter.
@@ -141,7 +151,7 @@ class CorrelatedNoise:
         self._position = self._per_replica(tf.zeros([], tf.int64), "noise_position")
 
     def _per_replica(self, value: tf.Tensor, name: str) -> tf.Variable:
-        """Makes a variable of which each replica has, and updates, its own."""
+        """Makes a variable of which each replica has, and updates, its own copy."""
         return tf.Variable(
             value,
             trainable=False,
@@ -151,12 +161,16 @@ class CorrelatedNoise:
         )
 
     def _local(self, variable: tf.Variable) -> list[tf.Variable]:
-        """Returns the variables of the replicas of this process."""
+        """Returns the copies of a variable that the replicas of this process have."""
         return list(self._distribution.experimental_local_results(variable))
+
+    def _ring_of(self, replica: int) -> tf.Variable:
+        """Returns the ring of a replica of this process. There is one if there are slots."""
+        return self._local(self._ring)[replica - self._first_replica]
 
     @property
     def position(self) -> int:
-        """The next row to give out."""
+        """The number of the next row."""
         return max(int(local.numpy()) for local in self._local(self._position))
 
     @position.setter
@@ -166,50 +180,58 @@ class CorrelatedNoise:
 
     @property
     def counters(self) -> list[tf.Variable]:
-        """The variables of this process that count the rows given out; `position` is the most."""
+        """The variables of this process that count the rows drawn. `position` is the largest."""
         return self._local(self._position)
 
     @property
     def step(self) -> float:
-        """The lattice step; 1 without noise."""
+        """The lattice step. It is 1 without noise."""
         return 1.0 if self.exponent is None else 2.0**self.exponent
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the ring on each replica."""
+        """The size of the ring on each replica, in bytes."""
         return 4 * self.num_slots * self.layout.shard_size
 
     def set_key(self, key: np.ndarray) -> None:
-        """Replaces the key of all rows to come: shape (2,), uint64. The chief's key counts."""
+        """Replaces the key of all rows to come.
+
+        Args:
+            key: The key, of shape (2,), uint64. With several worker processes, that of the chief is
+                taken.
+        """
         key = np.asarray(key, np.uint64).view(np.int64)
         self._process = os.getpid()
         self._key.assign(_distribution.from_chief(self._distribution, key))
 
     def check_process(self) -> None:
-        """Refuses to draw in another process than the key was set in.
+        """Refuses to draw in a process other than the one that set the key.
 
-        After a fork both processes hold the key, and the same noise on two gradients cancels.
+        After a fork both processes hold the key, and the same noise on two gradients cancels out.
 
         Raises:
-            ValueError: in the other process, until it sets a key.
+            PrivacyError: In the other process, until it sets a key.
         """
         if os.getpid() != self._process:
             raise PrivacyError(
                 f"The noise key belongs to process {self._process}, and a fork copied it here: the "
-                "same noise on two gradients would cancel. Received: a step in process "
+                "same noise on two gradients would cancel out. Received: a step in process "
                 f"{os.getpid()}. Make the optimizer after the fork, or restore a checkpoint here."
             )
 
     def get_key(self) -> np.ndarray:
-        """Returns the secret key, shape (2,), uint64, to be saved beside the ring."""
+        """Returns the secret key, of shape (2,), uint64, to be saved beside the ring."""
         return self._key.numpy().view(np.uint64)
 
     def get_ring(self) -> np.ndarray:
-        """Returns the secret ring of all replicas, shape (b - 1, d), int32: multiples of `step`.
+        """Returns the secret ring of all replicas.
 
         With several worker processes all of them must call it: each sends its share.
+
+        Returns:
+            Multiples of `step`, of shape (b - 1, d), int32.
         """
-        if not self.num_slots:
+        if self._ring is None:
             return np.zeros((0, self.layout.size), np.int32)
         rings = [ring.numpy().view(np.int32) for ring in self._local(self._ring)]
         return self.layout.gather(_distribution.gather_parts(self._distribution, rings))
@@ -217,8 +239,11 @@ class CorrelatedNoise:
     def set_ring(self, ring: np.ndarray) -> None:
         """Restores what `get_ring` returned, on any number of replicas.
 
+        Args:
+            ring: Multiples of `step`, of shape (b - 1, d), int32.
+
         Raises:
-            ValueError: if the shape or dtype differs.
+            ValueError: If the shape or dtype differs.
         """
         ring = np.asarray(ring)
         expected = (self.num_slots, self.layout.size)
@@ -226,27 +251,30 @@ class CorrelatedNoise:
             raise ValueError(
                 f"The saved noise ring must be int32 of shape {expected}. Received: an "
                 f"array of dtype {ring.dtype} and shape {ring.shape}. It belongs to another model, "
-                "plan or number of bands, or the file is damaged; the run cannot go on from it."
+                "plan or number of bands, or the file is damaged. The run cannot continue from it."
             )
-        if self.num_slots:
+        if self._ring is not None:
             parts = self.layout.scatter(ring)[self._first_replica :]
             local = self._local(self._ring)
             for variable, part in zip(local, parts[: len(local)], strict=True):
                 variable.assign(np.ascontiguousarray(part).view(np.int64))
 
     def next(self) -> list[tf.Tensor]:
-        """Advances by one row and returns it, float32, in the shapes given.
+        """Advances by one row and returns it.
 
-        For use outside a `tf.distribute` strategy; an optimizer calls `noisy_sums`, whose step is
-        its own counter.
+        It is for use outside a `tf.distribute` strategy. An optimizer calls `noisy_sums`, with its
+        own step counter.
+
+        Returns:
+            A float32 tensor for each of the shapes.
 
         Raises:
-            ValueError: under a strategy with several replicas, or (eagerly) after `n` rows.
+            ValueError: If there are several replicas, or (only eagerly) after `n` rows.
         """
         if self.num_replicas > 1:
             raise ValueError(
-                "`next()` returns whole rows and needs a noise made outside a strategy scope. "
-                f"Received: a noise over {self.num_replicas} replicas. Call `noisy_sums`."
+                "`next()` returns whole rows, and needs noise made outside of a distribution's "
+                f"scope. Received: noise over {self.num_replicas} replicas. Call `noisy_sums`."
             )
         self.check_process()
         step = self._local(self._position)[0].read_value()
@@ -264,21 +292,21 @@ class CorrelatedNoise:
     ) -> list[tf.Tensor]:
         """Advances the ring to row `step` and adds that row to clipped sums.
 
-        With several replicas all of them must call it, each with its partial sums: this adds them
+        With several replicas all of them must call it, each with its partial sums, which this adds
         up. No other sum over replicas may follow.
 
         Args:
-            sums: clipped sums of this replica, float32 or float64, in the shapes given.
-            step: scalar integer, equal to `position`.
-            replica: the replica in whose context this is called, a Python integer; with several
-                worker processes its number among all of them.
-            scale: public factor of the result, such as 1 / batch size.
-            usable: whether the sums of this replica may be used; if not, the result is all NaN.
+            sums: The clipped sums of this replica, float32 or float64, in the shapes given.
+            step: The step, a scalar integer equal to `position`.
+            replica: The number of the replica in whose context this is called, a Python integer.
+                With several worker processes it is the number among all of them.
+            scale: A public factor of the result, such as 1 / batch size.
+            usable: Whether the sums of this replica may be used. If not, the result is all NaN.
 
         Returns:
-            For each shape the whole noisy sum times `scale`, float32, the same on all replicas.
-            All NaN for a step of `n` or more, or another than `position`; the position does not
-            move then.
+            For each shape the whole noisy sum times `scale`, float32, the same on all replicas. It
+            is all NaN if the step is `n` or more, or differs from `position`, and then the position
+            does not move.
         """
         self.check_process()
         step = tf.cast(step, tf.int64)
@@ -295,24 +323,24 @@ class CorrelatedNoise:
             if self.exact and self.exponent is not None:
                 row = self._settled(row, step, replica)
             flat = tf.reshape(tf.bitcast(row, tf.int32), [self.layout.shard_size])
-        # A step that is not allowed is NaN in the partial sum, hence in the whole one.
+        # A step that is not allowed makes the partial sum NaN, and with it the whole one.
         first = tf.where(allowed & usable, tf.constant(1.0, tf.float64), np.nan)
         if self.num_replicas == 1:
             return self._meet(list(sums), row, flat, step, allowed, first * unit, replica)
         partial = self._meet(list(sums), row, flat, step, allowed, first, replica)
         total = tf.distribute.get_replica_context().all_reduce("SUM", partial)
         if self.exponent is not None:
-            # Exact: the noise in it is whole, so this rounds the sum of the clipped sums.
+            # Exact: the noise is whole, so this rounds only the sum of the clipped sums.
             total = [tf.floor(part * 2.0**-self._finer + 0.5) for part in total]
         return [tf.cast(part * unit, tf.float32) for part in total]
 
     def _draw_and_pass(self, step: tf.Tensor, replica: int) -> tf.Tensor:
-        """A replica's part of row `step`, two int32 in each int64: one XLA program."""
+        """Returns a replica's part of row `step`, two int32 in each int64, in one XLA program."""
         pair, coefficients, terms = self._row_parts(step, replica)
         return _packed(*_values(pair, coefficients, terms))
 
     def _doubtful_pairs(self, step: tf.Tensor, replica: int) -> tf.Tensor:
-        """Which pairs of that part are to be computed exactly: shape (shard_size / 2,), bool."""
+        """Returns which pairs of that part to compute exactly, bool, of shape (shard_size / 2,)."""
         pair, coefficients, terms = self._row_parts(step, replica)
         sizes = tf.constant(0.0, tf.float64)
         if self.num_slots:
@@ -324,7 +352,7 @@ class CorrelatedNoise:
     def _row_parts(
         self, step: tf.Tensor, replica: int
     ) -> tuple[tuple[tf.Tensor, tf.Tensor], tf.Tensor, list[list[tf.Tensor]]]:
-        """(standard normals; `a`, then `c` of each slot of the ring; terms of the sums over k)."""
+        """Returns standard normals, the coefficients, and the terms of the sums over k."""
         pair = normals.standard_normals(
             self._key.read_value(),
             step,
@@ -335,24 +363,24 @@ class CorrelatedNoise:
         coefficients = self._coefficients(step)
         terms: list[list[tf.Tensor]] = [[], []]
         for slot in range(self.num_slots):
-            ring = self._local(self._ring)[replica - self._first_replica]
+            ring = self._ring_of(replica)
             for half, value in enumerate(_halves(ring[slot])):
                 terms[half].append(value * coefficients[1 + slot])
         return pair, coefficients, terms
 
     def _coefficients(self, step: tf.Tensor) -> tf.Tensor:
-        """Shape (b,), float64: `a` of row `step` in lattice steps, then `c` of each slot."""
+        """Returns `a` of row `step` in lattice steps, then `c` of each slot: (b,), float64."""
         count = self._table.shape[0]
         index = tf.clip_by_value(step - (self.num_steps - count), 0, count - 1)
         coefficients = tf.gather(self._table, index)
         if not self.num_slots:
             return coefficients
-        # Slot s holds row i - k for the k in 1 .. b-1 with s = i - k modulo b - 1.
+        # Slot s holds row i - k for the k in 1, .., b - 1 with s = i - k modulo b - 1.
         lags = (step - 1 - tf.range(self.num_slots, dtype=tf.int64)) % self.num_slots
         return tf.concat([coefficients[:1], tf.gather(coefficients[1:], lags)], axis=0)
 
     def _settled(self, row: tf.Tensor, step: tf.Tensor, replica: int) -> tf.Tensor:
-        """A row whose doubtful values are rounded as real numbers are."""
+        """Returns a row whose doubtful values are rounded as real numbers are."""
         exact.check_not_compiled()
         indices = tf.where(self._doubtful(step, replica))[:, 0]
         first = self.layout.first_chunk(replica) * normals.COUNTERS_PER_CHUNK
@@ -360,7 +388,7 @@ class CorrelatedNoise:
         def anew() -> tf.Tensor:
             past = tf.zeros([0, tf.size(indices)], tf.int64)
             if self.num_slots:
-                ring = self._local(self._ring)[replica - self._first_replica]
+                ring = self._ring_of(replica)
                 past = tf.gather(ring.read_value(), indices, axis=1)
             inputs = [self._key.read_value(), step, indices + first]
             inputs += [self._coefficients(step), tf.bitcast(past, tf.int32)]
@@ -380,9 +408,9 @@ class CorrelatedNoise:
         unit: tf.Tensor,
         replica: int,
     ) -> list[tf.Tensor]:
-        """Puts a row into the ring and adds it to sums on the lattice, times `unit`."""
+        """Puts a row into the ring, and adds it to sums on the lattice, times `unit`."""
         if row is not None and self.num_slots:
-            ring = self._local(self._ring)[replica - self._first_replica]
+            ring = self._ring_of(replica)
             # XLA drops what is scattered beyond the end.
             slot = tf.where(allowed, step % self.num_slots, self.num_slots)
             ring.scatter_nd_update([[slot]], row[tf.newaxis])
@@ -405,13 +433,13 @@ class CorrelatedNoise:
 def _values(
     pair: Sequence[tf.Tensor], coefficients: tf.Tensor, terms: Sequence[Sequence[tf.Tensor]]
 ) -> list[tf.Tensor]:
-    """The values of a row before they are rounded."""
+    """Returns the values of a row before they are rounded."""
     values = [z * coefficients[0] for z in pair]
     return [v - tf.add_n(t) if t else v for v, t in zip(values, terms, strict=True)]
 
 
 def _packed(low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:
-    """Two float64 tensors, rounded to int32, as the halves of int64 values."""
+    """Rounds two float64 tensors to int32, and returns them as the halves of int64 values."""
     words = []
     for value in (low, high):
         value = tf.clip_by_value(value, -_INT32, _INT32 - 1.0) + _ROUNDER
@@ -422,7 +450,7 @@ def _packed(low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:
 
 
 def _halves(packed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The int32 halves of int64 values, as float64."""
+    """Returns the int32 halves of int64 values, as float64."""
     upper = tf.bitwise.right_shift(packed, tf.constant(32, tf.int64))
     low, high = (tf.cast(tf.cast(half, tf.int32), tf.float64) for half in (packed, upper))
     return low, high

@@ -1,7 +1,7 @@
-"""Rows of noise rounded as real numbers would be: the few doubtful values, to all bits needed.
+"""Exact rounding of noise: the few doubtful values are computed to as many bits as needed.
 
-A row is `rint(v)`, `v = a z - sum_k c_k n_k`. Computed in float64, `rint(v)` can be wrong only
-where `v` is within a bound of a tie; there it is computed anew, by `decimal`, with further random
+A row is `rint(v)` with `v = a z - sum_k c_k n_k`. Computed in float64, `rint(v)` can be wrong only
+where `v` is within a bound of a tie. There it is computed again, by `decimal`, with more random
 bits.
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.ops import control_flow_util
 
+from keras_bandmf._keras_internals import inside_xla_program
 from keras_bandmf.noise import philox
 
 _CONTEXT = decimal.Context(prec=130, Emin=-9999, Emax=9999)
@@ -23,10 +23,10 @@ _PI = decimal.Decimal(
     "3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534"
     "21170679821480865132823066470938446095505822317253594081284811"
 )
-#: Of `float64`: what the normals may be off by, and the angle's bits that were not drawn, as a
-#: share of the radius; what else, absolutely. Radii whose square is above the limit are doubtful.
+#: Bounds on errors in float64. Relative to the radius: that of the normals, with the bits of the
+#: angle that were not drawn. Absolute: the others. Radii whose square exceeds it are doubtful.
 _OF_RADIUS, _ABSOLUTE, _SQUARE_LIMIT = 2.0**-38, 2.0**-42, 40.0
-#: Rounds of further bits: 64 for the radius and 64 for the angle each.
+#: The largest number of rounds with more bits: each has 64 for the radius and 64 for the angle.
 _ROUNDS = 15
 
 
@@ -34,9 +34,9 @@ def check_not_compiled() -> None:
     """Refuses to make exact noise in a program that XLA compiles.
 
     Raises:
-        ValueError: there, when the program is traced.
+        ValueError: If such a program is being traced.
     """
-    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+    if inside_xla_program():
         raise ValueError(
             'noise="exact" computes doubtful values in Python, which XLA cannot compile. Received: '
             "a step inside `tf.function(jit_compile=True)`. Compile the gradients alone, and call "
@@ -71,17 +71,20 @@ def doubtful(
     """Returns which pairs have a value whose rounding float64 does not settle.
 
     Formal guarantees:
-        Of any other pair, `rint(values)` is that of the real numbers whose first bits were drawn,
+        For any other pair, `rint(values)` is that of the real numbers whose first bits were drawn,
         if float64 arithmetic is that of IEEE 754 (fused or not), and the normals, those of
         `normals.FINE`, are off by less than 2^-46 of the radius: bits of the angle not drawn move
         a normal by at most 2^-38 * pi / 4 of the radius, those of the radius by at most 2^-43.5
         near zero, and by 2^-88 exp(r^2 / 2) < 2^-58 elsewhere below the limit.
 
     Args:
-        pair: the standard normals.
-        scale: `a`.
-        values: `v` of both.
-        sizes: for each pair a bound on the rounding of the sums over k.
+        pair: The two standard normals of each pair, of shape (m,) each.
+        scale: The scalar `a`.
+        values: The values `v` of both.
+        sizes: For each pair, a bound on the rounding of the sums over k.
+
+    Returns:
+        Booleans of shape (m,).
     """
     square = tf.square(pair[0]) + tf.square(pair[1])
     # (1 + r^2) / 2 is at least r.
@@ -99,21 +102,21 @@ def rounded_pairs(
     coefficients: np.ndarray,
     past: np.ndarray,
 ) -> np.ndarray:
-    """Computes rows anew at a few pairs.
+    """Computes a row again at a few pairs, exactly.
 
     Formal guarantees:
         Given ideal random words, each value is the rounding of `a z - sum_k c_k n_k` with `z`
         exactly normal and the coefficients exact, except with probability below 2^-900.
 
     Args:
-        key: shape (2,), int64.
-        step: the row, below 2^60.
-        indices: shape (m,): numbers of the pairs in the whole row.
-        coefficients: shape (b,), float64: `a`, then `c` of each slot of the ring.
-        past: shape (b - 1, m, 2), int32: the ring at these pairs.
+        key: The noise key, of shape (2,), int64.
+        step: The number of the row, below 2^60.
+        indices: The numbers of the pairs in the whole row, of shape (m,).
+        coefficients: `a`, and then `c` for each slot of the ring, of shape (b,), float64.
+        past: The ring at these pairs, of shape (b - 1, m, 2), int32.
 
     Returns:
-        Shape (m, 2), int32.
+        The values of the row, of shape (m, 2), int32.
     """
     with tf.device("CPU"):
         drawn = [_words(key, int(step), indices, turn) for turn in range(2)]
@@ -140,7 +143,7 @@ def rounded_pairs(
 
 
 def _words(key: np.ndarray, step: int, indices: np.ndarray, turn: int) -> np.ndarray:
-    """Philox words of some pairs; further bits of a step are those of a step beyond 2^60."""
+    """Returns the Philox words of some pairs. More bits of a step come from steps beyond 2^60."""
     unsigned = np.asarray(key, np.int64).view(np.uint64)
     low = np.asarray(indices, np.int64).astype(np.uint64) + unsigned[1]
     words = philox.words(
@@ -152,7 +155,7 @@ def _words(key: np.ndarray, step: int, indices: np.ndarray, turn: int) -> np.nda
 def _rounded(
     words: list[list[int]], scale: decimal.Decimal, affine: list[decimal.Decimal]
 ) -> tuple[int, int] | None:
-    """The two values of a pair, or None where more bits are needed."""
+    """Returns the two values of a pair, or None if more bits are needed."""
     first, second, third, fourth = words[0]
     uniform, bits = (first << 56) + (second << 24) + fourth % 2**24, 88
     turn, places = (third - 2**31) * 2**6 + (fourth >> 24) % 64, 37

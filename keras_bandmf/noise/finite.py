@@ -1,4 +1,4 @@
-"""What the finite number of random bits costs in privacy."""
+"""The price in privacy of a finite number of random bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DELTA_SHARE = 1e-3
 
 
 def tail_total_variation(num_values: float) -> float:
-    """Returns what cut tails cost, as a total variation over all values of a run.
+    """Returns the cost of cut tails, as a total variation distance over all values of a run.
 
     Formal guarantees:
         The radius of a pair of normals comes from 88 bits, so it ends at 11.1 sigma. Larger ones
@@ -22,16 +22,14 @@ def tail_total_variation(num_values: float) -> float:
         data. At epsilon it adds (1 + e^epsilon) times that to delta: both neighbors are cut.
 
     Args:
-        num_values: coordinates times steps.
+        num_values: The number of coordinates times the number of steps.
 
     Returns:
         `num_values * 2^-88`, rounded up.
 
     Example:
-
-    ```python
-    tail_total_variation(1e7 * 1e4)  # 3.2e-16
-    ```
+        >>> f"{tail_total_variation(1e7 * 1e4):.2g}"
+        '3.2e-16'
     """
     return num_values * 2.0**-RADIUS_BITS * (1.0 + 1e-9)
 
@@ -40,9 +38,9 @@ def affords_tail(num_values: float, delta: float, epsilon: float) -> bool:
     """Returns whether `DELTA_SHARE` of delta pays for the noise's tail at an epsilon.
 
     Args:
-        num_values: coordinates times steps.
-        delta: of the plan.
-        epsilon: of the steps charged; may be infinite.
+        num_values: The number of coordinates times the number of steps.
+        delta: The delta of the plan.
+        epsilon: The epsilon of the steps that are charged. It may be infinite.
     """
     factor = 1.0 + math.exp(min(epsilon, 700.0))
     return tail_total_variation(num_values) * factor <= DELTA_SHARE * delta
@@ -51,8 +49,12 @@ def affords_tail(num_values: float, delta: float, epsilon: float) -> bool:
 def check_tail(num_values: float, delta: float) -> None:
     """Refuses a run whose delta cannot pay for the noise's tail, however small its epsilon.
 
+    Args:
+        num_values: The number of coordinates times the number of steps.
+        delta: The delta of the plan.
+
     Raises:
-        ValueError: if the charge is above `DELTA_SHARE` of `delta`.
+        PrivacyError: If the charge is above `DELTA_SHARE` of `delta`.
     """
     if not affords_tail(num_values, delta, 0.0):
         charge = 2 * tail_total_variation(num_values)

@@ -1,7 +1,7 @@
-"""The lattice on which clipped sums and noise meet, and what it costs.
+"""The lattice on which clipped sums and noise are added, and what it costs.
 
-Floats give noise away: `z * stddev` takes few of them, and sums with it others (Mironov, CCS 2012).
-So both are whole multiples of one power of two, and are added exactly.
+Floats can give noise away: `z * stddev` takes only some of them, and sums with it take others
+(Mironov, CCS 2012). So both are whole multiples of one power of two, and are added exactly.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import scipy.signal
 #: The step is 2^-23 to 2^-22 of the standard deviation of `z`.
 STEP_BITS = 22
 
-#: Standard deviations of a row within the range of int32. A value beyond is cut; its probability,
-#: below 2^-110, is part of `finite.tail_total_variation`.
+#: How many standard deviations of a row are within the range of int32. A value beyond is cut. Its
+#: probability, below 2^-110, is part of `finite.tail_total_variation`.
 RANGE = 12.5
 
 #: Between these, lattice points up to the end of the range are normal numbers of float32.
 LEAST_STDDEV, LARGEST_STDDEV = 2.0**-80, 2.0**90
 
-#: What each row of a batch may move the rounding of clipped sums by, as a share of the clip norm:
-#: twice what a sum is off by, with and without an example. See `charged_norm`.
+#: By how much each row of a batch may move the rounding of clipped sums, as a share of the clip
+#: norm: twice the error of a sum, with and without an example. See `charged_norm`.
 FLOAT32_ROUNDING, FLOAT64_ROUNDING = 36 * 2.0**-24, 2.0**-23
 
 #: Partial sums of R replicas are rounded to R * 2^5 times finer steps.
@@ -31,28 +31,48 @@ _FINER_BITS = 5
 
 
 class NoiseRows(Protocol):
-    """What the noise needs to know of a strategy `C` for `n` steps with `b` bands.
+    """What the noise needs to know about a strategy `C` for `n` steps with `b` bands.
 
-    `C^-1 Z` is computed a row at a time: `x_i = (z_i - sum_k r_{i,k} x_{i-k}) / r_{i,0}`, and
-    `scale_i * x_i` is released.
+    `C^-1 Z` is computed one row at a time: `x_i = (z_i - sum_k r_{i,k} x_{i-k}) / r_{i,0}`, and
+    `scale_i * x_i` is released. The strategies of `keras_bandmf.strategies` have these attributes
+    and methods, and so may a class of your own.
+
+    Attributes:
+        num_steps: The number of steps n.
+        num_bands: The number of bands b.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> strategy = bandmf.strategies.ToeplitzStrategy([0.8, 0.6], num_steps=4)
+        >>> strategy.noise_rows().round(3).tolist()
+        [[0.8, 0.6]]
+        >>> noise = bandmf.noise.CorrelatedNoise(strategy, stddev=1.0, shapes=[(3,)])
     """
 
-    num_steps: int
-    num_bands: int
+    @property
+    def num_steps(self) -> int:
+        """The number of steps n."""
+
+    @property
+    def num_bands(self) -> int:
+        """The number of bands b."""
 
     def noise_rows(self) -> np.ndarray:
-        """Returns `r`: shape (1, b) where all rows are equal, else (n, b), float64."""
+        """Returns `r`, float64, of shape (1, b) if all rows are equal, and else of shape (n, b)."""
 
     def tail_scale(self) -> np.ndarray:
-        """Returns the scale of the last rows, shape (t,), float64; earlier rows have scale 1."""
+        """Returns the scales of the last t rows, float64, of shape (t,). Others have scale 1."""
 
 
 def recurrence(strategy: NoiseRows) -> np.ndarray:
     """Returns the recurrence of the released rows `w_i = a_i z_i - sum_k c_{i,k} w_{i-k}`.
 
+    Args:
+        strategy: The strategy, which defines `C`.
+
     Returns:
-        Shape (m, b), float64: `a_i, c_{i,1}, .., c_{i,b-1}` of the last m of the n steps; earlier
-        steps are as the first of these.
+        `a_i, c_{i,1}, .., c_{i,b-1}` of the last m of the n steps, float64, of shape (m, b).
+        Earlier steps are like the first of these.
     """
     rows = np.asarray(strategy.noise_rows(), np.float64)
     tail = np.asarray(strategy.tail_scale(), np.float64)
@@ -70,7 +90,11 @@ def recurrence(strategy: NoiseRows) -> np.ndarray:
 
 
 def largest_row_norm(strategy: NoiseRows) -> float:
-    """Returns the largest norm of a row of `C^-1`: the largest deviation of a released value."""
+    """Returns the largest norm of a row of `C^-1`: the largest deviation of a released value.
+
+    Args:
+        strategy: The strategy, which defines `C`.
+    """
     rows = np.asarray(strategy.noise_rows(), np.float64)
     scale = max(1.0, *np.abs(strategy.tail_scale()), 1.0)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -99,21 +123,21 @@ def step_exponent(stddev: float, row_norm: float) -> int:
     """Returns k of the step 2^k, for noise `C^-1 Z` with `Z` of standard deviation `stddev`.
 
     Args:
-        stddev: positive.
-        row_norm: `largest_row_norm` of the strategy.
+        stddev: The standard deviation, which is positive.
+        row_norm: The `largest_row_norm` of the strategy.
 
     Raises:
-        ValueError: if float32 cannot hold the lattice.
+        ValueError: If float32 cannot hold the lattice.
     """
     if not LEAST_STDDEV <= stddev <= LARGEST_STDDEV:
         raise ValueError(
             "The standard deviation of the noise must be 0 (no privacy) or from "
-            f"{LEAST_STDDEV:.3g} to {LARGEST_STDDEV:.3g}, where float32 holds its lattice. "
-            f"Received: {stddev:.6g}. Scale the loss, and with it the clip norm."
+            f"{LEAST_STDDEV:.3g} to {LARGEST_STDDEV:.3g}, where float32 can hold its lattice. "
+            f"Received: {stddev:.6g}. Scale the loss, and the clip norm with it."
         )
     if not row_norm < 2.0**20:
         raise ValueError(
-            "The noise of the strategy grows beyond what its ring can hold. Received: a largest "
+            "The noise of the strategy grows beyond what the ring can hold. Received: a largest "
             f"row norm of C^-1 of {row_norm:.3g}. Use a strategy whose inverse is stable."
         )
     fine = math.floor(math.log2(stddev)) - STEP_BITS
@@ -128,9 +152,12 @@ def finer_bits(num_replicas: int) -> int:
 def rounding_steps(strategy: NoiseRows) -> float:
     """Returns what the float64 arithmetic of a row costs, in lattice steps of a coordinate.
 
-    A row is computed from whole numbers up to 2^31. What its rounding may be off by depends on
-    these, hence on the data: in a row after an example took part as if another value had been
-    added there. An example is followed by b rows; two neighbors are off by twice the bound.
+    A row is computed from whole numbers up to 2^31. The error of its rounding depends on them, and
+    hence on the data: in a row after an example took part, it is as if another value had been added
+    there. An example is followed by b rows, and two neighbors differ by twice the bound.
+
+    Args:
+        strategy: The strategy, which defines `C`.
     """
     table = recurrence(strategy)
     bands = table.shape[1]
@@ -140,7 +167,7 @@ def rounding_steps(strategy: NoiseRows) -> float:
 
 
 def largest_batch(batch_size: int) -> float:
-    """Returns the rows that a batch has at most, but for a probability of 1e-30 (Chernoff)."""
+    """Returns the largest size of a batch, except with probability 1e-30 (Chernoff)."""
     return batch_size + 12.0 * math.sqrt(batch_size) + 100.0
 
 
@@ -152,7 +179,7 @@ def charged_norm(
     batch_size: int,
     float64_sums: bool = False,
 ) -> float:
-    """Returns the norm the noise is scaled to, so that what numbers cost is paid for.
+    """Returns the norm that the noise is scaled to, which includes the cost of rounding.
 
     Formal guarantees:
         The clipped sums on the lattice, with and without an example, differ by at most this norm
@@ -170,12 +197,15 @@ def charged_norm(
         A batch has at most `largest_batch` rows: more are drawn with probability below 1e-30.
 
     Args:
-        norm: the largest norm of an example's contribution.
-        strategy: defines `C`.
-        unit_stddev: standard deviation of `Z` for a norm of 1.
-        size: number of released coordinates.
-        batch_size: expected.
-        float64_sums: whether all sums are added up in float64.
+        norm: The largest norm of an example's contribution.
+        strategy: The strategy, which defines `C`.
+        unit_stddev: The standard deviation of `Z` for a norm of 1.
+        size: The number of released coordinates.
+        batch_size: The expected batch size.
+        float64_sums: Whether all sums are added up in float64.
+
+    Raises:
+        ValueError: If rounding would more than double the noise.
     """
     if unit_stddev == 0.0:
         return norm
@@ -185,7 +215,7 @@ def charged_norm(
     steps = (1.0 + 2.0**-_FINER_BITS + rounding_steps(strategy)) * math.sqrt(size)
     charged = summed
     while True:
-        # The noise takes its step from the charged deviation, which may be twice as coarse.
+        # The step of the lattice follows from the charged deviation, and may be twice as coarse.
         step = 2.0 ** step_exponent(unit_stddev * charged, row_norm)
         if charged >= summed + steps * step:
             return charged

@@ -1,7 +1,7 @@
 """The counter-based normal stream: Philox words turned into normals by Box-Muller in float64.
 
-Element `j` of row `step` depends on `(key, step, j)` alone, so a stream may be drawn in parts, by
-any number of replicas and in any order, and is always the same stream.
+Element `j` of row `step` depends on `(key, step, j)` alone. So a stream may be drawn in parts, by
+any number of replicas and in any order, and it is always the same stream.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ class Series(NamedTuple):
     """How the elementary functions are computed.
 
     Attributes:
-        logarithm: coefficients of -4 atanh(s) / s in powers of s^2: -2 log m for
-            s = (m - 1) / (m + 1), m from sqrt(1/2) to sqrt(2), where s^2 is at most 0.0295.
-        newton_steps: of the reciprocal of m + 1.
-        cosine: coefficients in powers of t^2, t the angle in quarters of a turn, at most 1/2.
-        sine: the same of the sine over t.
+        logarithm: The coefficients of -4 atanh(s) / s in powers of s^2, which is -2 log(m) / s for
+            s = (m - 1) / (m + 1), with m from sqrt(1/2) to sqrt(2), where s^2 is at most 0.0295.
+        newton_steps: The number of Newton steps for the reciprocal of m + 1.
+        cosine: The coefficients in powers of t^2, where t is the angle in quarters of a turn, at
+            most 1/2.
+        sine: The same for the sine divided by t.
     """
 
     logarithm: list[float]
@@ -49,7 +50,7 @@ class Series(NamedTuple):
 def _series(
     logarithm: list[float], newton_steps: int, cosine: list[float], sine: list[float]
 ) -> Series:
-    """From coefficients of atanh(s) / s, and of angles in radians."""
+    """Makes a series from coefficients of atanh(s) / s, and of angles in radians."""
     quarter = math.pi / 2
     return Series(
         [-4.0 * c for c in logarithm],
@@ -59,8 +60,8 @@ def _series(
     )
 
 
-#: Taylor's: what is left out is below 2^-53 of the value (sine 2^-53.9, cosine 2^-56, logarithm
-#: 2^-55).
+#: Taylor series. What is left out is below 2^-53 of the value (sine 2^-53.9, cosine 2^-56,
+#: logarithm 2^-55).
 FINE = _series(
     [1 / (2 * k + 1) for k in range(10)],
     3,
@@ -68,9 +69,9 @@ FINE = _series(
     [(-1) ** k / math.factorial(2 * k + 1) for k in range(8)],
 )
 
-#: Least squares of the relative error on 4000 Chebyshev nodes, without error where pieces meet (m
-#: at sqrt(1/2) and sqrt(2), angles of pi / 4): elsewhere off by up to 2^-37.5 (logarithm), 2^-33.8
-#: (cosine) and 2^-37.4 (sine) of the value.
+#: The least squares fit of the relative error on 4000 Chebyshev nodes, without error where pieces
+#: meet (m at sqrt(1/2) and sqrt(2), angles of pi / 4). Elsewhere it is off by up to 2^-37.5
+#: (logarithm), 2^-33.8 (cosine) and 2^-37.4 (sine) of the value.
 FAST = _series(
     [
         1.0000000000046572,
@@ -103,12 +104,12 @@ _ROOT_OF_HALF = math.sqrt(0.5)
 
 
 def fresh_key() -> np.ndarray:
-    """Returns 128 secret bits of the operating system: shape (2,), uint64."""
+    """Returns 128 secret bits from the operating system, of shape (2,), uint64."""
     return np.frombuffer(os.urandom(16), dtype=np.uint64).copy()
 
 
 def key_from_seed(seed: int) -> np.ndarray:
-    """Returns the key of a test seed, shape (2,), uint64. Anyone who knows the seed knows it."""
+    """Returns the key of a test seed, of shape (2,), uint64. Whoever knows the seed knows it."""
     digest = hashlib.sha256(f"keras_bandmf test seed {seed}".encode()).digest()
     return np.frombuffer(digest[:16], dtype=np.uint64).copy()
 
@@ -119,11 +120,11 @@ def fold_key(key: np.ndarray, purpose: str) -> np.ndarray:
     SHA-256 is one-way, so the key of one purpose tells nothing about that of another.
 
     Args:
-        key: shape (2,), uint64.
-        purpose: what the derived key is for, such as `"noise"` or `"sampler"`.
+        key: The run key, of shape (2,), uint64.
+        purpose: What the derived key is for, such as `"noise"` or `"sampler"`.
 
     Returns:
-        Shape (2,), uint64.
+        The derived key, of shape (2,), uint64.
     """
     digest = hashlib.sha256(np.asarray(key, np.uint64).tobytes() + purpose.encode()).digest()
     return np.frombuffer(digest[:16], dtype=np.uint64).copy()
@@ -148,28 +149,26 @@ def standard_normals(
         proven cipher. Given ideal words, see `box_muller`.
 
     Args:
-        key: shape (2,), int64 or uint64.
-        step: scalar integer, the row.
-        first_chunk: the part starts at element `first_chunk * CHUNK`.
-        num_chunks: how many chunks to draw.
+        key: The key, of shape (2,), int64 or uint64.
+        step: The number of the row, a scalar integer.
+        first_chunk: The part starts at element `first_chunk * CHUNK`.
+        num_chunks: The number of chunks to draw.
         series: `FAST` or `FINE`.
 
     Returns:
-        The elements of even and of odd number, shape (num_chunks * CHUNK / 2,) each, float64.
-        They are to be used in one XLA program: it makes a loop for each array that is written,
-        and may compute all words again in each.
+        The elements with even and those with odd numbers, each of shape
+        (num_chunks * CHUNK / 2,), float64. Use both in the same XLA program: XLA makes a loop for
+        each array that is written, and may compute all words again in each.
     """
     return box_muller(*_words(key, step, first_chunk, num_chunks), series)
 
 
-def _words(
-    key: tf.Tensor, step: tf.Tensor, first_chunk: int, num_chunks: int
-) -> tuple[tf.Tensor, ...]:
-    """The four Philox words of each pair of a part of row `step`."""
+def _words(key: tf.Tensor, step: tf.Tensor, first_chunk: int, num_chunks: int) -> philox.Words:
+    """Returns the four Philox words of each pair of a part of row `step`."""
     key, offset = tf.bitcast(key, tf.uint64)[0], tf.bitcast(key, tf.int64)[1]
     # The offset also keeps compilers from embedding, as a constant, what depends on `low` alone.
-    # Counters are added as int64, to the same bits: grappler makes sums of uint64 an operation
-    # that GPUs do not have.
+    # Counters are added as int64, which gives the same bits: Grappler turns sums of uint64 into an
+    # operation that GPUs do not have.
     low = tf.constant(first_chunk * COUNTERS_PER_CHUNK, tf.int64) + offset
     counters = tf.cast(tf.range(num_chunks * COUNTERS_PER_CHUNK, dtype=tf.int32), tf.int64)
     low = tf.bitcast(counters + low, tf.uint64)
@@ -203,10 +202,10 @@ def box_muller(
         between the joints of its pieces, where they jump by less than 2^-36 (tested).
 
     Args:
-        first: uint32, as all of them, of any shape.
-        second: of the same shape.
-        third: of the same shape.
-        fourth: of the same shape.
+        first: The first word, below 2**32, as uint64, of any shape.
+        second: The second word, in the same form.
+        third: The third word, in the same form.
+        fourth: The fourth word, in the same form.
         series: `FAST` or `FINE`.
 
     Returns:
@@ -229,13 +228,13 @@ def box_muller(
 def _twice_energy(
     first: tf.Tensor, second: tf.Tensor, fourth: tf.Tensor, series: Series
 ) -> tf.Tensor:
-    """-2 log U, from U below one half and from 1 - U above, each summed from its small end."""
+    """Returns -2 log U, from U below one half and from 1 - U above, summed from the small end."""
     word = tf.bitwise.bitwise_or(tf.bitwise.left_shift(first, _word(32)), second)
     above = _signed(word) < 0
-    # All bits of a U of at least one half are flipped: what they then give is 1 - U.
+    # All bits of a U of at least one half are flipped, so that they give 1 - U.
     flips = tf.bitcast(tf.bitwise.right_shift(_signed(word), tf.constant(63, tf.int64)), tf.uint64)
     word = _xor(word, flips)
-    # 52 bits, and then 12, 24 and the half.
+    # First 52 bits, and then 12, 24 and the half.
     high = _or_float(tf.bitwise.right_shift(word, _word(12)), 1.0) - 1.0
     middle = tf.bitwise.left_shift(_lower(word, 12), _word(25))
     low = tf.bitwise.left_shift(_lower(_xor(fourth, flips), 24), _word(1))
@@ -247,7 +246,7 @@ def _twice_energy(
     mantissa = _lower(bits, 52) + _word(_bits(_ROOT_OF_HALF))
     mantissa = tf.bitcast(mantissa, tf.float64)
     exponent = _or_float(tf.bitwise.right_shift(bits, _word(52)), 2.0**52) - (2.0**52 + 1023.0)
-    # Of a U near 1 only its distance from 1 has all digits.
+    # For a U near 1, only its distance from 1 has all digits.
     above_root = uniform >= _ROOT_OF_HALF
     ratio = tf.where(above_root, -part, mantissa - 1.0)
     ratio *= _reciprocal(mantissa + 1.0, series.newton_steps)
@@ -256,10 +255,10 @@ def _twice_energy(
 
 
 def _reciprocal(x: tf.Tensor, newton_steps: int) -> tf.Tensor:
-    """1 / x for x from 1 + sqrt(1/2) to 1 + sqrt(2).
+    """Returns 1 / x for x from 1 + sqrt(1/2) to 1 + sqrt(2).
 
-    Steps of Newton's from a parabola that is off by 2^-9.4: two leave 2^-37, three 2^-51. XLA would
-    compute what comes before a division twice: here, all of Philox.
+    It makes Newton steps from a parabola that is off by 2^-9.4: two steps leave 2^-37, three 2^-51.
+    For a division, XLA would compute what comes before it twice: here, all of Philox.
     """
     value = _polynomial(_RECIPROCAL, x)
     for _ in range(newton_steps):
@@ -284,21 +283,21 @@ def _xor(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
 
 
 def _or_float(word: tf.Tensor, value: float) -> tf.Tensor:
-    """The float64 that has the bits of `value` and of the word: no conversion of integers.
+    """Returns the float64 that has the bits of `value` and of the word.
 
-    Processors without AVX-512 have none for 64 bits.
+    This avoids the conversion of 64-bit integers, which processors without AVX-512 do not have.
     """
     return tf.bitcast(tf.bitwise.bitwise_or(word, _word(_bits(value))), tf.float64)
 
 
 def _bits(value: float) -> int:
-    """The bits of a float64 as an integer."""
+    """Returns the bits of a float64 as an integer."""
     return int(np.float64(value).view(np.int64))
 
 
 def _polynomial(coefficients: list[float], x: tf.Tensor) -> tf.Tensor:
-    """Horner's rule, coefficients from the constant on."""
-    value = coefficients[-1]
+    """Evaluates a polynomial by Horner's rule, with coefficients from the constant on."""
+    value: tf.Tensor = coefficients[-1]
     for coefficient in coefficients[-2::-1]:
         value = value * x + coefficient
     return value

@@ -1,7 +1,7 @@
 """Philox4x32-10, the counter-based generator of random bits, in plain TensorFlow operations.
 
-XLA fuses them with what is computed from the words. TensorFlow's own operation gives the same
-words, but is not fused, and XLA's version of it is twelve times slower on processors.
+XLA fuses these operations with what is computed from the words. TensorFlow's own operation gives
+the same words but is not fused, and XLA's version of it is twelve times slower on processors.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -15,19 +15,22 @@ _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
 
 
-def words(low: tf.Tensor, high: tf.Tensor, key: tf.Tensor) -> tuple[tf.Tensor, ...]:
+Words = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]
+
+
+def words(low: tf.Tensor, high: tf.Tensor, key: tf.Tensor) -> Words:
     """Returns the four random words of each counter.
 
     Args:
-        low: the lower 64 bits of the counters, uint64, of any shape.
-        high: the upper 64 bits, uint64, of a shape that broadcasts with that of `low`.
-        key: scalar uint64.
+        low: The lower 64 bits of the counters, uint64, of any shape.
+        high: The upper 64 bits, uint64, of a shape that broadcasts with that of `low`.
+        key: A uint64 scalar.
 
     Returns:
-        Four tensors of the broadcast shape: words below 2**32, as uint64, for processors convert
-        between widths slowly.
+        Four tensors of the broadcast shape: words below 2**32. They are uint64, because processors
+        convert between widths slowly.
     """
-    # Of each word only the lower half counts; what the upper half holds is dropped when it is
+    # Only the lower half of each word counts. What the upper half holds is dropped when the word is
     # multiplied, and at the end.
     first, second, third, fourth = low, _upper(low), high, _upper(high)
     even, odd = key, _upper(key)
@@ -44,17 +47,17 @@ def words(low: tf.Tensor, high: tf.Tensor, key: tf.Tensor) -> tuple[tf.Tensor, .
 
 
 def _lower(value: tf.Tensor) -> tf.Tensor:
-    """The lower 32 bits of uint64 values."""
+    """Returns the lower 32 bits of uint64 values."""
     return tf.bitwise.bitwise_and(value, tf.constant(2**32 - 1, tf.uint64))
 
 
 def _upper(value: tf.Tensor) -> tf.Tensor:
-    """The upper 32 bits of uint64 values."""
+    """Returns the upper 32 bits of uint64 values."""
     return tf.bitwise.right_shift(value, tf.constant(32, tf.uint64))
 
 
 def _multiply(value: tf.Tensor, multiplier: int) -> tf.Tensor:
-    """The product of the lower words and a word, 64 bits."""
+    """Returns the product, in 64 bits, of the lower 32 bits of values and a 32-bit number."""
     return _lower(value) * tf.constant(multiplier, tf.uint64)
 
 

@@ -1,4 +1,4 @@
-"""Which replica owns which part of the flat gradient vector."""
+"""The layout of the flat gradient vector: which replica owns which part of it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from keras_bandmf.noise.normals import CHUNK
 class ShardLayout:
     """The flat vector of all gradients, cut into one run of whole chunks for each replica.
 
-    Variables lie in the flat vector one after the other; the vector is padded with zeros to
-    `num_shards * shard_size`. The part of a replica is `[r * shard_size, (r + 1) * shard_size)`.
+    The variables lie in the flat vector one after the other, and the vector is padded with zeros to
+    `num_shards * shard_size`. The part of replica r is `[r * shard_size, (r + 1) * shard_size)`.
 
     Args:
-        shapes: the shapes of the gradients, fully defined.
-        num_shards: the number of replicas.
+        shapes: The shapes of the gradients, fully defined.
+        num_shards: The number of replicas.
     """
 
     def __init__(self, shapes: Sequence[Sequence[int]], num_shards: int = 1):
@@ -39,11 +39,12 @@ class ShardLayout:
         """Cuts a shard of the flat vector into the shapes of the gradients.
 
         Args:
-            flat: shape (shard_size,), the part of replica `shard`.
-            shard: the replica.
+            flat: The part of replica `shard`, of shape (shard_size,).
+            shard: The number of the replica.
 
         Returns:
-            A tensor for each shape, zero outside the shard; None where the shard has no part.
+            A tensor for each shape, which is zero outside the shard; None where the shard has no
+            part of the gradient.
         """
         start = shard * self.shard_size
         parts: list[tf.Tensor | None] = []
@@ -59,15 +60,25 @@ class ShardLayout:
         return parts
 
     def gather(self, shards: Sequence[np.ndarray]) -> np.ndarray:
-        """Joins the shards of an array of flat vectors, shape (k, shard_size) each.
+        """Joins the shards of k flat vectors.
+
+        Args:
+            shards: An array of shape (k, shard_size) for each replica.
 
         Returns:
-            Shape (k, size): a layout that does not depend on the number of replicas.
+            An array of shape (k, size), whose layout does not depend on the number of replicas.
         """
         return np.concatenate(list(shards), axis=1)[:, : self.size]
 
     def scatter(self, whole: np.ndarray) -> list[np.ndarray]:
-        """Cuts what `gather` joined into shards, for this number of replicas."""
+        """Cuts k flat vectors into shards, for this number of replicas.
+
+        Args:
+            whole: An array of shape (k, size), as `gather` returns it.
+
+        Returns:
+            An array of shape (k, shard_size) for each replica, padded with zeros.
+        """
         padding = self.num_shards * self.shard_size - self.size
         padded = np.pad(whole, [(0, 0), (0, padding)])
         return np.split(padded, self.num_shards, axis=1)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 import tensorflow as tf
@@ -17,6 +17,12 @@ from keras_bandmf.clipping.norms import checked_clip_norm, largest_contribution
 from keras_bandmf.noise.finite import check_tail
 from keras_bandmf.noise.lattice import charged_norm
 from keras_bandmf.planning.plan import TrainingPlan
+
+if TYPE_CHECKING:
+    from keras_bandmf.optimizers.bandmf import BandMFOptimizer
+
+#: How noise is rounded to its lattice.
+NoiseMode = Literal["default", "exact"]
 
 # Settings of the base optimizer that would act on one replica's share of the noisy sum, or skip
 # and merge steps: with any of them the released value is not what the plan accounts for.
@@ -30,15 +36,21 @@ _REFUSED_SETTINGS = {
 
 
 def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any, noise: Any = "default") -> None:
-    """Refuses arguments of the wrong type or range.
+    """Refuses arguments of `BandMFOptimizer` of the wrong type or out of range.
+
+    Args:
+        plan: See `BandMFOptimizer`, as for the other arguments.
+        l2_norm_clip: See `plan`.
+        seed: See `plan`.
+        noise: See `plan`.
 
     Raises:
-        TypeError: if an argument is of the wrong type.
-        ValueError: naming the argument.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is out of range.
     """
     if not isinstance(plan, TrainingPlan):
         raise TypeError(
-            "Argument `plan` must be a keras_bandmf.TrainingPlan, for example from "
+            "Expected `plan` to be a keras_bandmf.TrainingPlan, for example from "
             f"`TrainingPlan.calibrate(...)`. Received: plan={plan!r}"
         )
     checked_clip_norm(l2_norm_clip)
@@ -54,21 +66,24 @@ def noise_stddev(
     shapes: Sequence[Sequence[int]],
     float64_sums: bool,
 ) -> float:
-    """Returns the deviation of `Z`: that of the plan, at a norm that includes what numbers cost.
+    """Returns the standard deviation of `Z`, at a norm that includes what rounding costs.
 
     Formal guarantees:
         See `lattice.charged_norm` and `norms.largest_contribution`; the cut tail of the noise
         costs less than the share of delta set aside for it.
 
     Args:
-        plan: of the run.
-        clipping: its mode.
-        l2_norm_clip: its clip norm.
-        shapes: of the released gradients.
-        float64_sums: whether `check_clipped` demands them.
+        plan: The plan of the run.
+        clipping: The clipping mode of the run.
+        l2_norm_clip: The clip norm of the run.
+        shapes: The shapes of the released gradients.
+        float64_sums: Whether `check_clipped` demands sums in float64.
+
+    Returns:
+        The plan's noise multiplier times its sensitivity times that norm.
 
     Raises:
-        ValueError: if the plan's delta cannot pay for the tail, or float32 or the lattice cannot
+        ValueError: If the plan's delta cannot pay for the tail, or float32 or the lattice cannot
             hold noise and gradients.
     """
     size = sum(math.prod(shape) for shape in shapes)
@@ -85,13 +100,18 @@ def noise_stddev(
     return plan.noise_stddev(norm)
 
 
-def fingerprint(optimizer: Any, variables: Sequence[Any], coordinates: list) -> str:
-    """Returns what a checkpoint of the optimizer's state belongs to, hexadecimal.
+def fingerprint(
+    optimizer: BandMFOptimizer, variables: Sequence[keras.Variable], coordinates: list
+) -> str:
+    """Returns a digest of the run that a checkpoint of the optimizer's state belongs to.
 
     Args:
-        optimizer: a BandMFOptimizer.
-        variables: those it is built with.
-        coordinates: description of the coordinates in which gradients are released.
+        optimizer: The optimizer.
+        variables: The variables that it is built with.
+        coordinates: A description of the coordinates in which gradients are released.
+
+    Returns:
+        A SHA-256 digest in hexadecimal digits.
     """
     content = {
         "plan": optimizer.plan.fingerprint,
@@ -108,12 +128,18 @@ def fingerprint(optimizer: Any, variables: Sequence[Any], coordinates: list) -> 
 def check_clipped(
     clipped: Any, l2_norm_clip: float, clipping: ClippingMode, float64_sums: bool
 ) -> None:
-    """Accepts gradients clipped just as the optimizer says, and nothing else.
+    """Refuses everything but gradients that were clipped as the optimizer says.
+
+    Args:
+        clipped: The gradients.
+        l2_norm_clip: The clip norm of the optimizer.
+        clipping: The clipping mode of the optimizer.
+        float64_sums: Whether the noise is scaled to sums in float64.
 
     Raises:
-        TypeError: if `clipped` is not `ClippedGradients`.
-        ValueError: if they were clipped at another norm or in another mode, or summed in float32
-            where float64 is charged for.
+        TypeError: If `clipped` is not `ClippedGradients`.
+        PrivacyError: If they were clipped at another norm or in another mode, or summed in float32
+            although the noise is scaled to sums in float64.
     """
     if not isinstance(clipped, ClippedGradients):
         raise TypeError(
@@ -141,14 +167,14 @@ def check_clipped(
 
 
 def check_accounted(plan: TrainingPlan, source: str | None) -> None:
-    """Refuses gradients of which nobody knows how their batch was sampled.
+    """Refuses gradients of a batch whose sampling is unknown.
 
     Args:
-        plan: the plan of the run.
-        source: the batches of the private `fit` whose step this is; None outside one.
+        plan: The plan of the run.
+        source: The batches of the private `fit` that makes this step. None outside a `fit`.
 
     Raises:
-        ValueError: naming what to do.
+        PrivacyError: If there is no `fit`, and the plan declares no participations.
     """
     if source is None and not plan.declares_participations:
         raise PrivacyError(
@@ -160,17 +186,21 @@ def check_accounted(plan: TrainingPlan, source: str | None) -> None:
 
 
 def checked_inner(optimizer: str | dict | keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """Returns an inner optimizer that acts on the noisy sum alone.
+    """Returns the inner optimizer, after checking that it acts on the noisy sum alone.
+
+    Args:
+        optimizer: A name, a config, or an optimizer of Keras 3.
 
     Raises:
-        TypeError: if `optimizer` is no name, config or Keras 3 optimizer.
-        ValueError: naming the setting that does not.
+        TypeError: If `optimizer` is none of these.
+        ValueError: If one of its settings changes which value is released.
     """
     if not isinstance(optimizer, (str, dict, keras.optimizers.Optimizer)):
         raise TypeError(
-            "Argument `optimizer` must be a name, a config, or a keras.optimizers.Optimizer of "
-            "Keras 3 (`import keras`, not `tf.keras`, which `import tensorflow_transform` makes "
-            f"Keras 2). Received: {type(optimizer).__module__}.{type(optimizer).__name__}"
+            "Expected `optimizer` to be a name, a config, or a keras.optimizers.Optimizer of "
+            "Keras 3. Use `import keras`, not `tf.keras`: `import tensorflow_transform` turns the "
+            "latter into Keras 2. Received: optimizer of type "
+            f"{type(optimizer).__module__}.{type(optimizer).__name__}"
         )
     inner = keras.optimizers.get(optimizer)
     wraps = hasattr(inner, "inner_optimizer")  # LossScaleOptimizer, and a second BandMFOptimizer
@@ -187,8 +217,8 @@ def checked_inner(optimizer: str | dict | keras.optimizers.Optimizer) -> keras.o
             )
     if inner.use_ema and inner.ema_overwrite_frequency:
         raise ValueError(
-            "The inner optimizer must not set `ema_overwrite_frequency`: Keras fails on it under "
-            "a distribution strategy. The average is written at the end of `fit` without it. "
+            "The inner optimizer must not set `ema_overwrite_frequency`: Keras fails on it when "
+            "training is distributed. The average is written at the end of `fit` without it. "
             f"Received: ema_overwrite_frequency={inner.ema_overwrite_frequency}"
         )
     return inner

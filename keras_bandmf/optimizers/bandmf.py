@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NoReturn
 
 import keras
 import numpy as np
@@ -14,8 +14,10 @@ import tensorflow as tf
 
 from keras_bandmf import _distribution
 from keras_bandmf._checks import PrivacyError
+from keras_bandmf._keras_internals import CheckpointHooks, optimized_variables, own_variables
 from keras_bandmf.clipping import ClippedGradients, ClippingMode, checked_mode
 from keras_bandmf.optimizers.arguments import (
+    NoiseMode,
     check_accounted,
     check_arguments,
     check_clipped,
@@ -31,12 +33,14 @@ from keras_bandmf.rgp.run import RunCarriers
 
 
 @keras.saving.register_keras_serializable(package="keras_bandmf")
-class BandMFOptimizer(keras.optimizers.Optimizer):
-    """Differentially private training with correlated noise, around any Keras optimizer.
+class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
+    """Wraps another optimizer and adds correlated noise to the clipped gradients (DP-BandMF).
 
-    Each step takes the sum of the clipped gradients of a batch, adds the next row of `C^-1 Z`,
-    divides by the expected batch size, and hands the result to the inner optimizer (McKenna,
-    arXiv 2405.15913). It is used with a model made private by `keras_bandmf.privatize`.
+    Each step takes the sum of the clipped gradients of a batch, adds the next row of the correlated
+    noise `C^-1 Z`, divides by the expected batch size, and passes the result to the inner optimizer
+    (McKenna, arXiv 2405.15913). `C` is the strategy of the plan: a banded matrix that says how the
+    noise of different steps is correlated. `Z` is independent Gaussian noise, a row for each step.
+    Use the optimizer with a model made private by `keras_bandmf.privatize`.
 
     Formal guarantees:
         With batches drawn by `plan.batches` and gradients clipped by `clipped_gradients` at the
@@ -50,31 +54,42 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         changes a weight to anything but NaN.
 
     Args:
-        optimizer: the inner optimizer: a name, a config, or a `keras.optimizers.Optimizer`.
-        plan: the `TrainingPlan` of the run.
-        l2_norm_clip: the bound on the norm of the gradient of an example. Constant for the run.
-        clipping: "flat" (default), "per_layer", "automatic", or a `keras_bandmf.clipping` mode with
-            settings, such as `clipping.PerLayerClipping({"embedding": 4.0})`.
-        noise: "default", or "exact": without numerical assumptions. Each value of the noise is
-            then the rounding of an exact normal (see `noise.CorrelatedNoise`), and norms and sums
-            of gradients are computed in float64 (see `noise.lattice.charged_norm`). The noise
-            costs four to six times as much, the clipped sums about five times on a processor; with
-            a GPU the noise costs 30 to 160 times as much (docs/distributed.md). `fit` works with
-            `jit_compile=True`; a loop of your own that calls `apply_clipped` in a program of XLA is
-            refused.
-        seed: an integer, for tests only: the noise can then be recomputed by anyone, and the
-            statement says "not private". By default keys come from the operating system.
-        replay: keep the noise key when a checkpoint is restored, for a bit-for-bit continuation
-            of steps that were never released. By default the key is drawn anew.
-        name: name of the optimizer.
+        optimizer: The inner optimizer: a name, a config, or a `keras.optimizers.Optimizer`.
+        plan: The `TrainingPlan` of the run.
+        l2_norm_clip: The bound on the L2 norm of the gradient of an example, the same for the whole
+            run.
+        clipping: "flat" (the default), "per_layer", "automatic", or a `keras_bandmf.clipping` mode
+            with settings, such as `clipping.PerLayerClipping({"embedding": 4.0})`.
+        noise: "default" or "exact". With "exact" there are no numerical assumptions: each value of
+            the noise is the rounding of an exact normal (see `noise.CorrelatedNoise`), and norms
+            and sums of gradients are computed in float64 (see `noise.lattice.charged_norm`). The
+            noise costs four to six times as much, the clipped sums about five times on a processor;
+            with a GPU the noise costs 30 to 160 times as much (docs/distributed.md). `fit` works
+            with `jit_compile=True`; a loop of your own that calls `apply_clipped` in a program of
+            XLA is refused.
+        seed: An integer, for tests only: anyone can then recompute the noise, and the statement
+            says "not private". By default keys come from the operating system.
+        replay: Whether to keep the noise key when a checkpoint is restored, which repeats, bit for
+            bit, steps that were never released. By default a new key is drawn.
+        name: The name of the optimizer.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is out of range, or a setting of the inner optimizer would change
+            which value is released.
 
     Example:
-
-    ```python
-    model = keras_bandmf.privatize(model)
-    model.compile(keras_bandmf.BandMFOptimizer("adam", plan, l2_norm_clip=1.0), loss="mse")
-    model.fit(plan.batches(x, y), epochs=20)
-    ```
+        >>> import keras, numpy as np
+        >>> import keras_bandmf as bandmf
+        >>> plan = bandmf.TrainingPlan.calibrate(
+        ...     num_examples=100, batch_size=10, epochs=2, epsilon=2.0, delta=1e-5, num_bands=2)
+        >>> model = bandmf.privatize(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]))
+        >>> optimizer = bandmf.BandMFOptimizer("adam", plan, l2_norm_clip=1.0)
+        >>> model.compile(optimizer, loss="mse")
+        >>> x, y = np.zeros((100, 3), np.float32), np.zeros((100, 1), np.float32)
+        >>> history = model.fit(plan.batches(x, y), epochs=2, verbose=0)
+        >>> optimizer.steps_done
+        20
     """
 
     def __init__(
@@ -83,8 +98,8 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         plan: TrainingPlan,
         l2_norm_clip: float = 1.0,
         *,
-        clipping: str | ClippingMode = "flat",
-        noise: str = "default",
+        clipping: Literal["flat", "per_layer", "automatic"] | ClippingMode = "flat",
+        noise: NoiseMode = "default",
         seed: int | None = None,
         replay: bool = False,
         name: str | None = None,
@@ -95,7 +110,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         self._plan = plan
         self._l2_norm_clip = float(l2_norm_clip)
         self._clipping = checked_mode(clipping)
-        self._noise = noise
+        self._noise: NoiseMode = noise
         self._seed = seed
         self._replay = bool(replay)
         words = self._clipping.describe(self._l2_norm_clip)
@@ -107,7 +122,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     # Read-only: the noise is scaled to plan and clip norm once, when the optimizer is built.
     @property
     def inner_optimizer(self) -> keras.optimizers.Optimizer:
-        """The optimizer that takes the noisy gradients."""
+        """The optimizer that gets the noisy gradients."""
         return self._inner_optimizer
 
     @property
@@ -117,16 +132,16 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
 
     @property
     def l2_norm_clip(self) -> float:
-        """The bound on the norm of the gradient of an example."""
+        """The bound on the L2 norm of the gradient of an example."""
         return self._l2_norm_clip
 
     @property
     def clipping(self) -> ClippingMode:
-        """How gradients are brought to that bound."""
+        """The clipping mode, which says how gradients are brought to that bound."""
         return self._clipping
 
     @property
-    def noise(self) -> str:
+    def noise(self) -> NoiseMode:
         """How noise is rounded to its lattice: "default" or "exact"."""
         return self._noise
 
@@ -147,11 +162,20 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
 
     @property
     def record(self) -> RunRecord:
-        """What ran, as the variables keep it: see `keras_bandmf.statement`."""
+        """The record of what ran, which the variables keep (see `keras_bandmf.statement`)."""
         return self._record
 
-    def build(self, variables: Sequence[Any]) -> None:
-        """Creates keys, noise ring and slots; `variables` keep the record of the run from now."""
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        """Creates the keys, the ring of noise, and the slots of the inner optimizer.
+
+        From then on the variables keep the record of the run.
+
+        Args:
+            variables: The trainable variables of the model.
+
+        Raises:
+            ValueError: If there are none, or the plan cannot train them.
+        """
         if self.built:
             return
         variables = list(variables)
@@ -179,21 +203,21 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
 
     @property
     def run_state(self) -> RunState:
-        """Keys and noise of the run.
+        """The keys and the noise of the run.
 
         Raises:
-            ValueError: if the optimizer is not built.
+            ValueError: If the optimizer is not built.
         """
         if self._run_state is None:
             raise ValueError(
                 "BandMFOptimizer has no state before it is built. Call `model.fit`, or "
-                "`optimizer.build(model.trainable_variables)`."
+                "`optimizer.build(model.trainable_variables)`, first."
             )
         return self._run_state
 
     @contextlib.contextmanager
     def accepting(self, source: str) -> Iterator[None]:
-        """Accepts gradients for the time of a private `fit`, from batches named by `source`."""
+        """Accepts gradients during a private `fit`, from the batches named by `source`."""
         previous, self._data_source = self._data_source, (source, threading.get_ident())
         try:
             yield
@@ -204,12 +228,16 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         """Refuses to go on, or to state anything, after a restore that failed.
 
         Raises:
-            ValueError: if the weights may be those of another run.
+            ValueError: If the weights may be those of another run.
         """
         self._record.check_restored()
 
     def check_process(self) -> None:
-        """Refuses, with a `ValueError`, to train in a fork of the process with the noise key."""
+        """Refuses to train in a fork of the process that drew the noise key.
+
+        Raises:
+            PrivacyError: If this is another process.
+        """
         if self._run_state is not None:
             self._run_state.noise.check_process()
 
@@ -217,10 +245,10 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         """Refuses to go on where noise, step counter and devices do not belong together.
 
         Args:
-            num_replicas: the replicas about to train.
+            num_replicas: The number of replicas that are about to train.
 
         Raises:
-            ValueError: if a restore failed, the step counter was moved, no step is left, or the
+            ValueError: If a restore failed, the step counter was moved, no step is left, or the
                 noise was made for another number of replicas.
         """
         self.check_restored()
@@ -230,16 +258,17 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         noise.check_process()
         if noise.num_replicas != num_replicas:
             raise ValueError(
-                "The optimizer must be built in the scope of the strategy that trains: its noise "
-                f"is made for {noise.num_replicas} replicas. Received: {num_replicas} "
+                "The optimizer must be built in the scope of the distribution that trains: its "
+                f"noise is made for {noise.num_replicas} replicas. Received: {num_replicas} "
                 "replicas. Create, build and compile model and optimizer in `strategy.scope()`."
             )
         step = self.steps_done
         if step != noise.position:
             raise PrivacyError(
-                f"The noise stands at step {noise.position}, but the inner optimizer counts "
-                f"{step}: the counter was moved, or a step was interrupted. The same noise on two "
-                "gradients would cancel. Restore a checkpoint of the whole optimizer."
+                f"The noise is at step {noise.position}, but the inner optimizer is at step "
+                f"{step}: the step counter was changed, or a step was interrupted. If the same "
+                "noise were added to two gradients, it would cancel out. Restore a checkpoint of "
+                "the whole optimizer."
             )
         if step >= self.plan.num_steps:
             raise PrivacyError(self.budget_message())
@@ -247,12 +276,12 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     def apply_clipped(
         self,
         clipped: ClippedGradients,
-        trainable_variables: Sequence[Any] | None = None,
+        trainable_variables: Sequence[keras.Variable] | None = None,
         penalties: Sequence[tf.Tensor | None] | None = None,
     ) -> None:
-        """Adds the noise of this step to a clipped sum and updates the variables.
+        """Adds the noise of this step to a clipped sum, and updates the variables.
 
-        Call it in a replica context, once for each batch; it counts as one step of the plan.
+        Call it in a replica context, once for each batch. It counts as one step of the plan.
 
         Formal guarantees:
             What reaches the inner optimizer is `(sum + (C^-1 Z)_i) / batch_size` plus
@@ -261,28 +290,48 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             mixed (`clipped.rows_mixed`) it is NaN.
 
         Args:
-            clipped: what `keras_bandmf.clipped_gradients` returned, at this `l2_norm_clip` and
-                in this clipping mode.
-            trainable_variables: the variables the optimizer was built with, in their order.
-            penalties: gradients that depend on no example, such as those of weight
-                regularisers, added after the noise.
+            clipped: What `keras_bandmf.clipped_gradients` returned for this `l2_norm_clip` and
+                clipping mode.
+            trainable_variables: The variables that the optimizer was built with, in their order,
+                which is the default.
+            penalties: Gradients that depend on no example, such as those of weight regularizers,
+                or None for variables without one. They are added after the noise.
 
         Raises:
-            TypeError: if `clipped` is anything else.
-            ValueError: if it was clipped otherwise or data is not accounted for, and
-                (eagerly) if the plan has no step left.
+            TypeError: If `clipped` is anything else.
+            ValueError: If it was clipped in another way, its data is not accounted for, or (only
+                eagerly) the plan has no step left.
+
+        Example:
+            A loop of your own needs a plan that declares the participations of an example:
+
+            >>> import keras, numpy as np
+            >>> import keras_bandmf as bandmf
+            >>> plan = bandmf.TrainingPlan(
+            ...     num_examples=100, batch_size=10, epochs=2, noise_multiplier=5.0, delta=1e-5,
+            ...     num_bands=1, sampling="fixed_order", max_participations=2, min_separation=10)
+            >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+            >>> optimizer = bandmf.BandMFOptimizer("sgd", plan, l2_norm_clip=1.0)
+            >>> model.compile(optimizer, loss="mse")
+            >>> x, y = np.zeros((100, 3), np.float32), np.zeros((100, 1), np.float32)
+            >>> for start in range(0, 100, 10):  # one pass: each row is in one batch
+            ...     rows = slice(start, start + 10)
+            ...     clipped = bandmf.clipped_gradients(model, x[rows], y[rows], l2_norm_clip=1.0)
+            ...     optimizer.apply_clipped(clipped, model.trainable_variables)
+            >>> optimizer.steps_done
+            10
         """
         check_clipped(clipped, self.l2_norm_clip, self.clipping, self.float64_sums)
         source = self._accepted_source()
         check_accounted(self.plan, source)
         if trainable_variables is None:
-            trainable_variables = self._trainable_variables
+            trainable_variables = optimized_variables(self)
         trainable_variables = list(trainable_variables)
         if not clipped.origin.belongs_to(trainable_variables):
             raise PrivacyError(
-                "The gradients must be those of the variables they update, taken at their values, "
-                "in the same order: pass the model itself to `clipped_gradients`, and its "
-                "`trainable_variables` here. Received: gradients of "
+                "The gradients must be those of the variables they update, taken at their values "
+                "and in the same order. Pass the model itself to `clipped_gradients`, and "
+                "its `trainable_variables` here. Received: gradients of "
                 f"{[v.path for v in clipped.origin.variables]} for "
                 f"{[v.path for v in trainable_variables]}"
             )
@@ -291,8 +340,8 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         self.build(trainable_variables)
         if tuple(id(variable) for variable in trainable_variables) != self._noised_variables:
             raise PrivacyError(
-                "`trainable_variables` must be the variables the optimizer was built with, in the "
-                "same order. Did a layer's `trainable` change during the run? Received: "
+                "`trainable_variables` must be the variables that the optimizer was built with, in "
+                "the same order. Did a layer's `trainable` change during the run? Received: "
                 f"{[variable.path for variable in trainable_variables]}"
             )
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
@@ -314,7 +363,7 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
         )
         gradients = state.carriers.gradients(gradients)
         if replicas > 1:
-            # Every replica has the whole; the inner optimizer adds them up once more.
+            # Every replica has the whole gradient, and the inner optimizer adds them up again.
             gradients = [g / replicas for g in gradients]
         if penalties is not None:
             gradients = [
@@ -331,19 +380,19 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             history.remember(clipped.origin.model.weights)
 
     def _accepted_source(self) -> str | None:
-        """The batches of the private `fit` of this thread, whose step this is; else None."""
+        """Returns the name of the batches of this thread's private `fit`; None outside of one."""
         if self._data_source is None:
             return None
         source, thread = self._data_source
-        # Strategies run the step of each replica in a thread of their own, in their scope.
+        # A distribution runs the step of each replica in a thread of its own, in its scope.
         own = thread == threading.get_ident() or tf.distribute.has_strategy()
         return source if own else None
 
-    def _note_loop(self, model: keras.Model, trainable_variables: Sequence[Any]) -> None:
-        """Looks at the weights before a step of a loop of the user's own, or before its trace."""
+    def _note_loop(self, model: keras.Model, trainable_variables: Sequence[keras.Variable]) -> None:
+        """Looks at the weights before a step of the user's own loop, or before it is traced."""
         self._record.looped = True
         with tf.init_scope():
-            # A replica sees its own part only: what the weights hold is then unknown.
+            # A replica sees its own part only, so what the weights hold is unknown then.
             if tf.distribute.get_strategy().num_replicas_in_sync == 1:
                 if not fresh.is_noted(trainable_variables[0]):
                     fresh.note_initializers(model)
@@ -351,90 +400,119 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             history.inherit(model.weights, trainable_variables)
 
     def budget_message(self) -> str:
-        """Returns the error text for a step beyond the plan."""
+        """Returns the error message for a step beyond the plan."""
         return (
-            f"The plan has {self.plan.num_steps} steps and all of them are spent. A further step "
+            f"The plan has {self.plan.num_steps} steps and all of them are spent. Another step "
             "would exceed the stated epsilon. Make a plan with more steps and train a new model."
         )
 
-    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
-        """Raises `ValueError`, always: plain gradients were not clipped per example."""
+    def apply(self, grads: Any, trainable_variables: Any = None) -> NoReturn:
+        """Always raises an error, because plain gradients were not clipped per example.
+
+        Args:
+            grads: Gradients, which are not looked at.
+            trainable_variables: Variables, which are not looked at.
+
+        Raises:
+            PrivacyError: Always. Use `apply_clipped`.
+        """
         raise PrivacyError(
             "BandMFOptimizer received plain gradients, which carry no privacy. The model is not "
-            "private (or lost it on load or clone): call `keras_bandmf.privatize(model)` before "
-            "`fit`. A loop of your own calls `keras_bandmf.clipped_gradients` and "
+            "private: call `keras_bandmf.privatize(model)` before `fit`, also after loading or "
+            "cloning a model. In a loop of your own, call `keras_bandmf.clipped_gradients` and "
             "`optimizer.apply_clipped`."
         )
 
-    def stateless_apply(self, optimizer_variables: Any, grads: Any, trainable_variables: Any):
-        """Refuses, as `apply` does."""
+    def stateless_apply(
+        self, optimizer_variables: Any, grads: Any, trainable_variables: Any
+    ) -> NoReturn:
+        """Always raises an error, as `apply` does.
+
+        Args:
+            optimizer_variables: Variables, which are not looked at.
+            grads: Gradients, which are not looked at.
+            trainable_variables: Variables, which are not looked at.
+
+        Raises:
+            PrivacyError: Always.
+        """
         self.apply(grads, trainable_variables)
 
     @property
-    def variables(self) -> list:
-        """Public variables: those of the inner optimizer. Keys and ring are not among them."""
-        return self._variables + self.inner_optimizer.variables
+    def variables(self) -> list[keras.Variable]:
+        """The variables of the inner optimizer. Keys and ring are not among them."""
+        return own_variables(self) + self.inner_optimizer.variables
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> keras.Variable | tf.Tensor:
+        """The learning rate of the inner optimizer."""
         return self.inner_optimizer.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate):
+    def learning_rate(self, learning_rate: float | tf.Tensor) -> None:
         self.inner_optimizer.learning_rate = learning_rate
 
     @property
-    def iterations(self):
+    def iterations(self) -> keras.Variable:
+        """The step counter of the inner optimizer."""
         return self.inner_optimizer.iterations
 
     @property
     def steps_done(self) -> int:
-        """The number of updates made, read eagerly; 0 before the optimizer is built."""
+        """The number of updates made, read eagerly. It is 0 before the optimizer is built."""
         return int(keras.ops.convert_to_numpy(self.iterations)) if self.built else 0
 
-    def finalize_variable_values(self, var_list: Any) -> None:
+    def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
+        """Writes averaged weights, if the inner optimizer keeps them."""
         self.inner_optimizer.finalize_variable_values(var_list)
 
     def save_own_variables(self, store: Any) -> None:
-        """Writes keys and ring: the file is secret. Use `keras_bandmf.export` to release."""
+        """Writes keys and ring: the file is secret. Release models by `keras_bandmf.export`.
+
+        Args:
+            store: The store that Keras writes to a file.
+        """
         if self._run_state is not None:
             for name, value in self._saved_arrays().items():
                 store[name] = value
 
     def load_own_variables(self, store: Any) -> None:
-        """Restores keys and ring, by rule: the noise key anew, ring and sampler key kept.
+        """Restores ring and sampler key, and draws a new noise key unless `replay` is set.
+
+        Args:
+            store: The store that Keras read from a file.
 
         Raises:
-            ValueError: if the optimizer is not built, or the state does not belong to it.
+            ValueError: If the optimizer is not built, or the state does not belong to it.
         """
         arrays = {name: np.asarray(store[name]) for name in store.keys()}
         if not arrays and not self.steps_done:
-            return  # of a model without this optimizer, or that no step trained: begin anew
+            return  # saved without this optimizer, or before the first step: begin a new run
         self._restore(arrays)
 
     def _saved_arrays(self) -> dict[str, np.ndarray]:
         self.run_state.warn_of_secrets(self.replay)
-        past = history.to_array(self._trainable_variables, self._record)
+        past = history.to_array(optimized_variables(self), self._record)
         return {**self.run_state.to_arrays(self.replay), "history": past}
 
     def _restore(self, arrays: dict[str, np.ndarray]) -> None:
-        # Keras may go on after the error, with weights that are no longer those of this run.
+        # Keras may continue after the error, with weights that are no longer those of this run.
         self._record.restore_failed = True
         if not self.built:
             raise ValueError(
-                "BandMFOptimizer has no state before it is built, into which a checkpoint could be "
-                "restored. Call `optimizer.build(model.trainable_variables)` after `compile`, and "
-                f"then load. Received: a checkpoint with {sorted(arrays)}"
+                "BandMFOptimizer must be built before a checkpoint can be restored into it. Call "
+                "`optimizer.build(model.trainable_variables)` after `compile`, and then load. "
+                f"Received: a checkpoint with {sorted(arrays)}"
             )
-        record, variables = self._record, self._trainable_variables
+        record, variables = self._record, optimized_variables(self)
         record.update()
         own_steps = record.steps
         self.run_state.from_arrays(arrays, self.replay)
         history.from_array(arrays.get("history"), variables, record, own_steps)
         record.restore_failed = False
 
-    def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
-        # The hook of tf.train.Checkpoint. A SavedModel calls it inside a graph.
+    def _checkpoint_tensors(self) -> dict[str, tf.Tensor]:
+        # A SavedModel calls it inside a graph.
         if not tf.executing_eagerly():
             raise PrivacyError(
                 "A SavedModel of a model compiled with BandMFOptimizer would hold the key and "
@@ -442,22 +520,22 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
             )
         return {name: tf.constant(value) for name, value in self._saved_arrays().items()}
 
-    def _restore_from_tensors(self, restored_tensors: dict[str, tf.Tensor]) -> None:
-        self._restore({name: value.numpy() for name, value in restored_tensors.items()})
+    def _restore_checkpoint_tensors(self, tensors: Mapping[str, tf.Tensor]) -> None:
+        self._restore({name: value.numpy() for name, value in tensors.items()})
 
     def __reduce__(self) -> tuple:
-        """Copies an optimizer that is not built by its config; one that is has secrets."""
+        """Copies an optimizer by its config. One that is built has secrets, and is refused."""
         if self.built:
             raise PrivacyError(
-                "A built BandMFOptimizer cannot be copied or pickled alone: it has the secret "
-                "state of a run, which goes on once. Copy the config "
+                "A built BandMFOptimizer cannot be copied or pickled by itself: it has the secret "
+                "state of a run, which may continue only once. Copy the config "
                 "(`BandMFOptimizer.from_config(optimizer.get_config())`), or save the model. "
                 f"Received: a copy of {self.name!r}"
             )
         return type(self).from_config, (self.get_config(),)
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the config. Neither keys nor the test seed are part of it."""
+        """Returns the config. It contains neither keys nor the test seed."""
         return {
             "name": self.name,
             "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
@@ -472,8 +550,13 @@ class BandMFOptimizer(keras.optimizers.Optimizer):
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> BandMFOptimizer:
-        """Makes an optimizer from what `get_config` returned."""
-        # Keras deserialises a learning rate schedule in place.
+        """Makes an optimizer from what `get_config` returned.
+
+        Args:
+            config: The config.
+            custom_objects: Classes that the inner optimizer needs, by name.
+        """
+        # Keras deserializes a learning rate schedule in place.
         config = copy.deepcopy(config)
         inner = keras.saving.deserialize_keras_object(
             config.pop("optimizer"), custom_objects=custom_objects

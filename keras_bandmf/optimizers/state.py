@@ -35,29 +35,32 @@ _FIELDS: dict[str, tuple[type, tuple[int, ...] | None]] = {
 class RunState:
     """Keys, noise and provenance of one run.
 
-    A plain object on purpose: Keras and TensorFlow do not find its variables, so that it leaves
+    It is a plain object on purpose: Keras and TensorFlow do not find its variables, so they leave
     the process only through `to_arrays`.
 
     Formal guarantees:
         The run key comes from the operating system unless `seed` is given; noise, sampler,
         carriers and dropout masks use one-way folds of it, and it is not kept. With several worker
-        processes the chief's key is that of all, and `check_workers` refuses processes that do not
-        do the same. `from_arrays` refuses whatever does not belong to `fingerprint`; by default it
-        draws a new noise key, so the noise after a restore is independent of every row drawn
-        before, given the ring, and `C^-1 Z` keeps its law. The key of the masks is kept and drawn
-        anew with that of the noise: steps that are repeated on other replicas or in other
-        microbatches would else share random bits with the first try. The sampler's key is always
+        processes all of them use the chief's key, and `check_workers` refuses processes that do
+        not do the same. `from_arrays` refuses whatever does not belong to `fingerprint`; by default
+        it draws a new noise key, so the noise after a restore is independent of every row drawn
+        before, given the ring, and `C^-1 Z` keeps its law. The key of the masks is kept or redrawn
+        together with that of the noise: otherwise, steps that are repeated on other replicas or in
+        other microbatches would share random bits with the first try. The sampler's key is always
         kept, and `accept_data` refuses other rows or another order: new groups would let an example
         take part in adjacent steps.
 
     Args:
-        strategy: defines `C` of the noise.
-        stddev: standard deviation of `Z`.
-        shapes: shapes of the gradients.
-        fingerprint: what the state belongs to (plan, clip norm, variables), hexadecimal.
-        seed: for tests only.
-        carriers: the low-rank carriers of the variables, started here; None for none.
-        exact_noise: round the noise as real numbers are rounded.
+        strategy: The strategy, which defines `C` of the noise.
+        stddev: The standard deviation of `Z`.
+        shapes: The shapes of the gradients.
+        fingerprint: What the state belongs to (plan, clip norm, variables), in hexadecimal digits.
+        seed: A fixed seed, for tests only.
+        carriers: The low-rank carriers of the variables, which are started here; None for none.
+        exact_noise: Whether to round the noise as real numbers are rounded.
+
+    Raises:
+        ValueError: If the run has too many steps, or the noise cannot be made.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class RunState:
         self.replayed = False
         self._warned = False
         self._distribution = tf.distribute.get_strategy()
-        run_key = normals.key_from_seed(seed) if self.seeded else normals.fresh_key()
+        run_key = normals.fresh_key() if seed is None else normals.key_from_seed(seed)
         run_key = _distribution.from_chief(self._distribution, run_key.view(np.int64)).view(
             np.uint64
         )
@@ -87,23 +90,23 @@ class RunState:
         self.noise.set_key(normals.fold_key(run_key, "noise"))
         if self.noise.num_steps * self.noise.num_replicas >= 2**STEP_BITS:
             raise ValueError(
-                f"A run may have fewer than 2**{STEP_BITS} steps times replicas: each has seeds of "
-                f"its own. Received: {self.noise.num_steps} steps on {self.noise.num_replicas} "
-                "replicas. Take larger batches."
+                f"A run may have fewer than 2**{STEP_BITS} steps times replicas, because each pair "
+                f"has its own seeds. Received: {self.noise.num_steps} steps on "
+                f"{self.noise.num_replicas} replicas. Use larger batches."
             )
         with tf.init_scope(), self._distribution.scope():
-            # A variable: as a constant of a graph it would be in whatever holds the graph.
+            # A variable: a constant of a graph would be in every file that holds the graph.
             self._mask_key = tf.Variable(np.zeros(2, np.int64), trainable=False, name="mask_key")
         self._set_mask_key(normals.fold_key(run_key, "dropout"))
         self._data_digest: bytes | None = None
 
     def mask_seeds(self, step: tf.Tensor) -> MaskSeeds:
-        """Returns where dropout masks come from in this step, on this replica.
+        """Returns the seeds of dropout masks in this step, on this replica.
 
         Call it in a replica context.
 
         Args:
-            step: scalar integer, the step of the plan.
+            step: The step of the plan, a scalar integer.
         """
         step = tf.cast(tf.convert_to_tensor(step), tf.int64)
         place = step * self.noise.num_replicas + _distribution.replica_id()
@@ -120,18 +123,19 @@ class RunState:
         """Ties the run to the rows, their order and the sampler's key.
 
         Args:
-            digest: of `PrivateBatches.digest`.
-            seeded: whether the batches were drawn from a fixed seed.
+            digest: What `PrivateBatches.digest` returned.
+            seeded: Whether the batches were drawn from a fixed seed.
 
         Raises:
-            ValueError: if an earlier step of the run saw other ones.
+            PrivacyError: If an earlier step of the run saw other ones.
         """
         if self._data_digest is not None and self._data_digest != digest:
             raise PrivacyError(
                 "The batches differ from those the run began with: other rows, another order of "
-                "the rows, or another sampler key. An example is its row number; it could now "
-                "take part in adjacent steps, which the statement does not cover. Pass the same "
-                "data in the same order (no `shuffle` in a tf.data.Dataset, no changes in place)."
+                "the rows, or another sampler key. An example is identified by its row number, so "
+                "it could now take part in adjacent steps, which the statement does not cover. "
+                "Pass the same data in the same order (no `shuffle` in a tf.data.Dataset, and no "
+                "changes in place)."
             )
         self._data_digest = digest
         self.seeded = self.seeded or seeded
@@ -142,26 +146,30 @@ class RunState:
         All of them must call it.
 
         Raises:
-            ValueError: in every process, if one has another plan, model, data or checkpoint.
+            PrivacyError: In every process, if one has another plan, model, data or checkpoint.
         """
-        # Not the noise key, which the chief sends; the data digest holds the sampler's.
+        # The noise key is left out: the chief sends it. The data digest covers the sampler's key.
         own = [self.fingerprint, self._data_digest, self.noise.position, self.seeded]
         own += [self.sampler_key.tobytes(), self.restores, self.replayed]
         if not _distribution.same_everywhere(self._distribution, repr(own).encode()):
             raise PrivacyError(
-                "The worker processes do not do the same run: data, plan, model, seed or restored "
-                "checkpoint differ. Each worker must be given the same rows in the same order, "
-                "and all must restore the same checkpoint, or none. Received at this worker: "
+                "The worker processes are not running the same job: data, plan, model, seed or "
+                "restored checkpoint differ. Give each worker the same rows in the same order, and "
+                "let all of them restore the same checkpoint, or none. Received at this worker: "
                 f"step {self.noise.position} after {self.restores} restores"
             )
 
     def warn_of_secrets(self, replay: bool) -> None:
-        """Warns once that what is about to be written must stay secret, naming what it holds."""
+        """Warns once that what is about to be written must stay secret, and says why.
+
+        Args:
+            replay: Whether it includes the noise key.
+        """
         if self._warned:
             return
         self._warned = True
         key = (
-            ", and by replay=True the noise key, from which all noise of the run can be computed"
+            ", and, with replay=True, the noise key, from which all noise of the run follows"
             if replay
             else "; not the noise key"
         )
@@ -177,11 +185,11 @@ class RunState:
         )
 
     def to_arrays(self, replay: bool = False) -> dict[str, np.ndarray]:
-        """Returns the state, to be kept secret: the ring is part of the noise of released weights.
+        """Returns the state. Keep it secret: the ring is part of the noise of released weights.
 
         Args:
-            replay: include the keys of noise and masks, from which all noise of the run can be
-                computed. Left out once the last step is made.
+            replay: Whether to include the keys of noise and masks, from which all noise of the run
+                can be computed. They are left out once the last step is made.
         """
         keeps_key = replay and self.noise.position < self.noise.num_steps
         none = np.zeros(0, np.int64)
@@ -203,11 +211,12 @@ class RunState:
         """Takes over what `to_arrays` returned in an earlier process.
 
         Args:
-            arrays: the saved state.
-            replay: keep the keys of noise and masks too, to repeat unreleased steps bit for bit.
+            arrays: The saved state.
+            replay: Whether to keep the keys of noise and masks too, which repeats unreleased steps
+                bit for bit.
 
         Raises:
-            ValueError: if the state is incomplete, damaged, or of another run.
+            ValueError: If the state is incomplete, damaged, or of another run.
         """
         values = _checked_fields(arrays)
         saved = values["fingerprint"].tobytes().decode(errors="replace")

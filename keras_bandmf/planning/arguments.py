@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
 import keras
 
 from keras_bandmf._checks import checked_choice, checked_int
-from keras_bandmf.accounting.accountant import Schedule
 from keras_bandmf.planning.keras_workload import workload_from_optimizer
+from keras_bandmf.sampling.laws import SamplingName
+from keras_bandmf.sampling.schedule import Schedule, check_batch_size
 from keras_bandmf.strategies import (
     BandedStrategy,
     BlockDiagonalStrategy,
@@ -16,26 +19,188 @@ from keras_bandmf.strategies import (
     Workload,
 )
 
+#: Strategies that a plan finds by itself.
+StrategyName = Literal["toeplitz", "banded"]
+
+#: Strategies that a plan takes: banded ones whose classes vouch for their bands.
+KnownStrategy: TypeAlias = ToeplitzStrategy | BandedStrategy | BlockDiagonalStrategy
+
+#: How many bands: a number, "auto" for the best one, or None for those of a strategy object.
+NumBands: TypeAlias = int | Literal["auto"] | None
+
 _NAMES = ("toeplitz", "banded")
 _KNOWN = (ToeplitzStrategy, BandedStrategy, BlockDiagonalStrategy)
 _HINT = "Or pass a strategy object of `keras_bandmf.strategies`."
 
 
-def resolve_steps(num_examples: Any, batch_size: Any, num_steps: Any, epochs: Any) -> int:
-    """The number of steps from whichever of `num_steps` and `epochs` was given.
+@dataclasses.dataclass(frozen=True)
+class PlanArguments:
+    """The arguments of a plan, resolved once: `TrainingPlan`, `calibrate` and `compare_bands`.
+
+    What depends on the sampling law is checked by `schedule`, for one law and number of bands.
+
+    Attributes:
+        num_examples: N.
+        batch_size: The expected number of examples of a step.
+        num_steps: n, whichever of `num_steps` and `epochs` was given.
+        num_bands: b, or None where the best number is to be found.
+        strategy: The name of a strategy, or a strategy object that fits the steps and workload.
+        workload: A, of n steps, that of the strategy object if there is one; None is prefix sums.
+        max_participations: Declared for data of the user's own, or None.
+        min_separation: Declared for data of the user's own, or None.
+    """
+
+    num_examples: int
+    batch_size: int
+    num_steps: int
+    num_bands: int | None
+    strategy: StrategyName | KnownStrategy
+    workload: Workload | None
+    max_participations: int | None
+    min_separation: int | None
+
+    @classmethod
+    def resolve(
+        cls,
+        *,
+        num_examples: int,
+        batch_size: int,
+        num_steps: int | None,
+        epochs: int | None,
+        num_bands: NumBands | Sequence[int],
+        strategy: StrategyName | KnownStrategy,
+        workload: Workload | keras.optimizers.Optimizer | None,
+        max_participations: int | None,
+        min_separation: int | None,
+    ) -> PlanArguments:
+        """Checks the arguments of a plan and turns them into values that fit together.
+
+        Args:
+            num_examples: N.
+            batch_size: The expected number of examples of a step.
+            num_steps: n, or None.
+            epochs: Passes over the data, or None.
+            num_bands: b; "auto" to have it found; None for the bands of a strategy object.
+                Several numbers are refused.
+            strategy: The name of a strategy, or a strategy object.
+            workload: A `Workload`, a `keras.optimizers.SGD`, or None.
+            max_participations: Declared, or None; `schedule` checks it.
+            min_separation: Declared, or None; `schedule` checks it.
+
+        Returns:
+            The arguments.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: An argument is out of range, or two do not fit together.
+        """
+        num_steps = resolve_steps(num_examples, batch_size, num_steps, epochs)
+        resolved = resolve_workload(workload, num_steps)
+        bands: int | None
+        is_auto = isinstance(num_bands, str) and num_bands == "auto"
+        if not isinstance(strategy, str):
+            bands = resolve_bands(None if is_auto else num_bands, strategy)
+            check_workload(strategy, resolved)
+            check_steps(strategy, num_steps)
+            resolved = strategy.workload
+        elif is_auto:
+            bands = None
+            checked_choice("strategy", strategy, _NAMES, hint=_HINT)
+        else:
+            bands = resolve_bands(num_bands, strategy)
+        return cls(
+            num_examples=num_examples,
+            batch_size=batch_size,
+            num_steps=num_steps,
+            num_bands=bands,
+            strategy=strategy,
+            workload=resolved,
+            max_participations=max_participations,
+            min_separation=min_separation,
+        )
+
+    def bands(self) -> int:
+        """Returns the number of bands, for callers that do not look for the best one.
+
+        Returns:
+            b.
+
+        Raises:
+            TypeError: The number is not known yet.
+        """
+        return checked_int("num_bands", self.num_bands)
+
+    def schedule(self, sampling: SamplingName, num_bands: int) -> Schedule:
+        """Returns the schedule of these arguments under a sampling law.
+
+        Args:
+            sampling: The name of the law.
+            num_bands: b.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            TypeError: A number is not an integer.
+            ValueError: The numbers do not fit together under this law.
+        """
+        return Schedule(
+            sampling=sampling,
+            num_examples=self.num_examples,
+            batch_size=self.batch_size,
+            num_steps=self.num_steps,
+            num_bands=num_bands,
+            max_participations=self.max_participations,
+            min_separation=self.min_separation,
+        )
+
+    def quick_strategy(self, num_bands: int) -> KnownStrategy:
+        """Returns a strategy to compare this number of bands by, without a search.
+
+        Args:
+            num_bands: b.
+
+        Returns:
+            The strategy object that was given, if it has these bands; otherwise the Toeplitz
+            optimum for prefix sums, made for the workload.
+        """
+        if not isinstance(self.strategy, str) and num_bands == self.strategy.num_bands:
+            return self.strategy
+        return quick_strategy(self.num_steps, self.workload, num_bands)
+
+    def best_strategy(self, num_bands: int, max_work: int | None = None) -> KnownStrategy:
+        """Returns the strategy that is run with this number of bands.
+
+        Args:
+            num_bands: b.
+            max_work: As in `refine_strategy`.
+
+        Returns:
+            The strategy object that was given, or the named one, optimized.
+        """
+        if not isinstance(self.strategy, str):
+            return self.strategy
+        start = quick_strategy(self.num_steps, self.workload, num_bands)
+        return refine_strategy(self.strategy, start, max_work)
+
+
+def resolve_steps(
+    num_examples: int, batch_size: int, num_steps: int | None, epochs: int | None
+) -> int:
+    """Returns the number of steps from whichever of `num_steps` and `epochs` was given.
 
     Args:
         num_examples: N, checked here.
-        batch_size: expected examples a step, checked here.
+        batch_size: Expected examples of a step, checked here.
         num_steps: n, or None.
-        epochs: passes over the data, or None.
+        epochs: Passes over the data, or None.
 
     Returns:
         n.
 
     Raises:
-        TypeError: for anything but integers.
-        ValueError: if both or none are given, or one is out of range.
+        TypeError: An argument is not an integer.
+        ValueError: Both or none are given, or one is out of range.
     """
     num_examples = checked_int("num_examples", num_examples)
     batch_size = checked_int("batch_size", batch_size)
@@ -47,27 +212,23 @@ def resolve_steps(num_examples: Any, batch_size: Any, num_steps: Any, epochs: An
     if num_steps is not None:
         return checked_int("num_steps", num_steps)
     epochs = checked_int("epochs", epochs, hint="Use `num_steps` for part of an epoch.")
-    if batch_size > num_examples:
-        raise ValueError(
-            "Expected `batch_size` to be at most `num_examples`. Received: "
-            f"batch_size={batch_size}, num_examples={num_examples}. Use a smaller `batch_size`."
-        )
+    check_batch_size(batch_size, num_examples)
     return epochs * (num_examples // batch_size)
 
 
 def resolve_bands(num_bands: Any, strategy: Any) -> int:
-    """The number of bands, from the argument or from a strategy object.
+    """Returns the number of bands, from the argument or from a strategy object.
 
     Args:
-        num_bands: a number; may be None for a strategy object.
-        strategy: a strategy's name or object.
+        num_bands: A number; may be None for a strategy object.
+        strategy: The name of a strategy, or a strategy object.
 
     Returns:
         b.
 
     Raises:
-        TypeError: for a wrong type.
-        ValueError: for an unknown strategy, or a number that is not the strategy's.
+        TypeError: An argument has the wrong type.
+        ValueError: The strategy is unknown, or the number is not that of the strategy.
     """
     if isinstance(strategy, str):
         checked_choice("strategy", strategy, _NAMES, hint=_HINT)
@@ -75,9 +236,10 @@ def resolve_bands(num_bands: Any, strategy: Any) -> int:
     # The class is what vouches for the bands: an unknown one could claim any number.
     if type(strategy) not in _KNOWN:
         raise ValueError(
-            "Expected a banded strategy of `keras_bandmf.strategies`: others have no accounting "
-            f"here. Received: strategy={strategy!r}. Use 'toeplitz', 'banded', a "
-            "`ToeplitzStrategy` or a `BandedStrategy`."
+            "Expected `strategy` to be 'toeplitz', 'banded', or a banded strategy of "
+            "`keras_bandmf.strategies` (`ToeplitzStrategy`, `BandedStrategy` or "
+            "`BlockDiagonalStrategy`), because there is no accounting for others. Received: "
+            f"strategy={strategy!r}."
         )
     own = strategy.num_bands
     if num_bands is not None and checked_int("num_bands", num_bands) != own:
@@ -89,18 +251,18 @@ def resolve_bands(num_bands: Any, strategy: Any) -> int:
 
 
 def resolve_workload(workload: Any, num_steps: int) -> Workload | None:
-    """The workload: itself, or that of a Keras optimizer.
+    """Returns the workload: the argument itself, or that of a Keras optimizer.
 
     Args:
-        workload: a `Workload`, a `keras.optimizers.SGD`, or None.
+        workload: A `Workload`, a `keras.optimizers.SGD`, or None.
         num_steps: n.
 
     Returns:
         A workload of n steps, or None if none was given.
 
     Raises:
-        TypeError: for another type.
-        ValueError: for a workload of other steps, or an optimizer without one.
+        TypeError: It has another type.
+        ValueError: It is a workload of other steps, or an optimizer without a workload.
     """
     if isinstance(workload, keras.optimizers.Optimizer):
         return workload_from_optimizer(workload, num_steps)
@@ -114,44 +276,14 @@ def resolve_workload(workload: Any, num_steps: int) -> Workload | None:
         )
     if workload.num_steps != num_steps:
         raise ValueError(
-            f"Expected a workload of {num_steps} steps, as many as the plan. Received: "
+            f"Expected `workload` to have {num_steps} steps, as many as the plan. Received: "
             f"workload.num_steps={workload.num_steps}. Make it for the steps of the plan."
         )
     return workload
 
 
-def resolve_strategy(
-    strategy: Any, num_steps: int, num_bands: int, workload: Workload | None = None
-) -> Any:
-    """The strategy object: itself, or the named one of `num_bands` bands, optimised.
-
-    Args:
-        strategy: a strategy's name or object.
-        num_steps: n.
-        num_bands: b.
-        workload: A, of n steps; None is prefix sums, or that of the object.
-
-    Returns:
-        A strategy object.
-
-    Raises:
-        ValueError: for an unknown name, or a workload that is not that of the object.
-    """
-    if isinstance(strategy, str):
-        checked_choice("strategy", strategy, _NAMES, hint=_HINT)
-        start = quick_strategy(num_steps, workload, num_bands)
-        return refine_strategy(strategy, start, max_work=None)
-    if workload is not None and workload != (strategy.workload or Workload(strategy.num_steps)):
-        raise ValueError(
-            "Expected `workload` to be the one the strategy was optimised for. Received: "
-            f"workload={workload!r}, strategy.workload={strategy.workload!r} (None is prefix "
-            "sums). Leave `workload` out, or optimise the strategy for it."
-        )
-    return strategy
-
-
 def quick_strategy(num_steps: int, workload: Workload | None, num_bands: int) -> ToeplitzStrategy:
-    """The Toeplitz optimum for prefix sums, made for a workload: for comparing numbers of bands.
+    """Returns the Toeplitz optimum for prefix sums, made for a workload, to compare bands by.
 
     Args:
         num_steps: n.
@@ -168,15 +300,17 @@ def quick_strategy(num_steps: int, workload: Workload | None, num_bands: int) ->
     return ToeplitzStrategy(best.coefficients, num_steps, workload=workload)
 
 
-def refine_strategy(name: str, quick: ToeplitzStrategy, max_work: int | None) -> Any:
-    """The named strategy of the steps, bands and workload of a quick Toeplitz strategy.
+def refine_strategy(
+    name: StrategyName, quick: ToeplitzStrategy, max_work: int | None
+) -> ToeplitzStrategy | BandedStrategy:
+    """Returns the named strategy of the steps, bands and workload of a quick Toeplitz strategy.
 
     Bands are chosen among Toeplitz strategies, which are found in no time and within 2 % of the
     banded optimum; only the chosen one is refined.
 
     Args:
-        name: a strategy's name.
-        quick: from `quick_strategy`.
+        name: The name of a strategy.
+        quick: A strategy made by `quick_strategy`.
         max_work: n b^2 up to which a Toeplitz strategy is searched for under a workload; None is
             no limit.
 
@@ -192,25 +326,61 @@ def refine_strategy(name: str, quick: ToeplitzStrategy, max_work: int | None) ->
     return BandedStrategy.optimize(n, b, start=toeplitz, workload=workload)
 
 
-def check_strategy(strategy: Any, schedule: Schedule) -> None:
-    """Refuses a strategy the accounting does not hold for: another length, larger columns.
+def check_workload(strategy: KnownStrategy, workload: Workload | None) -> None:
+    """Refuses a workload that a strategy object was not optimized for.
 
     Args:
-        strategy: a strategy object.
-        schedule: the run.
+        strategy: A strategy object.
+        workload: A, or None if none was given.
 
     Raises:
-        ValueError: if it does not fit.
+        ValueError: The workload is not that of the object.
     """
-    if strategy.num_steps != schedule.num_steps:
+    if workload is not None and workload != (strategy.workload or Workload(strategy.num_steps)):
         raise ValueError(
-            f"Expected a strategy for {schedule.num_steps} steps. Received: strategy.num_steps="
-            f"{strategy.num_steps}. Optimise it for the steps of the plan."
+            "Expected `workload` to be the one that the strategy was optimized for. Received: "
+            f"workload={workload!r}, strategy.workload={strategy.workload!r} (None is prefix "
+            "sums). Leave `workload` out, or optimize the strategy for it."
+        )
+
+
+def check_steps(strategy: KnownStrategy, num_steps: int) -> None:
+    """Refuses a strategy of another length than the plan.
+
+    Args:
+        strategy: A strategy object.
+        num_steps: n, the steps of the plan.
+
+    Raises:
+        ValueError: The strategy has another number of steps.
+    """
+    if strategy.num_steps != num_steps:
+        raise ValueError(
+            f"Expected a strategy for {num_steps} steps. Received: strategy.num_steps="
+            f"{strategy.num_steps}. Optimize it for the steps of the plan."
+        )
+
+
+def check_strategy(strategy: KnownStrategy, schedule: Schedule) -> None:
+    """Refuses a strategy that the accounting of a schedule does not hold for.
+
+    Args:
+        strategy: A strategy object.
+        schedule: The schedule that epsilon is computed from.
+
+    Raises:
+        ValueError: Steps or bands are not those of the schedule, or a column is too large.
+    """
+    check_steps(strategy, schedule.num_steps)
+    if strategy.num_bands != schedule.num_bands:
+        raise ValueError(
+            f"Expected a strategy of {schedule.num_bands} bands, as in the schedule. Received: "
+            f"strategy.num_bands={strategy.num_bands}. Leave `num_bands` out."
         )
     # Accounting and noise scale assume columns of norm at most 1; rounding aside.
     norm = strategy.sensitivity()
     if not 0 < norm <= 1 + 1e-9:
         raise ValueError(
             "Expected a strategy whose largest column norm is 1. Received: "
-            f"strategy.sensitivity()={norm!r}. Normalise it."
+            f"strategy.sensitivity()={norm!r}. Normalize it."
         )

@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
+
+import keras
 
 from keras_bandmf._checks import checked_choice
-from keras_bandmf.accounting.accountant import (
-    SAMPLINGS,
-    Schedule,
-    calibrate_noise,
-    checked_delta,
-    checked_epsilon,
-)
+from keras_bandmf.accounting.accountant import calibrate_noise, checked_delta, checked_epsilon
 from keras_bandmf.planning.arguments import (
-    check_strategy,
-    quick_strategy,
-    refine_strategy,
-    resolve_bands,
-    resolve_steps,
-    resolve_strategy,
-    resolve_workload,
+    KnownStrategy,
+    NumBands,
+    PlanArguments,
+    StrategyName,
 )
-from keras_bandmf.planning.band_choice import DEFAULT_MAX_BANDS, BandChoice, choose_bands
+from keras_bandmf.planning.band_choice import (
+    DEFAULT_MAX_BANDS,
+    BandCandidate,
+    BandChoice,
+    choose_bands,
+)
+from keras_bandmf.sampling.laws import SAMPLINGS, SamplingName
+from keras_bandmf.sampling.schedule import Schedule
+from keras_bandmf.strategies import Workload
 
 # n b^2 up to which the chosen Toeplitz strategy is searched for under a workload: some seconds.
 _MAX_SEARCH = 2 * 10**7
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibratedRun:
+    """What `calibrate` found: everything about a plan but its delta.
+
+    Attributes:
+        schedule: Who takes part when.
+        noise_multiplier: sigma, calibrated finely for this very schedule.
+        strategy: The strategy object.
+    """
+
+    schedule: Schedule
+    noise_multiplier: float
+    strategy: KnownStrategy
 
 
 def compare_bands(
@@ -37,149 +54,137 @@ def compare_bands(
     delta: float,
     epochs: int | None = None,
     num_steps: int | None = None,
-    num_bands: int | str | Sequence[int] | None = "auto",
-    strategy: Any = "toeplitz",
-    sampling: str = "cyclic_poisson",
+    num_bands: NumBands | Sequence[int] = "auto",
+    strategy: StrategyName | KnownStrategy = "toeplitz",
+    sampling: SamplingName | Literal["auto"] = "cyclic_poisson",
     max_bands: int = DEFAULT_MAX_BANDS,
     max_participations: int | None = None,
     min_separation: int | None = None,
-    workload: Any = None,
+    workload: Workload | keras.optimizers.SGD | None = None,
 ) -> BandChoice:
-    """The table and the curve behind `TrainingPlan.calibrate`, for the same arguments.
+    """Returns the comparison behind `TrainingPlan.calibrate`, for the same arguments.
 
     Noise multipliers are coarse, some tenths of a percent above what is needed. Strategies are
-    Toeplitz strategies; under a workload their coefficients are those for prefix sums, so that a
-    plan, whose strategy is searched for under it, has a somewhat lower RMSE than its row.
+    Toeplitz strategies. Under a workload their coefficients are those for prefix sums, so the
+    plan, whose strategy is optimized for the workload, has a somewhat lower RMSE than its row.
 
     Formal guarantees: looks at no data, so the choice costs no privacy. Rows of different
     `sampling` meet the same (epsilon, delta) under different adjacencies: add-or-remove-one for
     cyclic Poisson, zero-out for a fixed order.
 
     Args:
-        num_examples: N.
-        batch_size: expected examples a step.
-        epsilon: the target, above 0.
-        delta: in (0, 1).
-        epochs: passes over the data; give this or `num_steps`.
-        num_steps: n.
-        num_bands: "auto" looks for the best; a number, or several, are compared with 1.
-        strategy: a name, or a strategy object, which is then compared with 1 band.
+        num_examples: N, the number of rows of the training data.
+        batch_size: The expected number of rows of a step.
+        epsilon: The target, from 10^-6 to 10^6.
+        delta: In (0, 1), below 1 / num_examples.
+        epochs: Passes over the data. Give this or `num_steps`.
+        num_steps: n, the number of steps.
+        num_bands: "auto" looks for the best number; one number, or several, are compared with 1.
+        strategy: "toeplitz", "banded", or a strategy object, which is then compared with 1 band.
         sampling: "cyclic_poisson", "fixed_order", or "auto" for both.
-        max_bands: cap of "auto".
-        max_participations: fixed order only, declared for foreign data.
-        min_separation: fixed order only, declared for foreign data.
-        workload: None for prefix sums, a `strategies.Workload`, or a `keras.optimizers.SGD`.
+        max_bands: The largest number of bands that "auto" considers.
+        max_participations: Fixed order only: declared for data that the user feeds.
+        min_separation: Fixed order only, in steps: declared for data that the user feeds.
+        workload: None for prefix sums, a `strategies.Workload`, or the `keras.optimizers.SGD` to
+            train with.
 
     Returns:
-        The candidates; `.best` has the lowest expected RMSE, `str()` is a table.
+        The candidates. `.best` has the lowest expected RMSE, and `str()` is a table.
 
     Raises:
-        TypeError: for a wrong type.
-        ValueError: for a value or combination that cannot be accounted for.
+        TypeError: An argument has the wrong type.
+        ValueError: A value or a combination cannot be accounted for.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> choice = bandmf.compare_bands(
+        ...     num_examples=20_000, batch_size=100, epochs=2, epsilon=2.0, delta=1e-6,
+        ...     num_bands=[2, 4],
+        ... )
+        >>> [row.num_bands for row in choice.candidates]
+        [1, 2, 4]
+        >>> choice.best.num_bands
+        4
     """
+    several: Sequence[int] | None = None
+    if isinstance(strategy, str) and isinstance(num_bands, Sequence):
+        several = None if isinstance(num_bands, str) else num_bands
+    arguments = PlanArguments.resolve(
+        num_examples=num_examples,
+        batch_size=batch_size,
+        num_steps=num_steps,
+        epochs=epochs,
+        num_bands="auto" if several is not None or num_bands is None else num_bands,
+        strategy=strategy,
+        workload=workload,
+        max_participations=max_participations,
+        min_separation=min_separation,
+    )
+    compared = arguments.num_bands if several is None else several
+    return _compared(arguments, epsilon, delta, sampling, compared, max_bands)
+
+
+def _compared(
+    arguments: PlanArguments,
+    epsilon: float,
+    delta: float,
+    sampling: SamplingName | Literal["auto"],
+    num_bands: int | Sequence[int] | None,
+    max_bands: int,
+) -> BandChoice:
+    """Returns the candidates for resolved arguments; None compares all numbers of bands."""
     checked_choice("sampling", sampling, (*SAMPLINGS, "auto"))
-    steps = resolve_steps(num_examples, batch_size, num_steps, epochs)
-    workload = resolve_workload(workload, steps)
-    given: Any = None if _is_auto(num_bands) else num_bands
-    several = isinstance(given, Sequence) and not isinstance(given, str)
-    if not isinstance(strategy, str):
-        given = resolve_bands(given, strategy)
-        workload = resolve_strategy(strategy, steps, given, workload).workload
-    elif given is None or several:
-        resolve_bands(1, strategy)
-    else:
-        given = resolve_bands(given, strategy)
-
-    @functools.cache  # both ways of sampling compare the same strategies
-    def make_strategy(bands: int) -> Any:
-        if not isinstance(strategy, str) and bands == strategy.num_bands:
-            return strategy
-        return quick_strategy(steps, workload, bands)
-
-    candidates = []
+    # Both ways of sampling compare the same strategies.
+    make_strategy = functools.cache(arguments.quick_strategy)
+    candidates: list[BandCandidate] = []
     for name in SAMPLINGS if sampling == "auto" else (sampling,):
-        run = Schedule(name, num_examples, batch_size, steps, 1, max_participations, min_separation)
-        if not isinstance(strategy, str):
-            check_strategy(strategy, run)
         choice = choose_bands(
-            run, epsilon, delta, make_strategy, num_bands=given, max_bands=max_bands
+            arguments.schedule(name, 1),
+            epsilon,
+            delta,
+            make_strategy,
+            num_bands=num_bands,
+            max_bands=max_bands,
         )
         candidates += choice.candidates
     return BandChoice(tuple(candidates))
 
 
-def calibrated_arguments(
+def calibrated_run(
+    arguments: PlanArguments,
     *,
-    num_examples: int,
-    batch_size: int,
     epsilon: float,
     delta: float,
-    epochs: int | None,
-    num_steps: int | None,
-    num_bands: int | str | None,
-    strategy: Any,
-    sampling: str,
+    sampling: SamplingName | Literal["auto"],
     max_bands: int,
-    max_participations: int | None,
-    min_separation: int | None,
-    workload: Any,
-) -> dict[str, Any]:
-    """The arguments of the `TrainingPlan` of least expected error: see `TrainingPlan.calibrate`.
+) -> CalibratedRun:
+    """Returns the run of least expected error: see `TrainingPlan.calibrate`.
 
     Formal guarantees: the noise multiplier is that of `calibrate_noise` at the fine accuracy, for
-    the very schedule the arguments give.
+    the very schedule that is returned.
 
     Args:
-        As of `TrainingPlan.calibrate`.
+        arguments: The resolved arguments of the plan.
+        epsilon: The target, from 10^-6 to 10^6.
+        delta: In (0, 1).
+        sampling: The name of a sampling law, or "auto" for the one of lower expected RMSE.
+        max_bands: The largest number of bands to consider where `arguments` names none.
 
     Returns:
-        Keyword arguments of `TrainingPlan`.
+        Schedule, noise multiplier and strategy.
 
     Raises:
-        As `TrainingPlan.calibrate`.
+        TypeError: An argument has the wrong type.
+        ValueError: A value or a combination cannot be accounted for.
     """
-    num_steps = resolve_steps(num_examples, batch_size, num_steps, epochs)
-    run = {
-        "num_examples": num_examples,
-        "batch_size": batch_size,
-        "num_steps": num_steps,
-        "max_participations": max_participations,
-        "min_separation": min_separation,
-    }
-    target = {
-        "epsilon": checked_epsilon(epsilon),
-        "delta": checked_delta(delta),
-    }
-    workload = resolve_workload(workload, num_steps)
-    chooses_bands = _is_auto(num_bands) and isinstance(strategy, str)
-    if not chooses_bands:
-        num_bands = resolve_bands(None if _is_auto(num_bands) else num_bands, strategy)
-    guess = None
-    if chooses_bands or sampling == "auto":
-        choice = compare_bands(
-            **run,
-            **target,
-            num_bands=num_bands,
-            strategy=strategy,
-            sampling=sampling,
-            max_bands=max_bands,
-            workload=workload,
-        )
-        best = choice.best if chooses_bands else choice.of_bands(num_bands).best
-        sampling, num_bands, guess = best.sampling, best.num_bands, best.noise_multiplier
-        if chooses_bands:
-            strategy = refine_strategy(strategy, best.strategy, _MAX_SEARCH)
-    schedule = Schedule(sampling, num_bands=num_bands, **run)
-    return {
-        **run,
-        "num_bands": num_bands,
-        "noise_multiplier": calibrate_noise(schedule, **target, guess=guess),
-        "delta": delta,
-        "strategy": strategy,
-        "sampling": sampling,
-        "workload": workload,
-    }
-
-
-def _is_auto(num_bands: Any) -> bool:
-    return isinstance(num_bands, str) and num_bands == "auto"
+    epsilon, delta = checked_epsilon(epsilon), checked_delta(delta)
+    bands, guess = arguments.num_bands, None
+    max_work = _MAX_SEARCH if bands is None else None
+    if bands is None or sampling == "auto":
+        choice = _compared(arguments, epsilon, delta, sampling, bands, max_bands)
+        best = (choice if bands is None else choice.of_bands(bands)).best
+        sampling, bands, guess = best.sampling, best.num_bands, best.noise_multiplier
+    schedule = arguments.schedule(sampling, bands)
+    sigma = calibrate_noise(schedule, epsilon, delta, guess=guess)
+    strategy = arguments.best_strategy(bands, max_work)
+    return CalibratedRun(schedule, sigma, strategy)

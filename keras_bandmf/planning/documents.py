@@ -7,16 +7,19 @@ from typing import Any
 
 
 def write_document(name: str, version: int, fields: dict[str, Any], *, indent: int | None) -> str:
-    """The JSON of `fields` with their format and version; floats keep every bit.
+    """Returns the JSON of fields with their format and version; floats keep every bit.
 
     Args:
-        name: the "format".
-        version: the "version".
-        fields: what `json` can write; NaN and infinity are refused.
-        indent: spaces to indent by, or None for the canonical form: one line, sorted keys.
+        name: The "format" of the document.
+        version: The "version" of the format.
+        fields: Values that `json` can write; NaN and infinity are refused.
+        indent: Spaces to indent by, or None for the canonical form: one line, sorted keys.
 
     Returns:
         JSON.
+
+    Raises:
+        ValueError: A number is not finite.
     """
     document = {"format": name, "version": version, **fields}
     if indent is None:
@@ -29,16 +32,16 @@ def read_document(text: str, name: str, version: int, fields: set[str]) -> dict[
 
     Args:
         text: JSON.
-        name: the expected "format".
-        version: the expected "version".
-        fields: the names of the other entries; all must be there.
+        name: The expected "format".
+        version: The expected "version".
+        fields: The names of the other entries; all must be there.
 
     Returns:
         The fields.
 
     Raises:
-        TypeError: if `text` is not a string.
-        ValueError: for anything unknown, missing, NaN or not JSON.
+        TypeError: `text` is not a string.
+        ValueError: It is not JSON, a number is not finite, or something is missing or unknown.
     """
     if not isinstance(text, str):
         raise TypeError(f"Expected `text` to be a string of JSON. Received: text={text!r}.")
@@ -57,7 +60,7 @@ def read_document(text: str, name: str, version: int, fields: set[str]) -> dict[
     if found != version or isinstance(found, bool):
         raise ValueError(
             f"Expected version {version} of {name}. Received: version={found!r}. "
-            "Read it with the release that wrote it."
+            "Read it with the release of keras_bandmf that wrote it."
         )
     del document["format"], document["version"]
     if set(document) != fields:

@@ -1,9 +1,9 @@
-"""From a Keras optimizer to the workload: how its weights depend on the gradients it is given."""
+"""The workload of a Keras optimizer: how its weights depend on the gradients it is given."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
@@ -23,37 +23,47 @@ _REFUSED_SETTINGS = (
 
 
 def workload_from_optimizer(optimizer: keras.optimizers.SGD, num_steps: int) -> Workload:
-    """The workload of Keras's SGD: momentum, Nesterov, weight decay, any schedule of the rate.
+    """Returns the workload of Keras's SGD with its momentum, weight decay and learning rates.
 
-    Step i uses the schedule at `iterations` = i, from 0, whatever `iterations` is now, and in the
-    precision in which Keras evaluates it. As in Keras, weight decay is decoupled and multiplied by
-    the rate: `w <- w - weight_decay * rate_i * w`, before the step. Rates that callbacks set later
-    and constraints of variables are not seen: strategies are then optimised for another workload
-    than is run. That costs accuracy, never privacy.
+    Pass it as `workload` to `TrainingPlan.calibrate`, which also takes the optimizer itself. Step
+    i uses the learning-rate schedule at `iterations` = i, from 0, whatever `iterations` is now, and
+    in the precision in which Keras evaluates it. As in Keras, weight decay is decoupled and
+    multiplied by the rate: `w <- w - weight_decay * rate_i * w`, before the step. Rates that
+    callbacks set later and constraints of variables are not seen: the strategy is then optimized
+    for another workload than the one that is run, which costs accuracy, never privacy.
 
     Args:
-        optimizer: a `keras.optimizers.SGD`: what `BandMFOptimizer` wraps, not the wrapper.
-        num_steps: n, at least 1.
+        optimizer: A `keras.optimizers.SGD`: the one that `BandMFOptimizer` wraps, not the wrapper.
+        num_steps: n, the number of steps, at least 1.
 
     Returns:
         The `Workload` of n steps.
 
     Raises:
-        TypeError: for anything but a Keras optimizer, or `num_steps` that is not an integer.
-        ValueError: for an optimizer whose weights are not linear in the gradients (Adam and kin,
-            clipping, averaged weights), or rates that are negative, not finite or all zero.
+        TypeError: `optimizer` is not a Keras optimizer, or `num_steps` is not an integer.
+        ValueError: The weights are not linear in the gradients (Adam and similar optimizers,
+            clipping, averaged weights), or rates are negative, not finite or all zero.
+
+    Example:
+        >>> import keras
+        >>> import keras_bandmf as bandmf
+        >>> optimizer = keras.optimizers.SGD(0.5, momentum=0.9)
+        >>> workload = bandmf.workload_from_optimizer(optimizer, num_steps=100)
+        >>> workload.num_steps, workload.momentum
+        (100, 0.9)
     """
     num_steps = checked_int("num_steps", num_steps)
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(
-            "Expected a `keras.optimizers.SGD`. Received: "
+            "Expected `optimizer` to be a `keras.optimizers.SGD`. Received: "
             f"optimizer={optimizer!r} of type {type(optimizer).__name__}. {_WAY_OUT}"
         )
     # A subclass may update in any way.
     if type(optimizer) is not keras.optimizers.SGD:
         raise ValueError(
-            "Only the weights of `keras.optimizers.SGD` itself are linear in the gradients. "
-            f"Received: an optimizer of class {type(optimizer).__name__}. {_WAY_OUT}"
+            "Expected `optimizer` to be a `keras.optimizers.SGD` itself, because only its weights "
+            f"are linear in the gradients. Received: an optimizer of class "
+            f"{type(optimizer).__name__}. {_WAY_OUT}"
         )
     for name in _REFUSED_SETTINGS:
         if getattr(optimizer, name) is not None:
@@ -71,9 +81,9 @@ def workload_from_optimizer(optimizer: keras.optimizers.SGD, num_steps: int) -> 
     )
 
 
-def _refuse(setting: str) -> None:
+def _refuse(setting: str) -> NoReturn:
     raise ValueError(
-        "Expected an SGD that gives every variable the same sums of gradients. Received: an SGD "
+        "Expected `optimizer` to give every variable the same sums of gradients. Received: an SGD "
         f"with {setting}. {_WAY_OUT}"
     )
 
@@ -94,12 +104,14 @@ def _rates(optimizer: keras.optimizers.SGD, num_steps: int) -> float | np.ndarra
 
 
 def _evaluated(schedule: Callable[[Any], Any], num_steps: int, dtype: str) -> np.ndarray:
-    """The schedule at steps 0 to n - 1, `(n,)` float64."""
+    """Returns the schedule at steps 0 to n - 1, `(n,)` float64."""
     steps = keras.ops.arange(num_steps, dtype=dtype)
     try:
         # Not `schedule(steps)`: schedules may branch on what they take to be one step.
         rates = keras.ops.convert_to_numpy(keras.ops.vectorized_map(schedule, steps))
-    except Exception:  # a schedule in plain Python fails in ways of its own; it runs below
+    except (
+        Exception
+    ):  # A schedule in plain Python may fail in any way; it is called step by step below.
         rates = None
     if np.shape(rates) != (num_steps,):
         rates = [float(keras.ops.convert_to_numpy(schedule(step))) for step in steps]

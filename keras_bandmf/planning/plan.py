@@ -5,27 +5,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import dp_accounting
+import keras
 
 from keras_bandmf import strategies
 from keras_bandmf._checks import checked_float
-from keras_bandmf.accounting.accountant import Schedule, checked_delta, epsilon_of
+from keras_bandmf.accounting.accountant import checked_delta, epsilon_of
 from keras_bandmf.planning import band_choice
 from keras_bandmf.planning.arguments import (
+    KnownStrategy,
+    NumBands,
+    PlanArguments,
+    StrategyName,
     check_strategy,
-    resolve_bands,
-    resolve_steps,
-    resolve_strategy,
-    resolve_workload,
 )
-from keras_bandmf.planning.calibration import calibrated_arguments
+from keras_bandmf.planning.calibration import calibrated_run
 from keras_bandmf.planning.documents import read_document, write_document
 from keras_bandmf.planning.plan_report import planned_statement
 from keras_bandmf.planning.plan_table import plan_table
 from keras_bandmf.planning.statement import Statement
 from keras_bandmf.sampling import PrivateBatches
+from keras_bandmf.sampling.laws import Adjacency, SamplingName
+from keras_bandmf.sampling.schedule import Schedule
 
 _FORMAT = "keras_bandmf.TrainingPlan"
 _VERSION = 1
@@ -33,7 +37,11 @@ _VERSION = 1
 
 @dataclasses.dataclass(frozen=True, init=False, eq=False)
 class TrainingPlan:
-    """A private training run, fixed before it starts: immutable, in JSON exact, printed as a table.
+    """A private training run, fixed before it starts.
+
+    A plan is immutable, goes through JSON without a change of a single bit (`to_json`,
+    `from_json`), and prints as a table. It holds no data, no key and no model. `calibrate` finds
+    the plan for a target epsilon; the constructor makes one for a given noise multiplier.
 
     Formal guarantees: training that draws its batches by `batches`, clips every example's
     gradient to norm zeta, adds noise correlated by `strategy` of standard deviation
@@ -41,7 +49,31 @@ class TrainingPlan:
     weights that are (`epsilon()`, `delta`)-differentially private under `adjacency`, for one row
     of the training data. `num_examples` and everything else in the plan is public.
 
-    Attributes: as the arguments; `strategy` is the object, `num_steps` is there either way.
+    Attributes:
+        num_examples: N, the number of rows of the training data, a public constant.
+        batch_size: The number of rows of a step: expected (cyclic Poisson) or exact (fixed order).
+        num_steps: n, the number of steps; it is set even if `epochs` was given.
+        noise_multiplier: sigma.
+        delta: The delta of the guarantee.
+        sampling: "cyclic_poisson" or "fixed_order".
+        strategy: The strategy; always an object, even if a name was given.
+        max_participations: Declared for data that the user feeds, or None.
+        min_separation: Declared for data that the user feeds, or None.
+        schedule: Who takes part when: the one record that both the sampler and the accountant are
+            given.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=60_000, batch_size=600, epochs=10, num_bands=4,
+        ...     noise_multiplier=2.0, delta=1e-6,
+        ... )
+        >>> plan.num_steps, plan.sampling_probability, plan.adjacency
+        (1000, 0.04, 'add-or-remove-one')
+        >>> 1.5 < plan.epsilon() < 1.7
+        True
+        >>> bandmf.TrainingPlan.from_json(plan.to_json()) == plan
+        True
     """
 
     num_examples: int
@@ -49,10 +81,12 @@ class TrainingPlan:
     num_steps: int
     noise_multiplier: float
     delta: float
-    sampling: str
-    strategy: Any
+    sampling: SamplingName
+    strategy: KnownStrategy
     max_participations: int | None
     min_separation: int | None
+    # Not an argument, and not in the JSON: made from the fields above.
+    schedule: Schedule = dataclasses.field(init=False, repr=False)
 
     def __init__(
         self,
@@ -64,62 +98,61 @@ class TrainingPlan:
         num_steps: int | None = None,
         epochs: int | None = None,
         num_bands: int | None = None,
-        strategy: Any = "toeplitz",
-        sampling: str = "cyclic_poisson",
+        strategy: StrategyName | KnownStrategy = "toeplitz",
+        sampling: SamplingName = "cyclic_poisson",
         max_participations: int | None = None,
         min_separation: int | None = None,
-        workload: Any = None,
+        workload: strategies.Workload | keras.optimizers.SGD | None = None,
     ):
-        """A plan with a given noise multiplier; `calibrate` finds one for a given epsilon.
+        """Makes a plan with a given noise multiplier; `calibrate` finds one for a given epsilon.
 
         Args:
-            num_examples: N >= 1.
-            batch_size: in [1, num_examples].
-            noise_multiplier: sigma >= 0; 0 is not private, and the statement says so.
-            delta: in (0, 1).
-            num_steps: n; give this or `epochs`.
-            epochs: passes over the data, an integer.
-            num_bands: b, needed with a strategy's name; 1 is DP-SGD.
+            num_examples: N, the number of rows of the training data, at least 1.
+            batch_size: The expected number of rows of a step, in [1, num_examples].
+            noise_multiplier: sigma, at least 0. With 0 nothing is private, and the statement says
+                so.
+            delta: In (0, 1); use a value below 1 / num_examples.
+            num_steps: n, the number of steps. Give this or `epochs`.
+            epochs: Passes over the data, an integer.
+            num_bands: b, the number of bands; 1 is DP-SGD. Leave it out for a strategy object.
             strategy: "toeplitz", "banded", or a strategy object.
             sampling: "cyclic_poisson" or "fixed_order".
-            max_participations: fixed order only, declared for foreign data.
-            min_separation: fixed order only, declared for foreign data.
-            workload: what the noise is to disturb least: a `strategies.Workload`, the
-                `keras.optimizers.SGD` to train with, or None: prefix sums, or what a strategy
-                object was optimised for.
+            max_participations: Fixed order only: the largest number of participations of a row,
+                declared for data that the user feeds.
+            min_separation: Fixed order only: the fewest steps between two participations of a
+                row, declared for data that the user feeds.
+            workload: The quantity whose error the strategy minimizes: a `strategies.Workload`, or
+                that of the `keras.optimizers.SGD` to train with. None is prefix sums, or whatever
+                a strategy object was optimized for.
 
         Raises:
-            TypeError: for a wrong type.
-            ValueError: for a value or a combination that cannot be accounted for.
+            TypeError: An argument has the wrong type.
+            ValueError: A value or a combination cannot be accounted for.
         """
-        num_steps = resolve_steps(num_examples, batch_size, num_steps, epochs)
-        for name, value in (("num_bands", num_bands), ("sampling", sampling)):
+        choices: dict[str, object] = {"num_bands": num_bands, "sampling": sampling}
+        for name, value in choices.items():
             if isinstance(value, str) and value == "auto":
                 raise ValueError(
                     f"`{name}='auto'` depends on a target epsilon. Received: {name}='auto', "
                     f"noise_multiplier={noise_multiplier!r}. Use "
                     f"`TrainingPlan.calibrate(epsilon=...)` or choose `{name}`."
                 )
-        bands = resolve_bands(num_bands, strategy)
-        schedule = Schedule(
-            sampling, num_examples, batch_size, num_steps, bands, max_participations, min_separation
+        arguments = PlanArguments.resolve(
+            num_examples=num_examples,
+            batch_size=batch_size,
+            num_steps=num_steps,
+            epochs=epochs,
+            num_bands=num_bands,
+            strategy=strategy,
+            workload=workload,
+            max_participations=max_participations,
+            min_separation=min_separation,
         )
-        object.__setattr__(self, "_schedule", schedule)
-        for field in dataclasses.fields(schedule):
-            if field.name != "num_bands":
-                object.__setattr__(self, field.name, getattr(schedule, field.name))
-        sigma = checked_float(
-            "noise_multiplier",
-            noise_multiplier,
-            minimum=0.0,
-            hint="Use `TrainingPlan.calibrate(epsilon=...)` to find one.",
-        )
-        object.__setattr__(self, "noise_multiplier", sigma)
-        object.__setattr__(self, "delta", checked_delta(delta))
-        workload = resolve_workload(workload, schedule.num_steps)
-        strategy = resolve_strategy(strategy, schedule.num_steps, bands, workload)
-        check_strategy(strategy, schedule)
-        object.__setattr__(self, "strategy", strategy)
+        bands = arguments.bands()
+        schedule = arguments.schedule(sampling, bands)
+        sigma, delta = _checked_noise(noise_multiplier), checked_delta(delta)
+        # After all checks, because the search takes time.
+        _set_fields(self, schedule, sigma, delta, arguments.best_strategy(bands))
 
     @classmethod
     def calibrate(
@@ -131,156 +164,212 @@ class TrainingPlan:
         delta: float,
         epochs: int | None = None,
         num_steps: int | None = None,
-        num_bands: int | str | None = "auto",
-        strategy: Any = "toeplitz",
-        sampling: str = "cyclic_poisson",
+        num_bands: NumBands = "auto",
+        strategy: StrategyName | KnownStrategy = "toeplitz",
+        sampling: SamplingName | Literal["auto"] = "cyclic_poisson",
         max_bands: int = band_choice.DEFAULT_MAX_BANDS,
         max_participations: int | None = None,
         min_separation: int | None = None,
-        workload: Any = None,
+        workload: strategies.Workload | keras.optimizers.SGD | None = None,
     ) -> TrainingPlan:
-        """The plan of least expected error for an (epsilon, delta).
+        """Finds the plan of lowest expected error that satisfies (epsilon, delta)-DP.
 
         Formal guarantees: the plan's `epsilon()` is at most `epsilon`, evaluated at the very
         noise multiplier chosen, by the accounting that later reports it. Only public values are
         looked at.
 
         Args:
-            num_examples: N.
-            batch_size: expected examples a step.
-            epsilon: the target, above 0.
-            delta: in (0, 1); below 1 / num_examples.
-            epochs: passes over the data; give this or `num_steps`.
-            num_steps: n.
-            num_bands: "auto" takes the number with the lowest expected RMSE, up to `max_bands`.
+            num_examples: N, the number of rows of the training data.
+            batch_size: The expected number of rows of a step.
+            epsilon: The target, from 10^-6 to 10^6.
+            delta: In (0, 1); use a value below 1 / num_examples.
+            epochs: Passes over the data, an integer. Give this or `num_steps`.
+            num_steps: n, the number of steps.
+            num_bands: b. "auto" takes the number with the lowest expected RMSE, up to `max_bands`.
             strategy: "toeplitz", "banded", or a strategy object (with its number of bands).
             sampling: "cyclic_poisson", "fixed_order", or "auto" for the one of lower expected
-                RMSE: `adjacency` then says which relation the guarantee is about.
-            max_bands: cap of "auto"; the noise keeps num_bands - 1 copies of the model, and
-                `keras_bandmf.max_bands` says how many fit into a memory.
-            max_participations: fixed order only, declared for foreign data.
-            min_separation: fixed order only, declared for foreign data.
-            workload: as of a plan. With num_bands="auto" bands are compared by coefficients for
-                prefix sums, and those of the chosen number are searched for under the workload
-                up to n b^2 = 2 * 10^7; beyond, they stay (name `num_bands` for the search).
+                RMSE. `adjacency` then says which relation the guarantee is about.
+            max_bands: The largest number of bands that "auto" considers. The noise keeps
+                num_bands - 1 copies of the model; `keras_bandmf.max_bands_for_memory` says how
+                many fit in a given memory.
+            max_participations: Fixed order only: declared for data that the user feeds.
+            min_separation: Fixed order only, in steps: declared for data that the user feeds.
+            workload: As in the constructor. With `num_bands="auto"`, candidates are compared by
+                their coefficients for prefix sums; the chosen one is then optimized for the
+                workload if `n * b**2 <= 2e7`. For larger problems pass `num_bands` to force that
+                optimization.
 
         Returns:
             The plan.
 
         Raises:
-            TypeError: for a wrong type.
-            ValueError: for a value or combination that cannot be accounted for.
+            TypeError: An argument has the wrong type.
+            ValueError: A value or a combination cannot be accounted for.
+
+        Example:
+            >>> import keras_bandmf as bandmf
+            >>> plan = bandmf.TrainingPlan.calibrate(
+            ...     num_examples=20_000, batch_size=100, epochs=2, epsilon=2.0, delta=1e-6,
+            ...     num_bands=4,
+            ... )
+            >>> 1.99 < plan.epsilon() <= 2.0
+            True
         """
-        return cls(
-            **calibrated_arguments(
-                num_examples=num_examples,
-                batch_size=batch_size,
-                epsilon=epsilon,
-                delta=delta,
-                epochs=epochs,
-                num_steps=num_steps,
-                num_bands=num_bands,
-                strategy=strategy,
-                sampling=sampling,
-                max_bands=max_bands,
-                max_participations=max_participations,
-                min_separation=min_separation,
-                workload=workload,
-            )
+        arguments = PlanArguments.resolve(
+            num_examples=num_examples,
+            batch_size=batch_size,
+            num_steps=num_steps,
+            epochs=epochs,
+            num_bands=num_bands,
+            strategy=strategy,
+            workload=workload,
+            max_participations=max_participations,
+            min_separation=min_separation,
         )
+        run = calibrated_run(
+            arguments, epsilon=epsilon, delta=delta, sampling=sampling, max_bands=max_bands
+        )
+        plan = cls.__new__(cls)
+        _set_fields(plan, run.schedule, run.noise_multiplier, checked_delta(delta), run.strategy)
+        return plan
 
     @property
     def num_bands(self) -> int:
-        """b: how many steps a gradient's noise is spread over; 1 is DP-SGD."""
+        """The number of bands b: over how many steps noise is correlated; 1 is DP-SGD."""
         return self.strategy.num_bands
 
     @property
     def workload(self) -> strategies.Workload | None:
-        """A, what the strategy was optimised for; None is prefix sums."""
+        """The workload A that the strategy was optimized for; None is prefix sums."""
         return self.strategy.workload
 
     @property
     def steps_per_epoch(self) -> int:
-        """E = num_examples // batch_size."""
-        return self._schedule.steps_per_epoch
+        """The number of steps of an epoch, E = `num_examples // batch_size`."""
+        return self.schedule.steps_per_epoch
 
     @property
     def sampling_probability(self) -> float | None:
-        """q = num_bands * batch_size / num_examples; None in a fixed order."""
-        return self._schedule.sampling_probability
+        """The rate q = `num_bands * batch_size / num_examples`; None in a fixed order."""
+        return self.schedule.sampling_probability
 
     @property
     def participations(self) -> int | None:
-        """Fixed order: k, the most often an example takes part; None under cyclic Poisson."""
-        return self._schedule.participations() if self.sampling == "fixed_order" else None
+        """Fixed order: k, the largest number of participations of a row; else None."""
+        return self.schedule.participations()
 
     @property
     def separation(self) -> int | None:
-        """Fixed order: steps between two participations of an example; else None."""
-        return self._schedule.separation if self.sampling == "fixed_order" else None
+        """Fixed order: the fewest steps between two participations of a row; else None."""
+        return self.schedule.separation
 
     @property
     def declares_participations(self) -> bool:
-        """Whether the user vouches for the order of foreign data (fixed order only)."""
+        """Whether the user feeds the data and declares its order (fixed order only)."""
         return self.max_participations is not None
 
     @property
-    def adjacency(self) -> str:
-        """ "add-or-remove-one" (cyclic Poisson) or "zero-out" (fixed order)."""
-        return self._schedule.adjacency
+    def adjacency(self) -> Adjacency:
+        """The adjacency: "add-or-remove-one" (cyclic Poisson) or "zero-out" (fixed order)."""
+        return self.schedule.adjacency
 
     @functools.cached_property
     def sensitivity(self) -> float:
-        """S: largest column norm, times sqrt(participations) in a fixed order."""
-        return self._schedule.sensitivity * self.strategy.sensitivity()
+        """The sensitivity S: largest column norm, times sqrt(participations) in a fixed order."""
+        return self.schedule.sensitivity * self.strategy.sensitivity()
 
     @functools.cached_property
     def expected_rmse(self) -> float:
-        """sigma * S * sqrt(mean error) / expected participations, in units of the clip norm.
+        """The expected error, sigma * S * sqrt(mean error) / expected participations.
 
-        Under a workload, in units of the clip norm times the learning rate: compare it with that
-        of another plan under the same workload.
+        Its unit is the clip norm; under a workload, it is the clip norm times the learning rate.
+        Compare it only with that of another plan under the same workload.
         """
         mean_error = self.strategy.loss("mean")
-        return band_choice.expected_rmse(self._schedule, self.noise_multiplier, mean_error)
+        return band_choice.expected_rmse(self.schedule, self.noise_multiplier, mean_error)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of the canonical JSON."""
+        """The SHA-256, in hexadecimal, of the plan's JSON in canonical form."""
         canonical = write_document(_FORMAT, _VERSION, self._fields(), indent=None)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def noise_stddev(self, l2_norm_clip: float) -> float:
-        """The standard deviation of z, the independent noise before correlation.
+        """Returns the standard deviation of z, the independent noise before correlation.
 
         Args:
-            l2_norm_clip: zeta, the norm each example's gradient is clipped to.
+            l2_norm_clip: zeta, the norm that each example's gradient is clipped to, above 0.
 
         Returns:
             sigma * S * zeta.
+
+        Raises:
+            TypeError: `l2_norm_clip` is not a number.
+            ValueError: `l2_norm_clip` is not finite and above 0.
+
+        Example:
+            >>> import keras_bandmf as bandmf
+            >>> plan = bandmf.TrainingPlan(
+            ...     num_examples=1_000, batch_size=50, epochs=3, num_bands=1,
+            ...     noise_multiplier=1.5, delta=1e-5,
+            ... )
+            >>> plan.noise_stddev(l2_norm_clip=2.0)
+            3.0
         """
         clip = checked_float("l2_norm_clip", l2_norm_clip, above=0.0)
         return self.noise_multiplier * self.sensitivity * clip
 
     def dp_event(self, steps: int | None = None) -> dp_accounting.DpEvent:
-        """The `dp_accounting` event of the first `steps` steps; None charges the whole run.
+        """Returns the `dp_accounting` event of the first `steps` steps.
 
-        Formal guarantees: as `Schedule.dp_event`: `steps` must have been fixed in advance, or
-        the stop must not have looked at anything private.
+        Formal guarantees: `steps` must have been fixed in advance, or the stop must not have
+        looked at anything private. Otherwise the whole run is to be charged.
+
+        Args:
+            steps: t in [0, num_steps]; None charges the whole run.
+
+        Returns:
+            A `dp_accounting.DpEvent` under `adjacency`.
+
+        Raises:
+            TypeError: `steps` is not an integer.
+            ValueError: `steps` is out of range.
+
+        Example:
+            >>> import keras_bandmf as bandmf
+            >>> plan = bandmf.TrainingPlan(
+            ...     num_examples=1_000, batch_size=50, epochs=3, num_bands=4,
+            ...     noise_multiplier=1.5, delta=1e-5,
+            ... )
+            >>> plan.dp_event().count, plan.dp_event(steps=5).count
+            (15, 2)
         """
-        return self._schedule.dp_event(self.noise_multiplier, steps)
+        return self.schedule.dp_event(self.noise_multiplier, steps)
 
     def epsilon(self, steps: int | None = None) -> float:
-        """Epsilon at `delta` of the first `steps` steps; None charges the whole run.
+        """Returns epsilon at `delta` of the first `steps` steps.
 
         Formal guarantees: an upper bound, valid for a number of steps that was fixed in advance
         or chosen without looking at anything private; otherwise the whole run is to be charged.
 
         Args:
-            steps: t in [0, num_steps].
+            steps: t in [0, num_steps]; None charges the whole run.
 
         Returns:
             Epsilon; `math.inf` without noise.
+
+        Raises:
+            TypeError: `steps` is not an integer.
+            ValueError: `steps` is out of range.
+
+        Example:
+            >>> import keras_bandmf as bandmf
+            >>> plan = bandmf.TrainingPlan(
+            ...     num_examples=1_000, batch_size=50, epochs=3, num_bands=4,
+            ...     noise_multiplier=1.5, delta=1e-5,
+            ... )
+            >>> plan.epsilon(steps=4) < plan.epsilon(steps=5) < plan.epsilon()
+            True
         """
         if steps is None or steps == self.num_steps:
             return self._whole_epsilon
@@ -291,19 +380,32 @@ class TrainingPlan:
         return epsilon_of(self.dp_event(), self.delta)
 
     def statement(self, steps: int | None = None) -> Statement:
-        """What the plan would guarantee: headed "planned, not executed".
+        """Returns what the plan would guarantee, headed "planned, not executed".
 
-        Formal guarantees: as `epsilon`: charging fewer than all steps is valid only if their
+        Formal guarantees: as for `epsilon`, charging fewer than all steps is valid only if their
         number was fixed in advance.
 
         Args:
-            steps: t in [0, num_steps]; None is all.
+            steps: t in [0, num_steps]; None charges the whole run.
 
         Returns:
-            A `Statement`; `dataclasses.replace` makes that of a run from it.
+            A `Statement`. `keras_bandmf.statement(model)` returns that of a run.
+
+        Raises:
+            TypeError: `steps` is not an integer.
+            ValueError: `steps` is out of range.
+
+        Example:
+            >>> import keras_bandmf as bandmf
+            >>> plan = bandmf.TrainingPlan(
+            ...     num_examples=1_000, batch_size=50, epochs=3, num_bands=4,
+            ...     noise_multiplier=1.5, delta=1e-5,
+            ... )
+            >>> print(str(plan.statement()).splitlines()[0])
+            Privacy statement: planned, not executed
         """
         return planned_statement(
-            self._schedule,
+            self.schedule,
             strategy_name=type(self.strategy).__name__,
             noise_multiplier=self.noise_multiplier,
             epsilon=self.epsilon(steps),
@@ -317,36 +419,48 @@ class TrainingPlan:
         x: Any,
         y: Any = None,
         sample_weight: Any = None,
-        class_weight: Any = None,
-        preprocess: Any = None,
+        class_weight: dict[int, float] | None = None,
+        preprocess: Callable[..., Any] | None = None,
         seed: int | None = None,
     ) -> PrivateBatches:
-        """The batches of this plan: the only data the private `fit` takes.
+        """Returns the batches of this plan: the data that the private `fit` takes.
 
         Formal guarantees: batch t is a function of (plan, run key, t), drawn as the accounting
         assumes; see `PrivateBatches`.
 
         Args:
-            x: arrays, a structure of arrays, or a `tf.data.Dataset` of single examples.
-            y: targets.
-            sample_weight: a weight per example.
-            class_weight: class to weight.
-            preprocess: applied to examples before sampling.
-            seed: for tests only: the run is then not private.
+            x: A NumPy array or tensor with one row for each example, a nested dict, tuple or list
+                of them, or a `tf.data.Dataset` of single examples.
+            y: Targets, as `x`; None when there are none (or when the dataset brings them).
+            sample_weight: Non-negative weights, one for each row.
+            class_weight: Dict of class number to weight, multiplied into `sample_weight`.
+            preprocess: Function of tensors `(x)` or `(x, y)`, applied to rows before sampling.
+            seed: Fixes the sampler's key. For tests only: the run is then not private.
+
+        Returns:
+            The batches, which `model.fit` of a privatized model takes as they are.
 
         Raises:
-            ValueError: if the declared participations are stricter than this sampler's.
+            TypeError: The data or an argument has the wrong type.
+            ValueError: The number of rows is not `num_examples`, or the declared participations
+                are stricter than what this sampler does.
+
+        Example:
+            >>> import keras_bandmf as bandmf
+            >>> import numpy as np
+            >>> plan = bandmf.TrainingPlan(
+            ...     num_examples=100, batch_size=10, epochs=2, num_bands=2,
+            ...     noise_multiplier=1.0, delta=1e-5,
+            ... )
+            >>> batches = plan.batches(np.zeros((100, 3)), np.zeros(100))
+            >>> len(batches), batches.steps_per_epoch
+            (20, 10)
         """
-        self._schedule.check_own_batches()
         return PrivateBatches(
             x,
             y,
             sample_weight,
-            num_examples=self.num_examples,
-            batch_size=self.batch_size,
-            num_steps=self.num_steps,
-            num_bands=self.num_bands,
-            sampling=self.sampling,
+            schedule=self.schedule,
             plan_fingerprint=self.fingerprint,
             class_weight=class_weight,
             preprocess=preprocess,
@@ -354,11 +468,25 @@ class TrainingPlan:
         )
 
     def _fields(self) -> dict[str, Any]:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {name: getattr(self, name) for name in _names(type(self))}
         return {**fields, "strategy": self.strategy.get_config()}
 
     def to_json(self) -> str:
-        """The plan as JSON: strategy included, exact to the last bit, no key or seed in it."""
+        """Returns the plan as JSON, exact to the last bit.
+
+        Returns:
+            JSON that includes the strategy, and no key or seed.
+
+        Example:
+            >>> import json
+            >>> import keras_bandmf as bandmf
+            >>> plan = bandmf.TrainingPlan(
+            ...     num_examples=1_000, batch_size=50, epochs=3, num_bands=4,
+            ...     noise_multiplier=1.5, delta=1e-5,
+            ... )
+            >>> json.loads(plan.to_json())["num_steps"]
+            60
+        """
         return write_document(_FORMAT, _VERSION, self._fields(), indent=2)
 
     @classmethod
@@ -372,11 +500,20 @@ class TrainingPlan:
             The plan, with the fingerprint of the original.
 
         Raises:
-            ValueError: for another format or version, an unknown strategy class, missing or
-                unknown fields, or values that make no plan.
+            TypeError: `text` is not a string.
+            ValueError: The format, the version or the strategy class is unknown, fields are
+                missing or unknown, or the values make no plan.
+
+        Example:
+            >>> import keras_bandmf as bandmf
+            >>> plan = bandmf.TrainingPlan(
+            ...     num_examples=1_000, batch_size=50, epochs=3, num_bands=4,
+            ...     noise_multiplier=1.5, delta=1e-5,
+            ... )
+            >>> bandmf.TrainingPlan.from_json(plan.to_json()).fingerprint == plan.fingerprint
+            True
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        fields = read_document(text, _FORMAT, _VERSION, names)
+        fields = read_document(text, _FORMAT, _VERSION, set(_names(cls)))
         fields["strategy"] = strategies.from_config(fields["strategy"])
         return cls(**fields)
 
@@ -390,4 +527,36 @@ class TrainingPlan:
 
     def __str__(self) -> str:
         """The plan as a table."""
-        return plan_table(self, self._schedule)
+        return plan_table(self)
+
+
+def _set_fields(
+    plan: TrainingPlan,
+    schedule: Schedule,
+    noise_multiplier: float,
+    delta: float,
+    strategy: KnownStrategy,
+) -> None:
+    """Sets all fields of a new plan: the only place where they are set."""
+    check_strategy(strategy, schedule)
+    for field in dataclasses.fields(schedule):
+        if field.name != "num_bands":  # which is that of the strategy, as was just checked
+            object.__setattr__(plan, field.name, getattr(schedule, field.name))
+    object.__setattr__(plan, "noise_multiplier", noise_multiplier)
+    object.__setattr__(plan, "delta", delta)
+    object.__setattr__(plan, "strategy", strategy)
+    object.__setattr__(plan, "schedule", schedule)
+
+
+def _names(cls: type[TrainingPlan]) -> list[str]:
+    """Returns the names of the fields of a plan's JSON, in their order."""
+    return [field.name for field in dataclasses.fields(cls) if field.init]
+
+
+def _checked_noise(noise_multiplier: float) -> float:
+    return checked_float(
+        "noise_multiplier",
+        noise_multiplier,
+        minimum=0.0,
+        hint="Use `TrainingPlan.calibrate(epsilon=...)` to find one.",
+    )

@@ -1,12 +1,13 @@
-"""A plan's facts as a statement headed "planned, not executed"."""
+"""The statement of a plan, headed "planned, not executed"."""
 
 from __future__ import annotations
 
 from keras_bandmf._printed import rounded_down, rounded_up
-from keras_bandmf.accounting.accountant import FINITE_NOISE_SHARE, Schedule, accountant_name
+from keras_bandmf.accounting.accountant import FINITE_NOISE_SHARE, accountant_name
 from keras_bandmf.accounting.composition import event_parts
 from keras_bandmf.planning.statement import Statement
 from keras_bandmf.planning.tf_privacy import tf_privacy_epsilons
+from keras_bandmf.sampling.schedule import Schedule
 
 
 def planned_statement(
@@ -19,19 +20,19 @@ def planned_statement(
     steps: int | None,
     fingerprint: str,
 ) -> Statement:
-    """What a schedule would guarantee if run with this noise.
+    """Returns what a schedule would guarantee if it ran with this noise.
 
     Formal guarantees: charging fewer than all steps is valid only if their number was fixed in
-    advance, or stopping looked at nothing private; the statement says so.
+    advance, or if the decision to stop looked at nothing private; the statement says so.
 
     Args:
-        schedule: the run.
-        strategy_name: the class of the strategy.
+        schedule: The schedule of the run.
+        strategy_name: The name of the class of the strategy.
         noise_multiplier: sigma.
-        epsilon: as computed for `steps`.
-        delta: in (0, 1).
-        steps: the steps charged; None is all.
-        fingerprint: of the plan.
+        epsilon: The epsilon that was computed for `steps`.
+        delta: In (0, 1).
+        steps: The number of steps to charge; None charges all of them.
+        fingerprint: The fingerprint of the plan.
 
     Returns:
         The statement; `dataclasses.replace` makes that of a run from it.
@@ -47,7 +48,7 @@ def planned_statement(
             batch_size=schedule.batch_size,
             num_steps=charged,
             noise_multiplier=noise_multiplier,
-            delta=delta * (1 - FINITE_NOISE_SHARE),  # as our own epsilon
+            delta=delta * (1 - FINITE_NOISE_SHARE),  # as for our own epsilon
         )
     return Statement(
         executed=False,
@@ -56,7 +57,7 @@ def planned_statement(
         epsilon=epsilon,
         delta=delta,
         adjacency=schedule.adjacency,
-        sampling=sampling_in_words(schedule),
+        sampling=schedule.in_words(),
         steps_charged=charged,
         steps_run=0,
         num_steps=schedule.num_steps,
@@ -70,22 +71,6 @@ def planned_statement(
         caveats=_caveats(schedule, delta, charged),
         plan_fingerprint=fingerprint,
         events=event_parts(event),
-    )
-
-
-def sampling_in_words(schedule: Schedule) -> str:
-    """How batches are drawn, in one line."""
-    if schedule.sampling == "fixed_order":
-        return (
-            f"fixed order: an example takes part at most {schedule.participations()} times, at "
-            f"least {schedule.separation} steps apart"
-        )
-    rate = rounded_up(schedule.sampling_probability, 6)
-    if schedule.num_bands == 1:
-        return f"Poisson: every example takes part at rate {rate}"
-    return (
-        f"cyclic Poisson: an example is in one of {schedule.num_bands} random groups; step i "
-        f"samples group i mod {schedule.num_bands} at rate {rate}"
     )
 
 
@@ -104,11 +89,11 @@ def _caveats(schedule: Schedule, delta: float, charged: int) -> tuple[str, ...]:
         caveats.append(
             f"delta = {rounded_up(delta, 3)} exceeds 1 / num_examples = "
             f"{rounded_down(1 / schedule.num_examples, 3)}: "
-            "publishing one random row outright would satisfy it"
+            "even publishing one random row in full would satisfy this guarantee"
         )
     if charged < schedule.num_steps:
         caveats.append(
             f"charging {charged} of {schedule.num_steps} steps is valid only if this number was "
-            "fixed in advance, or stopping looked at nothing private"
+            "fixed in advance, or if the decision to stop looked at nothing private"
         )
     return tuple(caveats)

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from keras_bandmf._printed import rounded_down, rounded_up
-from keras_bandmf.accounting.accountant import Schedule
-from keras_bandmf.planning.plan_report import sampling_in_words
 from keras_bandmf.strategies import Workload
 
+if TYPE_CHECKING:
+    from keras_bandmf.planning.plan import TrainingPlan
 
-def plan_table(plan: Any, schedule: Schedule) -> str:
-    """What `print(plan)` shows.
+
+def plan_table(plan: TrainingPlan) -> str:
+    """Returns what `print(plan)` shows.
 
     Args:
-        plan: a `TrainingPlan`.
-        schedule: its schedule.
+        plan: The plan.
 
     Returns:
-        A line for each fact.
+        One line for each fact.
     """
     epochs = plan.num_steps / plan.steps_per_epoch
     rows = [
         ("examples", f"{plan.num_examples}"),
         ("batch size", f"{plan.batch_size}"),
         ("steps", f"{plan.num_steps} ({rounded_up(epochs, 4)} epochs of {plan.steps_per_epoch})"),
-        ("sampling", sampling_in_words(schedule)),
+        ("sampling", plan.schedule.in_words()),
         ("strategy", f"{type(plan.strategy).__name__}, bands: {plan.num_bands}"),
         ("workload", workload_in_words(plan.workload)),
         ("noise multiplier", rounded_down(plan.noise_multiplier, 6)),
@@ -42,7 +42,7 @@ def plan_table(plan: Any, schedule: Schedule) -> str:
 
 
 def workload_in_words(workload: Workload | None) -> str:
-    """What the strategy was optimised for, in one line."""
+    """Returns what the strategy was optimized for, in one line."""
     if workload is None:
         return "prefix sums"
     low, high = np.min(workload.learning_rates), np.max(workload.learning_rates)
@@ -56,5 +56,5 @@ def workload_in_words(workload: Workload | None) -> str:
 
 
 def rmse_unit(workload: Workload | None) -> str:
-    """The unit of `expected_rmse`: the weights' noise is scaled by the learning rates."""
+    """Returns the unit of `expected_rmse`: learning rates scale the noise in the weights."""
     return "clip norms" if workload is None else "clip norms x learning rate"

@@ -1,4 +1,4 @@
-"""A progress bar for the searches of strategies."""
+"""A progress bar for the search for a strategy."""
 
 from __future__ import annotations
 
@@ -11,26 +11,35 @@ from keras_bandmf.strategies.search.scipy_lbfgs import Progress
 
 
 class ProgressBar:
-    """Shows the iterations of a search, its loss and its gain, in Keras's progress bar.
+    """A progress bar of Keras that shows the iterations, loss and gain of a search.
 
-    For instance `BandedStrategy.optimize(10_000, 32, callback=bandmf.ProgressBar())`. One bar
-    serves any number of searches, one after the other.
+    Pass it as `callback` to `optimize` of a strategy. One bar serves any number of searches, one
+    after the other.
 
     Args:
-      target: iterations at which the bar is full; None, as a search ends by its gain and not by
-        their number, counts them without.
-      verbose: 1 for a bar, 0 for nothing.
+        target: The number of iterations at which the bar is full. With None the bar only counts,
+            because a search stops by its gain and not after a fixed number of iterations.
+        verbose: 1 for a bar, 0 for nothing.
 
     Raises:
-      ValueError: an argument is out of its range.
+        TypeError: An argument is not an integer.
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> strategy = bandmf.strategies.BandedStrategy.optimize(
+        ...     50, 4, callback=bandmf.ProgressBar(verbose=0)
+        ... )
+        >>> strategy.num_bands
+        4
     """
 
     def __init__(self, target: int | None = None, verbose: int = 1):
         if target is not None:
-            target = checked_int("target", target, hint="None where the number is not known.")
-        verbose = checked_int("verbose", verbose, 0, "1 for a bar, 0 for nothing.")
+            target = checked_int("target", target, hint="Use None if the number is not known.")
+        verbose = checked_int("verbose", verbose, 0, "Use 1 for a bar, 0 for nothing.")
         if verbose > 1:
-            raise ValueError(f"Expected `verbose` to be 0 or 1. Received: verbose={verbose!r}")
+            raise ValueError(f"Expected `verbose` to be 0 or 1. Received: verbose={verbose!r}.")
         self._target, self._verbose = target, verbose
         self._bar: keras.utils.Progbar | None = None
         self._last = 0
@@ -39,7 +48,7 @@ class ProgressBar:
         """Shows one iteration.
 
         Args:
-          progress: what the search reports; its value is the logarithm of a loss.
+            progress: What the search reports; its value is the logarithm of a loss.
         """
         if self._bar is None or progress.iteration <= self._last:
             self._bar = keras.utils.Progbar(
@@ -52,9 +61,9 @@ class ProgressBar:
         shown = [("loss", math.exp(progress.value))]
         if not math.isnan(progress.gain):
             shown += [("gain", progress.gain), ("target_gain", progress.target_gain)]
-        # A bar that is full stays so: Keras's would go past its target.
+        # A full bar stays full: that of Keras would go past its target.
         done = progress.iteration
         if self._target is not None:
             done = min(done, self._target)
-        # The last one always shows, and ends the line.
+        # The last iteration is always shown, and ends the line.
         self._bar.update(done, shown, finalize=progress.gain < progress.target_gain)

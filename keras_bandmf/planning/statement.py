@@ -1,4 +1,4 @@
-"""What ran, or would run, and what is guaranteed about it: in words and in JSON."""
+"""Privacy statements: what ran, or would run, and what is guaranteed, in words and in JSON."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from keras_bandmf._checks import checked_float, checked_int
 from keras_bandmf._printed import rounded_down, rounded_up
 from keras_bandmf.accounting.composition import Event
 from keras_bandmf.planning.documents import read_document, write_document
+from keras_bandmf.sampling.laws import Adjacency
 
 _FORMAT = "keras_bandmf.Statement"
 _VERSION = 3
 _WIDTH = 88
+_UNSET = "set when the model is compiled"
 
 NOT_COVERED = (
-    "metrics and losses of training and validation: computed on the raw data; private only where "
-    "that data is public",
-    "preprocessing fitted to the data: taken as public",
-    "the number of rows, num_examples: taken as public. Under add-or-remove-one a neighbor has one "
-    "row more or less; the mechanism samples its rows at the same rate and epsilon compares the "
-    "two, but a run on any other number of rows than num_examples is refused, which tells it",
-    "the weights training started from: taken as public",
-    "tuning: other runs on the same data, and the choice among them, add to epsilon",
-    "several rows of one person: their loss grows with the number of rows",
-    "whoever reads the memory, the checkpoints (run key, noise state) or the timing of training",
+    "metrics and losses of training and validation: they are computed from the raw data, so they "
+    "may be published only if that data is public",
+    "preprocessing that was fitted to the data, such as a vocabulary: treated as public",
+    "the number of rows, num_examples: treated as public. Under add-or-remove-one, a neighboring "
+    "data set has one row more or fewer. The mechanism samples its rows at the same rate, and "
+    "epsilon compares the two; but a run on any number of rows other than num_examples is refused, "
+    "which reveals the number",
+    "the weights that training started from: treated as public",
+    "tuning: other runs on the same data, and choosing among them, add to epsilon",
+    "several rows of one person: the privacy loss of a person grows with the number of rows",
+    "an attacker who can read process memory, the checkpoints (they contain the run key and the "
+    "noise state), or training times",
 )
 
-ADJACENCY_IN_WORDS = {
+ADJACENCY_IN_WORDS: dict[Adjacency, str] = {
     "add-or-remove-one": "data sets that differ by adding or removing one {unit}",
     "zero-out": "data sets that differ by blanking one {unit} (its gradients become zero)",
 }
@@ -37,7 +41,11 @@ ADJACENCY_IN_WORDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Statement:
-    """A privacy statement. Plain facts in; nothing is computed here.
+    """A privacy statement: what was trained, how, and what that guarantees.
+
+    `keras_bandmf.statement(model)` returns the statement of a run, and `TrainingPlan.statement`
+    that of a plan. Printed, it is a text for readers who do not know the code. It only holds
+    facts; nothing is computed here.
 
     Formal guarantees: none of its own. It states that the released weights (every one of them,
     not the last alone) are (epsilon, delta)-differentially private under `adjacency`, provided
@@ -45,44 +53,62 @@ class Statement:
 
     Attributes:
         executed: True for a run; False prints "planned, not executed".
-        mechanism: what was done to the gradients, in words.
-        epsilon: the guarantee for `steps_charged` steps; may be infinite.
-        delta: in (0, 1).
+        mechanism: What was done to the gradients, in words.
+        epsilon: The guarantee for `steps_charged` steps; may be infinite.
+        delta: In (0, 1).
         adjacency: "add-or-remove-one" or "zero-out".
-        sampling: how batches were drawn, in words.
-        steps_charged: the steps epsilon pays for.
-        steps_run: optimizer updates done; 0 for a plan.
-        num_steps: the steps planned.
+        sampling: How batches were drawn, in words.
+        steps_charged: The number of steps that epsilon covers.
+        steps_run: The number of optimizer updates that were made; 0 for a plan.
+        num_steps: The number of steps of the plan.
         num_examples: N, a public constant.
-        batch_size: the expected batch size.
-        num_bands: bands of the strategy; 1 is DP-SGD.
+        batch_size: The expected batch size.
+        num_bands: The number of bands of the strategy; 1 is DP-SGD.
         noise_multiplier: sigma.
-        unit: what the guarantee protects.
-        l2_norm_clip: the per-example clip norm; None for a plan.
-        clipping: the clipping mode and its sensitivity, in words; None for a plan.
-        accountant: what computed epsilon.
-        other_accountants: epsilon by other accountants, by name.
-        key_origin: where the run key came from.
-        data: what was trained on; for foreign data, the participations the user declared.
-        not_covered: what the guarantee says nothing about.
-        caveats: what the reader must know about this very run (replay, delta > 1/N, ...).
+        unit: What the guarantee protects.
+        l2_norm_clip: The per-example clip norm; None for a plan.
+        clipping: The clipping mode and its sensitivity, in words; None for a plan.
+        accountant: The accountant that computed epsilon.
+        other_accountants: Epsilon by other accountants, by name.
+        key_origin: Where the run key came from.
+        data: What was trained on; for data that the user feeds, the declared participations.
+        not_covered: What the guarantee says nothing about.
+        caveats: What the reader must know about this very run (replay, delta > 1/N, ...).
         private: False if the claim does not hold.
-        not_private_reason: why not; None if it is private.
-        plan_fingerprint: SHA-256 of the plan, in hex.
-        events: what epsilon pays for: (rounds, sampling probability, noise multiplier) of each
-            Gaussian mechanism; with it the statement can be composed with that of another run.
-        runs: of several runs on the same data, the statement of each; else empty. Steps are then
-            those of all runs together, epsilon and delta are composed, and other single numbers
-            (batch size, bands, noise, clip norm) are those of the last run.
-        run_id: which run it is of, at random; None for a plan or several runs. By it one run is
-            not counted twice, and two equal ones are not taken for one.
+        not_private_reason: Why the claim does not hold; None if it does.
+        plan_fingerprint: The SHA-256 of the plan, in hexadecimal.
+        events: What epsilon covers: (rounds, sampling probability, noise multiplier) of each
+            Gaussian mechanism. With it the statement can be composed with that of another run.
+        runs: For several runs on the same data, the statement of each; otherwise empty. Steps are
+            then those of all runs together, epsilon and delta are composed, and other single
+            numbers (batch size, bands, noise, clip norm) are those of the last run.
+        run_id: A random name of the run; None for a plan or several runs. It keeps one run from
+            being counted twice, and two equal runs from being taken for one.
+
+    Raises:
+        TypeError: A number has the wrong type.
+        ValueError: A value is out of range, or two values contradict each other.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=1_000, batch_size=50, epochs=3, num_bands=4,
+        ...     noise_multiplier=1.5, delta=1e-5,
+        ... )
+        >>> statement = plan.statement()
+        >>> statement.private, statement.executed, statement.steps_charged
+        (True, False, 60)
+        >>> print(str(statement).splitlines()[3])
+        private, with epsilon = 2.983 and delta = 1e-05, for data sets that differ by adding or
+        >>> bandmf.Statement.from_json(statement.to_json()) == statement
+        True
     """
 
     executed: bool
     mechanism: str
     epsilon: float
     delta: float
-    adjacency: str
+    adjacency: Adjacency
     sampling: str
     steps_charged: int
     steps_run: int
@@ -151,12 +177,12 @@ class Statement:
     def _check_steps(self) -> None:
         if max(self.steps_charged, self.steps_run) > self.num_steps:
             raise ValueError(
-                f"No more than num_steps={self.num_steps} steps can run. Received: "
+                f"Expected at most num_steps={self.num_steps} steps. Received: "
                 f"steps_charged={self.steps_charged}, steps_run={self.steps_run}."
             )
         if self.steps_run > self.steps_charged:
             raise ValueError(
-                "Every step that ran is to be charged. Received: "
+                "Expected every step that ran to be charged. Received: "
                 f"steps_run={self.steps_run}, steps_charged={self.steps_charged}."
             )
 
@@ -175,16 +201,12 @@ class Statement:
         return hash(self.to_json())
 
     def to_json(self) -> str:
-        """The statement as strict JSON; an infinite epsilon is the string "inf"."""
-        return write_document(_FORMAT, _VERSION, self._facts(), indent=2)
+        """Returns the statement as strict JSON.
 
-    def _facts(self) -> dict[str, Any]:
-        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        facts["runs"] = [run._facts() for run in self.runs]
-        facts["epsilon"] = _number_to_json(self.epsilon)
-        others = self.other_accountants.items()
-        facts["other_accountants"] = {name: _number_to_json(value) for name, value in others}
-        return facts
+        Returns:
+            JSON; an infinite epsilon is the string "inf".
+        """
+        return write_document(_FORMAT, _VERSION, _facts(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Statement:
@@ -197,7 +219,9 @@ class Statement:
             The statement.
 
         Raises:
-            ValueError: for another format or version, missing or unknown fields.
+            TypeError: `text` is not a string, or a number has the wrong type.
+            ValueError: The format or version is unknown, fields are missing or unknown, or a
+                value is out of range.
         """
         fields = {field.name for field in dataclasses.fields(cls)}
         return cls._from_facts(read_document(text, _FORMAT, _VERSION, fields))
@@ -220,17 +244,17 @@ class Statement:
         return cls(**facts)
 
     def __str__(self) -> str:
-        """The statement in words."""
+        """The statement as a text."""
         title = "Privacy statement" if self.executed else "Privacy statement: planned, not executed"
         lines = [title, "=" * len(title)]
         if not self.private:
             lines += [f"NOT PRIVATE: {self.not_private_reason}.", self._claim("would be"), ""]
         else:
             lines += [self._claim("are" if self.executed else "would be"), ""]
-        rows = self._rows_of_runs() if self.runs else self._rows()
+        rows = _rows_of_runs(self) if self.runs else _rows(self)
         lines += [_item(name, text) for name, text in rows]
         if self.caveats:
-            lines += ["", "Mind:", *(_bullet(text) for text in self.caveats)]
+            lines += ["", "Caveats:", *(_bullet(text) for text in self.caveats)]
         lines += ["", "Not covered:", *(_bullet(text) for text in self.not_covered)]
         return "\n".join(lines)
 
@@ -248,53 +272,63 @@ class Statement:
             _WIDTH,
         )
 
-    def _rows(self) -> list[tuple[str, str]]:
-        clip = (
-            "set when compiled" if self.l2_norm_clip is None else rounded_up(self.l2_norm_clip, 6)
-        )
-        accountant = f"by the {self.accountant} accountant"
-        rows = [
-            ("epsilon", f"{rounded_up(self.epsilon, 6)} {accountant}"),
-            *(
-                ("", f"{rounded_up(value, 6)} by {name}")
-                for name, value in self.other_accountants.items()
-            ),
-            ("delta", rounded_up(self.delta, 6)),
-            ("adjacency", self.adjacency),
-            ("unit", f"one {self.unit}"),
-            ("mechanism", self.mechanism),
-            ("sampling", self.sampling),
-            ("examples", f"{self.num_examples}, {self.batch_size} expected in a batch"),
-            (
-                "steps",
-                f"{self.steps_run} run, {self.steps_charged} charged, {self.num_steps} planned",
-            ),
-            (
-                "noise",
-                f"multiplier {rounded_down(self.noise_multiplier, 6)}, {_bands(self.num_bands)}",
-            ),
-            ("clip norm", clip),
-            ("clipping", self.clipping or "set when compiled"),
-            ("run key", self.key_origin),
-            ("data", self.data),
-        ]
-        if self.plan_fingerprint is not None:
-            rows.append(("plan", self.plan_fingerprint))
-        return rows
 
-    def _rows_of_runs(self) -> list[tuple[str, str]]:
-        shared = ("epsilon", "delta", "adjacency", "unit", "mechanism", "sampling", "run key")
-        rows = [row for row in self._rows() if row[0] in shared]
-        for number, run in enumerate(self.runs, 1):
-            own = dict(run._rows())
-            clip = f"clip norm {own['clip norm']}, noise {own['noise']}"
-            alone = f"alone epsilon {rounded_up(run.epsilon, 6)} at delta {own['delta']}"
-            rows += [
-                (f"run {number}", f"{alone}; steps: {own['steps']}; {clip}"),
-                ("", f"examples: {own['examples']}; data: {run.data}"),
-                ("", f"plan {run.plan_fingerprint}"),
-            ]
-        return rows
+def _rows(statement: Statement) -> list[tuple[str, str]]:
+    """Returns the names and texts of the lines of one run or plan."""
+    clip = _UNSET if statement.l2_norm_clip is None else rounded_up(statement.l2_norm_clip, 6)
+    accountant = f"by the {statement.accountant} accountant"
+    steps = f"{statement.steps_run} run, {statement.steps_charged} charged"
+    steps = f"{steps}, {statement.num_steps} planned"
+    sigma = rounded_down(statement.noise_multiplier, 6)
+    rows = [
+        ("epsilon", f"{rounded_up(statement.epsilon, 6)} {accountant}"),
+        *(
+            ("", f"{rounded_up(value, 6)} by {name}")
+            for name, value in statement.other_accountants.items()
+        ),
+        ("delta", rounded_up(statement.delta, 6)),
+        ("adjacency", statement.adjacency),
+        ("unit", f"one {statement.unit}"),
+        ("mechanism", statement.mechanism),
+        ("sampling", statement.sampling),
+        ("examples", f"{statement.num_examples}, {statement.batch_size} expected in a batch"),
+        ("steps", steps),
+        ("noise", f"multiplier {sigma}, {_bands(statement.num_bands)}"),
+        ("clip norm", clip),
+        ("clipping", statement.clipping or _UNSET),
+        ("run key", statement.key_origin),
+        ("data", statement.data),
+    ]
+    if statement.plan_fingerprint is not None:
+        rows.append(("plan", statement.plan_fingerprint))
+    return rows
+
+
+def _rows_of_runs(statement: Statement) -> list[tuple[str, str]]:
+    """Returns the names and texts of the lines of several runs."""
+    shared = ("epsilon", "delta", "adjacency", "unit", "mechanism", "sampling", "run key")
+    rows = [row for row in _rows(statement) if row[0] in shared]
+    for number, run in enumerate(statement.runs, 1):
+        own = dict(_rows(run))
+        clip = f"clip norm {own['clip norm']}, noise {own['noise']}"
+        alone = f"alone epsilon {rounded_up(run.epsilon, 6)} at delta {own['delta']}"
+        rows += [
+            (f"run {number}", f"{alone}; steps: {own['steps']}; {clip}"),
+            ("", f"examples: {own['examples']}; data: {run.data}"),
+            ("", f"plan {run.plan_fingerprint}"),
+        ]
+    return rows
+
+
+def _facts(statement: Statement) -> dict[str, Any]:
+    """Returns the fields as values of JSON."""
+    fields = dataclasses.fields(statement)
+    facts = {field.name: getattr(statement, field.name) for field in fields}
+    facts["runs"] = [_facts(run) for run in statement.runs]
+    facts["epsilon"] = _number_to_json(statement.epsilon)
+    others = statement.other_accountants.items()
+    facts["other_accountants"] = {name: _number_to_json(value) for name, value in others}
+    return facts
 
 
 def _checked_event(event: Any) -> Event:
@@ -336,7 +370,7 @@ def _number_to_json(value: float) -> float | str:
     return "inf" if value == math.inf else value
 
 
-def _number_from_json(value: float | str) -> float:
+def _number_from_json(value: Any) -> Any:
     return math.inf if value == "inf" else value  # anything else is checked by __post_init__
 
 

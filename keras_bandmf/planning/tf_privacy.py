@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from typing import Any
+import types
 
 _LIBRARY = "tensorflow_privacy.privacy.analysis.compute_dp_sgd_privacy_lib"
 # Below this noise TF Privacy's loss distributions, on a fixed grid, take minutes and gigabytes.
@@ -22,14 +22,14 @@ def tf_privacy_epsilons(
     noise_multiplier: float,
     delta: float,
 ) -> dict[str, float]:
-    """Epsilon of Poisson-sampled DP-SGD by `compute_dp_sgd_privacy_statement`.
+    """Returns the epsilon of Poisson-sampled DP-SGD by `compute_dp_sgd_privacy_statement`.
 
     Args:
         num_examples: N.
-        batch_size: expected examples a step.
-        num_steps: t, the steps charged.
+        batch_size: The expected number of examples of a step.
+        num_steps: t, the number of steps charged.
         noise_multiplier: sigma.
-        delta: in (0, 1).
+        delta: In (0, 1).
 
     Returns:
         Epsilon by accountant, rounded up from the three decimals TF Privacy prints; empty where
@@ -57,8 +57,8 @@ def tf_privacy_epsilons(
     }
 
 
-def _load() -> Any:
-    """The library, or None. TF Privacy's own switch keeps it from importing TF 1 code."""
+def _load() -> types.ModuleType | None:
+    """Returns the library, or None. TF Privacy's own switch keeps it from importing TF 1 code."""
     if importlib.util.find_spec("tensorflow_privacy") is None:
         return None
     switch = "skip_tf_privacy_import"
@@ -78,9 +78,12 @@ def _epsilon_in(report: str) -> float:
     found = re.search(r"Epsilon assuming Poisson sampling \(\*\):\s+(\S+)", report)
     if found is None:
         raise ValueError(
-            "Expected TF Privacy 0.9's report. Received: "
+            "Expected the report of TF Privacy 0.9. Received: "
             f"{report!r}. Install `tensorflow-privacy==0.9.0`."
         )
     # Printed to nearest: half a unit of its last decimal makes it an upper bound again.
     printed = decimal.Decimal(found.group(1))
-    return float(printed + decimal.Decimal((0, (5,), printed.as_tuple().exponent - 1)))
+    exponent = printed.as_tuple().exponent
+    if not isinstance(exponent, int):
+        return float(printed)  # infinite: no decimals
+    return float(printed + decimal.Decimal((0, (5,), exponent - 1)))

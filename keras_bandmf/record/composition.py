@@ -10,31 +10,32 @@ from keras_bandmf.accounting.composition import composed_epsilon, delta_of_ideal
 from keras_bandmf.planning.statement import Statement
 
 _FIXED_PLANS = (
-    "epsilon is that of all runs together: their plans and their number must have been fixed in "
-    "advance, not chosen by looking at what an earlier run produced"
+    "epsilon covers all runs together, provided that their plans and their number were fixed in "
+    "advance and not chosen by looking at what an earlier run produced"
 )
 
 
 def compose(statements: Sequence[Statement], delta: float | None = None) -> Statement:
-    """One statement of several runs on the same data.
+    """Returns one statement of several runs on the same data.
 
     Formal guarantees: epsilon is `composed_epsilon` of all that the runs were charged for, at
     `delta`. The claim is withdrawn if that of one run is.
 
     Args:
-        statements: of the runs, in their order; composed ones are taken apart.
-        delta: in (0, 1); that of the last run if None.
+        statements: The statements of the runs, in their order; composed ones are taken apart.
+        delta: In (0, 1); None takes that of the last run.
 
     Returns:
-        The statement; of a single run it is its own, at `delta`.
+        The statement; for a single run it is that of the run, at `delta`.
 
     Raises:
-        ValueError: if there is none, if the guarantees are about different neighbors or units, or
-            one does not say what it was charged for.
+        TypeError: `delta` is not a number.
+        ValueError: There is no statement, the guarantees are about different neighbors or units,
+            or one statement does not say what it was charged for.
     """
     runs = [run for statement in statements for run in (statement.runs or (statement,))]
     if not runs:
-        raise ValueError("Expected the statement of at least one run. Received: statements=[]")
+        raise ValueError("Expected `statements` to hold at least one run. Received: statements=[]")
     last = runs[-1]
     delta = last.delta if delta is None else checked_float("delta", delta, above=0.0, below=1.0)
     if len(runs) == 1 and delta == last.delta:
@@ -44,8 +45,8 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
     for run in runs:
         if run.steps_charged and not run.events:
             raise ValueError(
-                "The statement does not say what it was charged for, so it cannot be composed. "
-                f"Received: events=() with steps_charged={run.steps_charged}"
+                "Expected every statement to say what it was charged for: otherwise it cannot be "
+                f"composed. Received: events=() with steps_charged={run.steps_charged}."
             )
     epsilon, accountant = composed_epsilon(
         [e for run in runs for e in run.events],
@@ -92,19 +93,21 @@ def check_same(name: str, values: Iterable[str]) -> None:
 
     Args:
         name: "adjacency" or "unit".
-        values: of each run.
+        values: That of each run.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: The values differ; the message names them.
     """
     found = _joined(values)
     if len(found) > 1:
         raise ValueError(
-            f"Runs on the same weights are composed, for which their `{name}` must be the same. "
-            f"Received: {', '.join(found)}. Plan both with the same `sampling` ('cyclic_poisson' "
-            "or 'fixed_order'), or start from weights that no private run has trained."
+            f"Expected runs on the same weights to have the same `{name}`, because they are "
+            f"composed. Received: {', '.join(found)}. Plan both with the same `sampling` "
+            "('cyclic_poisson' or 'fixed_order'), or start from weights that no private run has "
+            "trained."
         )
 
 
-def _joined(texts: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(texts))
+def _joined(texts: Iterable[str | None]) -> tuple[str, ...]:
+    """Returns the texts that there are, each once."""
+    return tuple(dict.fromkeys(text for text in texts if text is not None))

@@ -1,4 +1,4 @@
-"""The history of variables: which private runs trained them, and what they held before."""
+"""The history of variables: which private runs trained them, and what they held before that."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import pathlib
+import os
 import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import keras
 import numpy as np
@@ -31,14 +30,20 @@ MEMBER = "keras_bandmf_history.json"
 
 @dataclasses.dataclass(frozen=True)
 class PastRun:
-    """A run that is over for this process: what a file, or the user, says of it."""
+    """A run that is over for this process: what a file, or the user, says of it.
+
+    Attributes:
+        run_id: The id of the run.
+        started: When it began, in nanoseconds since the epoch; runs are listed in this order.
+        past: Its statement.
+    """
 
     run_id: str
     started: int
     past: Statement
 
     def statement(self) -> Statement:
-        """The statement of the run."""
+        """Returns the statement of the run."""
         return self.past
 
 
@@ -46,7 +51,7 @@ Run = RunRecord | PastRun
 
 
 class _History:
-    """What is known of one variable. Kept on it, so that no compile, model or loop loses it."""
+    """What is known of one variable. It is kept on the variable, so that nothing loses it."""
 
     def __init__(self) -> None:
         self.runs: list[Run] = []
@@ -54,11 +59,12 @@ class _History:
         self.seen: tuple[int, bytes] | None = None
 
     def steps(self) -> int:
-        """The steps of all runs that still go on in this process."""
+        """Returns the number of steps of all runs that still go on in this process."""
         return sum(run.steps for run in self.runs if isinstance(run, RunRecord))
 
 
-def _of(variable: Any) -> _History:
+def _of(variable: keras.Variable) -> _History:
+    """Returns the history of a variable, and begins it if there is none."""
     history = getattr(variable, _ATTRIBUTE, None)
     if history is None:
         history = _History()
@@ -66,7 +72,7 @@ def _of(variable: Any) -> _History:
     return history
 
 
-def observe(variables: Sequence[Any]) -> None:
+def observe(variables: Sequence[keras.Variable]) -> None:
     """Decides, before a run, what the variables hold: initial values, what runs left, or unknown.
 
     Formal guarantees:
@@ -75,6 +81,9 @@ def observe(variables: Sequence[Any]) -> None:
         known only if it was fresh before the first, and if its value is still the one it had after
         the last `fit`, step of an eager loop, or restored checkpoint; values that changed otherwise
         make it unknown, for good. Changes between the steps of a compiled loop are not seen.
+
+    Args:
+        variables: The variables of a model or optimizer.
     """
     if not small_enough(variables):
         for variable in variables:
@@ -89,12 +98,16 @@ def observe(variables: Sequence[Any]) -> None:
         history.seen = history.steps(), _digest(variable)
 
 
-def inherit(weights: Sequence[Any], trainable: Sequence[Any]) -> None:
+def inherit(weights: Sequence[keras.Variable], trainable: Sequence[keras.Variable]) -> None:
     """Notes that variables are about to be trained with gradients that run through all weights.
 
     Formal guarantees:
         Every run that trained any of the weights is from now on in the history of each variable
         that is trained with them; if the history of one of the weights is unknown, so is theirs.
+
+    Args:
+        weights: All weights that gradients run through.
+        trainable: The variables that will be trained.
     """
     runs = runs_of(weights)
     known = not unknown(weights)
@@ -105,29 +118,41 @@ def inherit(weights: Sequence[Any], trainable: Sequence[Any]) -> None:
             _of(variable).is_known = False
 
 
-def begin(variables: Sequence[Any], record: RunRecord) -> None:
-    """Puts the record of an optimizer that is being built into the history of its variables."""
+def begin(variables: Sequence[keras.Variable], record: RunRecord) -> None:
+    """Puts the record of an optimizer that is being built into the history of its variables.
+
+    Args:
+        variables: The variables that the optimizer trains.
+        record: Its record.
+    """
     observe([variable for variable in variables if is_noted(variable)])
     add(variables, record)
 
 
 @contextlib.contextmanager
-def remembering(variables: Sequence[Any]) -> Iterator[None]:
-    """Notes the values that a `fit` leaves in variables, so that later changes are seen."""
+def remembering(variables: Sequence[keras.Variable]) -> Iterator[None]:
+    """Notes the values that a `fit` leaves in variables, so that later changes are seen.
+
+    Args:
+        variables: The weights of the model.
+
+    Yields:
+        Nothing; `fit` runs inside.
+    """
     try:
         yield
     finally:
         remember(variables)
 
 
-def remember(variables: Sequence[Any]) -> None:
+def remember(variables: Sequence[keras.Variable]) -> None:
     """Notes the values of variables after private steps, so that later changes are seen."""
     if small_enough(variables):
         for variable in variables:
             _of(variable).seen = _of(variable).steps(), _digest(variable)
 
 
-def changed(variables: Iterable[Any]) -> list[str]:
+def changed(variables: Iterable[keras.Variable]) -> list[str]:
     """Returns the paths of variables whose values changed other than by private steps."""
     paths = []
     for variable in variables:
@@ -137,11 +162,11 @@ def changed(variables: Iterable[Any]) -> list[str]:
     return paths
 
 
-def _digest(variable: Any) -> bytes:
+def _digest(variable: keras.Variable) -> bytes:
     return hashlib.sha256(np.asarray(keras.ops.convert_to_numpy(variable)).tobytes()).digest()
 
 
-def add(variables: Iterable[Any], run: Run) -> None:
+def add(variables: Iterable[keras.Variable], run: Run) -> None:
     """Puts a run into the history of the variables it trains."""
     for variable in variables:
         runs = _of(variable).runs
@@ -149,14 +174,19 @@ def add(variables: Iterable[Any], run: Run) -> None:
             runs.append(run)
 
 
-def check_plan(variables: Iterable[Any], plan: TrainingPlan) -> None:
+def check_plan(variables: Iterable[keras.Variable], plan: TrainingPlan) -> None:
     """Refuses to begin a run that could not be composed with earlier ones on the variables.
 
+    Args:
+        variables: The weights of the model.
+        plan: The plan of the run.
+
     Raises:
-        ValueError: if their guarantees are about other neighbors, a restore failed, or the plan's
-            delta cannot pay for the noise of the earlier runs.
+        ValueError: The guarantees of the runs are about different neighbors, a restore failed, or
+            the delta of the plan is too small for the noise of the earlier runs.
     """
-    found, deltas = [plan.adjacency], []
+    found: list[str] = [plan.adjacency]
+    deltas: list[float] = []
     for run in runs_of(variables):
         if isinstance(run, PastRun):
             found.append(run.past.adjacency)
@@ -169,13 +199,19 @@ def check_plan(variables: Iterable[Any], plan: TrainingPlan) -> None:
     delta_of_ideal_noise([*deltas, plan.delta], plan.delta)
 
 
-def runs_of(variables: Iterable[Any]) -> list[Run]:
+def runs_of(variables: Iterable[keras.Variable]) -> list[Run]:
     """Returns the runs that trained any of the variables, in the order in which they began.
 
     Formal guarantees:
         A run that is over is left out only if another one holds all its steps: the same run, later,
         or one that went on from a checkpoint of it, of no fewer steps. Each restore begins a run
         with an id of its own, so that two that went on from one checkpoint are both kept.
+
+    Args:
+        variables: The variables to look at.
+
+    Returns:
+        The runs, each once.
     """
     found: dict[int, Run] = {id(run): run for v in variables for run in _of(v).runs}
     live = [run for run in found.values() if isinstance(run, RunRecord)]
@@ -197,7 +233,7 @@ def _extent(run: PastRun) -> tuple[int, int, bool]:
 
 
 def _holds(run: Run, part: PastRun) -> bool:
-    """Whether all steps of `part` are among those of the other run."""
+    """Returns whether all steps of `part` are among those of the other run."""
     if run is part:
         return False
     if run.run_id == part.run_id:
@@ -206,27 +242,27 @@ def _holds(run: Run, part: PastRun) -> bool:
     return restored_at is not None and restored_at >= part.past.steps_run
 
 
-def unknown(variables: Iterable[Any]) -> list[str]:
-    """Returns the paths of variables of which nobody can say what they held before the runs."""
+def unknown(variables: Iterable[keras.Variable]) -> list[str]:
+    """Returns the paths of variables whose values before the runs are not known."""
     return [v.path for v in variables if not _of(v).is_known]
 
 
-def caveats(variables: Sequence[Any]) -> list[str]:
-    """Returns what a statement says of variables whose values nobody can account for."""
+def caveats(variables: Sequence[keras.Variable]) -> list[str]:
+    """Returns what a statement says of variables whose values cannot be accounted for."""
     # Where no run trained a variable, it may be looked at now as well as before.
     observe([v for v in variables if _of(v).is_known is None])
     found, lost, moved = [], unknown(variables), changed(variables)
     if lost:
         found.append(
             f"history unknown of {len(lost)} of {len(variables)} weights ({_named(lost)}): they "
-            "were loaded, set, or could not be shown to be initial values. What was done with them "
-            "before is not counted: training on public data is fine, earlier training on this data "
-            "is not (`privatize(model, history=...)` adds it)"
+            "were loaded or set, or could not be shown to be initial values. What happened to them "
+            "before is not counted. That is fine if they were trained on public data only; earlier "
+            "training on this data must be added with `privatize(model, history=...)`"
         )
     if moved:
         found.append(
             f"{len(moved)} of {len(variables)} weights ({_named(moved)}) are not those that the "
-            "last `fit` left: where the new values come from is not counted"
+            "last `fit` left: whatever produced the new values is not counted"
         )
     return found
 
@@ -235,8 +271,16 @@ def _named(paths: Sequence[str]) -> str:
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
-def to_json(variables: Sequence[Any], extra_runs: Sequence[Run] = ()) -> str:
-    """The history of a model as JSON: a statement of each run, no key and no data."""
+def to_json(variables: Sequence[keras.Variable], extra_runs: Sequence[Run] = ()) -> str:
+    """Returns the history of a model as JSON, which holds no key and no data.
+
+    Args:
+        variables: The weights of the model.
+        extra_runs: Further runs to write, after those of the variables.
+
+    Returns:
+        JSON with the statement of each run.
+    """
     entries = [
         {"run_id": run.run_id, "started": run.started, "statement": run.statement().to_json()}
         for run in [*runs_of(variables), *extra_runs]
@@ -254,20 +298,20 @@ def _from_json(text: str) -> tuple[list[PastRun], bool]:
     return runs, facts["is_known"] is True
 
 
-def take_over(variables: Sequence[Any], history: Any) -> None:
+def take_over(variables: Sequence[keras.Variable], history: Statement | str | os.PathLike) -> None:
     """Adds to variables the history that the user has of them.
 
     Formal guarantees: none of its own. That the values are those that the history is of is what
     the user says; the runs in it are composed into every later statement.
 
     Args:
-        variables: of the model, as loaded.
-        history: a `Statement`, the JSON of one, or the path of a `.keras` file that a private
+        variables: The weights of the model, as loaded.
+        history: A `Statement`, the JSON of one, or the path of a `.keras` file that a private
             model wrote.
 
     Raises:
-        TypeError: if it is none of these.
-        ValueError: if the file holds no history, or the JSON is of another kind.
+        TypeError: `history` is none of these.
+        ValueError: The file holds no history, or the JSON is of another kind.
     """
     if isinstance(history, Statement):
         parsed = _of_statement(history)
@@ -276,12 +320,12 @@ def take_over(variables: Sequence[Any], history: Any) -> None:
         parsed = (
             _of_statement(Statement.from_json(history)) if is_statement else _from_json(history)
         )
-    elif isinstance(history, (str, pathlib.PurePath)):
+    elif isinstance(history, (str, os.PathLike)):
         parsed = _from_json(_read_member(history))
     else:
         raise TypeError(
-            "Argument `history` must be a Statement, the JSON of one, or the path of a .keras file "
-            f"that a private model saved. Received: history={history!r}"
+            "Expected `history` to be a Statement, the JSON of one, or the path of a .keras file "
+            f"that a private model saved. Received: history={history!r}."
         )
     runs, is_known = parsed
     for run in runs:
@@ -303,27 +347,41 @@ def _of_statement(statement: Statement) -> tuple[list[PastRun], bool]:
     return runs, True
 
 
-def _read_member(path: str | pathlib.PurePath) -> str:
-    text = str(path)
+def _read_member(path: str | os.PathLike) -> str:
+    text = os.fspath(path)
     if zipfile.is_zipfile(text):
         with zipfile.ZipFile(text) as archive:
             if MEMBER in archive.namelist():
                 return archive.read(MEMBER).decode()
     raise ValueError(
-        "The file must be a .keras archive that `model.save` of a private model wrote: it then "
-        f"holds the history of its weights. Received: history={text!r}, without one"
+        "Expected `history` to be a .keras archive that `model.save` of a private model wrote, "
+        f"which holds the history of its weights. Received: history={text!r}, without a history. "
+        "Pass the `Statement` of the earlier runs instead."
     )
 
 
-def write_member(path: Any, text: str) -> None:
-    """Adds a history to a `.keras` archive, which Keras reads as before; other files are left."""
-    if isinstance(path, (str, pathlib.PurePath)) and zipfile.is_zipfile(str(path)):
-        with zipfile.ZipFile(str(path), "a") as archive:
+def write_member(path: str | os.PathLike, text: str) -> None:
+    """Adds a history to a `.keras` archive, which Keras reads as before; leaves other files alone.
+
+    Args:
+        path: The file that Keras wrote.
+        text: JSON from `to_json`.
+    """
+    if isinstance(path, (str, os.PathLike)) and zipfile.is_zipfile(os.fspath(path)):
+        with zipfile.ZipFile(os.fspath(path), "a") as archive:
             archive.writestr(MEMBER, text)
 
 
-def to_array(variables: Sequence[Any], record: RunRecord) -> np.ndarray:
-    """The history of an optimizer's variables, to be saved with its state: bytes of JSON."""
+def to_array(variables: Sequence[keras.Variable], record: RunRecord) -> np.ndarray:
+    """Returns the history of an optimizer's variables, to be saved with its state.
+
+    Args:
+        variables: The variables that the optimizer trains.
+        record: Its record.
+
+    Returns:
+        (k,) uint8, the bytes of JSON.
+    """
     others = [run for run in runs_of(variables) if run is not record]
     facts = {
         "run": record.to_facts(),
@@ -336,20 +394,20 @@ def to_array(variables: Sequence[Any], record: RunRecord) -> np.ndarray:
 
 
 def from_array(
-    array: np.ndarray | None, variables: Sequence[Any], record: RunRecord, own_steps: int
+    array: np.ndarray | None, variables: Sequence[keras.Variable], record: RunRecord, own_steps: int
 ) -> None:
     """Takes over, at a restore, the history that `to_array` wrote.
 
     Args:
-        array: the history; None where a file has none.
-        variables: of the optimizer.
-        record: of the optimizer, which goes on as the run of the file.
-        own_steps: the steps it had made before the restore.
+        array: The history; None if the file has none.
+        variables: The variables that the optimizer trains.
+        record: The record of the optimizer, which goes on as the run of the file.
+        own_steps: The number of steps that it had made before the restore.
 
     Raises:
-        ValueError: if it is damaged.
+        ValueError: The history is damaged.
     """
-    digests = [""] * len(variables)
+    digests: list[bytes] = [b""] * len(variables)
     if array is None:
         known = [False] * len(variables)
     else:
@@ -361,7 +419,8 @@ def from_array(
             digests = [bytes.fromhex(digest) for digest in facts["digests"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"The history in the checkpoint is damaged: {error}. Received: {len(array)} bytes"
+                f"Expected a history in the checkpoint, but it is damaged: {error}. Received: "
+                f"{len(array)} bytes. Use another checkpoint."
             ) from None
         if other_id and own_steps:
             # Released or not, this optimizer's own steps were made.

@@ -18,7 +18,7 @@ from keras_bandmf.noise.finite import affords_tail
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.statement import Statement
 
-_LOOP = "a loop of the user's own, in an order declared by the user"
+_LOOP = "a custom training loop, in an order declared by the user"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,26 +26,32 @@ class Fit:
     """One call of `fit`.
 
     Attributes:
-        source: what was trained on, in words.
-        first_step, last_step: the optimizer's counter before and after it.
-        requested_step: where it was to end.
-        completed: whether it ended there.
-        remarks: what the reader of a statement must know about it.
+        source: What was trained on, in words.
+        first_step: The optimizer's counter before it.
+        last_step: The optimizer's counter after it.
+        completed: Whether it ended at the step that was asked for.
+        remarks: What the reader of a statement must know about it.
     """
 
     source: str
     first_step: int
     last_step: int
-    requested_step: int
     completed: bool
     remarks: tuple[str, ...] = ()
 
 
 def steps_at_restore(run_id: str, earlier: str) -> int | None:
-    """The steps of run `earlier` that run `run_id` went on from; None if it did not.
+    """Returns the steps of run `earlier` that run `run_id` went on from; None if it did not.
 
     The id of a run that went on from a checkpoint is that of the checkpoint's run, "/", the steps
     of the checkpoint, "-" and something random.
+
+    Args:
+        run_id: The id of the later run.
+        earlier: The id of the earlier run.
+
+    Returns:
+        A number of steps, or None.
     """
     if not run_id.startswith(f"{earlier}/"):
         return None
@@ -58,10 +64,10 @@ class RunRecord:
     It holds neither data nor keys, and does not keep the optimizer alive.
 
     Args:
-        plan: the plan of the run.
-        l2_norm_clip: the clip norm.
-        clipping: the clipping mode, in words.
-        seeded: whether the noise was drawn from a fixed seed.
+        plan: The plan of the run.
+        l2_norm_clip: The clip norm.
+        clipping: The clipping mode, in words.
+        seeded: Whether the noise was drawn from a fixed seed.
     """
 
     def __init__(self, plan: TrainingPlan, l2_norm_clip: float, clipping: str, seeded: bool):
@@ -90,7 +96,11 @@ class RunRecord:
         return self
 
     def follow(self, optimizer: Any) -> None:
-        """Reads steps and provenance from a built `BandMFOptimizer` from now on."""
+        """Reads steps and origin from a built `BandMFOptimizer` from now on.
+
+        Args:
+            optimizer: The optimizer whose run this is.
+        """
         self._optimizer = weakref.ref(optimizer)
         # They outlive the optimizer. An interrupted step has moved those of the noise alone.
         self._iterations = optimizer.iterations
@@ -100,7 +110,7 @@ class RunRecord:
         self.update()
 
     def update(self) -> None:
-        """Takes over what the optimizer knows now."""
+        """Takes over what the optimizer knows now, if it still exists."""
         self._steps = self.steps
         optimizer = self._optimizer()
         if optimizer is None:
@@ -119,11 +129,11 @@ class RunRecord:
 
     @property
     def noted_steps(self) -> int:
-        """As `steps`, without counters that a restore may still be about to change."""
+        """The same as `steps`, without counters that a restore may still be about to change."""
         return max([self._steps, *(fit.last_step for fit in self.fits)])
 
     def goes_back_to(self, run_id: str) -> bool:
-        """Whether this is the run of that id, or went on from a checkpoint of it."""
+        """Returns whether this is the run of that id, or went on from a checkpoint of it."""
         return self.run_id == run_id or steps_at_restore(self.run_id, run_id) is not None
 
     @contextlib.contextmanager
@@ -137,10 +147,13 @@ class RunRecord:
         """Records one call of `fit`, also one that fails.
 
         Args:
-            source: what was trained on, in words.
-            remarks: what the reader of a statement must know about its callbacks.
-            epochs: how many epochs were asked for.
-            steps_per_epoch: of how many steps, None if unknown.
+            source: What was trained on, in words.
+            remarks: What the reader of a statement must know about its callbacks.
+            epochs: The number of epochs that was asked for.
+            steps_per_epoch: The number of steps of each; None if unknown.
+
+        Yields:
+            Nothing; `fit` runs inside.
         """
         self.update()
         first = self._counted()
@@ -153,9 +166,9 @@ class RunRecord:
             completed = True
         finally:
             last = self._counted()
-            # Who stopped it earlier has looked at weights or metrics: all steps are charged then.
+            # Whoever stopped it earlier has looked at weights or metrics: charge all steps then.
             completed = completed and last == requested
-            self.fits.append(Fit(source, first, last, requested, completed, tuple(remarks)))
+            self.fits.append(Fit(source, first, last, completed, tuple(remarks)))
             self.update()
 
     def _counted(self) -> int:
@@ -166,12 +179,13 @@ class RunRecord:
         """Refuses to go on, or to state anything, after a restore that failed.
 
         Raises:
-            ValueError: if the weights may be those of another run.
+            ValueError: The weights may be those of another run.
         """
         if self.restore_failed:
             raise ValueError(
                 "A checkpoint could not be restored into this optimizer, but Keras may have loaded "
-                "its weights. Load a checkpoint of this run, or start anew with a fresh model."
+                "its weights. Received: weights that may be those of another run. Load a "
+                "checkpoint of this run, or start over with a new model."
             )
 
     def statement(self) -> Statement:
@@ -179,20 +193,24 @@ class RunRecord:
 
         Formal guarantees:
             Fewer than all steps of the plan are charged only if one uninterrupted `fit` in this
-            process made them all and ended where it was asked to. Stopping or going on may else
-            have depended on released weights, as that of EarlyStopping does even on public
-            validation data, and so may a loop of the user's own. A fixed seed of noise or sampler
-            withdraws the claim, and so does an epsilon so large that the finite tails of the noise
-            cost more than their share of delta (`noise.finite.affords_tail`).
+            process made them all and ended where it was asked to. Otherwise the decision to stop
+            or to go on may have depended on released weights, as that of EarlyStopping does even
+            on public validation data, and a custom training loop may depend on them, too. A fixed
+            seed of noise or sampler withdraws the claim, and so does an epsilon so large that the
+            finite tails of the noise cost more than their share of delta
+            (`noise.finite.affords_tail`).
+
+        Returns:
+            The statement.
 
         Raises:
-            ValueError: if a restore failed, so that the weights may hold steps of another run.
+            ValueError: A restore failed, so that the weights may hold steps of another run.
         """
         self.check_restored()
         return self.describe()
 
     def describe(self) -> Statement:
-        """The statement of the steps made, whether or not a restore failed after them."""
+        """Returns the statement of the steps made, whether or not a restore failed after them."""
         self.update()
         steps_run = min(self.steps, self.plan.num_steps)
         charged = self._steps_charged(steps_run)
@@ -207,7 +225,7 @@ class RunRecord:
         if reason is None and drawn and not self._exact_noise:
             if not affords_tail(self._num_values, planned.delta, planned.epsilon):
                 reason = (
-                    "at so large an epsilon the finite tails of the noise cost more than delta "
+                    "epsilon is so large that the finite tails of the noise cost more than delta "
                     "allows (use noise='exact' or more noise)"
                 )
         if not planned.private:
@@ -248,39 +266,40 @@ class RunRecord:
         if charged > steps_run:
             caveats.append(
                 f"{steps_run} steps ran, but all {charged} are charged: training was interrupted, "
-                "resumed or extended, which may have depended on what was seen"
+                "resumed or extended, and that may have depended on what it had produced so far"
             )
         if 0 < steps_run < self.plan.num_steps and charged == steps_run:
             caveats.append(
                 f"the plan is not used up: {steps_run} of its {self.plan.num_steps} steps ran, "
-                "with noise that is made for all of them"
+                "with noise that was scaled for all of them"
             )
         caveats += [remark for fit in self.fits for remark in fit.remarks]
         if self.looped:
             caveats.append(
-                "a loop of the user's own made steps: that nothing else changed the weights "
-                "between them was not watched if it was compiled"
+                "a custom training loop made steps: if it was compiled, nobody checked that "
+                "nothing else changed the weights between them"
             )
         if self._restores:
             caveats.append(
-                f"restored from a checkpoint {self._restores} times: steps repeated after a "
-                "restore are covered only if their first results were never released"
+                f"restored from a checkpoint {self._restores} times: steps that were repeated "
+                "after a restore are covered only if their first results were never released"
             )
         if self._replayed:
             caveats.append(
-                "replay=True kept the noise key: results of the repeated steps must never have "
-                "been released, for the same noise on two gradients cancels"
+                "replay=True kept the noise key: the first results of the repeated steps must "
+                "never have been released, because the same noise on two gradients cancels out"
             )
         if self.plan.declares_participations:
             caveats.append(
-                "the order of the data was declared by the user, not enforced by this library: "
+                "the order of the data was declared by the user and is not enforced by this "
+                "library: "
                 f"at most {self.plan.participations} participations of a row, at least "
                 f"{self.plan.separation} steps apart"
             )
         return caveats
 
     def to_facts(self) -> dict[str, Any]:
-        """What a file keeps of the run: JSON values. Plan and keys are saved elsewhere."""
+        """Returns what a file keeps of the run, as JSON values, without its plan and keys."""
         self.update()
         return {
             "run_id": self.run_id,
@@ -293,26 +312,30 @@ class RunRecord:
         }
 
     def take_over(self, facts: dict[str, Any]) -> None:
-        """Goes on from the run of a file: what `to_facts` returned.
+        """Goes on from the run of a file.
 
         Formal guarantees:
-            Its id is a new one, which names that of the file and its steps: who else goes on from
-            the same file is another run.
+            Its id is a new one, which names that of the file and its steps. Another run that goes
+            on from the same file has another id.
+
+        Args:
+            facts: What `to_facts` returned, read from the file.
 
         Raises:
-            ValueError: if the facts are damaged.
+            ValueError: The facts are damaged.
         """
         try:
-            fits = [Fit(**(fit | {"remarks": tuple(fit["remarks"])})) for fit in facts["fits"]]
+            fits = [_fit_of(fit) for fit in facts["fits"]]
             steps = checked_int("steps", facts["steps"], minimum=0)
             started = checked_int("started", facts["started"], minimum=0)
             looped, run_id = bool(facts["looped"]), str(facts["run_id"])
             broken = facts["broken"]
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"The record of the run in the checkpoint is damaged. Received: {facts!r} ({error})"
+                "Expected the record of a run in the checkpoint, but it is damaged. Received: "
+                f"{facts!r} ({error}). Use another checkpoint."
             ) from None
-        if not self.goes_back_to(run_id):  # what was done before is the caller's to keep
+        if not self.goes_back_to(run_id):  # the caller keeps what was done before
             self.started = started
             self.looped, self._steps, self.fits = False, 0, []
         self.run_id = f"{run_id}/{steps}-{uuid.uuid4().hex}"
@@ -321,3 +344,10 @@ class RunRecord:
         self.broken = self.broken or broken
         self._steps = max(self._steps, steps)
         self.fits = list(dict.fromkeys([*fits, *self.fits]))
+
+
+def _fit_of(facts: dict[str, Any]) -> Fit:
+    """Returns a fit as a file keeps it."""
+    # Earlier releases also wrote the step at which the fit was to end.
+    facts = {name: value for name, value in facts.items() if name != "requested_step"}
+    return Fit(**(facts | {"remarks": tuple(facts["remarks"])}))

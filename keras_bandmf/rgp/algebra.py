@@ -1,4 +1,4 @@
-"""RGP's algebra: power iteration, orthonormalisation, projection, reconstruction.
+"""RGP's algebra: power iteration, orthonormalization, projection, reconstruction.
 
 Tensors in, tensors out. `m` and `n` are the sides of a weight matrix W and r the rank of its
 carriers: L (m, r) with orthonormal columns and R (r, n) with orthonormal rows (Yu et al., "Large
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-# What of the previous carrier is mixed in, in units of the norm of the new one: it decides the
-# directions in which the history is zero and nothing else.
+# How much of the previous carrier is mixed in, in units of the norm of the new one. It decides only
+# the directions in which the history is zero.
 _FILL = 1e-6
 
 
@@ -18,8 +18,8 @@ def orthonormal(columns: tf.Tensor) -> tf.Tensor:
     """Returns an orthonormal basis of the span of columns, by Householder QR.
 
     Args:
-        columns: (m, r), r <= m, float32 or float64. Dependent columns are replaced by arbitrary
-            ones: the result is orthonormal whatever they are.
+        columns: Shape (m, r), r <= m, float32 or float64. Dependent columns are replaced by
+            arbitrary ones, so that the result is always orthonormal.
 
     Returns:
         (m, r).
@@ -31,8 +31,8 @@ def aligned(basis: tf.Tensor, previous: tf.Tensor) -> tf.Tensor:
     """Rotates an orthonormal basis within its span as close as possible to another (Procrustes).
 
     Args:
-        basis: (m, r), orthonormal columns.
-        previous: (m, r), orthonormal columns.
+        basis: Shape (m, r), with orthonormal columns.
+        previous: Shape (m, r), with orthonormal columns.
 
     Returns:
         (m, r): `basis @ Q` with the orthogonal Q of least `|basis @ Q - previous|`.
@@ -50,10 +50,10 @@ def refined(
     the paper starts at random each time), which are kept where the history is zero.
 
     Args:
-        history: D, (m, n): what the weights have moved.
-        left: previous L, (m, r).
-        right: previous R, (r, n).
-        iterations: at least 1.
+        history: Shape (m, n): D, by how much the weights have moved.
+        left: Shape (m, r): the previous L.
+        right: Shape (r, n): the previous R.
+        iterations: The number of iterations, at least 1.
 
     Returns:
         The new (L, R), aligned with the previous ones. A history that is not finite changes
@@ -91,9 +91,9 @@ def project(gradient: tf.Tensor, left: tf.Tensor, right: tf.Tensor) -> tuple[tf.
     twice).
 
     Args:
-        gradient: dW, (m, n).
-        left: L, (m, r).
-        right: R, (r, n).
+        gradient: Shape (m, n): dW.
+        left: Shape (m, r): L.
+        right: Shape (r, n): R.
 
     Returns:
         (m, r) and (r, n).
@@ -112,10 +112,10 @@ def reconstruct(
     in that of R.
 
     Args:
-        left_gradient: dL, (m, r), perhaps noisy.
-        right_gradient: dR, (r, n), perhaps noisy.
-        left: L, (m, r).
-        right: R, (r, n).
+        left_gradient: Shape (m, r): dL, with noise or without.
+        right_gradient: Shape (r, n): dR, with noise or without.
+        left: Shape (m, r): L.
+        right: Shape (r, n): R.
 
     Returns:
         (m, n).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tensorflow as tf
@@ -13,16 +13,16 @@ from keras_bandmf.noise import normals
 from keras_bandmf.rgp import algebra
 from keras_bandmf.rgp.layouts import MatrixLayout
 
-# Rows of the carriers' random stream between one step and the next: more than a model has kernels.
+# The rows of the carriers' random stream for each step: more than twice a model's kernels.
 _ROWS_PER_STEP = 2**20
 
 
 class Carrier:
-    """Carriers L (m, r) and R (r, n) of a kernel W, and its value W_0 when training started.
+    """The carriers L (m, r) and R (r, n) of a kernel W, and its value W_0 when training started.
 
-    They are coordinates of the kernel's gradient: `of` gives (dL - L L' dL, dR) as one vector of
-    r (m + n) numbers, `reconstruct` turns such a vector, with noise or without, into a gradient of
-    W. The kernel itself stays an ordinary variable.
+    They are `Coordinates` of the kernel's gradient: `of` gives (dL - L L' dL, dR) as one vector of
+    r (m + n) numbers, and `reconstruct` turns such a vector, with noise or without, into a gradient
+    of W. The kernel itself stays an ordinary variable.
 
     Formal guarantees:
         L and R have orthonormal columns and rows, to rounding, so `of` never lengthens a gradient.
@@ -30,21 +30,22 @@ class Carrier:
         own; never on a batch.
 
     Args:
-        layout: of the kernel.
-        path: of the kernel, for messages.
-        dtype: float32, or float64 for a float64 kernel.
-        rank: r, at most the shorter side of the matrix.
-        refresh_every: steps between two refreshes.
-        power_iterations: of each refresh.
-        warmup_steps: steps, the start included, at which the history is W_t itself, not W_t - W_0.
-        restart: whether a refresh begins at new random carriers, or at those before it.
+        layout: How the kernel is a matrix.
+        path: The path of the kernel, for messages.
+        dtype: "float32", or "float64" for a float64 kernel.
+        rank: The rank r, at most the shorter side of the matrix.
+        refresh_every: The number of steps between two refreshes.
+        power_iterations: The number of power iterations of each refresh.
+        warmup_steps: The number of steps, the start included, at which the history is W_t itself
+            and not W_t - W_0.
+        restart: Whether a refresh begins at new random carriers, or at the previous ones.
     """
 
     def __init__(
         self,
         layout: MatrixLayout,
         path: str,
-        dtype: str,
+        dtype: Literal["float32", "float64"],
         rank: int,
         refresh_every: int = 1,
         power_iterations: int = 1,
@@ -59,37 +60,38 @@ class Carrier:
         self.restart = restart
         self.path = path
         self.dtype = tf.as_dtype(dtype)
-        self.shape = (rank * sum(layout.sides),)
+        self.shape: tuple[int, ...] = (rank * sum(layout.sides),)
         self._index = 0
         self._state: dict[str, tf.Variable] | None = None
-        self._distribution: tf.distribute.Strategy | None = None
+        self._distribution: tf.distribute.Strategy = tf.distribute.get_strategy()
         self._first_replica = 0
 
     @property
-    def description(self) -> list:
-        """What must be equal for a checkpoint to fit, for JSON."""
-        schedule = [self.refresh_every, self.power_iterations, self.warmup_steps]
+    def description(self) -> list[Any]:
+        """What must be equal for a checkpoint to fit, as JSON."""
+        schedule: list[Any] = [self.refresh_every, self.power_iterations, self.warmup_steps]
         schedule += ["restart"] * self.restart
         return [list(self.layout.rows), list(self.layout.columns), self.rank, schedule]
 
     def start(self, kernel: Any, key: np.ndarray, index: int) -> None:
-        """Draws random carriers and remembers the kernel: in the scope of the strategy.
+        """Draws random carriers and remembers the kernel, in the scope of the distribution.
 
         With warm-up steps they are turned towards the weights as they are now, which are public.
 
         Args:
-            kernel: the Keras variable.
-            key: of all carriers of the run, shape (2,), uint64.
-            index: of this kernel among those of the run.
+            kernel: The Keras variable.
+            key: Shape (2,), uint64: the key of all carriers of the run.
+            index: The number of this kernel among those of the run.
 
         Raises:
-            ValueError: under CentralStorageStrategy, whose replicas share one copy of all state.
+            ValueError: Under CentralStorageStrategy, whose replicas share one copy of all state.
         """
         self._distribution = tf.distribute.get_strategy()
         if isinstance(self._distribution, tf.distribute.experimental.CentralStorageStrategy):
             raise ValueError(
-                "Gradient carriers need a copy of themselves on every replica. Received: "
-                "CentralStorageStrategy, which keeps one of everything. Use MirroredStrategy."
+                "Expected a distribution that keeps a copy of the gradient carriers on every "
+                "replica. Use MirroredStrategy. "
+                "Received: CentralStorageStrategy, which keeps one copy of everything"
             )
         self._first_replica = _distribution.local_replicas(self._distribution)[0]
         self._index = index
@@ -108,7 +110,7 @@ class Carrier:
         }
 
     def _drawn(self, key: tf.Tensor, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Random carriers for step `step`: those of no other step or kernel."""
+        """Returns random carriers for step `step`: those of no other step or kernel."""
         m, n = self.layout.sides
         chunks = -(-self.rank * max(m, n) // normals.CHUNK)
         first, drawn = step * _ROWS_PER_STEP + 2 * self._index, []
@@ -120,30 +122,40 @@ class Carrier:
         return drawn[0], tf.transpose(drawn[1])
 
     def pair(self, dtype: tf.DType | None = None) -> tuple[tf.Tensor, tf.Tensor]:
-        """L and R as tensors of `dtype`.
+        """Returns L and R as tensors of `dtype`.
 
         Raises:
-            ValueError: before `start`.
+            ValueError: Before `start`.
+        """
+        state = self._started()
+        left, right = (tf.convert_to_tensor(state[name]) for name in ("left", "right"))
+        return tf.cast(left, dtype or self.dtype), tf.cast(right, dtype or self.dtype)
+
+    def _started(self) -> dict[str, tf.Variable]:
+        """Returns the state.
+
+        Raises:
+            ValueError: If there is none before `start`.
         """
         if self._state is None:
             raise ValueError(
-                f"The gradient carriers of {self.path} do not exist yet: they belong to a run. "
-                "Build the optimizer first: `optimizer.build(model.trainable_variables)`."
+                f"The gradient carriers of {self.path} do not exist yet, because they belong to a "
+                "training run. Build the optimizer first: "
+                "`optimizer.build(model.trainable_variables)`."
             )
-        left, right = (tf.convert_to_tensor(self._state[name]) for name in ("left", "right"))
-        return tf.cast(left, dtype or self.dtype), tf.cast(right, dtype or self.dtype)
+        return self._state
 
     def of(self, gradient: tf.Tensor) -> tf.Tensor:
-        """The coordinates of a gradient of the kernel, (r (m + n),)."""
+        """Returns the coordinates of a gradient of the kernel, (r (m + n),)."""
         left, right = self.pair(gradient.dtype)
         return self.joined(*algebra.project(self.layout.matrix(gradient), left, right))
 
     def joined(self, left_gradient: tf.Tensor, right_gradient: tf.Tensor) -> tf.Tensor:
-        """(dL, dR) as one vector."""
+        """Returns (dL, dR) as one vector."""
         return tf.concat([tf.reshape(left_gradient, [-1]), tf.reshape(right_gradient, [-1])], 0)
 
     def reconstruct(self, coordinates: tf.Tensor) -> tf.Tensor:
-        """The gradient of the kernel, in its shape, from coordinates with noise."""
+        """Returns the gradient of the kernel, in its shape, from coordinates with noise."""
         m, n = self.layout.sides
         coordinates = tf.cast(coordinates, self.dtype)
         left_gradient = tf.reshape(coordinates[: m * self.rank], (m, self.rank))
@@ -157,9 +169,9 @@ class Carrier:
         Each replica computes its own copy, from equal weights and equal carriers: nothing is sent.
 
         Args:
-            kernel: the Keras variable, after the update.
-            step: scalar int64, the steps made so far.
-            replica: the replica in whose context this is called.
+            kernel: The Keras variable, after the update.
+            step: Scalar int64, the number of steps made so far.
+            replica: The replica in whose context this is called.
         """
         left, right = self.pair()
         if self.refresh_every > 1:
@@ -171,41 +183,39 @@ class Carrier:
             self._copies(name)[replica - self._first_replica].assign(value)
 
     def _copies(self, name: str) -> list[tf.Variable]:
-        """Those of this process, in the order of its replicas."""
-        return list(self._distribution.experimental_local_results(self._state[name]))
+        """Returns the copies of this process, in the order of its replicas."""
+        return list(self._distribution.experimental_local_results(self._started()[name]))
 
     def _refreshed(self, kernel: Any, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         weights = tf.cast(tf.convert_to_tensor(kernel.value), self.dtype)
         begun = tf.cast(step >= self.warmup_steps, self.dtype)
-        history = weights - begun * tf.convert_to_tensor(self._state["start"])
+        history = weights - begun * tf.convert_to_tensor(self._started()["start"])
         begin = self.pair()
         if self.restart:
-            begin = self._drawn(tf.convert_to_tensor(self._state["key"]), step)
+            begin = self._drawn(tf.convert_to_tensor(self._started()["key"]), step)
         return algebra.refined(self.layout.matrix(history), *begin, self.power_iterations)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """The state, to be saved with the run."""
-        self.pair()
-        return {name: np.asarray(value.numpy()) for name, value in self._state.items()}
+        """Returns the state, to be saved with the run."""
+        return {name: np.asarray(value.numpy()) for name, value in self._started().items()}
 
     def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes over what `to_arrays` returned.
 
         Raises:
-            ValueError: if it is incomplete, of another rank or kernel, or damaged.
+            ValueError: If it is incomplete, of another rank or kernel, or damaged.
         """
-        self.pair()
         values = {}
-        for name, variable in self._state.items():
+        for name, variable in self._started().items():
             expected, dtype = tuple(variable.shape), variable.dtype
             value = np.asarray(arrays[name]) if name in arrays else np.zeros(0)
             good = value.shape == expected and value.dtype == dtype.as_numpy_dtype
             if not good or not np.isfinite(value).all():
                 raise ValueError(
-                    f"The carriers of {self.path} in the checkpoint must be finite, "
-                    f"{dtype.name}, '{name}' of shape {expected}. Received: "
-                    f"{value.dtype.name} of shape {value.shape}. They are of another rank or "
-                    "model, or the file is damaged."
+                    f"Expected the carriers of {self.path} in the checkpoint to be finite, with "
+                    f"'{name}' of dtype {dtype.name} and shape {expected}. They are of another "
+                    "rank or model, or the file is damaged. "
+                    f"Received: dtype {value.dtype.name} and shape {value.shape}"
                 )
             values[name] = value
         for name in ("left", "right"):
@@ -213,8 +223,8 @@ class Carrier:
             # Longer carriers would lengthen gradients past the clip norm.
             if not np.allclose(basis @ basis.T, np.eye(self.rank), atol=1e-4):
                 raise ValueError(
-                    f"The carriers of {self.path} in the checkpoint must be orthonormal. "
-                    f"Received: '{name}' that is not. The file is damaged."
+                    f"Expected the carriers of {self.path} in the checkpoint to be orthonormal. "
+                    f"The file is damaged. Received: '{name}', which is not"
                 )
         for name, value in values.items():
             for copy in self._copies(name):

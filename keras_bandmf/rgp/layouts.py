@@ -1,13 +1,15 @@
-"""Which kernel of a layer can have carriers, and how it is a matrix."""
+"""Says which kernel of a layer can have carriers, and how it is a matrix."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import NamedTuple
 
 import keras
 import tensorflow as tf
+
+from keras_bandmf._keras_internals import kernel_of, table_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,9 +17,9 @@ class MatrixLayout:
     """A kernel as a matrix W (m, n): some axes make its rows, the others its columns.
 
     Attributes:
-        shape: of the kernel.
-        rows: axes that are summed over with the layer's inputs, in their order.
-        columns: the other axes, in their order.
+        shape: The shape of the kernel.
+        rows: The axes that are summed over with the layer's inputs, in their order.
+        columns: The other axes, in their order.
     """
 
     shape: tuple[int, ...]
@@ -36,15 +38,15 @@ class MatrixLayout:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """m and n."""
+        """The numbers of rows and columns, m and n."""
         return math.prod(self.row_shape), math.prod(self.column_shape)
 
     def matrix(self, kernel: tf.Tensor) -> tf.Tensor:
-        """The kernel as (m, n)."""
+        """Returns the kernel as (m, n)."""
         return tf.reshape(tf.transpose(kernel, self.rows + self.columns), self.sides)
 
     def kernel(self, matrix: tf.Tensor) -> tf.Tensor:
-        """The inverse of `matrix`."""
+        """Returns the kernel that `matrix` turned into (m, n)."""
         order = self.rows + self.columns
         split = tf.reshape(matrix, [self.shape[axis] for axis in order])
         return tf.transpose(split, [order.index(axis) for axis in range(len(order))])
@@ -55,10 +57,12 @@ class EinsumLabels:
     """Labels of an einsum "inputs,kernel->outputs" whose kernel is a matrix.
 
     Attributes:
-        inputs, kernel, outputs: the three terms, "..." included.
-        contracted: labels of the kernel that are summed over, in its order.
-        produced: its other labels, in its order.
-        rank: a label that occurs nowhere else.
+        inputs: The first term, "..." included.
+        kernel: The second term.
+        outputs: The term after the arrow, "..." included.
+        contracted: The labels of the kernel that are summed over, in its order.
+        produced: The other labels of the kernel, in its order.
+        rank: A label that occurs nowhere else.
     """
 
     inputs: str
@@ -88,14 +92,26 @@ def einsum_labels(equation: str) -> EinsumLabels | None:
     return EinsumLabels(inputs, kernel, outputs, contracted, produced, rank)
 
 
-def carried_kernel(layer: keras.layers.Layer) -> tuple[Any, MatrixLayout] | str:
-    """The kernel of a layer that can have carriers.
+class CarriedKernel(NamedTuple):
+    """A kernel that can have carriers.
+
+    Attributes:
+        variable: The kernel.
+        layout: How it is a matrix.
+    """
+
+    variable: keras.Variable
+    layout: MatrixLayout
+
+
+def carried_kernel(layer: keras.layers.Layer) -> CarriedKernel | str:
+    """Returns the kernel of a layer that can have carriers.
 
     Args:
-        layer: built.
+        layer: A built layer.
 
     Returns:
-        (variable, layout), or the reason why there is none.
+        The kernel, or the reason why there is none.
     """
     kind = kind_of(layer)
     if kind is None:
@@ -107,20 +123,20 @@ def carried_kernel(layer: keras.layers.Layer) -> tuple[Any, MatrixLayout] | str:
     if not layer.built:
         return "the layer is not built"
     if kind is keras.layers.Embedding:
-        shape = tuple(layer._embeddings.shape)
-        return layer._embeddings, MatrixLayout(shape, (0,), (1,))
-    shape = tuple(layer._kernel.shape)
+        shape = tuple(table_of(layer).shape)
+        return CarriedKernel(table_of(layer), MatrixLayout(shape, (0,), (1,)))
+    shape = tuple(kernel_of(layer).shape)
     if kind is keras.layers.EinsumDense:
         labels = einsum_labels(layer.equation)
         if labels is None:
             return "the equation has a kernel that is not one matrix for all positions"
         rows = tuple(labels.kernel.index(c) for c in labels.contracted)
         columns = tuple(labels.kernel.index(c) for c in labels.produced)
-        return layer._kernel, MatrixLayout(shape, rows, columns)
+        return CarriedKernel(kernel_of(layer), MatrixLayout(shape, rows, columns))
     if kind is keras.layers.Conv2D and layer.groups != 1:
         return "a grouped convolution has a matrix for each group"
     last = len(shape) - 1
-    return layer._kernel, MatrixLayout(shape, tuple(range(last)), (last,))
+    return CarriedKernel(kernel_of(layer), MatrixLayout(shape, tuple(range(last)), (last,)))
 
 
 #: Layer types with carriers; a thin layer of this package is a subclass of one of them.
@@ -133,7 +149,7 @@ KINDS = (
 
 
 def kind_of(layer: keras.layers.Layer) -> type | None:
-    """The Keras layer type whose computation this layer does, or None.
+    """Returns the Keras layer type whose computation this layer does, or None.
 
     A subclass from elsewhere may compute something else: only exact types and the thin layers of
     this package, which change nothing but their config, are known.

@@ -1,4 +1,4 @@
-"""enable_rgp and merge_rgp: gradient carriers on the kernels of a model; the thin layers."""
+"""`enable_rgp`, `merge_rgp` and the RGP layers: gradient carriers on the kernels of a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from keras_bandmf._checks import checked_bool, checked_float, checked_int
+from keras_bandmf._keras_internals import all_layers, inner_layers, own_weights
 from keras_bandmf.clipping import register_rule
 from keras_bandmf.clipping.coordinates import coordinates_of, set_coordinates
 from keras_bandmf.clipping.rules.base import DenseRule
@@ -18,7 +19,7 @@ from keras_bandmf.clipping.rules.registry import set_rule
 from keras_bandmf.rgp.arguments import named_layers, within
 from keras_bandmf.rgp.carrier import Carrier
 from keras_bandmf.rgp.head import head_layers, scale_head
-from keras_bandmf.rgp.layouts import carried_kernel
+from keras_bandmf.rgp.layouts import CarriedKernel, carried_kernel
 from keras_bandmf.rgp.rules import CarrierRule, type_rule
 
 
@@ -33,13 +34,14 @@ def enable_rgp(
     head_scale: float = 1.0,
     restart: bool = False,
 ) -> keras.Model:
-    """Makes the private training of a model release low-rank coordinates of its gradients.
+    """Enables RGP: private training of `model` releases low-rank projections of its gradients.
 
-    In place, before `compile`: the kernels of Dense, EinsumDense, Embedding and Conv2D layers get
-    carriers L (m, r) and R (r, n) (Yu et al., arXiv 2106.09352). Per-example gradients are clipped
+    Call it before `compile`. It changes the model in place: the kernels of Dense, EinsumDense,
+    Embedding and Conv2D layers get carriers L (m, r) and R (r, n) (Yu et al., "Large Scale Private
+    Learning via Low-rank Reparametrization", arXiv 2106.09352). Per-example gradients are clipped
     and noised in their r (m + n) coordinates, and the inner optimizer gets the gradient of the
-    whole kernel rebuilt from them. Outputs, saved files and exports are those of the plain model;
-    a loaded or cloned model has no carriers.
+    whole kernel, rebuilt from them. Outputs, saved files and exports are those of the plain model.
+    A loaded or cloned model has no carriers.
 
     Formal guarantees:
         What is released in a step is a clipped sum plus noise in coordinates that were fixed before
@@ -47,32 +49,57 @@ def enable_rgp(
         holds as without carriers.
 
     Args:
-        model: built, and not compiled.
-        rank: r. Without `layers`, a kernel with a side below r is left as it is.
-        layers: names, paths or layers that get carriers. By default all that are trained, except
-            the head (the layers that make the outputs) and kernels of axis 1.
-        exclude: names, paths or layers left as they are.
-        refresh_every: steps between two refreshes of the carriers. Noise may be correlated within
-            such a block only: the plan's strategy must be a `BlockDiagonalStrategy` of this block,
-            or have one band.
-        power_iterations: of each refresh; the paper's code takes 1.
-        warmup_steps: steps in which the carriers follow the weights W_t themselves, from W_0 on;
-            after that the historical update W_t - W_0. For a pre-trained model take all steps, as
-            the paper's code does: what it has learnt says more than the first noisy updates.
-        head_scale: factor of the head's per-example gradients before clipping, not undone after;
-            the paper's code takes 0.1 for language and 0.01 for images.
-        restart: whether a refresh begins at new random carriers, as the paper's algorithm 2, or at
-            those before it. Weights of a pre-trained model hardly move, so carriers that go on from
-            each other settle in the same few directions, and no others are ever trained: restart
-            them where they follow weights. Updates are followed best from where they were.
+        model: A model that is built and not compiled.
+        rank: The rank r of the carriers. Without `layers`, a kernel with a side below r is left as
+            it is.
+        layers: Names, paths or layers that get carriers. By default all that are trained, except
+            the head (the layers that make the outputs) and kernels with a side of length 1.
+        exclude: Names, paths or layers that are left as they are.
+        refresh_every: The number of steps between two refreshes of the carriers. Noise may be
+            correlated only within such a block: the plan's strategy must be a
+            `BlockDiagonalStrategy` of this block, or have one band.
+        power_iterations: The number of power iterations of each refresh. The paper's code uses 1.
+        warmup_steps: The number of steps in which the carriers follow the weights W_t themselves,
+            from W_0 on. After that they follow the historical update W_t - W_0. For a pre-trained
+            model use all steps, as the paper's code does: what it has learned says more than the
+            first noisy updates.
+        head_scale: A factor for the head's per-example gradients before clipping, which is not
+            undone afterwards. The paper's code uses 0.1 for language and 0.01 for images.
+        restart: Whether a refresh begins at new random carriers, as algorithm 2 of the paper, or at
+            the previous ones. Weights of a pre-trained model hardly move, so carriers that continue
+            from each other settle in the same few directions, and no others are ever trained.
+            Restart them where they follow weights. Updates are followed best without a restart.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: if `model` is not a Keras model, or `rank` is not an integer.
-        ValueError: if the model is not built or is compiled, has carriers already, or an argument
-            or a layer does not fit.
+        TypeError: If `model` is not a Keras model, or an argument has the wrong type.
+        ValueError: If the model is not built, is compiled or has carriers already, or if an
+            argument or a layer does not fit.
+
+    Example:
+        The kernel of the first layer, a matrix of 20 x 30, is released as 4 (20 + 30) numbers.
+
+        >>> import keras
+        >>> import keras_bandmf as bandmf
+        >>> layers = [keras.layers.Dense(30, name="dense"), keras.layers.Dense(2, name="head")]
+        >>> model = keras.Sequential([keras.Input((20,)), *layers])
+        >>> model = bandmf.enable_rgp(model, rank=4)
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=100,
+        ...     batch_size=10,
+        ...     num_steps=20,
+        ...     num_bands=1,
+        ...     noise_multiplier=1.0,
+        ...     delta=1e-5,
+        ... )
+        >>> optimizer = bandmf.BandMFOptimizer("sgd", plan, l2_norm_clip=1.0)
+        >>> optimizer.build(model.trainable_variables)
+        >>> x, y = keras.ops.ones((3, 20)), keras.ops.ones((3, 2))
+        >>> clipped = bandmf.clipped_gradients(model, x, y, loss="mse")
+        >>> [tuple(total.shape) for total in clipped.sums]
+        [(200,), (30,), (30, 2), (2,)]
     """
     numbers = {
         "rank": rank,
@@ -88,25 +115,25 @@ def enable_rgp(
     restart = checked_bool("restart", restart)
     if not isinstance(model, keras.Model):
         raise TypeError(
-            "Argument `model` must be a keras.Model of Keras 3. "
+            "Expected `model` to be a keras.Model of Keras 3. "
             f"Received: model of type {type(model).__name__}"
         )
     if not model.built:
         raise ValueError(
-            "Carriers need kernels: call the model once on data, or start it with `keras.Input`. "
-            f"Received: model '{model.name}' that is not built"
+            "Expected `model` to be built, because carriers need kernels. Call it once on data, or "
+            f"start it with `keras.Input`. Received: model '{model.name}', which is not built"
         )
     if model.compiled:
         raise ValueError(
-            "`enable_rgp` must be called before `compile`: optimizer and noise are made for the "
-            f"coordinates. Received: model '{model.name}', which is compiled."
+            "Expected `enable_rgp` to be called before `compile`, because optimizer and noise are "
+            f"made for the coordinates. Received: model '{model.name}', which is compiled."
         )
     candidates = _candidates(model, layers, exclude, rank)
     if not candidates:
         raise ValueError(
-            "No kernel is left that could have carriers: they are excluded, frozen, part of the "
-            f"head, or have a side below the rank. Received: rank={rank}, layers={layers!r}, "
-            f"exclude={exclude!r}. Name the layers, or choose a smaller rank."
+            "Expected at least one kernel that can have carriers. All are excluded, frozen, part "
+            "of the head, or have a side below the rank. Name the layers, or choose a smaller "
+            f"rank. Received: rank={rank}, layers={layers!r}, exclude={exclude!r}"
         )
     if head_scale != 1:
         scale_head(head_layers(model), candidates, head_scale)
@@ -116,20 +143,28 @@ def enable_rgp(
 
 
 def merge_rgp(model: keras.Model) -> keras.Model:
-    """Takes the carriers off a model: plain layers with the weights trained so far.
+    """Takes the carriers off a model and leaves plain layers with the weights trained so far.
 
     Args:
-        model: with carriers.
+        model: A model with carriers.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: If it has no carriers.
+
+    Example:
+        >>> import keras
+        >>> import keras_bandmf as bandmf
+        >>> model = keras.Sequential([keras.Input((20,)), bandmf.layers.RGPDense(30, rank=4)])
+        >>> model = bandmf.merge_rgp(model)
+        >>> model.layers[0].get_config()["rank"] is None
+        True
     """
     merged = False
-    for layer in model._flatten_layers():
-        own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    for layer in all_layers(model):
+        own = own_weights(layer)
         if all(coordinates_of(variable) is None for variable in own):
             continue
         for variable in own:
@@ -140,10 +175,10 @@ def merge_rgp(model: keras.Model) -> keras.Model:
         merged = True
     if not merged:
         raise ValueError(
-            f"The model has no gradient carriers. Received: model '{model.name}'. Only models of "
-            "`enable_rgp` or of RGP layers have."
+            "Expected a model with gradient carriers: one of `enable_rgp` or with RGP layers. "
+            f"Received: model '{model.name}'"
         )
-    # A step traced with the carriers would go on using them.
+    # A step that was traced with the carriers would continue to use them.
     model.train_function = None
     return model
 
@@ -151,8 +186,8 @@ def merge_rgp(model: keras.Model) -> keras.Model:
 def _candidates(
     model: keras.Model, layers: Any, exclude: Any, rank: int
 ) -> list[keras.layers.Layer]:
-    """The layers that get carriers, in the model's order."""
-    every = list(model._flatten_layers(include_self=False))
+    """Returns the layers that get carriers, in the model's order."""
+    every = all_layers(model, include_self=False)
     excluded = {id(layer) for layer in within(named_layers("exclude", exclude, every))}
     named = named_layers("layers", layers, every)
     asked = {id(layer) for layer in (every if layers is None else within(named))} - excluded
@@ -160,74 +195,89 @@ def _candidates(
     chosen, kernels = [], set()
     for layer in every:
         found = carried_kernel(layer)
-        carried = not isinstance(found, str) and coordinates_of(found[0]) is not None
+        carried = not isinstance(found, str) and coordinates_of(found.variable) is not None
         if carried and getattr(layer, "rgp", None) is None:
             raise ValueError(
-                "`enable_rgp` may be called once. Received: a model whose layer "
-                f"'{layer.path}' has carriers. Call `merge_rgp(model)` first."
+                "Expected a model without carriers. Call `merge_rgp(model)` first. "
+                f"Received: a model whose layer '{layer.path}' has carriers"
             )
         if carried or id(layer) not in asked:  # an RGP layer has its own
             continue
         by_name = any(layer is other for other in named)
         if isinstance(found, str):
-            reason = None if layer._layers else found
+            reason = None if inner_layers(layer) else found
         else:
-            reason = _left_out(layer, *found, rank, set() if by_name else head)
+            reason = _left_out(layer, found, rank, set() if by_name else head)
         if reason is not None and by_name:
             raise ValueError(
-                f"`layers` must name layers that can have carriers. Received: '{layer.path}': "
-                f"{reason}."
+                "Expected `layers` to name layers that can have carriers. "
+                f"Received: '{layer.path}': {reason}"
             )
         if isinstance(found, str) or reason is not None:
             continue
-        if id(found[0]) not in kernels:
-            _check_kernel(layer, *found, rank)
-            kernels.add(id(found[0]))
+        if id(found.variable) not in kernels:
+            _check_kernel(layer, found, rank)
+            kernels.add(id(found.variable))
             chosen.append(layer)
     return chosen
 
 
-def _left_out(layer: Any, kernel: Any, layout: Any, rank: int, head: set[int]) -> str | None:
-    """Why a layer is to get no carriers, or None."""
-    if not kernel.trainable:
+def _left_out(
+    layer: keras.layers.Layer, kernel: CarriedKernel, rank: int, head: set[int]
+) -> str | None:
+    """Returns why a layer is to get no carriers, or None."""
+    if not kernel.variable.trainable:
         return "it is not trained"
-    if min(layout.sides) < max(rank, 2):
-        m, n = layout.sides
+    m, n = kernel.layout.sides
+    if min(m, n) < max(rank, 2):
         return f"its kernel is a matrix of {m} x {n}, rank={rank} is above the shorter side"
     return "it is part of the head" if id(layer) in head else None
 
 
-def _check_kernel(layer: keras.layers.Layer, kernel: Any, layout: Any, rank: int) -> None:
-    if rank > min(layout.sides):
+def _check_kernel(layer: keras.layers.Layer, kernel: CarriedKernel, rank: int) -> None:
+    m, n = kernel.layout.sides
+    if rank > min(m, n):
         raise ValueError(
-            f"`rank` must be at most the shorter side of a kernel. Received: rank={rank} for "
-            f"'{layer.path}', a matrix of {layout.sides[0]} x {layout.sides[1]}. Choose a smaller "
-            "rank or leave the layer out."
+            "Expected `rank` to be at most the shorter side of a kernel. Choose a smaller rank or "
+            f"leave the layer out. Received: rank={rank} for '{layer.path}', a matrix of {m} x {n}"
         )
-    if kernel.constraint is not None:
+    constraint = kernel.variable.constraint
+    if constraint is not None:
         raise ValueError(
-            "A kernel with a constraint cannot have carriers: what the constraint does to the "
-            f"weights is no gradient the carriers could follow. Received: '{layer.path}' with "
-            f"{type(kernel.constraint).__name__}. Remove it, or name the layer in `exclude`."
+            "Expected a kernel without a constraint: carriers cannot follow what a constraint does "
+            "to the weights. Remove it, or name the layer in `exclude`. "
+            f"Received: '{layer.path}' with {type(constraint).__name__}"
         )
 
 
 def _carry(layer: keras.layers.Layer, **options: Any) -> None:
-    """Puts carriers on a layer's kernel; `options` are those of `Carrier`."""
-    kernel, layout = carried_kernel(layer)
-    dtype = "float64" if keras.backend.standardize_dtype(kernel.dtype) == "float64" else "float32"
-    carrier = Carrier(layout, kernel.path, dtype, **options)
+    """Puts carriers on a layer's kernel. The options are those of `Carrier`."""
+    kernel = _kernel_to_carry(layer)
+    double = keras.backend.standardize_dtype(kernel.variable.dtype) == "float64"
+    carrier = Carrier(
+        kernel.layout, kernel.variable.path, "float64" if double else "float32", **options
+    )
     set_rule(layer, CarrierRule(type_rule(layer), carrier))
-    set_coordinates(kernel, carrier)
+    set_coordinates(kernel.variable, carrier)
 
 
-class _Thin:
-    """What the RGP layers have in common: carriers from `build` on, and a config that says so."""
+def _kernel_to_carry(layer: keras.layers.Layer) -> CarriedKernel:
+    found = carried_kernel(layer)
+    if isinstance(found, str):
+        raise ValueError(
+            "Expected a layer that can have carriers. "
+            f"Received: '{layer.path}' of type {type(layer).__name__}: {found}"
+        )
+    return found
+
+
+class _Thin(keras.layers.Layer):
+    """What the RGP layers have in common: carriers from `build` on, and their settings."""
 
     carries_gradients = True
 
     def _init_rgp(self, rank: int | None, refresh_every: int, power_iterations: int) -> None:
-        self.rgp = None
+        self.rgp: dict[str, int] | None = None
         if rank is None:  # of a layer whose carriers were merged
             return
         numbers = {
@@ -241,28 +291,45 @@ class _Thin:
         """Builds the layer and puts carriers on its kernel.
 
         Raises:
-            ValueError: if the rank exceeds a side of the kernel, or the kernel cannot have any.
+            ValueError: If the rank exceeds a side of the kernel, or the kernel cannot have any.
         """
         super().build(input_shape)
         if self.rgp is None:
             return
-        # Keras marks a layer built after `build`; `carried_kernel` asks for it.
+        # Keras marks a layer as built only after `build`, and `carried_kernel` asks for it.
         self.built = True
-        found = carried_kernel(self)
-        if isinstance(found, str):
-            raise ValueError(f"The layer cannot have carriers: {found}. Received: '{self.path}'.")
-        _check_kernel(self, *found, self.rgp["rank"])
+        _check_kernel(self, _kernel_to_carry(self), self.rgp["rank"])
         _carry(self, **self.rgp)
 
     def get_config(self) -> dict[str, Any]:
-        """The config of the Keras layer, and rank and refreshes."""
-        rgp = self.rgp or {"rank": None, "refresh_every": 1, "power_iterations": 1}
-        return {**super().get_config(), **rgp}
+        """Returns the config of the Keras layer, with rank and refreshes."""
+        merged = {"rank": None, "refresh_every": 1, "power_iterations": 1}
+        return {**super().get_config(), **(self.rgp or merged)}
 
 
 @keras.saving.register_keras_serializable(package="keras_bandmf")
 class RGPDense(_Thin, keras.layers.Dense):
-    """`keras.layers.Dense` whose kernel has gradient carriers of `rank`; see `enable_rgp`."""
+    """A `keras.layers.Dense` whose kernel has gradient carriers; see `enable_rgp`.
+
+    Args:
+        units: See `keras.layers.Dense`.
+        rank: The rank of the carriers, at most the shorter side of the kernel as a matrix. None for
+            a layer whose carriers were merged.
+        refresh_every: The number of steps between two refreshes of the carriers.
+        power_iterations: The number of power iterations of each refresh.
+        **kwargs: The other arguments of `keras.layers.Dense`.
+
+    Raises:
+        TypeError: If an argument of the carriers is not an integer.
+        ValueError: If it is below 1; in `build`, if the rank exceeds a side of the kernel.
+
+    Example:
+        >>> from keras_bandmf import layers
+        >>> layer = layers.RGPDense(30, rank=4)
+        >>> layer.build((None, 20))
+        >>> tuple(layer.kernel.shape)
+        (20, 30)
+    """
 
     def __init__(
         self,
@@ -278,7 +345,28 @@ class RGPDense(_Thin, keras.layers.Dense):
 
 @keras.saving.register_keras_serializable(package="keras_bandmf")
 class RGPEinsumDense(_Thin, keras.layers.EinsumDense):
-    """`keras.layers.EinsumDense` with gradient carriers of `rank`; see `enable_rgp`."""
+    """A `keras.layers.EinsumDense` whose kernel has gradient carriers; see `enable_rgp`.
+
+    Args:
+        equation: See `keras.layers.EinsumDense`. The kernel must be one matrix for all positions.
+        output_shape: See `keras.layers.EinsumDense`.
+        rank: The rank of the carriers, at most the shorter side of the kernel as a matrix. None for
+            a layer whose carriers were merged.
+        refresh_every: The number of steps between two refreshes of the carriers.
+        power_iterations: The number of power iterations of each refresh.
+        **kwargs: The other arguments of `keras.layers.EinsumDense`.
+
+    Raises:
+        TypeError: If an argument of the carriers is not an integer.
+        ValueError: If it is below 1; in `build`, if the rank exceeds a side of the kernel.
+
+    Example:
+        >>> from keras_bandmf import layers
+        >>> layer = layers.RGPEinsumDense("abc,cde->abde", (None, 2, 8), rank=4)
+        >>> layer.build((None, 10, 20))
+        >>> tuple(layer.kernel.shape)
+        (20, 2, 8)
+    """
 
     def __init__(
         self,
@@ -295,7 +383,28 @@ class RGPEinsumDense(_Thin, keras.layers.EinsumDense):
 
 @keras.saving.register_keras_serializable(package="keras_bandmf")
 class RGPConv2D(_Thin, keras.layers.Conv2D):
-    """`keras.layers.Conv2D` with gradient carriers of `rank`; see `enable_rgp`."""
+    """A `keras.layers.Conv2D` whose kernel has gradient carriers; see `enable_rgp`.
+
+    Args:
+        filters: See `keras.layers.Conv2D`.
+        kernel_size: See `keras.layers.Conv2D`.
+        rank: The rank of the carriers, at most the shorter side of the kernel as a matrix. None for
+            a layer whose carriers were merged.
+        refresh_every: The number of steps between two refreshes of the carriers.
+        power_iterations: The number of power iterations of each refresh.
+        **kwargs: The other arguments of `keras.layers.Conv2D`.
+
+    Raises:
+        TypeError: If an argument of the carriers is not an integer.
+        ValueError: If it is below 1; in `build`, if the rank exceeds a side of the kernel.
+
+    Example:
+        >>> from keras_bandmf import layers
+        >>> layer = layers.RGPConv2D(16, 3, rank=4)
+        >>> layer.build((None, 28, 28, 8))
+        >>> tuple(layer.kernel.shape)
+        (3, 3, 8, 16)
+    """
 
     def __init__(
         self,
@@ -312,7 +421,28 @@ class RGPConv2D(_Thin, keras.layers.Conv2D):
 
 @keras.saving.register_keras_serializable(package="keras_bandmf")
 class RGPEmbedding(_Thin, keras.layers.Embedding):
-    """`keras.layers.Embedding` with gradient carriers of `rank`; see `enable_rgp`."""
+    """A `keras.layers.Embedding` whose table has gradient carriers; see `enable_rgp`.
+
+    Args:
+        input_dim: See `keras.layers.Embedding`.
+        output_dim: See `keras.layers.Embedding`.
+        rank: The rank of the carriers, at most the shorter side of the kernel as a matrix. None for
+            a layer whose carriers were merged.
+        refresh_every: The number of steps between two refreshes of the carriers.
+        power_iterations: The number of power iterations of each refresh.
+        **kwargs: The other arguments of `keras.layers.Embedding`.
+
+    Raises:
+        TypeError: If an argument of the carriers is not an integer.
+        ValueError: If it is below 1; in `build`, if the rank exceeds a side of the kernel.
+
+    Example:
+        >>> from keras_bandmf import layers
+        >>> layer = layers.RGPEmbedding(1000, 32, rank=4)
+        >>> layer.build()
+        >>> tuple(layer.embeddings.shape)
+        (1000, 32)
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The carriers of all variables of one run: what the optimizer needs of them."""
+"""What the optimizer needs of the carriers of all variables of one run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import tensorflow as tf
 
 from keras_bandmf.clipping.coordinates import coordinates_of, released_shape
 from keras_bandmf.rgp.carrier import Carrier
-from keras_bandmf.rgp.head import HeadScale
 
 
 class RunCarriers:
-    """The variables of a run in the coordinates in which their gradients are released.
+    """The variables of a run, in the coordinates in which their gradients are released.
 
     Formal guarantees:
         The strategy correlates no noise across a refresh of carriers, where a row of noise would
@@ -22,16 +21,19 @@ class RunCarriers:
         was made for are refused.
 
     Args:
-        variables: trainable, in the optimizer's order.
-        strategy: defines `C` of the noise: `num_steps`, `num_bands`, `noise_rows()`.
+        variables: The trainable variables, in the optimizer's order.
+        strategy: The strategy that defines the matrix C of the noise.
+
+    Attributes:
+        shapes: The shape of each variable's entry in a clipped sum.
 
     Raises:
-        ValueError: if the strategy correlates noise across a refresh.
+        ValueError: If the strategy correlates noise across a refresh.
     """
 
     def __init__(self, variables: Sequence[Any], strategy: Any):
         self._variables = list(variables)
-        self._carriers: list[Carrier | HeadScale | None] = [coordinates_of(v) for v in variables]
+        self._carriers = [coordinates_of(variable) for variable in variables]
         self.shapes = [released_shape(variable) for variable in variables]
         found = [carrier for carrier in self._carriers if isinstance(carrier, Carrier)]
         for period in sorted({carrier.refresh_every for carrier in found}):
@@ -55,28 +57,28 @@ class RunCarriers:
         """Refuses clipped sums in other coordinates.
 
         Raises:
-            ValueError: if a shape differs.
+            ValueError: If a shape differs.
         """
         received = [total.shape for total in sums]
         if not all(a.is_compatible_with(b) for a, b in zip(received, self.shapes, strict=True)):
             raise ValueError(
-                "The gradients must be in the coordinates the optimizer was built for: carriers "
-                "were put on the model, or taken off it, since then. Compile and build a new "
-                f"optimizer. Expected shapes: {self.shapes}. Received: {received}"
+                "Expected gradients in the coordinates that the optimizer was built for, of shapes "
+                f"{self.shapes}. Carriers were put on the model, or taken off it, since then. "
+                f"Compile and build a new optimizer. Received: shapes {received}"
             )
 
     def gradients(self, coordinates: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Gradients of the variables, in their shapes, from noisy sums in coordinates.
+        """Returns gradients of the variables, in their shapes, from noisy sums in coordinates.
 
         Formal guarantees:
             What is returned depends on the noisy sums alone, which have the whole noise, also
             where copies of the carriers differ, as rounding may differ between devices.
 
         Args:
-            coordinates: the noisy sums over all replicas.
+            coordinates: The noisy sums over all replicas.
 
         Returns:
-            Gradients to be applied.
+            The gradients to apply.
         """
         return [
             found if carrier is None else carrier.reconstruct(found)
@@ -91,7 +93,7 @@ class RunCarriers:
                 carrier.refresh(variable, step, replica)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """The carriers, to be saved with the run."""
+        """Returns the carriers, to be saved with the run."""
         return {
             f"carrier_{index}_{name}": value
             for index, carrier in enumerate(self._carriers)
@@ -103,7 +105,7 @@ class RunCarriers:
         """Takes over what `to_arrays` returned.
 
         Raises:
-            ValueError: if a carrier is missing, damaged, or of another rank.
+            ValueError: If a carrier is missing, damaged, or of another rank.
         """
         for index, carrier in enumerate(self._carriers):
             if carrier is not None:
@@ -113,7 +115,7 @@ class RunCarriers:
                 )
 
     def __str__(self) -> str:
-        """What is released, in words; empty without carriers."""
+        """Returns what is released, in words; empty without carriers."""
         found = [c for c in self._carriers if isinstance(c, Carrier)]
         if not found:
             return ""
@@ -133,8 +135,9 @@ def _check_blocks(strategy: Any, period: int) -> None:
     across = np.arange(rows.shape[1]) > steps[:, None]
     if len(rows) != strategy.num_steps or np.any(rows[across] != 0.0):
         raise ValueError(
-            "Noise must not be correlated across a refresh of the carriers: it would cancel in "
-            "another basis, and training gets worse than with independent noise. Received: "
-            f"strategy={strategy!r}, refresh_every={period}. Use num_bands=1, or "
-            f"`strategies.BlockDiagonalStrategy.optimize(num_steps, num_bands, {period})`."
+            "Expected noise that is not correlated across a refresh of the carriers, where it "
+            "would cancel in another basis and training would be worse than with independent "
+            "noise. Use num_bands=1, or "
+            f"`strategies.BlockDiagonalStrategy.optimize(num_steps, num_bands, {period})`. "
+            f"Received: strategy={strategy!r}, refresh_every={period}"
         )

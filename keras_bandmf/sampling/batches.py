@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import checked_int
-from keras_bandmf.sampling.draws import SamplingRule, arrangement, round_up
+from keras_bandmf.sampling.draws import arrangement, round_up
 from keras_bandmf.sampling.examples import ExampleStore
+from keras_bandmf.sampling.laws import Draws, SamplingName
+from keras_bandmf.sampling.schedule import Schedule
 
 _DATASET_METHODS = frozenset(
     name for name in dir(tf.data.Dataset) if not name.startswith("_") and name != "element_spec"
@@ -19,10 +21,11 @@ _DATASET_METHODS = frozenset(
 
 
 class PrivateBatches:
-    """What `plan.batches(x, y)` returns: the data of a private run, sampled as the plan says.
+    """The data of a private run, sampled as its plan says: what `plan.batches(x, y)` returns.
 
-    It is not a `tf.data.Dataset`: a transformation of its batches would change who takes part
-    when, and the privacy statement with it. `model.fit` of a privatized model takes it as it is.
+    Pass it to `fit` of a privatized model as it is. It is not a `tf.data.Dataset`, because a
+    transformation of its batches would change who takes part when, and the privacy statement
+    would no longer hold.
 
     Formal guarantees:
         * `batch(t)` depends on the plan, the key and t alone: not on what was drawn before, on
@@ -33,22 +36,18 @@ class PrivateBatches:
           each replica's part has at least one row of padding.
         * The key is bound once. A second key would regroup the examples, and an example could
           then take part in adjacent steps, where the sensitivity does not cover it.
-        * What it assumes: the rows of `x` stand in the same order in every process that
-          continues the run (an example is its row number), and `preprocess` treats each row by
-          itself.
+        * It assumes that the rows of `x` stand in the same order in every process that continues
+          the run (an example is its row number), and that `preprocess` treats each row by itself.
 
     Args:
         x: NumPy array, tensor, or nested dict, tuple or list of them, one row an example; or a
             `tf.data.Dataset` of single examples `x`, `(x, y)` or `(x, y, sample_weight)` in a
-            repeatable order, which is read once into memory.
+            repeatable order. It is read once into memory.
         y: Targets, as `x`; None when there are none (or when the dataset brings them).
         sample_weight: Non-negative weights, one a row; a structure for several outputs.
-        num_examples: The plan's public number of examples; `x` must hold exactly as many rows.
-        batch_size: The plan's batch size (expected, under cyclic Poisson).
-        num_steps: The plan's number of steps.
-        num_bands: The plan's number of bands.
-        sampling: `"cyclic_poisson"` or `"fixed_order"`.
-        plan_fingerprint: Fingerprint of the plan, by which `fit` knows its own batches.
+        schedule: The schedule of the plan, which its epsilon is computed from, too. `x` must hold
+            exactly `schedule.num_examples` rows.
+        plan_fingerprint: The fingerprint of the plan, by which `fit` recognizes its own batches.
         class_weight: Dict of class number to weight, multiplied into `sample_weight`.
         preprocess: Called on tensors of up to 1024 rows, as `preprocess(x)` or
             `preprocess(x, y)`, once and before sampling. Returns what Keras takes: `x`,
@@ -56,8 +55,26 @@ class PrivateBatches:
         seed: Fixes the sampler's key. For tests only: the statement then says "not private".
 
     Raises:
-        TypeError: Wrong kind of data or argument.
-        ValueError: Rows that do not number `num_examples`, or values out of range.
+        TypeError: The data or an argument has the wrong type.
+        ValueError: The number of rows is not `num_examples`, or a value is out of range.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> import numpy as np
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=100, batch_size=10, epochs=2, num_bands=2,
+        ...     noise_multiplier=1.0, delta=1e-5, sampling="fixed_order",
+        ... )
+        >>> x = np.arange(100)
+        >>> batches = plan.batches(x, seed=0)  # a seed is for tests only
+        >>> first, again = batches.indices(0), batches.indices(10)
+        >>> len(first), bool(np.all(first == again))
+        (10, True)
+        >>> batch = batches.batch(0)
+        >>> batch["mask"].shape, int(batch["mask"].sum())
+        ((11,), 10)
+        >>> sorted(batch["x"][batch["mask"]].tolist()) == sorted(first.tolist())
+        True
     """
 
     def __init__(
@@ -66,69 +83,67 @@ class PrivateBatches:
         y: Any = None,
         sample_weight: Any = None,
         *,
-        num_examples: int,
-        batch_size: int,
-        num_steps: int,
-        num_bands: int,
-        sampling: str,
+        schedule: Schedule,
         plan_fingerprint: str,
         class_weight: dict[int, float] | None = None,
-        preprocess: Any = None,
+        preprocess: Callable[..., Any] | None = None,
         seed: int | None = None,
     ):
-        rule = SamplingRule(num_examples, batch_size, num_steps, num_bands, sampling)
+        checked_schedule(schedule)
         seed_key = None if seed is None else _key_from_seed(seed)
-        store = ExampleStore.read(x, y, sample_weight, rule.num_examples, class_weight, preprocess)
-        self._begin(rule, store, plan_fingerprint, seed)
+        store = ExampleStore.read(
+            x, y, sample_weight, schedule.num_examples, class_weight, preprocess
+        )
+        self._begin(schedule, store, plan_fingerprint, seed)
         if seed_key is not None:
             self._set_key(seed_key)
 
     def _begin(
-        self, rule: SamplingRule, store: ExampleStore, plan_fingerprint: str, seed: int | None
+        self, schedule: Schedule, store: ExampleStore, plan_fingerprint: str, seed: int | None
     ) -> None:
         """Sets the fields of a run that has no key yet."""
-        self._rule = rule
+        self._schedule = schedule
         self._store = store
         self._plan_fingerprint = plan_fingerprint
         self._seed = seed
         self._key: np.ndarray | None = None
-        self._draws: Any = None
+        self._draws: Draws | None = None
         self._cursor = 0
 
     @property
     def plan_fingerprint(self) -> str:
-        """Fingerprint of the plan that made these batches."""
+        """The fingerprint of the plan that made these batches."""
         return self._plan_fingerprint
 
     @property
     def num_examples(self) -> int:
         """The plan's public number of examples."""
-        return self._rule.num_examples
+        return self._schedule.num_examples
 
     @property
     def batch_size(self) -> int:
         """The plan's batch size: expected under cyclic Poisson, exact in fixed order."""
-        return self._rule.batch_size
+        return self._schedule.batch_size
 
     @property
     def num_steps(self) -> int:
-        """Number of steps of the run."""
-        return self._rule.num_steps
+        """The number of steps of the run."""
+        return self._schedule.num_steps
 
     @property
     def num_bands(self) -> int:
-        """Number of bands, and of groups under cyclic Poisson."""
-        return self._rule.num_bands
+        """The number of bands, and of groups under cyclic Poisson."""
+        return self._schedule.num_bands
 
     @property
-    def sampling(self) -> str:
-        """`"cyclic_poisson"` or `"fixed_order"`."""
-        return self._rule.sampling
+    def sampling(self) -> SamplingName:
+        """The name of the sampling law: `"cyclic_poisson"` or `"fixed_order"`."""
+        return self._schedule.sampling
 
     @property
     def steps_per_epoch(self) -> int:
-        """`num_examples // batch_size`."""
-        return self._rule.steps_per_epoch
+        """The number of steps of an epoch, `num_examples // batch_size`."""
+        return self._schedule.steps_per_epoch
 
     @property
     def seed(self) -> int | None:
@@ -151,7 +166,7 @@ class PrivateBatches:
         if step > self.num_steps:
             raise ValueError(
                 f"Expected `cursor` to be at most num_steps={self.num_steps}. "
-                f"Received: cursor={step}"
+                f"Received: cursor={step}."
             )
         self._cursor = step
 
@@ -159,6 +174,7 @@ class PrivateBatches:
         """Gives the sampler its key, once and for all.
 
         The same key again does nothing. With `seed=` the seed's key stays, whatever `key` is.
+        `fit` calls this; only a custom training loop needs to.
 
         Args:
             key: (2,) uint64, secret and used for sampling alone.
@@ -166,6 +182,18 @@ class PrivateBatches:
         Raises:
             TypeError: `key` is not an array of uint64.
             ValueError: Its shape is not (2,), it is all zeros, or another key is bound.
+
+        Example:
+            >>> import keras_bandmf as bandmf
+            >>> import numpy as np
+            >>> plan = bandmf.TrainingPlan(
+            ...     num_examples=100, batch_size=10, epochs=2, num_bands=2,
+            ...     noise_multiplier=1.0, delta=1e-5,
+            ... )
+            >>> batches = plan.batches(np.zeros(100))
+            >>> batches.bind(np.random.SeedSequence().generate_state(2, np.uint64))
+            >>> batches.bound
+            True
         """
         key = _checked_key(key)
         if self._seed is not None:
@@ -174,25 +202,25 @@ class PrivateBatches:
             self._set_key(key)
         elif not np.array_equal(self._key, key):
             raise ValueError(
-                "These batches are bound to the sampler key of another run. A new key would "
-                "regroup the examples, and one could take part in adjacent steps, which the "
-                "privacy statement does not cover. Received: another key. To train another "
-                "model, or the same one afresh, make new batches with `plan.batches(...)`; to "
-                "continue a run, restore its optimizer state before `fit`."
+                "Expected the sampler key that these batches are bound to. Received: the key of "
+                "another run. A new key would regroup the examples, and one could take part in "
+                "adjacent steps, which the privacy statement does not cover. To train another "
+                "model, or the same one from the start, make new batches with "
+                "`plan.batches(...)`; to continue a run, restore its optimizer state before `fit`."
             )
 
     def _set_key(self, key: np.ndarray) -> None:
         # Draws first: a failure in between must not leave a key without its draws.
-        self._draws = self._rule.draws(key)
+        self._draws = self._schedule.draws(key)
         self._key = key
 
     def __getstate__(self) -> dict[str, Any]:
         """Warns that a pickle, or another copy, of bound batches is secret."""
         if self._key is not None and self._seed is None:
             warnings.warn(
-                "What is pickled or copied holds the sampler's key of a private run, and the data: "
-                "with the key known, the sampling amplifies nothing. Keep it as secret as the "
-                "data, or pickle batches that no `fit` has used.",
+                "This pickle or copy holds the data and the sampler's key of a private run. Once "
+                "the key is known, sampling no longer amplifies privacy. Keep the copy as secret "
+                "as the data, or pickle batches that no `fit` has used.",
                 stacklevel=2,
             )
         return self.__dict__.copy()
@@ -200,21 +228,35 @@ class PrivateBatches:
     def digest(self) -> bytes:
         """Returns 32 bytes that depend on the sampler's key, the rows and their order.
 
-        A run that goes on must see the same: an example is its row number, and another order or
-        key would let it take part in adjacent steps. It is keyed, and belongs to the secrets.
+        A run that is continued must find the same digest: an example is its row number, and
+        another order or key would let it take part in adjacent steps. The digest is keyed, and
+        must be kept as secret as the key.
+
+        Returns:
+            The digest.
 
         Raises:
             RuntimeError: No key is bound.
         """
-        self._bound_draws()
-        return self._store.digest(self._key.tobytes())
+        return self._store.digest(self._bound_key().tobytes())
 
     def padded_size(self, num_replicas: int = 1) -> int:
-        """Rows P of a padded batch over all replicas; see `SamplingRule.padded_size`."""
-        return self._rule.padded_size(num_replicas)
+        """Returns P, the number of rows of a padded batch, summed over the replicas.
+
+        Args:
+            num_replicas: Number of replicas that share a batch.
+
+        Returns:
+            P, a multiple of `num_replicas`; see `Schedule.padded_size`.
+
+        Raises:
+            TypeError: `num_replicas` is not an integer.
+            ValueError: `num_replicas` is below 1.
+        """
+        return self._schedule.padded_size(num_replicas)
 
     def indices(self, t: int) -> np.ndarray:
-        """Examples of step t.
+        """Returns the examples of step t.
 
         Args:
             t: The step, 0 <= t < num_steps.
@@ -234,23 +276,27 @@ class PrivateBatches:
         if t >= self.num_steps:
             raise ValueError(
                 f"Expected `t` to be a step of the plan, below {self.num_steps}. Received: t={t}. "
-                "Make a plan with more steps: the privacy statement covers no further one."
+                "Make a plan with more steps: the privacy statement covers no step after the last."
             )
         return t
 
     def rows(self, indices: np.ndarray) -> dict[str, Any]:
-        """Rows by number, without padding.
+        """Returns rows by their numbers, without padding.
 
         Args:
             indices: (k,) integers.
 
         Returns:
             Dict of `"x"`, and `"y"`, `"sample_weight"` when there are any: structures of arrays.
+
+        Raises:
+            TypeError: `indices` is not a vector of integers.
+            ValueError: A number is not that of a row.
         """
         return self._store.rows(indices)
 
     def batch(self, t: int, num_replicas: int = 1) -> dict[str, Any]:
-        """The padded batch of step t.
+        """Returns the padded batch of step t.
 
         Args:
             t: The step, 0 <= t < num_steps.
@@ -262,6 +308,10 @@ class PrivateBatches:
             places. The others are copies of random rows of the data, the sentinels of
             `clipped_gradients`: at least one for each replica. A draw of more than
             `P - num_replicas` rows has the next multiple of P.
+
+        Raises:
+            RuntimeError: No key is bound.
+            ValueError: t is not a step of the plan.
         """
         self._bound_draws()
         return self._padded(self._checked_step(t), checked_int("num_replicas", num_replicas))
@@ -272,11 +322,11 @@ class PrivateBatches:
     def _arranged(
         self, store: ExampleStore, indices: np.ndarray, t: int, num_replicas: int
     ) -> dict[str, Any]:
-        """Rows of a store, with copies of others between them, at the places of step t."""
+        """Returns rows of a store and copies of others, at the places that step t has for them."""
         # Never cut: an example that is dropped leaves the law the accounting assumes.
         padded_size = self.padded_size(num_replicas)
         size = round_up(max(len(indices) + num_replicas, padded_size), padded_size)
-        places, words = arrangement(self._key, t, len(indices), size, num_replicas)
+        places, words = arrangement(self._bound_key(), t, len(indices), size, num_replicas)
         mask = np.zeros(size, bool)
         mask[places] = True
         rows = np.empty(size, np.int64)
@@ -285,19 +335,20 @@ class PrivateBatches:
         return store.rows(rows) | {"mask": mask}
 
     def element_spec(self, num_replicas: int = 1) -> dict[str, Any]:
-        """Specs of the elements of `dataset(num_replicas)`; the leading dimension is None.
+        """Returns the specs of the elements of `dataset(num_replicas)`.
 
         Args:
             num_replicas: Number of replicas that share a batch.
 
         Returns:
-            Structure of `tf.TensorSpec`, as `batch` returns it.
+            A structure of `tf.TensorSpec`, in the form of what `batch` returns; the leading
+            dimension is None.
         """
         checked_int("num_replicas", num_replicas)
         return self._store.spec() | {"mask": tf.TensorSpec((None,), tf.bool)}
 
     def dataset(self, num_replicas: int = 1) -> tf.data.Dataset:
-        """The batches from `cursor` on, as a `tf.data.Dataset` that ends after the last step.
+        """Returns the batches from `cursor` on, as a dataset that ends after the last step.
 
         A new iterator reads `cursor` when it is asked for its first batch, and nothing after
         that: it counts on by itself, however far prefetching runs ahead and whatever other
@@ -307,7 +358,7 @@ class PrivateBatches:
             num_replicas: Number of replicas that share a batch.
 
         Returns:
-            Dataset of dicts as of `batch`, prefetched.
+            A prefetched dataset of dicts; see `batch`.
         """
         num_replicas = checked_int("num_replicas", num_replicas)
         dataset = tf.data.Dataset.from_generator(
@@ -335,11 +386,11 @@ class PrivateBatches:
     def __getattr__(self, name: str) -> Any:
         if name in _DATASET_METHODS:
             raise AttributeError(
-                f"Private batches have no `.{name}`: any change of the batches of a plan would "
-                "change which examples a step sees, and its privacy statement would no longer "
-                f"hold. Received: .{name}. Change the data before `plan.batches` (or with its "
-                "`preprocess=`), and batch size or number of steps in the plan; `fit` may use a "
-                "smaller `steps_per_epoch`."
+                f"Private batches have no `.{name}`, because any change of the batches of a plan "
+                "would change which examples a step sees, and its privacy statement would no "
+                f"longer hold. Received: .{name}. Change the data before `plan.batches` (or with "
+                "its `preprocess=`), and the batch size or the number of steps in the plan; `fit` "
+                "takes a smaller `steps_per_epoch`."
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -351,28 +402,58 @@ class PrivateBatches:
             f"num_bands={self.num_bands} cursor={self.cursor} bound={self.bound}>"
         )
 
-    def _bound_draws(self) -> Any:
-        if self._draws is None:
+    def _bound_draws(self) -> Draws:
+        return self._bound()[1]
+
+    def _bound_key(self) -> np.ndarray:
+        return self._bound()[0]
+
+    def _bound(self) -> tuple[np.ndarray, Draws]:
+        if self._key is None or self._draws is None:
             raise RuntimeError(
-                "These batches have no sampler key yet, so they cannot be drawn. Give them to "
-                "`fit` of a privatized model, which binds the key of its run; in a custom loop "
-                "call `batches.bind(key)` with two secret uint64; in a test pass "
+                "These batches have no sampler key yet, so they cannot be drawn. Pass them to "
+                "`fit` of a privatized model, which binds the key of its run. In a custom loop, "
+                "call `batches.bind(key)` with two secret uint64; in a test, pass "
                 "`plan.batches(..., seed=0)`."
             )
-        return self._draws
+        return self._key, self._draws
+
+
+def checked_schedule(schedule: Schedule) -> Schedule:
+    """Returns a schedule that batches can be drawn by.
+
+    Args:
+        schedule: The schedule of a plan.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        TypeError: It is not a `Schedule`.
+        ValueError: It declares participations that the sampler would exceed.
+    """
+    if type(schedule) is not Schedule:
+        raise TypeError(
+            "Expected `schedule` to be the `Schedule` of a plan. Received: "
+            f"schedule={schedule!r}. Use `plan.batches(x, y)`, which passes its own."
+        )
+    schedule.check_own_batches()
+    return schedule
 
 
 def _checked_key(key: np.ndarray) -> np.ndarray:
-    """A private copy of a valid key; errors never show its value."""
+    """Returns a copy of a valid key; errors never show its value."""
     if not isinstance(key, np.ndarray) or key.dtype != np.uint64:
         received = f"an array of {key.dtype}" if isinstance(key, np.ndarray) else type(key).__name__
-        raise TypeError(f"`key` must be a NumPy array of two uint64. Received: key is {received}")
+        raise TypeError(
+            f"Expected `key` to be a NumPy array of two uint64. Received: key is {received}."
+        )
     if key.shape != (2,):
-        raise ValueError(f"`key` must have the shape (2,). Received: key.shape={key.shape}")
+        raise ValueError(f"Expected `key` to have the shape (2,). Received: key.shape={key.shape}.")
     if not key.any():
         raise ValueError(
-            "`key` must be drawn at random. Received: key of zeros, as of a variable that was "
-            "never initialised"
+            "Expected `key` to be drawn at random. Received: a key of zeros, such as a variable "
+            "that was never initialized holds."
         )
     return key.copy()
 

@@ -20,7 +20,7 @@ from keras_bandmf.sampling.weights import product_of_weights, weights_of_classes
 
 
 class ExampleStore:
-    """Columns `x`, `y` and `sample_weight`: an example is its row number.
+    """The columns `x`, `y` and `sample_weight` of the data; an example is its row number.
 
     NumPy arrays are kept, not copied, unless their type or layout has to change.
 
@@ -46,15 +46,15 @@ class ExampleStore:
         """Reads, preprocesses and checks the examples; see `PrivateBatches` for the arguments.
 
         Raises:
-            TypeError: Data or argument of the wrong kind.
-            ValueError: Rows that do not number `num_examples`, or values out of range.
+            TypeError: The data or an argument has the wrong type.
+            ValueError: The number of rows is not `num_examples`, or a value is out of range.
         """
         if isinstance(x, tf.data.Dataset):
             if y is not None or sample_weight is not None:
                 name = "y" if y is not None else "sample_weight"
                 raise ValueError(
-                    f"`{name}` must be None when `x` is a tf.data.Dataset. Received: {name} of "
-                    f"type {type(y if y is not None else sample_weight).__name__}. Let the "
+                    f"Expected `{name}` to be None when `x` is a tf.data.Dataset. Received: {name} "
+                    f"of type {type(y if y is not None else sample_weight).__name__}. Let the "
                     "dataset yield (x, y) or (x, y, sample_weight)."
                 )
             columns = read_dataset(x, num_examples)
@@ -74,29 +74,33 @@ class ExampleStore:
 
     @property
     def num_examples(self) -> int:
-        """Number of rows."""
+        """The number of rows."""
         return self._num_examples
 
     def rows(self, indices: np.ndarray) -> dict[str, Any]:
-        """Gathers rows.
+        """Returns copies of rows.
 
         Args:
             indices: (k,) integers.
 
         Returns:
             Dict of the columns there are, as structures of new arrays of k rows.
+
+        Raises:
+            TypeError: `indices` is not a vector of integers.
+            ValueError: A number is not that of a row.
         """
         indices = np.asarray(indices)
         if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
             raise TypeError(
-                "`indices` must be a vector of integers. Received: "
-                f"indices.shape={indices.shape}, indices.dtype={indices.dtype}"
+                "Expected `indices` to be a vector of integers. Received: "
+                f"indices.shape={indices.shape}, indices.dtype={indices.dtype}."
             )
         indices = indices.astype(np.int64, copy=False)
         if indices.size and not 0 <= indices.min() <= indices.max() < self._num_examples:
             raise ValueError(
-                f"`indices` must lie in [0, {self._num_examples}). Received: indices from "
-                f"{indices.min()} to {indices.max()}"
+                f"Expected `indices` to lie in [0, {self._num_examples}). Received: indices from "
+                f"{indices.min()} to {indices.max()}."
             )
 
         def gather(array: np.ndarray, name: str) -> np.ndarray:
@@ -107,12 +111,19 @@ class ExampleStore:
         return {name: map_leaves(gather, column, name) for name, column in self._columns.items()}
 
     def digest(self, key: bytes) -> bytes:
-        """Returns a keyed BLAKE2b of all columns, in the order of their rows: 32 bytes."""
+        """Returns a keyed BLAKE2b hash of all columns, in the order of their rows.
+
+        Args:
+            key: At most 64 bytes.
+
+        Returns:
+            32 bytes.
+        """
         hasher = hashlib.blake2b(key=key, digest_size=32)
 
         def add(array: np.ndarray, name: str) -> np.ndarray:
             hasher.update(f"{name} {array.dtype.str} {array.shape}".encode())
-            hasher.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            hasher.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             return array
 
         for name, column in self._columns.items():
@@ -120,7 +131,7 @@ class ExampleStore:
         return hasher.digest()
 
     def spec(self) -> dict[str, Any]:
-        """Structure of `tf.TensorSpec` of the columns, with None for the number of rows."""
+        """Returns the `tf.TensorSpec`s of the columns, with None for the number of rows."""
 
         def leaf_spec(array: np.ndarray, name: str) -> tf.TensorSpec:
             return tf.TensorSpec((None, *array.shape[1:]), tf.as_dtype(array.dtype))

@@ -1,4 +1,4 @@
-"""From what a user passes as data to arrays of exactly `num_examples` rows."""
+"""From the data that a user passes to arrays of exactly `num_examples` rows."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ def map_leaves(function: Callable[[Any, str], Any], structure: Any, name: str) -
     """Applies `function(leaf, name of the leaf)` in dicts, tuples and lists; lists become tuples.
 
     `tf.data` takes a list for a tensor, hence the tuples.
+
+    Args:
+        function: Function of a leaf and its name.
+        structure: Nested dicts, tuples and lists, or a leaf.
+        name: The name of the whole structure, from which those of the leaves are made.
+
+    Returns:
+        The same structure of what the function returned.
     """
     if isinstance(structure, dict):
         return {
@@ -29,30 +37,30 @@ def map_leaves(function: Callable[[Any, str], Any], structure: Any, name: str) -
 
 
 def leaves(structure: Any, name: str = "") -> list[Any]:
-    """The leaves of nested dicts, tuples and lists, in order."""
+    """Returns the leaves of nested dicts, tuples and lists, in order."""
     found: list[Any] = []
     map_leaves(lambda leaf, _: found.append(leaf), structure, name)
     return found
 
 
 def checked_columns(columns: dict[str, Any], num_examples: int) -> dict[str, Any]:
-    """Columns as arrays of exactly `num_examples` rows.
+    """Returns columns as arrays of exactly `num_examples` rows.
 
     Args:
         columns: Dict of `x`, `y`, `sample_weight`: structures of arrays, tensors, or None.
-        num_examples: Number of rows that each must have.
+        num_examples: The number of rows that each must have.
 
     Returns:
         The columns that are not None, as structures of contiguous arrays.
 
     Raises:
-        TypeError: A leaf is not dense numbers or strings.
+        TypeError: A leaf does not hold dense numbers or strings.
         ValueError: A leaf has another number of rows.
     """
 
     def checked(leaf: Any, name: str) -> np.ndarray:
         hint = (
-            f"num_examples={num_examples} is a public constant of the plan, not taken from the "
+            f"num_examples={num_examples} is a public constant of the plan and not taken from the "
             "data: make the plan for the number of rows you have."
         )
         return _array_of_rows(leaf, name, num_examples, hint)
@@ -60,45 +68,46 @@ def checked_columns(columns: dict[str, Any], num_examples: int) -> dict[str, Any
     present = {name: column for name, column in columns.items() if column is not None}
     for name, column in present.items():
         if not leaves(column):
-            raise ValueError(f"`{name}` must hold an array. Received: {name}={column!r}")
+            raise ValueError(f"Expected `{name}` to hold an array. Received: {name}={column!r}.")
     if "x" not in present:
-        raise TypeError("`x` must hold the examples. Received: x=None")
+        raise TypeError("Expected `x` to hold the examples. Received: x=None.")
     return {name: map_leaves(checked, column, name) for name, column in present.items()}
 
 
 def _array_of_rows(leaf: Any, name: str, rows: int, hint: str) -> np.ndarray:
-    """The array of a leaf, which must have so many rows."""
+    """Returns the array of a leaf, which must have this number of rows."""
     array = _as_array(leaf, name)
     if array.ndim == 0 or len(array) != rows:
         raise ValueError(
-            f"`{name}` must have {rows} rows, one an example. Received: {name}.shape={array.shape}."
-            f" {hint}"
+            f"Expected `{name}` to have {rows} rows, one for each example. Received: "
+            f"{name}.shape={array.shape}. {hint}"
         )
     return array
 
 
 def _as_array(leaf: Any, name: str) -> np.ndarray:
-    """A contiguous NumPy array; float64 becomes Keras's float, as in Keras, and strings bytes."""
+    """Returns a contiguous array; float64 becomes Keras's float, as in Keras, and strings bytes."""
     if isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor, tf.IndexedSlices)) or (
         type(leaf).__module__.startswith("scipy.sparse")
     ):
         raise TypeError(
-            f"`{name}` must be dense. Received: {name} of type {type(leaf).__name__}. Use "
-            "`.to_tensor()` of a ragged, `tf.sparse.to_dense` or `.toarray()` of a sparse one."
+            f"Expected `{name}` to be dense. Received: {name} of type {type(leaf).__name__}. Use "
+            "`.to_tensor()` for a ragged tensor, and `tf.sparse.to_dense` or `.toarray()` for a "
+            "sparse one."
         )
     if isinstance(leaf, np.ma.MaskedArray) or not hasattr(leaf, "__array__"):
         raise TypeError(
-            f"`{name}` must be a NumPy array, a tensor, a nested dict, tuple or list of them, or "
-            f"(for x) a tf.data.Dataset. Received: {name} of type {type(leaf).__name__}. Use "
-            "`np.asarray(...)` of plain numbers; a generator, PyDataset or DataLoader has no row "
-            "numbers to sample from."
+            f"Expected `{name}` to be a NumPy array, a tensor, a nested dict, tuple or list of "
+            f"them, or (for x) a tf.data.Dataset. Received: {name} of type {type(leaf).__name__}. "
+            "Use `np.asarray(...)` for plain numbers; a generator, PyDataset or DataLoader has no "
+            "row numbers to sample from."
         )
     try:
         array = np.asarray(leaf)
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"`{name}` must have values. Received: {name} of type {type(leaf).__name__}, which "
-            f"does not turn into a NumPy array: {error}"
+            f"Expected `{name}` to have values. Received: {name} of type {type(leaf).__name__}, "
+            f"which NumPy cannot turn into an array: {error}"
         ) from error
     if array.dtype == np.float64:
         array = array.astype(keras.config.floatx())
@@ -108,54 +117,62 @@ def _as_array(leaf: Any, name: str) -> np.ndarray:
         tf.as_dtype(array.dtype)
     except TypeError as error:
         raise TypeError(
-            f"`{name}` must be of a type TensorFlow knows. Received: {name}.dtype={array.dtype}"
+            f"Expected `{name}` to have a dtype that TensorFlow knows. Received: "
+            f"{name}.dtype={array.dtype}."
         ) from error
     return np.ascontiguousarray(array) if array.ndim else array
 
 
 def _as_bytes(array: np.ndarray, name: str) -> np.ndarray:
-    """Strings as objects of type bytes, as TensorFlow has them."""
+    """Returns strings as objects of type bytes, as TensorFlow has them."""
     encoded = np.empty(array.shape, object)
     for position, value in enumerate(array.flat):
         if isinstance(value, str):
             value = value.encode("utf-8")
         if not isinstance(value, bytes):
             raise TypeError(
-                f"`{name}` must hold numbers or strings. Received: {name} with dtype=object and "
-                f"an entry of type {type(value).__name__}. Rows of different lengths have to be "
-                "padded to one length."
+                f"Expected `{name}` to hold numbers or strings. Received: {name} with dtype=object "
+                f"and an entry of type {type(value).__name__}. Pad rows of different lengths to "
+                "one length."
             )
         encoded.flat[position] = value
     return encoded
 
 
 def refuse_strings(array: np.ndarray, name: str) -> None:
-    """Raises `TypeError` for an array of strings."""
+    """Refuses an array of strings.
+
+    Args:
+        array: The array.
+        name: Its name, for the message.
+
+    Raises:
+        TypeError: The array holds strings.
+    """
     if array.dtype == object:
         raise TypeError(
-            f"`{name}` must hold numbers when it is sampled. Received: {name} of strings. Turn "
-            "them into numbers with `preprocess=`: a keras_hub preprocessor, or for example "
+            f"Expected `{name}` to hold numbers when it is sampled. Received: {name} of strings. "
+            "Turn them into numbers with `preprocess=`: a keras_hub preprocessor, or for example "
             "`lambda x, y: (text_vectorization(x), y)`."
         )
 
 
 def read_dataset(dataset: tf.data.Dataset, num_examples: int) -> dict[str, Any]:
-    """Reads a dataset of single examples once.
+    """Reads a dataset of single examples once, and returns its columns.
 
     A dataset of unknown length (records, generators) is read up to one example too many.
 
     Args:
-        dataset: Yields `x`, `(x, y)` or `(x, y, sample_weight)`.
-        num_examples: Number of examples it must have.
+        dataset: A dataset of `x`, `(x, y)` or `(x, y, sample_weight)`.
+        num_examples: The number of examples that it must have.
 
     Returns:
         Dict of the columns there are.
 
     Raises:
-        TypeError: Elements that are ragged or sparse.
-        ValueError: Another number of examples, or examples of several shapes.
+        TypeError: Elements are ragged or sparse.
+        ValueError: The number of examples is another one, or they have several shapes.
     """
-
     refuse_composites(dataset.element_spec, "the dataset")
     advice = (
         " The dataset must yield single examples, and exactly the plan's number of them: use "
@@ -163,10 +180,12 @@ def read_dataset(dataset: tf.data.Dataset, num_examples: int) -> dict[str, Any]:
     )
     cardinality = int(dataset.cardinality())
     if cardinality == tf.data.INFINITE_CARDINALITY:
-        raise ValueError(f"`x` must be a finite dataset. Received: infinite cardinality.{advice}")
+        raise ValueError(
+            f"Expected `x` to be a finite dataset. Received: infinite cardinality.{advice}"
+        )
     if cardinality >= 0 and cardinality != num_examples:
         raise ValueError(
-            f"`x` must yield num_examples={num_examples} examples. Received: a dataset of "
+            f"Expected `x` to yield num_examples={num_examples} examples. Received: a dataset of "
             f"{cardinality}.{advice}"
         )
     options = tf.data.Options()
@@ -177,19 +196,28 @@ def read_dataset(dataset: tf.data.Dataset, num_examples: int) -> dict[str, Any]:
         return _stacked(elements, num_examples, "the dataset", advice)
     except tf.errors.InvalidArgumentError as error:
         raise ValueError(
-            "`x` must yield examples of one shape, padded to one length. Received: a dataset "
-            f"that could not be read: {error.message}"
+            "Expected `x` to yield examples of one shape, padded to one length. Received: a "
+            f"dataset that could not be read: {error.message}"
         ) from error
 
 
 def refuse_composites(element_spec: Any, source: str) -> None:
-    """Raises `TypeError` for elements that are ragged or sparse."""
+    """Refuses elements that are ragged or sparse.
+
+    Args:
+        element_spec: That of a dataset.
+        source: What the dataset is called in the message.
+
+    Raises:
+        TypeError: An element is not a dense tensor.
+    """
 
     def refuse(spec: Any, name: str) -> None:
         if not isinstance(spec, tf.TensorSpec):
             raise TypeError(
-                f"`{name}` of {source} must be a dense tensor. Received: {type(spec).__name__}. "
-                "Map it to dense tensors first (`.to_tensor()`, `tf.sparse.to_dense`)."
+                f"Expected `{name}` of {source} to be a dense tensor. Received: "
+                f"{type(spec).__name__}. Map it to dense tensors first (`.to_tensor()`, "
+                "`tf.sparse.to_dense`)."
             )
 
     for name, column in unpacked(element_spec, source).items():
@@ -197,21 +225,23 @@ def refuse_composites(element_spec: Any, source: str) -> None:
 
 
 def preprocessed(columns: dict[str, Any], preprocess: Callable[..., Any]) -> dict[str, Any]:
-    """Applies `preprocess` in chunks of rows; the user's sample weights stay.
+    """Applies `preprocess` in chunks of rows, and keeps the user's sample weights.
 
     Args:
         columns: Checked columns.
-        preprocess: Of `(x)` or `(x, y)`, as in `PrivateBatches`.
+        preprocess: Function of `(x)` or `(x, y)`; see `PrivateBatches`.
 
     Returns:
-        The columns it returned, not yet checked.
+        The columns that it returned, not yet checked.
 
     Raises:
         TypeError: `preprocess` is not callable.
         ValueError: It mixes or drops rows, or loses `y`.
     """
     if not callable(preprocess):
-        raise TypeError(f"`preprocess` must be callable. Received: preprocess={preprocess!r}")
+        raise TypeError(
+            f"Expected `preprocess` to be a function. Received: preprocess={preprocess!r}."
+        )
     given = [columns[name] for name in ("x", "y") if name in columns]
 
     def outputs(start: int, stop: int) -> dict[str, Any]:
@@ -222,8 +252,8 @@ def preprocessed(columns: dict[str, Any], preprocess: Callable[..., Any]) -> dic
         result = unpacked(preprocess(*arguments), "`preprocess`")
         if "y" in columns and "y" not in result:
             raise ValueError(
-                "`preprocess` must return (x, y) when there is a `y`. Received: only x from "
-                "preprocess(x, y)"
+                "Expected `preprocess` to return (x, y) when there is a `y`. Received: only x from "
+                "preprocess(x, y)."
             )
 
         def checked(leaf: Any, name: str) -> np.ndarray:
@@ -244,15 +274,15 @@ def preprocessed(columns: dict[str, Any], preprocess: Callable[..., Any]) -> dic
     if "sample_weight" in columns:
         if "sample_weight" in result:
             raise ValueError(
-                "`sample_weight` must come from one place. Received: sample_weight and a "
-                "`preprocess` that returns (x, y, sample_weight)"
+                "Expected `sample_weight` to come from one place. Received: sample_weight and a "
+                "`preprocess` that returns (x, y, sample_weight)."
             )
         result["sample_weight"] = columns["sample_weight"]
     return result
 
 
 def _check_first_row(chunk: dict[str, Any], alone: dict[str, Any]) -> None:
-    """A row that depends on its neighbours would not be one person's row: refused."""
+    """Refuses a row that depends on its neighbors: it would not be the row of one person."""
     same = chunk.keys() == alone.keys()
     for ours, theirs in zip(leaves(chunk), leaves(alone), strict=True):
         same = same and ours.shape[1:] == theirs.shape[1:] and ours.dtype == theirs.dtype
@@ -263,21 +293,32 @@ def _check_first_row(chunk: dict[str, Any], alone: dict[str, Any]) -> None:
             same = inexact and np.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True)
     if not same:
         raise ValueError(
-            "`preprocess` must treat each row by itself, always in the same way, and give all "
-            "rows one shape. Received: a preprocess whose first row differs when the other rows "
-            "are left out. Pad to a fixed length; use no statistics of a batch, no mixing of "
-            "rows, and no random augmentation (put that into the model)."
+            "Expected `preprocess` to treat each row by itself, always in the same way, and to "
+            "give all rows one shape. Received: a preprocess whose first row differs when the "
+            "other rows are left out. Pad to a fixed length; use no statistics of a batch, no "
+            "mixing of rows, and no random augmentation (put that into the model)."
         )
 
 
 def unpacked(element: Any, source: str) -> dict[str, Any]:
-    """Columns of `x`, `(x,)`, `(x, y)` or `(x, y, sample_weight)`, as Keras unpacks them."""
+    """Returns the columns of `x`, `(x,)`, `(x, y)` or `(x, y, sample_weight)`, as Keras does.
+
+    Args:
+        element: What a dataset yields or a function returns.
+        source: What it is called in the message.
+
+    Returns:
+        Dict of the columns there are.
+
+    Raises:
+        ValueError: It is a tuple of more than three.
+    """
     if not isinstance(element, tuple) or hasattr(element, "_fields"):
         element = (element,)
     if not 1 <= len(element) <= 3:
         raise ValueError(
-            f"Elements of {source} must be x, (x, y) or (x, y, sample_weight). Received: a tuple "
-            f"of {len(element)}. Put several inputs or targets into a dict."
+            f"Expected elements of {source} to be x, (x, y) or (x, y, sample_weight). Received: a "
+            f"tuple of {len(element)}. Put several inputs or targets into a dict."
         )
     columns = dict(zip(("x", "y", "sample_weight"), element, strict=False))
     return {name: column for name, column in columns.items() if column is not None}
@@ -286,7 +327,7 @@ def unpacked(element: Any, source: str) -> dict[str, Any]:
 def _stacked(
     chunks: Iterable[dict[str, Any]], num_examples: int, source: str, advice: str
 ) -> dict[str, Any]:
-    """Concatenates chunks of rows in place, each row copied once."""
+    """Returns chunks of rows as one, with each row copied once."""
     whole: dict[str, Any] = {}
     filled = 0
     for chunk in chunks:
@@ -306,18 +347,20 @@ def _stacked(
         rows = len(leaves(arrays)[0])
         if filled + rows > num_examples:
             raise ValueError(
-                f"{source} must yield num_examples={num_examples} examples. Received: more.{advice}"
+                f"Expected {source} to yield num_examples={num_examples} examples. Received: "
+                f"more.{advice}"
             )
         for target, array in zip(leaves(whole), leaves(arrays), strict=True):
             if target.shape[1:] != array.shape[1:]:
                 raise ValueError(
-                    f"{source} must give all rows one shape. Received: shapes "
+                    f"Expected {source} to give all rows one shape. Received: shapes "
                     f"{target.shape[1:]} and {array.shape[1:]}. Pad to a fixed length."
                 )
             target[filled : filled + rows] = array
         filled += rows
     if filled != num_examples:
         raise ValueError(
-            f"{source} must yield num_examples={num_examples} examples. Received: {filled}.{advice}"
+            f"Expected {source} to yield num_examples={num_examples} examples. Received: "
+            f"{filled}.{advice}"
         )
     return whole

@@ -1,4 +1,4 @@
-"""Weights of examples: checked, and multiplied by the weights of their classes."""
+"""The weights of examples, checked and multiplied by the weights of their classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from keras_bandmf.sampling.sources import map_leaves
 
 
 def weights_of_classes(y: Any, class_weight: dict[int, float]) -> np.ndarray:
-    """The weight of each row's class; a class that is not named weighs 1, as in Keras.
+    """Returns the weight of each row's class; a class that is not named weighs 1, as in Keras.
 
     Args:
         y: (num_examples,) or (num_examples, 1) class numbers, or one-hot rows.
@@ -26,16 +26,16 @@ def weights_of_classes(y: Any, class_weight: dict[int, float]) -> np.ndarray:
     """
     if not isinstance(class_weight, dict):
         raise TypeError(
-            "`class_weight` must be a dict of class number to weight. Received: "
-            f"class_weight={class_weight!r}"
+            "Expected `class_weight` to be a dict of class number to weight. Received: "
+            f"class_weight={class_weight!r}."
         )
     for label, weight in class_weight.items():
         checked_int("key of class_weight", label, 0)
         checked_float(f"class_weight[{label}]", weight, minimum=0.0)
     if not isinstance(y, np.ndarray):
         raise TypeError(
-            "`class_weight` needs a `y` of a single output. Received: y of type "
-            f"{type(y).__name__}. Use `sample_weight` for several outputs."
+            "Expected `y` to be that of a single output, because `class_weight` is given. "
+            f"Received: y of type {type(y).__name__}. Use `sample_weight` for several outputs."
         )
     labels = _class_numbers(y)
     classes, row_class = np.unique(labels, return_inverse=True)
@@ -44,7 +44,7 @@ def weights_of_classes(y: Any, class_weight: dict[int, float]) -> np.ndarray:
 
 
 def _class_numbers(y: np.ndarray) -> np.ndarray:
-    """(num_examples,) class numbers of integer or one-hot rows."""
+    """Returns the (num_examples,) class numbers of integer or one-hot rows."""
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.dtype.kind in "biuf":
@@ -53,34 +53,37 @@ def _class_numbers(y: np.ndarray) -> np.ndarray:
         if y.ndim == 2 and np.all((y == 0) | (y == 1)) and np.all(y.sum(axis=1) == 1):
             return np.argmax(y, axis=1)
     raise ValueError(
-        "`class_weight` needs class numbers in `y`, one a row, or one-hot rows. Received: "
+        "Expected `y` to hold class numbers, one for each row, or one-hot rows, because "
+        "`class_weight` is given. Received: "
         f"y.shape={y.shape}, y.dtype={y.dtype}. Use `sample_weight` instead."
     )
 
 
 def product_of_weights(sample_weight: Any, class_factors: np.ndarray | None = None) -> Any:
-    """Checked weights, times the weights of the classes if there are any.
+    """Returns checked weights, times the weights of the classes if there are any.
 
     Args:
         sample_weight: Structure of arrays of `num_examples` rows.
         class_factors: (num_examples,) float32; only with a single array of sample weights.
 
     Returns:
-        As `sample_weight`, float32.
+        The same structure as `sample_weight`, in float32.
 
     Raises:
-        TypeError: Weights that are not numbers, or several with `class_factors`.
+        TypeError: Weights are not numbers, or there are several arrays and `class_factors`.
         ValueError: A weight is negative or not finite.
     """
 
     def checked(weight: np.ndarray, name: str) -> np.ndarray:
         if weight.dtype.kind not in "biuf":
-            raise TypeError(f"`{name}` must hold numbers. Received: {name}.dtype={weight.dtype}")
+            raise TypeError(
+                f"Expected `{name}` to hold numbers. Received: {name}.dtype={weight.dtype}."
+            )
         weight = weight.astype(np.float32, copy=False)
         if not (np.isfinite(weight).all() and (weight >= 0).all()):
             raise ValueError(
-                f"`{name}` must be finite and not negative. Received: values from {weight.min()} "
-                f"to {weight.max()}"
+                f"Expected `{name}` to be finite and not negative. Received: values from "
+                f"{weight.min()} to {weight.max()}."
             )
         if class_factors is None:
             return weight
@@ -88,7 +91,8 @@ def product_of_weights(sample_weight: Any, class_factors: np.ndarray | None = No
 
     if class_factors is not None and not isinstance(sample_weight, np.ndarray):
         raise TypeError(
-            "`class_weight` needs a `sample_weight` of a single output. Received: sample_weight "
-            f"of type {type(sample_weight).__name__}"
+            "Expected `sample_weight` to be that of a single output, because `class_weight` is "
+            f"given. Received: sample_weight of type {type(sample_weight).__name__}. Multiply the "
+            "weights of the classes into `sample_weight`."
         )
     return map_leaves(checked, sample_weight, "sample_weight")

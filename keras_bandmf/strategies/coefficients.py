@@ -1,4 +1,4 @@
-"""The first column of a Toeplitz matrix: the square root's, and the check of any other."""
+"""The first column of a Toeplitz matrix: that of the square root, and the check of any other."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ def checked_coefficients(coefficients: object) -> np.ndarray:
       coefficients: a vector of real numbers, the first positive.
 
     Returns:
-      `(b,)` float64, read-only; one that has norm 1 to rounding comes back to the last bit.
+      `(b,)` float64, read-only. A vector whose norm is 1 to rounding keeps all its bits.
 
     Raises:
-      ValueError: anything else.
+      ValueError: if it is anything else.
     """
     try:
         vector = np.array(coefficients)
-    except (TypeError, ValueError):  # ragged: judged below like any other non-vector
+    except (TypeError, ValueError):  # Ragged input is refused below, like any other non-vector.
         vector = np.array(None)
     if vector.dtype.kind not in "fiu" or vector.ndim != 1 or vector.size == 0:
         raise ValueError(
-            "`coefficients` must be a vector of at least one real number. Received: coefficients="
-            f"{coefficients!r}. Pass the first column of C, from its diagonal down."
+            "Expected `coefficients` to be a vector of at least one real number. Received: "
+            f"coefficients={coefficients!r}. Pass the first column of C, from its diagonal down."
         )
     vector = vector.astype(np.float64)
     if not np.all(np.isfinite(vector)) or vector[0] <= 0.0:
         raise ValueError(
-            "`coefficients` must be finite and the first, the diagonal of C, must be positive. "
-            f"Received: coefficients={coefficients!r}. Change the sign of all, or drop leading "
-            "zeros."
+            "Expected `coefficients` to be finite and the first, the diagonal of C, to be "
+            f"positive. Received: coefficients={coefficients!r}. Change the sign of all, or drop "
+            "leading zeros."
         )
     largest = np.max(np.abs(vector))
-    # Squares of extreme entries would overflow or vanish. Others are not touched here: a column of
-    # norm 1 may have none above 1/2, and has to come back to the last bit.
+    # The squares of extreme entries would overflow or vanish. Other entries are not scaled here,
+    # because a column of norm 1 must keep all its bits.
     if not 1e-100 < largest < 1e100:
         vector = vector / largest
     norm = math.sqrt(math.fsum(np.square(vector).tolist()))
-    # What is of norm 1 to rounding is left alone: scaling it again would move its last bits.
+    # A vector of norm 1 to rounding is left alone: scaling it again would change its last bits.
     if abs(norm - 1.0) > 4.0 * np.finfo(np.float64).eps:
         vector = vector / norm
     vector.flags.writeable = False

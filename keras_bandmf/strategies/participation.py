@@ -1,15 +1,15 @@
 """The largest sums over the participation patterns of an example.
 
-With X = C'C, an example that takes part in the steps of a pattern moves C X by a squared norm of
-`sum_{s,t in pattern} X[s, t] <u_s, u_t>` with norms of u at most 1, hence by at most
+Let X = C'C. An example that takes part in the steps of a pattern moves C G by a squared norm of
+`sum_{s,t in pattern} X[s, t] <u_s, u_t>` with norms of u at most 1. This is at most
 `sum_{s,t in pattern} |X[s, t]|`, which is reached if no entry in it is negative. A pattern of the
 min-separation schema has at most `max_participations` steps, any two at least `min_separation`
-apart; one of the fixed order has steps exactly `min_separation` apart. (Choquette-Choo et al.,
-arXiv 2306.08153, algorithms 3 to 5.)
+apart. A pattern of the fixed order has steps exactly `min_separation` apart. (Choquette-Choo et
+al., arXiv 2306.08153, algorithms 3 to 5.)
 
-X is handed over by its diagonals, `products[m][i] = |X[i, i + m]|`, each `(n,)` float64 with zeros
-for `i >= n - m`; a lag that is not there is zero throughout. The lags below the separation, but 0,
-are never looked at.
+Functions take X by its diagonals, `products[m][i] = |X[i, i + m]|`, each `(n,)` float64 with zeros
+for `i >= n - m`. A lag that is missing is zero everywhere. Lags below the separation, except 0, are
+never read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 
 Products = dict[int, np.ndarray]
 
-# Elementary operations the exact programme may take, and entries of X worked on at a time.
+# The most elementary operations of the exact algorithm, and how many entries of X are handled at a
+# time.
 _MAX_WORK = 3 * 10**8
 _MAX_ENTRIES = 10**7
 
@@ -37,8 +38,8 @@ def max_separated_sum(
 
     Args:
       values: `(..., n)` float64, not negative.
-      max_participations: most steps in a pattern.
-      min_separation: least distance of two of them.
+      max_participations: the most steps in a pattern.
+      min_separation: the least distance between two of them.
 
     Returns:
       `(...)` float64.
@@ -63,12 +64,12 @@ def gram_products(gram: np.ndarray) -> Products:
 
 
 def row_bounds(products: Products, fits: int, separation: int) -> np.ndarray:
-    """Returns for each step the most a pattern that holds it can have in its row of |X|.
+    """Returns, for each step, the largest sum over its row of |X| for a pattern that contains it.
 
     Args:
       products: diagonals of |X|.
-      fits: most participations.
-      separation: least distance of two of them.
+      fits: the most participations.
+      separation: the least distance between two of them.
 
     Returns:
       `(n,)` float64: `|X[i, i]|` and the largest sum of `|X[i, j]|` over up to `fits - 1` others.
@@ -82,7 +83,7 @@ def row_bounds(products: Products, fits: int, separation: int) -> np.ndarray:
     block = max(1, _MAX_ENTRIES // (2 * reach + 1))
     for first in range(0, n, block):
         last = min(first + block, n)
-        # Entry reach + m belongs to step i + m. Those nearer than the separation stay zero.
+        # Entry reach + m belongs to step i + m. Steps closer than the separation stay zero.
         around = np.zeros((last - first, 2 * reach + 1))
         for m in lags:
             around[:, reach + m] = products[m][first:last]
@@ -97,8 +98,8 @@ def separated_bound(products: Products, fits: int, separation: int) -> float:
 
     Args:
       products: diagonals of |X|.
-      fits: most participations.
-      separation: least distance of two of them.
+      fits: the most participations.
+      separation: the least distance between two of them.
 
     Returns:
       The bound: `row_bounds`, summed over the worst pattern.
@@ -107,15 +108,15 @@ def separated_bound(products: Products, fits: int, separation: int) -> float:
 
 
 def separated_work(num_steps: int, reach: int, fits: int, separation: int) -> float:
-    """Returns how many elementary operations `separated_maximum` takes, `inf` for a great many.
+    """Returns the number of elementary operations of `separated_maximum`, or `inf` if it is huge.
 
     Args:
       num_steps: n.
       reach: the largest lag at which X is not zero.
-      fits: most participations.
-      separation: least distance of two of them.
+      fits: the most participations.
+      separation: the least distance between two of them.
     """
-    # How many sets of lags from `separation` to `reach - separation` there are: see `_states`.
+    # Counts the sets of lags from `separation` to `reach - separation`; see `_states`.
     counts = [1] * separation
     for _ in range(reach - 2 * separation + 1):
         counts.append(counts[-1] + counts[-separation])
@@ -127,29 +128,30 @@ def separated_work(num_steps: int, reach: int, fits: int, separation: int) -> fl
 
 
 def is_affordable(num_steps: int, reach: int, fits: int, separation: int) -> bool:
-    """Returns whether `separated_maximum` is a matter of seconds."""
+    """Returns whether `separated_maximum` takes seconds at most."""
     return separated_work(num_steps, reach, fits, separation) <= _MAX_WORK
 
 
 def separated_maximum(products: Products, fits: int, separation: int) -> float:
     """Returns the largest `sum_{s,t in pattern} |X[s, t]|` over all min-separation patterns.
 
-    A dynamic programme over the last participation and those before it that the next one can still
-    meet: with `reach` the largest lag of X, the ones at lags of at most `reach - separation`.
+    This is a dynamic program. Its state is the last participation, and those before it that the
+    next participation can still overlap with: with `reach` the largest lag of X, those at lags of
+    at most `reach - separation`.
 
     Args:
       products: diagonals of |X|.
-      fits: most participations.
-      separation: least distance of two of them.
+      fits: the most participations.
+      separation: the least distance between two of them.
 
     Returns:
-      The maximum, exactly; what it takes is `separated_work`.
+      The exact maximum, after `separated_work` operations.
     """
     diagonal = products[0]
     n, reach = len(diagonal), max(products)
     zeros = np.zeros(n)
     states = _states(reach, separation)
-    # best[state][i]: largest sum of a pattern that ends at step i with this past; -inf where none.
+    # best[state][i] is the largest sum of a pattern that ends at step i with this past, or -inf.
     best = {state: np.full(n, -np.inf) for state in states}
     best[()] = diagonal.copy()
     largest = float(np.max(diagonal))
@@ -175,7 +177,7 @@ def separated_maximum(products: Products, fits: int, separation: int) -> float:
 
 
 def _states(reach: int, separation: int) -> list[tuple[int, ...]]:
-    """All sets of lags, increasing and `separation` apart, that the next one can still meet."""
+    """Returns all sets of lags, `separation` apart, that the next participation can still meet."""
     found: list[tuple[int, ...]] = [()]
     for state in found:
         first = state[-1] if state else 0
@@ -187,17 +189,17 @@ def fixed_order_maximum(products: Products, fits: int, separation: int) -> float
     """Returns the largest `sum_{s,t in pattern} |X[s, t]|` over all patterns in fixed order.
 
     Args:
-      products: diagonals of |X|; lags that are not multiples of `separation` are not looked at.
-      fits: the participations of a pattern, `<= ceil(n / separation)`.
-      separation: the distance of two successive ones.
+      products: diagonals of |X|. Lags that are not multiples of `separation` are not read.
+      fits: the number of participations in a pattern, at most `ceil(n / separation)`.
+      separation: the distance between two successive ones.
 
     Returns:
       The maximum over all patterns of at most `fits` steps.
     """
     n = len(products[0])
     starts = n - (fits - 1) * separation
-    # A pattern that begins later than these but within the first period takes part once less, and
-    # is no part of a longer one. Every other shorter pattern is.
+    # A pattern that starts after these starts but within the first period has one participation
+    # less and is not part of a longer pattern. Every other shorter pattern is part of one.
     fewer = 0.0
     if fits > 1 and starts < separation:
         fewer = fixed_order_maximum(products, fits - 1, separation)
@@ -206,7 +208,7 @@ def fixed_order_maximum(products: Products, fits: int, separation: int) -> float
         diagonal = products.get(m * separation)
         if diagonal is None:
             continue
-        # Sums over every separation-th step: cumulated within the residue classes.
+        # Sums over every separation-th step: running sums in each residue class.
         rows = -(-n // separation)
         padded = np.zeros((rows + 1) * separation)
         padded[separation : separation + n] = diagonal

@@ -1,9 +1,10 @@
-"""From how often and how far apart an example takes part, to the sensitivity of C.
+"""The sensitivity of C, from how often and how far apart an example takes part.
 
 The sensitivity is the largest norm of `sum_{i in pattern} C[:, i] u_i'` over allowed patterns and
 vectors u_i of norm at most 1. A pattern is allowed if it has at most `max_participations` steps,
-any two at least `min_separation` apart; with `fixed_order=True`, exactly that far apart.
-(Algorithms: `participation`; evenly spaced worst case: arXiv 2405.13763, theorem 2.)
+any two at least `min_separation` apart; with `fixed_order=True`, exactly that far apart. The
+algorithms are in `participation`. The evenly spaced worst case is theorem 2 of Kalinin and Lampert,
+arXiv 2405.13763.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from keras_bandmf.strategies.participation import (
     separated_maximum,
 )
 
-# Most entries of C'C and most (steps x participations) that a bound works through.
+# The most entries of C'C, and the most (steps x participations), from which a bound is computed.
 _MAX_ENTRIES = 10**8
 _MAX_WORK = 10**8
-# A rise of unit-norm coefficients that is taken for none: the bound moves by less than it costs.
+# A rise of unit-norm coefficients that counts as none. The bound holds either way.
 _ROUNDING = 1e-14
 
 
@@ -38,13 +39,13 @@ def gram_bound(
 
     Args:
       gram: `(n, n)` float64.
-      max_participations: most participations of an example.
-      min_separation: least distance of two of them.
+      max_participations: the most participations of an example.
+      min_separation: the least distance, in steps, between two of them.
       fixed_order: whether they are exactly that far apart.
 
     Returns:
-      The bound; exact where no entry is negative and the worst pattern is found (always with
-      `fixed_order`, for small n or far participations without).
+      The bound. It is exact where no entry is negative and the worst pattern is found: always in
+      fixed order, and for small n or participations that are far apart without it.
 
     Formal guarantees:
       Never below the sensitivity: the squared norm for a pattern is
@@ -59,12 +60,12 @@ def gram_bound(
 
 
 def banded_toeplitz(coefficients: np.ndarray, num_steps: int, column_normalize: bool) -> np.ndarray:
-    """Returns the `(n, n)` lower-triangular Toeplitz C, its columns divided by their norms or not.
+    """Returns a dense lower-triangular Toeplitz C.
 
     Args:
       coefficients: `(b,)` float64.
       num_steps: n.
-      column_normalize: whether every column gets norm 1.
+      column_normalize: whether every column is divided by its norm.
 
     Returns:
       `(n, n)` float64.
@@ -89,18 +90,19 @@ def toeplitz_sensitivity(
       coefficients: `(b,)` float64 of norm 1.
       num_steps: n >= b.
       column_normalize: whether the columns of C are divided by their norms.
-      max_participations: most participations of an example.
-      min_separation: least distance, in steps, of two of them.
+      max_participations: the most participations of an example.
+      min_separation: the least distance, in steps, between two of them.
       fixed_order: whether they are exactly that far apart.
 
     Returns:
-      With k the number of participations that fit: exact for k = 1, for b <= `min_separation`
-      (`sqrt(k)` times the column norm), and for raw strategies with non-negative, non-increasing
-      coefficients. For other non-negative ones it is exact in fixed order, and without it where
-      `participation.is_affordable`. An upper bound otherwise.
+      Let k be the number of participations that fit. The result is exact for k = 1, for
+      b <= `min_separation` (the root of the sum of k squared column norms), and for raw strategies
+      with non-negative, non-increasing coefficients. For other non-negative coefficients it is
+      exact in fixed order, and without it where `participation.is_affordable`. Otherwise it is an
+      upper bound.
 
     Raises:
-      ValueError: the upper bound is needed and b is too large for it.
+      ValueError: if the upper bound is needed and b is too large for it.
 
     Formal guarantees:
       Never below the sensitivity over all patterns of the schema. For b <= `min_separation` the
@@ -127,10 +129,10 @@ def toeplitz_sensitivity(
     bound = search(coefficients, num_steps, column_normalize, fits, min_separation)
     if not math.isfinite(min(bound, evenly_spaced)):
         raise ValueError(
-            "With more bands than the separation, the sensitivity of a column-normalised strategy "
-            f"is bounded from at most {_MAX_ENTRIES} entries of C'C. Received: num_bands={bands}, "
-            f"min_separation={min_separation}. Use num_bands <= min_separation, where it is exact, "
-            "or column_normalize=False."
+            f"Expected num_bands <= min_separation, or at most {_MAX_ENTRIES} entries of C'C from "
+            "which to bound the sensitivity of a column-normalized strategy. Received: num_bands="
+            f"{bands}, min_separation={min_separation}. Use num_bands <= min_separation, where the "
+            "sensitivity is exact, or column_normalize=False."
         )
     return min(bound, evenly_spaced)
 
@@ -141,17 +143,17 @@ def banded_sensitivity(
     """Returns the sensitivity of a banded strategy of unit columns, or an upper bound on it.
 
     Args:
-      columns: `(n, b)` float64; row j is column j of C from its diagonal down, of norm 1, zero
-        below row n - 1 of C.
-      max_participations: most participations of an example.
-      min_separation: least distance, in steps, of two of them.
+      columns: `(n, b)` float64. Row j is column j of C from its diagonal down, of norm 1, with
+        zeros for what would lie below row n - 1 of C.
+      max_participations: the most participations of an example.
+      min_separation: the least distance, in steps, between two of them.
       fixed_order: whether they are exactly that far apart.
 
     Returns:
-      With k the number of participations that fit: exact for k = 1 and for b <= `min_separation`
-      (`sqrt(k)`). With more bands it is the root of the largest sum of |C'C| over a pattern, exact
-      if no two columns that meet have a negative product; without `fixed_order` that sum is itself
-      bounded where `participation.is_affordable` says no.
+      Let k be the number of participations that fit. The result is exact for k = 1 and for
+      b <= `min_separation` (`sqrt(k)`). With more bands it is the root of the largest sum of |C'C|
+      over a pattern, which is exact if no two columns that overlap have a negative product. Without
+      `fixed_order`, that sum is itself bounded where `participation.is_affordable` is False.
 
     Formal guarantees:
       Never below the sensitivity over all patterns of the schema. For b <= `min_separation` the
@@ -174,7 +176,7 @@ def banded_sensitivity(
 
 
 def _separated(products: Products, fits: int, separation: int) -> float:
-    """The largest sum of |C'C| over a min-separation pattern, or a bound where that is too dear."""
+    """Returns the largest sum of |C'C| over a min-separation pattern, or an upper bound on it."""
     n = len(products[0])
     if is_affordable(n, max(products), fits, separation):
         return separated_maximum(products, fits, separation)
@@ -184,7 +186,10 @@ def _separated(products: Products, fits: int, separation: int) -> float:
 
 
 def _disjoint(coefficients: np.ndarray, num_steps: int, fits: int, separation: int) -> float:
-    """Exact for raw columns that share no row: full columns count 1, those cut at step n less."""
+    """Returns the exact sensitivity for raw columns that share no row.
+
+    Whole columns have norm 1; those that end at step n are shorter.
+    """
     full = min(fits, (num_steps - len(coefficients)) // separation + 1)
     cut = num_steps - separation * np.arange(full, fits)
     squares = np.cumsum(np.square(coefficients))[cut - 1]
@@ -192,18 +197,20 @@ def _disjoint(coefficients: np.ndarray, num_steps: int, fits: int, separation: i
 
 
 def _evenly_spaced(coefficients: np.ndarray, num_steps: int, fits: int, separation: int) -> float:
-    """Exact for raw, non-negative, non-increasing coefficients: norm of `sum_t C[:, t sep]`.
+    """Returns the exact sensitivity for raw, non-negative, non-increasing coefficients.
 
-    Row i of that sum depends on `i mod separation` alone once the first b rows are past and until
-    the last participation, so only the rows of the first and the last few columns are summed.
+    It is the norm of `sum_t C[:, t separation]`. After the first b rows and until the last
+    participation, row i of that sum depends only on `i mod separation`, so only the rows of the
+    first and the last few columns are summed.
     """
     bands = len(coefficients)
-    # Participations whose columns can overlap; between the ends, periods repeat exactly.
+    # The number of participations whose columns can overlap. Between the ends, the rows of a period
+    # repeat exactly.
     overlap = -(-bands // separation)
     kept = min(fits, 2 * overlap + 1)
     repeats = fits - kept
     length = min(num_steps - repeats * separation, (kept - 1) * separation + bands)
-    # Row i is the sum of c[i - t sep] over t < kept: cumulated within the residue classes.
+    # Row i is the sum of c[i - t separation] over t < kept: a running sum in each residue class.
     rows = -(-length // separation)
     padded = np.zeros(rows * separation)
     padded[: min(bands, length)] = coefficients[:length]
@@ -218,7 +225,7 @@ def _evenly_spaced(coefficients: np.ndarray, num_steps: int, fits: int, separati
 def _toeplitz_products(
     coefficients: np.ndarray, num_steps: int, column_normalize: bool, lags: range
 ) -> Products:
-    """The diagonals of |C'C| at lag 0 and at `lags`, for `num_steps` steps."""
+    """Returns the diagonals of |C'C| at lag 0 and at `lags`, for `num_steps` steps."""
     n, bands = num_steps, len(coefficients)
     lengths = np.minimum(n - np.arange(n), bands)
     squares = np.cumsum(np.square(coefficients))[lengths - 1]
@@ -227,7 +234,7 @@ def _toeplitz_products(
     for lag in lags:
         if lag >= min(bands, n):
             break
-        # Column i + lag ends where C does; what it shares with column i is as long.
+        # Column i + lag ends where C ends. The part that it shares with column i ends there, too.
         sums = np.cumsum(coefficients[: bands - lag] * coefficients[lag:])
         shared = sums[np.minimum(bands - lag, lengths[lag:]) - 1]
         products[lag] = np.append(np.abs(shared) / (norms[: n - lag] * norms[lag:]), np.zeros(lag))
@@ -237,11 +244,12 @@ def _toeplitz_products(
 def _toeplitz_fixed_order(
     coefficients: np.ndarray, num_steps: int, column_normalize: bool, fits: int, separation: int
 ) -> float:
-    """Root of the largest sum of |C'C| over patterns in fixed order, in O(b^2 / separation).
+    """Returns the root of the largest sum of |C'C| over patterns in fixed order.
 
-    Away from the last b columns C'C is Toeplitz. Of more than 2 w participations, w the number
-    whose columns can overlap, the first lies there and so does all it meets: it adds one period.
-    Starts from which the whole pattern lies there are alike, so one of them is enough.
+    It costs O(b^2 / separation). Outside the last b columns, C'C is Toeplitz. Let w be the number
+    of participations whose columns can overlap. Of more than 2 w participations, the first and all
+    those it overlaps with lie in that part, so the first adds one period. All starts from which the
+    whole pattern lies in that part give the same sum, so one of them is enough.
     """
     bands = len(coefficients)
     overlap = -(-bands // separation)
@@ -257,10 +265,10 @@ def _toeplitz_fixed_order(
 def _toeplitz_separated(
     coefficients: np.ndarray, num_steps: int, column_normalize: bool, fits: int, separation: int
 ) -> float:
-    """Root of the largest sum of |C'C| over min-separation patterns, or a bound on it.
+    """Returns the root of the largest sum of |C'C| over min-separation patterns, or a bound on it.
 
-    The bound takes O(b^2) memory, since more than b steps from both ends all rows of C'C are alike;
-    `inf` if even that is too much.
+    The bound takes O(b^2) memory, because all rows of C'C that are more than b steps from both ends
+    are the same. The result is `inf` if even that is too much.
     """
     bands = len(coefficients)
     lags = range(separation, bands)

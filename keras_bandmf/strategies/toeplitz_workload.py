@@ -1,4 +1,4 @@
-"""Toeplitz strategies for workloads other than prefix sums: each column is worked with."""
+"""Toeplitz strategies for workloads other than prefix sums, computed column by column."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from keras_bandmf.strategies.arguments import check_shape
+from keras_bandmf.strategies.arguments import ErrorMeasure, check_shape, reduced
 from keras_bandmf.strategies.errors.banded import BandedErrors, block_size
-from keras_bandmf.strategies.search.banded import normalize_columns, power_mean, stages
-from keras_bandmf.strategies.search.lbfgs import descend
+from keras_bandmf.strategies.search.banded import normalize_columns, power_mean
 from keras_bandmf.strategies.search.scipy_lbfgs import Progress
+from keras_bandmf.strategies.search.staged import descend_in_stages
 from keras_bandmf.strategies.workload import Workload
 
-_FIRST_STEP = 0.01
-_GAIN = 1e-14
 _MAX_ITERATIONS = 500
 
 
@@ -32,7 +30,7 @@ def workload_errors(
       `(n,)` float64; `inf` where C^-1 overflows.
 
     Raises:
-      ValueError: n b is too large.
+      ValueError: if n b is too large.
     """
     n, b = workload.num_steps, len(coefficients)
     check_shape(n, b)
@@ -46,30 +44,29 @@ def workload_errors(
 def optimal_for_workload(
     start: np.ndarray,
     workload: Workload,
-    error: str,
+    error: ErrorMeasure,
     column_normalize: bool,
     callback: Callable[[Progress], object] | None = None,
 ) -> np.ndarray:
     """Returns the coefficients with the lowest error at largest column norm 1.
 
     Args:
-      start: `(b,)` float64, where the search begins; the first is not zero.
+      start: `(b,)` float64, where the search begins. The first is not zero.
       workload: A.
-      error: "mean" or "max"; the largest is approached through power means of rising order.
+      error: "mean" or "max". The largest is approached through power means of rising order.
       column_normalize: whether the columns of C are divided by their norms.
       callback: called with a `Progress` after every iteration.
 
     Returns:
-      `(b,)` float64 with leading 1: the best met, never worse than `start`.
+      `(b,)` float64 with leading 1: the best that was found, never worse than `start`.
 
     Raises:
-      ValueError: n b is too large.
+      ValueError: if n b is too large.
     """
     n, b = workload.num_steps, len(start)
     check_shape(n, b)
     errors = BandedErrors(n, b, workload.blocks(block_size(b)))
-    reduce = np.mean if error == "mean" else np.max
-    # Column j has its first n - j entries; all columns but the last b - 1 are whole.
+    # Column j has n - j entries at most; all columns but the last b - 1 have all b.
     lengths = np.minimum(n - np.arange(n), b)
 
     def norms(coefficients: np.ndarray) -> np.ndarray:
@@ -79,7 +76,7 @@ def optimal_for_workload(
     def loss(free: np.ndarray) -> float:
         coefficients = np.concatenate([[1.0], free])
         found = errors.evaluate(coefficients / norms(coefficients)[:, None])
-        return float(reduce(found)) if np.all(np.isfinite(found)) else np.inf
+        return reduced(found, error) if np.all(np.isfinite(found)) else np.inf
 
     def objective(free: np.ndarray, power: float) -> tuple[float, np.ndarray]:
         coefficients = np.concatenate([[1.0], free])
@@ -89,25 +86,13 @@ def optimal_for_workload(
             return np.inf, free
         value, weights = power_mean(found, power)
         gradient = errors.gradient(weights)
-        # C[j + k, j] = c_k / s_j with s_j^2 the sum of the c_k^2 the column has.
+        # C[j + k, j] = c_k / s_j, where s_j^2 is the sum of the c_k^2 that column j has.
         along = np.sum(gradient * coefficients, axis=1) / norm[:, 0] ** 3
         counted = lengths if column_normalize else np.full(n, b)
         by_length = np.bincount(counted, weights=along, minlength=b + 1)
         through_norm = np.cumsum(by_length[::-1])[::-1][1:] * coefficients
         return value, (np.sum(gradient / norm, axis=0) - through_norm)[1:]
 
-    best = point = np.array(start[1:] / start[0])
-    best_loss = loss(best)
-    for power, gain in stages(error, _GAIN):
-        found = descend(
-            lambda free, power=power: objective(free, power),
-            point,
-            _FIRST_STEP,
-            gain,
-            _MAX_ITERATIONS,
-            callback=callback,
-        )
-        point = found.point
-        if (value := loss(point)) < best_loss:
-            best, best_loss = point, value
+    first = np.array(start[1:] / start[0])
+    best = descend_in_stages(objective, loss, first, error, _MAX_ITERATIONS, callback)
     return np.concatenate([[1.0], best])

@@ -1,8 +1,9 @@
-"""What training makes of the noise: the workload A, a linear system from gradients to weights."""
+"""The workload A: the linear system by which training turns gradients, and noise, into weights."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -14,22 +15,31 @@ _FIELDS = {"num_steps", "learning_rates", "momentum", "nesterov", "weight_decay"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Workload:
-    """The effect of the gradients g on the weights w of Keras's SGD, up to sign.
+    """The effect of the gradients on the weights under Keras's SGD, up to sign.
 
-    Row i of A gives the weights after step i as sums of the gradients of steps 0 to i:
+    Row i of A gives the weights w after step i as sums of the gradients g of steps 0 to i:
 
         v <- momentum v + rate_i g,     w <- (1 - weight_decay rate_i) w + v,
 
-    with `momentum v + rate_i g` in place of the last v under Nesterov. The defaults give prefix
+    where Nesterov's momentum adds `momentum v + rate_i g` in place of v. The defaults give prefix
     sums. Instances are immutable and compare by value.
 
     Attributes:
       num_steps: n.
-      learning_rates: a number, or `(n,)` float64, read-only, one a step; not negative, not all
-        zero (zeros are steps that do not move the weights).
+      learning_rates: a number, or `(n,)` float64, read-only, one for each step. They are not
+        negative, and not all zero. A step of rate zero does not move the weights.
       momentum: in [0, 1).
       nesterov: whether the momentum is Nesterov's.
-      weight_decay: the decoupled decay of Keras's optimizers; times any rate at most 1.
+      weight_decay: the decoupled weight decay of Keras's optimizers. Its product with any learning
+        rate is at most 1.
+
+    Example:
+      >>> import keras_bandmf as bandmf
+      >>> workload = bandmf.strategies.Workload(num_steps=3, momentum=0.5)
+      >>> identity = bandmf.strategies.ToeplitzStrategy.optimize(
+      ...     num_steps=3, num_bands=1, workload=workload)
+      >>> identity.per_step_error()
+      array([1.    , 3.25  , 6.3125])
     """
 
     num_steps: int
@@ -38,21 +48,21 @@ class Workload:
     nesterov: bool = False
     weight_decay: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n = checked_int("num_steps", self.num_steps)
         rates = _checked_rates(self.learning_rates, n)
         nesterov = checked_bool("nesterov", self.nesterov)
         momentum = checked_float("momentum", self.momentum, minimum=0.0)
         if momentum >= 1.0:
             raise ValueError(
-                f"`momentum` must be below 1. Received: momentum={momentum}. Use 0.9, say."
+                f"Expected `momentum` to be below 1. Received: momentum={momentum}. Use 0.9, say."
             )
         decay = checked_float("weight_decay", self.weight_decay, minimum=0.0)
         if decay * np.max(rates) > 1.0:
             raise ValueError(
-                "`weight_decay` times the largest learning rate must be at most 1, or the weights "
-                f"change sign. Received: weight_decay={decay}, largest rate {np.max(rates)}. Use a "
-                "smaller weight decay."
+                "Expected `weight_decay` times the largest learning rate to be at most 1, since "
+                f"the weights would change sign. Received: weight_decay={decay}, largest rate "
+                f"{np.max(rates)}. Use a smaller weight decay."
             )
         object.__setattr__(self, "num_steps", n)
         object.__setattr__(self, "learning_rates", rates)
@@ -64,25 +74,32 @@ class Workload:
         """Returns the workload as a linear system in blocks of steps.
 
         Args:
-          block: m, steps in a block.
+          block: m, the number of steps in a block.
 
         Returns:
-          Enough blocks for n steps, or one that stands for all if the rates are constant. The
-          state is (v, w), or w alone without momentum.
+          Enough blocks for n steps, or one that stands for all of them if the rates are constant.
+          The state is (v, w), or w alone without momentum.
+
+        Example:
+          >>> import keras_bandmf as bandmf
+          >>> bandmf.strategies.Workload(num_steps=6).blocks(3).read_input
+          array([[[1., 0., 0.],
+                  [1., 1., 0.],
+                  [1., 1., 1.]]])
         """
         constant = isinstance(self.learning_rates, float)
         count = 1 if constant else -(-self.num_steps // block)
-        rates = np.zeros(count * block)
-        rates[: block if constant else self.num_steps] = self.learning_rates
-        rates = rates.reshape(count, block)
+        padded = np.zeros(count * block)
+        padded[: block if constant else self.num_steps] = self.learning_rates
+        rates = padded.reshape(count, block)
         states = 2 if self.momentum else 1
-        # Row k of `state`: how state k depends on the states before the block and its inputs.
+        # Row k of `state` says how state k depends on the states before the block and its inputs.
         state = np.zeros((count, states, states + block))
         state[:, :, :states] = np.eye(states)
         outputs = np.empty((count, block, states + block))
         for i in range(block):
             rate = rates[:, i, None]
-            step = 0.0
+            step: float | np.ndarray = 0.0
             if self.momentum:
                 state[:, 0] *= self.momentum
                 state[:, 0, states + i] += rates[:, i]
@@ -100,7 +117,7 @@ class Workload:
             read_input=outputs[:, :, states:].copy(),
         )
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         """Returns a dict for JSON from which `from_config` restores the workload exactly."""
         rates = self.learning_rates
         return {
@@ -112,8 +129,8 @@ class Workload:
         }
 
     @classmethod
-    def from_config(cls, config: dict) -> Workload:
-        """Restores a workload from `get_config()`.
+    def from_config(cls, config: dict[str, Any]) -> Workload:
+        """Restores a workload from what `get_config()` returned.
 
         Args:
           config: the dict, perhaps through JSON.
@@ -122,11 +139,12 @@ class Workload:
           An equal workload.
 
         Raises:
-          ValueError: a field is missing, unknown, or out of its range.
+          TypeError: if a field has the wrong type.
+          ValueError: if a field is missing, unknown, or out of its range.
         """
         if not isinstance(config, dict) or set(config) != _FIELDS:
             raise ValueError(
-                f"The config of a Workload must be a dict with the keys {sorted(_FIELDS)}. "
+                f"Expected the config of a Workload to be a dict with the keys {sorted(_FIELDS)}. "
                 f"Received: config={config!r}. Pass what `get_config()` returned."
             )
         return cls(**config)
@@ -146,49 +164,53 @@ class Workload:
 
 
 def checked_workload(workload: object, num_steps: int) -> Workload | None:
-    """Returns `workload` if it is one of `num_steps` steps, and None for None.
+    """Returns `workload` if it is None or a workload of `num_steps` steps.
 
     Args:
-      workload: what was received; None stands for prefix sums.
+      workload: what was received. None stands for prefix sums.
       num_steps: n.
 
     Returns:
       The workload, or None.
 
     Raises:
-      ValueError: anything else, a workload of other steps included.
+      TypeError: if it is anything else.
+      ValueError: if it is a workload of another number of steps.
     """
     if workload is None:
         return None
-    if not isinstance(workload, Workload) or workload.num_steps != num_steps:
-        raise ValueError(
-            f"`workload` must be a `Workload` of {num_steps} steps, or None for prefix sums. "
-            f"Received: workload={workload!r}. Make one by `Workload(num_steps={num_steps}, ...)`."
-        )
+    message = (
+        f"Expected `workload` to be a `Workload` of {num_steps} steps, or None for prefix sums. "
+        f"Received: workload={workload!r}. Make one with `Workload(num_steps={num_steps}, ...)`."
+    )
+    if not isinstance(workload, Workload):
+        raise TypeError(message)
+    if workload.num_steps != num_steps:
+        raise ValueError(message)
     return workload
 
 
 def blocks_of(workload: Workload | None, num_steps: int, block: int) -> WorkloadBlocks:
-    """Returns a workload, None being prefix sums, in blocks of steps."""
+    """Returns a workload in blocks of steps. None stands for prefix sums."""
     return (workload or Workload(num_steps)).blocks(block)
 
 
 def _checked_rates(rates: object, num_steps: int) -> float | np.ndarray:
-    """The learning rates as a positive float, or a read-only vector of n floats."""
+    """Returns the learning rates as a positive float, or as a read-only vector of n floats."""
     try:
         array = np.array(rates)
-    except (TypeError, ValueError):  # ragged
+    except (TypeError, ValueError):  # Ragged input is refused below.
         array = np.array(None)
     if array.dtype.kind not in "fiu" or array.shape not in ((), (num_steps,)):
         raise ValueError(
-            f"`learning_rates` must be a number or a vector of {num_steps}, one a step. Received: "
-            f"learning_rates of shape {array.shape} and dtype {array.dtype}. Evaluate the schedule "
-            "at every step."
+            f"Expected `learning_rates` to be a number or a vector of {num_steps} numbers, one for "
+            f"each step. Received: learning_rates of shape {array.shape} and dtype {array.dtype}. "
+            "Evaluate the schedule at every step."
         )
     array = array.astype(np.float64)
     if not (np.all(np.isfinite(array)) and np.all(array >= 0.0) and np.any(array > 0.0)):
         raise ValueError(
-            "`learning_rates` must be finite, not negative, and not zero throughout. Received: "
+            "Expected `learning_rates` to be finite, not negative, and not all zero. Received: "
             f"learning_rates from {np.min(array)} to {np.max(array)}. Check the schedule."
         )
     if array.ndim == 0:
@@ -197,11 +219,11 @@ def _checked_rates(rates: object, num_steps: int) -> float | np.ndarray:
     return array
 
 
-def workload_config(workload: Workload | None) -> dict:
-    """Returns what a strategy's config says of its workload: nothing for prefix sums."""
+def workload_config(workload: Workload | None) -> dict[str, Any]:
+    """Returns what a strategy's config says about its workload: nothing for prefix sums."""
     return {} if workload is None else {"workload": workload.get_config()}
 
 
-def workload_of(config: dict) -> Workload | None:
-    """Returns the workload a strategy's config names: None, for prefix sums, if there is none."""
+def workload_of(config: dict[str, Any]) -> Workload | None:
+    """Returns the workload in a strategy's config, or None, for prefix sums, if it has none."""
     return Workload.from_config(config["workload"]) if "workload" in config else None

@@ -1,1 +1,1 @@
-"""The private `fit`: its step, its gate, its callbacks and the arguments it takes."""
+"""The private `fit`: its step, its gate, its callbacks, and the arguments that it accepts."""

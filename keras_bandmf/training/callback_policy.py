@@ -1,9 +1,9 @@
-"""Which callbacks a private `fit` takes, and what the statement says of them."""
+"""Which callbacks a private `fit` accepts, and what the statement says about them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import keras
 
@@ -11,7 +11,10 @@ from keras_bandmf._checks import PrivacyError
 from keras_bandmf.callbacks import EpsilonSoFar
 from keras_bandmf.training.step_guard import StepGuard
 
-# They write, save or stop by rules that `check_callbacks` knows.
+#: What `fit` takes as callbacks: one, a list that may hold lists, or a `CallbackList`.
+Callbacks: TypeAlias = keras.callbacks.Callback | Sequence[Any] | None
+
+# They write, save, or stop by rules that `check_callbacks` knows.
 _KNOWN = (
     keras.callbacks.BackupAndRestore,
     keras.callbacks.CSVLogger,
@@ -28,8 +31,9 @@ _KNOWN = (
 class ClippedFraction(keras.callbacks.Callback):
     """Adds the fraction of examples that were clipped to the logs of each epoch.
 
-    Formal guarantees: none. The fraction is computed from the examples without noise, like every
-    training metric: the name says so, callbacks may not monitor it, and the statement names it.
+    Formal guarantees:
+        None. Like every training metric, the fraction is computed from the examples without noise:
+        the name says so, callbacks may not monitor it, and the statement names it.
     """
 
     NAME = "clipped_fraction_not_private"
@@ -39,17 +43,17 @@ class ClippedFraction(keras.callbacks.Callback):
         self.metric = keras.metrics.Mean(name=self.NAME)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Starts a new mean."""
+        """Starts a new average."""
         self.metric.reset_state()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Writes `logs["clipped_fraction_not_private"]`."""
+        """Sets `logs["clipped_fraction_not_private"]`."""
         if logs is not None:
             logs[self.NAME] = float(self.metric.result())
 
 
-def flat_callbacks(callbacks: Any) -> list[keras.callbacks.Callback]:
-    """Returns the callbacks given to `fit`, out of any nested lists."""
+def flat_callbacks(callbacks: Callbacks) -> list[keras.callbacks.Callback]:
+    """Returns the callbacks given to `fit` as a flat list, however they are nested."""
     inner = getattr(callbacks, "callbacks", callbacks)
     if isinstance(inner, (list, tuple)):
         return [callback for part in inner for callback in flat_callbacks(part)]
@@ -57,17 +61,20 @@ def flat_callbacks(callbacks: Any) -> list[keras.callbacks.Callback]:
 
 
 def unknown_callbacks(callbacks: Iterable[keras.callbacks.Callback]) -> list[str]:
-    """Returns the classes of callbacks that are not known to leave the run alone."""
+    """Returns the class names of callbacks that are not known to leave the run alone."""
     known = (ClippedFraction, EpsilonSoFar, StepGuard, *_KNOWN)
     return sorted({type(c).__name__ for c in callbacks if type(c) not in known})
 
 
 def remarks(callbacks: Iterable[keras.callbacks.Callback], monitored: Iterable[str]) -> list[str]:
-    """Returns what a statement says of the callbacks of a `fit`: of what they may have acted on.
+    """Returns what a statement says about the callbacks of a `fit`.
 
     Args:
-        callbacks: the callbacks of the `fit`.
-        monitored: what `check_callbacks` returned for them.
+        callbacks: The callbacks of the `fit`.
+        monitored: What `check_callbacks` returned for them.
+
+    Returns:
+        Caveats: what the callbacks may have acted on, and what they must not have acted on.
     """
     callbacks = list(callbacks)
     found = [
@@ -94,7 +101,7 @@ def remarks(callbacks: Iterable[keras.callbacks.Callback], monitored: Iterable[s
 
 
 def log_names(logs: Mapping[str, Any]) -> list[str]:
-    """Returns the names in the logs of a step, of inner ones too: Keras flattens them."""
+    """Returns the names in the logs of a step. Those of nested dicts count, as in Keras."""
     inner = [value for value in logs.values() if isinstance(value, Mapping)]
     return [*logs, *(name for each in inner for name in log_names(each))]
 
@@ -103,16 +110,16 @@ def refuse_validation_names(names: Iterable[str]) -> None:
     """Refuses training metrics that would pass for metrics of validation data.
 
     Args:
-        names: of metrics and outputs, or of the logs of a training step.
+        names: The names of metrics and outputs, or of the logs of a training step.
 
     Raises:
-        ValueError: if one begins with `val_`.
+        ValueError: If one begins with `val_`.
     """
     found = sorted({str(name) for name in names if str(name).startswith("val_")})
     if found:
         raise ValueError(
-            "Names of metrics and outputs must not begin with 'val_', by which callbacks tell "
-            "metrics of validation data: those of training are not private. "
+            "Names of metrics and outputs must not begin with 'val_': callbacks recognize metrics "
+            "of validation data by that prefix, and metrics of training data are not private. "
             f"Received: {', '.join(found)}. Rename them."
         )
 
@@ -124,27 +131,28 @@ def check_callbacks(
 
     Formal guarantees:
         Training metrics are computed from examples without noise. A callback known to act on one
-        is refused; one that acts on a `val_` metric is allowed and named in the result, for the
-        statement to say that validation data must be public or disjoint. Without validation
-        data it is refused, and `refuse_validation_names` refuses training metrics of such a name.
-        Callbacks of classes unknown to this library cannot be checked.
+        is refused. A callback that acts on a `val_` metric is allowed, and named in the result so
+        that the statement can say that validation data must be public or disjoint. Without
+        validation data it is refused, and `refuse_validation_names` refuses training metrics with
+        such a name. Callbacks of classes unknown to this library cannot be checked.
 
     Args:
-        callbacks: the callbacks given to `fit`.
-        validates: whether `fit` is given validation data.
+        callbacks: The callbacks given to `fit`.
+        validates: Whether `fit` is given validation data.
 
     Returns:
-        The monitored validation metrics.
+        The callbacks that act on validation metrics, as "EarlyStopping(val_loss)".
 
     Raises:
-        ValueError: naming the callback and what to do.
+        PrivacyError: If a callback acts on a training metric.
+        ValueError: If a callback monitors validation data that is not given.
     """
     monitored = []
     for callback in callbacks:
         if isinstance(callback, keras.callbacks.TerminateOnNaN):
             raise PrivacyError(
                 "TerminateOnNaN acts on the training loss, which is not private. Remove it: an "
-                "example with a non-finite gradient contributes zero."
+                "example with a non-finite gradient contributes zero anyway."
             )
         acts = isinstance(
             callback, (keras.callbacks.EarlyStopping, keras.callbacks.ReduceLROnPlateau)
@@ -160,7 +168,7 @@ def check_callbacks(
             )
         if not validates:
             raise ValueError(
-                f"{type(callback).__name__} monitors {monitor!r}, of which there is none without "
+                f"{type(callback).__name__} monitors {monitor!r}, which does not exist without "
                 "validation data. Pass `validation_data` that is public or disjoint from the "
                 "training data. Received: validation_data=None"
             )

@@ -1,21 +1,23 @@
-"""What a private `fit` accepts: data, arguments and devices the plan accounts for."""
+"""What a private `fit` accepts: data, arguments and devices that the plan accounts for."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import logging
 
 from keras_bandmf import _distribution
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.sampling import PrivateBatches
 
-# Strategies whose replicas are known when a step is traced, and make it in lockstep.
+_LOGGER = logging.getLogger(__name__)
+
+# Distributions whose replicas are known when a step is traced, and make the step in lockstep.
 _SUPPORTED = (
     tf.distribute.OneDeviceStrategy,
     tf.distribute.MirroredStrategy,
@@ -32,45 +34,51 @@ _REFUSED = {
 
 
 def check_distribution(model: keras.Model, x: Any) -> None:
-    """Refuses distribution strategies under which noise or batches are not known to be right.
+    """Refuses distributions under which noise or batches are not known to be right.
 
     Args:
-        model: the model.
-        x: the data given to `fit`.
+        model: The model.
+        x: The data given to `fit`.
 
     Raises:
-        ValueError: naming the strategy.
+        ValueError: If the distribution is not supported, or not together with `x` or the settings
+            of the model.
     """
-    strategy = model.distribute_strategy
-    name = type(strategy).__name__
+    distribution = model.distribute_strategy
+    name = type(distribution).__name__
     for kind, reason in _REFUSED.items():
-        if isinstance(strategy, kind):
+        if isinstance(distribution, kind):
             raise ValueError(f"Private training does not run under {name}: {reason}. {_USE}")
-    with strategy.scope():
+    with distribution.scope():
         is_default = not tf.distribute.has_strategy()
-    if not is_default and not isinstance(strategy, _SUPPORTED):
+    if not is_default and not isinstance(distribution, _SUPPORTED):
         raise ValueError(f"Private training is not known to be right under {name}. {_USE}")
-    if strategy.num_replicas_in_sync > 1 and model.steps_per_execution > 1:
+    if distribution.num_replicas_in_sync > 1 and model.steps_per_execution > 1:
         raise ValueError(
-            "Keras fails under a strategy with several replicas when `steps_per_execution` is not "
-            f"1. Received: steps_per_execution={model.steps_per_execution}"
+            "Keras fails on several replicas unless `steps_per_execution` is 1. "
+            f"Received: steps_per_execution={model.steps_per_execution}"
         )
-    if _distribution.is_multi_worker(strategy) and not isinstance(x, PrivateBatches):
+    if _distribution.is_multi_worker(distribution) and not isinstance(x, PrivateBatches):
         raise ValueError(
             "With several worker processes a private `fit` takes `plan.batches(x, y)`: it splits "
-            f"each global batch over the workers exactly once. Received: x of {type(x).__name__}"
+            "each global batch over the workers, so that each row is used once. "
+            f"Received: x of {type(x).__name__}"
         )
 
 
 def refuse_changed_data(class_weight: dict | None, validation_split: float) -> None:
     """Refuses arguments by which Keras would change the training data.
 
+    Args:
+        class_weight: The argument of `fit`.
+        validation_split: The argument of `fit`.
+
     Raises:
-        ValueError: with the place where the argument belongs.
+        ValueError: If one of them is set.
     """
     if class_weight is not None:
         raise ValueError(
-            "`class_weight` goes to the batches: `plan.batches(x, y, class_weight=...)`. "
+            "Pass `class_weight` to the batches: `plan.batches(x, y, class_weight=...)`. "
             f"Received: class_weight={class_weight}"
         )
     if validation_split:
@@ -92,14 +100,23 @@ def check_batches(
 ) -> None:
     """Accepts batches of the optimizer's plan, and no argument that would change them.
 
+    Args:
+        batches: The batches given to `fit`.
+        plan: The plan of the optimizer.
+        y: This and the following are arguments of `fit`.
+        batch_size: See `y`.
+        shuffle: See `y`.
+        sample_weight: See `y`.
+        steps_per_epoch: See `y`.
+
     Raises:
-        ValueError: for batches of another plan, or an argument that belongs to `plan.batches`.
+        ValueError: If the batches are of another plan, or an argument belongs to `plan.batches`.
     """
     if batches.plan_fingerprint != plan.fingerprint:
         raise ValueError(
             "The batches must come from the optimizer's plan. Received: batches of plan "
             f"{batches.plan_fingerprint[:12]} with an optimizer of plan "
-            f"{plan.fingerprint[:12]}. Use `plan.batches` of the plan the optimizer was given."
+            f"{plan.fingerprint[:12]}. Use `plan.batches` of the plan that the optimizer was given."
         )
     refused = {
         "y": y,
@@ -123,23 +140,31 @@ def check_batches(
 def check_foreign_data(
     x: Any, plan: TrainingPlan, batch_size: int | None, steps_per_epoch: int | None
 ) -> tuple[int | None, int | None]:
-    """Accepts data that is not of `plan.batches` only where the user vouches for its order.
+    """Accepts data that is not from `plan.batches` only where the user vouches for its order.
 
     Formal guarantees:
-        Of arrays, which Keras reads from the first row in each epoch, the declaration is checked;
-        of a dataset or generator it is taken on trust, and the statement says so.
+        For arrays, which Keras reads from the first row in each epoch, the declaration is checked.
+        For a dataset or generator it is taken on trust, and the statement says so.
+
+    Args:
+        x: The data given to `fit`.
+        plan: The plan of the optimizer.
+        batch_size: The argument of `fit`.
+        steps_per_epoch: The argument of `fit`.
 
     Returns:
-        The batch size for Keras, and the steps of an epoch: the plan's and those of the arrays;
-        the user's and None for data that brings its batches.
+        The batch size to pass to Keras, and the steps of an epoch. For arrays these are the plan's
+        batch size and the steps of one pass; for data that brings its own batches, `batch_size`
+        and None.
 
     Raises:
-        ValueError: if the plan declares no participations, or arrays break its declaration.
+        ValueError: If the plan declares no participations, or arrays break its declaration.
     """
-    if not plan.declares_participations:
+    separation, participations = plan.min_separation, plan.max_participations
+    if separation is None or participations is None:  # the plan declares both or neither
         raise ValueError(
-            "A private `fit` takes what `plan.batches(x, y)` of the optimizer's plan returns: "
-            "sampler, noise and accounting come from one plan. "
+            "A private `fit` takes what `plan.batches(x, y)` of the optimizer's plan returns, so "
+            "that sampler, noise and accounting come from one plan. "
             f"Received: x of type {type(x).__name__}. For data in a fixed order of your own, "
             "make the plan with sampling='fixed_order' and declare `max_participations` and "
             "`min_separation`."
@@ -153,16 +178,17 @@ def check_foreign_data(
         )
     if steps_per_epoch is not None:
         raise ValueError(
-            "Arrays are read from the first row in each epoch, so that shorter epochs would repeat "
+            "Keras reads arrays from the first row in each epoch, so shorter epochs would repeat "
             f"rows too early. Received: steps_per_epoch={steps_per_epoch}. Leave it out."
         )
     epoch_steps = -(-int(leaves[0].shape[0]) // plan.batch_size)
     passes = -(-plan.num_steps // epoch_steps)
-    if epoch_steps < plan.min_separation or passes > plan.max_participations:
+    if epoch_steps < separation or passes > participations:
         raise ValueError(
-            f"The plan declares at most {plan.max_participations} participations of a row, at "
-            f"least {plan.min_separation} steps apart. Received: arrays that give {passes} "
-            f"participations {epoch_steps} steps apart in {plan.num_steps} steps."
+            f"The plan declares at most {participations} participations of a row, at "
+            f"least {separation} steps apart. Received: arrays that give {passes} "
+            f"participations {epoch_steps} steps apart in {plan.num_steps} steps. Declare these "
+            "numbers in the plan."
         )
     return plan.batch_size, epoch_steps
 
@@ -170,13 +196,16 @@ def check_foreign_data(
 def checked_epochs(
     epochs: int | None, initial_epoch: int, steps_left: int, steps_per_epoch: int | None
 ) -> int:
-    """Returns the epochs of a `fit`; says in one line of the log if they leave steps of the plan.
+    """Returns the epochs of a `fit`, and logs a warning if they leave steps of the plan unused.
 
     Args:
-        epochs: those asked for, or None for all that are left.
-        initial_epoch: where Keras begins to count.
-        steps_left: of the plan.
-        steps_per_epoch: None if nobody knows.
+        epochs: The epochs that were asked for, or None for what is left of the plan.
+        initial_epoch: The epoch at which Keras begins to count.
+        steps_left: The steps of the plan that are left.
+        steps_per_epoch: The steps of an epoch, or None if they are unknown.
+
+    Returns:
+        The `epochs` argument for Keras. None with an unknown number of steps becomes one epoch.
     """
     if steps_per_epoch is None:
         return initial_epoch + 1 if epochs is None else epochs
@@ -184,23 +213,41 @@ def checked_epochs(
         return initial_epoch + -(-steps_left // steps_per_epoch)
     unused = steps_left - (epochs - initial_epoch) * steps_per_epoch
     if unused > 0:
-        logging.warning(
-            "This `fit` leaves %d steps of the plan, whose noise is made for all of them. "
+        _LOGGER.warning(
+            "This `fit` leaves %d steps of the plan unused, but its noise is made for all steps. "
             "`epochs=None` trains what is left.",
             unused,
         )
     return epochs
 
 
-def first_rows(x: Any, y: Any, sample_weight: Any, count: int) -> tuple[dict[str, Any], Any]:
-    """Returns a few rows of data that is not of `plan.batches`, to check the model on.
+class FirstRows(NamedTuple):
+    """A few rows of data that is not from `plan.batches`.
+
+    Attributes:
+        rows: A dict of `"x"`, `"y"` and `"sample_weight"`: structures of arrays, or None.
+        data: The data to train on, with those rows still in it.
+    """
+
+    rows: dict[str, Any]
+    data: Any
+
+
+def first_rows(x: Any, y: Any, sample_weight: Any, count: int) -> FirstRows:
+    """Returns a few rows of data that is not from `plan.batches`, to check the model on.
+
+    Args:
+        x: The data given to `fit`.
+        y: The argument of `fit`.
+        sample_weight: The argument of `fit`.
+        count: The largest number of rows.
 
     Returns:
-        Dict of `"x"`, `"y"` and `"sample_weight"` of up to `count` rows; and the data to train on:
-        `x` itself, or a generator of all that the generator `x` yields.
+        The rows, and the data to train on: `x` itself, or for a generator another one that yields
+        the same.
 
     Raises:
-        ValueError: for data of a kind that cannot be looked at, or without a batch: no model is
+        ValueError: If the data is of a kind that cannot be looked at, or has no batch. No model is
             trained unchecked.
     """
     data = x
@@ -217,16 +264,18 @@ def first_rows(x: Any, y: Any, sample_weight: Any, count: int) -> tuple[dict[str
         batch = None
     if batch is None:
         raise ValueError(
-            "Expected data with at least one batch, whose first rows the model can be checked on: "
+            "Expected data with at least one batch, on whose rows the model can be checked: "
             "arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset` or a generator. "
             f"Received: x of type {type(x).__name__}"
         )
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
 
     def head(leaf: Any) -> np.ndarray | None:
-        rows = None if leaf is None else np.asarray(leaf[:count])
-        is_float = rows is not None and rows.dtype.kind == "f"
-        return rows.astype(keras.config.floatx()) if is_float else rows
+        if leaf is None:
+            return None
+        rows = np.asarray(leaf[:count])
+        return rows.astype(keras.config.floatx()) if rows.dtype.kind == "f" else rows
 
     parts = {"x": x, "y": y, "sample_weight": sample_weight}
-    return {name: keras.tree.map_structure(head, part) for name, part in parts.items()}, data
+    rows = {name: keras.tree.map_structure(head, part) for name, part in parts.items()}
+    return FirstRows(rows, data)

@@ -1,4 +1,4 @@
-"""Faults of Keras, worked around on one model instance for the time of a `fit`.
+"""Workarounds for faults of Keras, on one model instance and for the duration of a `fit`.
 
 Each has a test that fails when Keras no longer needs the workaround.
 """
@@ -14,23 +14,24 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf import _distribution
+from keras_bandmf._keras_internals import attributes_without_build_in_fit
 
 
 @contextlib.contextmanager
 def worked_around(model: keras.Model, symbolic_build: bool) -> Iterator[None]:
-    """Replaces, for the time of a `fit`, what fails in Keras.
+    """Replaces, for the duration of a `fit`, what fails in Keras.
 
     Args:
-        model: the model, built.
-        symbolic_build: False where Keras's symbolic build fails: it cannot read batches that are
-            dicts with a mask, nor any batch of several worker processes.
+        model: The model, built.
+        symbolic_build: False where Keras's symbolic build fails: it can read neither batches that
+            are dicts with a mask, nor any batch of several worker processes.
     """
     load = model.load_weights
     replaced: dict[str, Any] = {
         "load_weights": lambda *args, **kwargs: _load_readable(load, *args, **kwargs)
     }
     if not symbolic_build:
-        replaced["_maybe_symbolic_build"] = lambda *args, **kwargs: None
+        replaced |= attributes_without_build_in_fit()
     if _distribution.is_multi_worker(model.distribute_strategy):
         step = model.test_step
         replaced["test_step"] = lambda data: reducible_logs(model, step(data))
@@ -49,23 +50,23 @@ def worked_around(model: keras.Model, symbolic_build: bool) -> Iterator[None]:
 
 
 def _load_readable(load: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Loads weights; a file cut off while it was written is an OSError, whatever h5py calls it.
+    """Loads weights, and raises OSError for a damaged file, whatever h5py raises.
 
-    `BackupAndRestore(double_checkpoint=True)` goes back to the file before upon OSError only, and a
-    job killed while it saved would never start again.
+    `BackupAndRestore(double_checkpoint=True)` falls back to the previous file upon OSError only. A
+    job that was killed while it saved would otherwise never start again.
     """
     try:
         return load(*args, **kwargs)
     except (RuntimeError, KeyError) as error:
         damage = str(error)
-    # Not from the error: what it refers to keeps the file open, and HDF5 would take the next file
-    # of this name for the damaged one.
+    # Not `from error`: what the error refers to keeps the file open, and HDF5 would take the next
+    # file of this name for the damaged one.
     gc.collect()
-    raise OSError(f"The weights cannot be read, the file is damaged: {damage}")
+    raise OSError(f"The weights cannot be read because the file is damaged: {damage}")
 
 
 def reducible_logs(model: keras.Model, logs: dict[str, Any]) -> dict[str, Any]:
-    """Gives logs the axis over which Keras takes their mean when there are several workers."""
+    """Adds to logs the axis over which Keras averages them when there are several workers."""
     if not _distribution.is_multi_worker(model.distribute_strategy):
         return logs
     return keras.tree.map_structure(lambda value: tf.reshape(value, [1]), logs)

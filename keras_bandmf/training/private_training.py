@@ -1,27 +1,32 @@
-"""privatize(model): the private train_step and fit of one model instance."""
+"""Private training of one model instance: `privatize`, and the methods it puts on a model."""
 
 from __future__ import annotations
 
 import functools
+import os
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_bandmf import clipping
 from keras_bandmf._checks import PrivacyError
+from keras_bandmf._keras_internals import build_model
 from keras_bandmf.clipping.checks.refusals import checked_microbatch_size
 from keras_bandmf.clipping.clipped import clipped_for_noise
 from keras_bandmf.clipping.losses import no_replicas
 from keras_bandmf.optimizers.bandmf import BandMFOptimizer
+from keras_bandmf.planning.statement import Statement
 from keras_bandmf.record import fresh
 from keras_bandmf.record import history as variable_history
 from keras_bandmf.sampling import PrivateBatches
 from keras_bandmf.training import callback_policy, fit_arguments, keras_faults
+from keras_bandmf.training.callback_policy import Callbacks
 from keras_bandmf.training.mixed_rows import MixedRows
-from keras_bandmf.training.regularizers import regularisation
+from keras_bandmf.training.regularizers import regularization
 from keras_bandmf.training.step_gate import StepGate, held
 from keras_bandmf.training.step_guard import StepGuard
 
@@ -30,16 +35,16 @@ _ATTRIBUTE = "_keras_bandmf_training"
 
 def privatize(
     model: keras.Model,
-    microbatch_size: int | str | None = None,
+    microbatch_size: int | Literal["auto"] | None = None,
     *,
     report_clipping: bool = False,
-    history: Any = None,
+    history: str | os.PathLike | Statement | None = None,
 ) -> keras.Model:
     """Makes the training of a model private, in place.
 
-    Replaces `train_step` and `fit` on this instance; the class is untouched. It may be called
-    before or after `compile`. Loading or cloning loses it, and `BandMFOptimizer` then refuses to
-    train.
+    It replaces `train_step`, `fit` and `save` on this instance, and leaves the class untouched.
+    Call it before or after `compile`. A model that is loaded or cloned is not private, and
+    `BandMFOptimizer` then refuses to train it. `make_private` is the same function.
 
     Formal guarantees:
         `fit` trains on batches of the optimizer's own plan only, clips the gradient of each
@@ -48,71 +53,78 @@ def privatize(
         are trained one example at a time, unless their author declares that they do. Before the
         first step that is tested, and in each step a masked row is watched: if it has a gradient,
         the update is NaN and `fit` raises. Python code of layers and losses sees no value of a row
-        but with `run_eagerly=True`, and what it keeps then has no noise.
+        unless `run_eagerly=True`, and what it keeps then has no noise.
 
     Args:
-        model: any `keras.Model` of Keras 3 that does not override `train_step`.
-        microbatch_size: the most examples whose gradients are computed at a time, to bound memory:
-            a number, None for the whole batch, or "auto" for as many as fit into 1 GiB. It changes
-            neither the result nor the privacy.
-        report_clipping: adds `clipped_fraction_not_private` to the logs of each epoch: the fraction
-            of examples whose gradient clipping made smaller. Like other training metrics it is
-            computed without noise; the statement names it.
-        history: what private runs did to the weights before they were loaded: the path of the
+        model: Any `keras.Model` of Keras 3 that does not override `train_step`.
+        microbatch_size: The largest number of examples whose gradients are computed at a time, to
+            bound memory: a number, None for the whole batch, or "auto" for as many as fit into
+            1 GiB. It changes neither the result nor the privacy.
+        report_clipping: Whether to add `clipped_fraction_not_private` to the logs of each epoch:
+            the fraction of examples whose gradient was made smaller by clipping. Like other
+            training metrics it is computed without noise, and the statement names it.
+        history: What private runs did to the weights before they were loaded: the path of the
             `.keras` file, if a private model saved it, or a `Statement`, or its JSON. It is
-            composed into every later statement. Weights trained by a `BandMFOptimizer` that is
-            loaded with them bring it; those frozen in that run are of unknown history then.
+            composed into every later statement. It is not needed for weights trained by a
+            `BandMFOptimizer` that is loaded with them; but without it, weights that were frozen in
+            that run are of unknown history.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: if `model` is not a Keras 3 model.
-        ValueError: if the model overrides `train_step`, or an argument is out of range.
+        TypeError: If `model` is not a Keras 3 model.
+        ValueError: If the model overrides `train_step`, or an argument is out of range.
 
-    Example of two runs on the same data, composed into one statement:
+    Example:
+        >>> import keras, numpy as np
+        >>> import keras_bandmf as bandmf
+        >>> plan = bandmf.TrainingPlan.calibrate(
+        ...     num_examples=100, batch_size=10, epochs=2, epsilon=2.0, delta=1e-5, num_bands=2)
+        >>> model = bandmf.privatize(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]))
+        >>> model.compile(bandmf.BandMFOptimizer("adam", plan, l2_norm_clip=1.0), loss="mse")
+        >>> x, y = np.zeros((100, 3), np.float32), np.zeros((100, 1), np.float32)
+        >>> history = model.fit(plan.batches(x, y), epochs=2, verbose=0)
+        >>> bandmf.statement(model).epsilon <= 2.0
+        True
 
-    ```python
-    head_plan, plan = (bandmf.TrainingPlan.calibrate(..., epsilon=e) for e in (1.0, 3.0))
-    backbone.trainable = False
-    model = bandmf.privatize(keras.Sequential([backbone, head]))
-    model.compile(bandmf.BandMFOptimizer("adam", head_plan), loss="mse")
-    model.fit(head_plan.batches(x, y), epochs=2)
-    backbone.trainable = True
-    model.compile(bandmf.BandMFOptimizer("adam", plan), loss="mse")
-    model.fit(plan.batches(x, y), epochs=10)
-    print(bandmf.statement(model))  # epsilon of both runs together
-    ```
+        A second run on the same weights is composed with the first one:
+
+        >>> model.compile(bandmf.BandMFOptimizer("adam", plan, l2_norm_clip=1.0), loss="mse")
+        >>> history = model.fit(plan.batches(x, y), epochs=2, verbose=0)
+        >>> bandmf.statement(model).epsilon > 2.0
+        True
     """
     if not isinstance(model, keras.Model):
         raise TypeError(
-            "Argument `model` must be a keras.Model of Keras 3 (`import keras`). Under "
+            "Expected `model` to be a keras.Model of Keras 3. Use `import keras`: under "
             "TF_USE_LEGACY_KERAS=1, which `import tensorflow_transform` sets, `tf.keras` is "
-            f"Keras 2. Received: {type(model).__module__}.{type(model).__name__}"
+            f"Keras 2. Received: model of type {type(model).__module__}.{type(model).__name__}"
         )
-    microbatch_size = checked_microbatch_size(microbatch_size)
+    checked_size = checked_microbatch_size(microbatch_size)
     if model.built:
         fresh.note_initializers(model)
     if history is not None:
         if not model.built:
             raise ValueError(
-                "Argument `history` is about the weights of a built model. Call the model once on "
-                f"data, or load it, first. Received: the unbuilt model {model.name!r}"
+                "`history` describes the weights of a built model. First call the model once on "
+                f"data, or load it. Received: the unbuilt model {model.name!r}"
             )
         variable_history.take_over(model.weights, history)
     existing = getattr(model, _ATTRIBUTE, None)
     if existing is not None:
-        existing.set_options(microbatch_size, report_clipping)
+        existing.set_options(checked_size, report_clipping)
         model.train_function = None
         return model
     for name in ("train_step", "make_train_function", "compute_metrics"):
         if getattr(type(model), name) is not getattr(keras.Model, name):
             raise PrivacyError(
-                f"The model must not override `{name}`: it would see gradients or data that are "
-                f"not private. Received: {type(model).__name__}.{name}. Use `compile(loss=..., "
-                "metrics=...)`, or write a loop with `clipped_gradients` and `apply_clipped`."
+                f"The model must not override `{name}`: the override would see gradients or data "
+                f"that are not private. Received: {type(model).__name__}.{name}. Use "
+                "`compile(loss=..., metrics=...)`, or write a loop with `clipped_gradients` and "
+                "`apply_clipped`."
             )
-    training = _PrivateTraining(model, microbatch_size, report_clipping)
+    training = _PrivateTraining(model, checked_size, report_clipping)
     setattr(model, _ATTRIBUTE, training)
     model.train_step = training.train_step
     model.make_train_function = training.make_train_function
@@ -127,19 +139,19 @@ def private_training(model: keras.Model) -> _PrivateTraining:
     """Returns the private training of a model.
 
     Raises:
-        ValueError: if the model is not private.
+        PrivacyError: If the model is not private.
     """
     training = getattr(model, _ATTRIBUTE, None)
     if training is None:
         raise PrivacyError(
-            "The model is not private. Call `keras_bandmf.privatize(model)` first; loading and "
-            "cloning lose it. Received: " + repr(getattr(model, "name", model))
+            "The model is not private. Call `keras_bandmf.privatize(model)` first, also after "
+            "loading or cloning. Received: " + repr(getattr(model, "name", model))
         )
     return training
 
 
 def _alone(fit: Callable) -> Callable:
-    """Lets one `fit` of a model, and of an optimizer, run at a time: neither nested nor threads."""
+    """Lets only one `fit` of a model, and of an optimizer, run at a time, in all threads."""
 
     @functools.wraps(fit)
     def alone(self: _PrivateTraining, *args: Any, **kwargs: Any) -> keras.callbacks.History:
@@ -150,7 +162,7 @@ def _alone(fit: Callable) -> Callable:
 
 
 class _PrivateTraining:
-    """The methods that `privatize` puts on a model, and what they remember of the run."""
+    """The methods that `privatize` puts on a model, and what they remember about the run."""
 
     def __init__(
         self, model: keras.Model, microbatch_size: int | str | None, report_clipping: bool
@@ -158,7 +170,7 @@ class _PrivateTraining:
         self.model = model
         self.set_options(microbatch_size, report_clipping)
         self._mixed_rows = MixedRows(model.distribute_strategy)
-        self._checked: Any = None
+        self._checked: tuple[BandMFOptimizer, tuple[int, ...]] | None = None
         self._needs_mask = False
         self._gate = StepGate()
         self.lock = threading.Lock()
@@ -178,7 +190,7 @@ class _PrivateTraining:
         """The compiled optimizer.
 
         Raises:
-            ValueError: if the model is not compiled with a `BandMFOptimizer`.
+            ValueError: If the model is not compiled with a `BandMFOptimizer`.
         """
         optimizer = self.model.optimizer
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
@@ -195,29 +207,44 @@ class _PrivateTraining:
         return optimizer
 
     def save(
-        self, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **kwargs: Any
+        self,
+        filepath: str | os.PathLike,
+        overwrite: bool = True,
+        zipped: bool | None = None,
+        **kwargs: Any,
     ) -> None:
-        """As `keras.Model.save`; a `.keras` file also gets the history of the weights."""
+        """Saves like `keras.Model.save`; a `.keras` file also gets the history of the weights.
+
+        Args:
+            filepath: See `keras.Model.save`, as for the other arguments.
+            overwrite: See `filepath`.
+            zipped: See `filepath`.
+            **kwargs: See `filepath`.
+        """
         model = self.model
         type(model).save(model, filepath, overwrite=overwrite, zipped=zipped, **kwargs)
         if variable_history.runs_of(model.weights):
             text = variable_history.to_json(model.weights)
             variable_history.write_member(filepath, text)
 
-    def train_on_batch(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses: the sampling of a single batch is not accounted for."""
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses to train, because the sampling of a single batch is not accounted for."""
         raise PrivacyError(
             "A private model does not train on single batches: their sampling is not accounted "
             "for. Use `model.fit(plan.batches(x, y))`."
         )
 
     def make_train_function(self, force: bool = False) -> Callable:
-        """Makes Keras's train function behind the gate, with XLA inside `clipped_gradients` only.
+        """Makes Keras's train function behind the gate, with XLA in `clipped_gradients` only.
 
-        Noise is drawn several times faster outside XLA, and metrics need dynamic shapes.
+        Noise is drawn several times faster outside of that program, and metrics need dynamic
+        shapes.
+
+        Args:
+            force: Whether to make a new one even if there is one.
         """
         model = self.model
-        # Keras's own method, called on the model, makes one without the gate.
+        # If Keras's own method was called on the model, its train function has no gate.
         if not force and self._train_function and model.train_function is self._train_function:
             return self._train_function
         wanted = model.jit_compile
@@ -236,20 +263,20 @@ class _PrivateTraining:
         return self._train_function
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        """Clips, sums, adds noise, updates: one step of the plan."""
+        """Makes one step of the plan: clips, sums, adds noise, and updates the weights."""
         model, optimizer = self.model, self.optimizer
         self._gate.check_running()
         if self._needs_mask:
             x, y = data["x"], data.get("y")
             sample_weight, mask = data.get("sample_weight"), data["mask"]
         else:
-            # Not told by its keys: an input of the user's own data may be called "mask".
+            # The keys cannot tell: an input of the user's own data may be called "mask".
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
             mask = None
         clipped = self._clip(x, y, sample_weight, mask)
         self._mixed_rows.note(clipped.rows_mixed)
         variables = model.trainable_variables
-        penalty, penalties = regularisation(variables)
+        penalty, penalties = regularization(variables)
         optimizer.apply_clipped(clipped, variables, penalties)
         logs = self._metrics(x, y, sample_weight, clipped, penalty)
         callback_policy.refuse_validation_names(callback_policy.log_names(logs))
@@ -281,7 +308,7 @@ class _PrivateTraining:
         clipped: clipping.ClippedGradients,
         penalty: tf.Tensor,
     ) -> dict[str, Any]:
-        """Updates the metrics with the rows that are not padding."""
+        """Updates the metrics with the rows that are not padding, and returns their values."""
 
         def unpadded(structure: Any) -> Any:
             return keras.tree.map_structure(
@@ -309,8 +336,8 @@ class _PrivateTraining:
         y: Any = None,
         batch_size: int | None = None,
         epochs: int | None = None,
-        verbose: Any = "auto",
-        callbacks: Any = None,
+        verbose: int | Literal["auto"] = "auto",
+        callbacks: Callbacks = None,
         validation_split: float = 0.0,
         validation_data: Any = None,
         shuffle: bool | None = None,
@@ -320,27 +347,38 @@ class _PrivateTraining:
         steps_per_epoch: int | None = None,
         validation_steps: int | None = None,
         validation_batch_size: int | None = None,
-        validation_freq: Any = 1,
+        validation_freq: int | Sequence[int] = 1,
     ) -> keras.callbacks.History:
-        """Trains on the batches of the optimizer's plan; otherwise as `keras.Model.fit`.
+        """Trains on the batches of the optimizer's plan, and is otherwise like `keras.Model.fit`.
+
+        With batches of a plan, the arguments `y`, `batch_size`, `validation_split`, `shuffle`,
+        `class_weight` and `sample_weight` are refused: they belong to `plan.batches`.
 
         Args:
-            x: what `plan.batches` of the same plan returned. If the plan declares participations,
-                any data in an order that keeps them.
-            y, batch_size, validation_split, shuffle, class_weight, sample_weight: belong to
-                `plan.batches`, and are refused here.
-            epochs: as in Keras; None, the default, trains what is left of the plan (one epoch of
-                data whose number of steps nobody knows).
-            verbose, callbacks, validation_data, initial_epoch, validation_steps,
-                validation_batch_size, validation_freq: as in Keras. Callbacks that act on a
-                training metric are refused.
-            steps_per_epoch: at most that of the plan, and by default equal to it.
+            x: What `plan.batches` of the same plan returned. If the plan declares participations,
+                any data in an order that keeps to them.
+            y: Belongs to `plan.batches`, or is the target of data in the user's own order.
+            batch_size: See `y`. For arrays it is the plan's.
+            epochs: See Keras. None, the default, trains what is left of the plan, or one epoch of
+                data whose number of steps is unknown.
+            verbose: See Keras.
+            callbacks: See Keras. Callbacks that act on a training metric are refused.
+            validation_split: Always refused.
+            validation_data: See Keras. It must be public or disjoint from the training data.
+            shuffle: See `y`. Data in the user's own order is never shuffled.
+            class_weight: Always refused.
+            sample_weight: See `y`.
+            initial_epoch: See Keras.
+            steps_per_epoch: At most that of the plan, and by default equal to it.
+            validation_steps: See Keras.
+            validation_batch_size: See Keras.
+            validation_freq: See Keras.
 
         Returns:
             Keras's `History`. Its training metrics are not private.
 
         Raises:
-            ValueError: if data or arguments are not accounted for, or no step is left.
+            ValueError: If data or arguments are not accounted for, or no step is left.
         """
         model, optimizer = self.model, self.optimizer
         optimizer.check_process()
@@ -355,7 +393,7 @@ class _PrivateTraining:
             )
             source = f"plan.batches of plan {batches.plan_fingerprint[:12]}"
             steps_per_epoch = steps_per_epoch or batches.steps_per_epoch
-            self._prepare(batches.rows(list(range(batches.batch_size))))
+            self._prepare(batches.rows(np.arange(batches.batch_size)))
         else:
             batch_size, array_steps = fit_arguments.check_foreign_data(
                 x, optimizer.plan, batch_size, steps_per_epoch
@@ -406,12 +444,16 @@ class _PrivateTraining:
             )
 
     def _prepare(self, sample: dict[str, Any]) -> None:
-        """Builds model and optimizer, and checks once that clipping is exact for this model."""
+        """Builds model and optimizer, and checks once that clipping is exact for this model.
+
+        Args:
+            sample: A dict of a few rows: `"x"`, and `"y"` and `"sample_weight"` if there are any.
+        """
         model, optimizer = self.model, self.optimizer
         parts = (sample["x"], sample.get("y"), sample.get("sample_weight"))
         with model.distribute_strategy.scope():
             # Metrics too: made inside a replica, their variables would break the graph.
-            model._symbolic_build(data_batch=keras.tree.map_structure(_symbolic_batch, parts))
+            build_model(model, keras.tree.map_structure(_symbolic_batch, parts))
             names = [metric.name for metric in model.metrics]
             callback_policy.refuse_validation_names(
                 [*names, *(getattr(model, "output_names", None) or [])]
@@ -422,7 +464,7 @@ class _PrivateTraining:
             variable_history.inherit(model.weights, model.trainable_variables)
             optimizer.build(model.trainable_variables)
         state = (optimizer, tuple(id(variable) for variable in model.trainable_variables))
-        # `compile` drops the train function: loss and layers may be others now.
+        # `compile` drops the train function: loss and layers may have changed.
         if model.train_function is None or self._checked != state:
             with no_replicas():
                 clipping.check_model(model, *parts, clipping=optimizer.clipping)

@@ -1,4 +1,4 @@
-"""The gate of the private step: each call of it was made by Keras, for a batch of a private fit."""
+"""The gate of the private step: only Keras may call it, for a batch of a private `fit`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from keras_bandmf.optimizers.bandmf import BandMFOptimizer
 
 @contextlib.contextmanager
 def held(lock: threading.Lock) -> Iterator[None]:
-    """Holds a lock, which nobody else may hold already.
+    """Holds a lock, and does not wait for it.
 
     Raises:
-        ValueError: if a `fit` holds it.
+        PrivacyError: If another `fit` holds it.
     """
     if not lock.acquire(blocking=False):
         raise PrivacyError(
-            "The model, or its optimizer, is being trained: a second `fit` would move the step of "
-            "the first one away from its batches. Received: `fit` from a callback or another "
-            "thread, during `fit`. Call them one after the other."
+            "The model, or its optimizer, is already being trained: a second `fit` would move the "
+            "step of the first one away from its batches. Received: a call of `fit` during `fit`, "
+            "from a callback or another thread. Call them one after the other."
         )
     try:
         yield
@@ -33,18 +33,18 @@ def held(lock: threading.Lock) -> Iterator[None]:
 
 
 class StepGate(keras.callbacks.Callback):
-    """Lets Keras run the train function once for each batch of a private `fit`, and nobody else.
+    """Lets Keras, and nobody else, run the train function once for each batch of a private `fit`.
 
-    Keras announces each batch to the callbacks and then calls the train function. As the last of
-    the callbacks this one opens the gate, and the call closes it again.
+    Keras announces each batch to the callbacks and then calls the train function. This callback is
+    the last one. It opens the gate, and the call closes it again.
 
     Formal guarantees:
-        What `guarded` returned checks in Python at every call, not when it is traced, that a
-        private `fit` has just announced a batch. So `model.train_function`, also one taken out
-        during a `fit` and called later, and `keras.Model.fit(model, ...)` raise before a gradient
-        is computed; so does a callback that calls them during a `fit`. `check_running` refuses to
-        run or trace the step elsewhere: a `tf.function` of the user cannot hold it. The optimizer
-        accepts gradients only during such a call.
+        The function that `guarded` returns checks in Python at every call, not when it is traced,
+        that a private `fit` has just announced a batch. So `model.train_function` (also if it was
+        taken out during a `fit` and is called later) and `keras.Model.fit(model, ...)` raise before
+        a gradient is computed; so does a callback that calls them during a `fit`. `check_running`
+        refuses to run or trace the step elsewhere, so a `tf.function` of the user cannot hold it.
+        The optimizer accepts gradients only during such a call.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class StepGate(keras.callbacks.Callback):
 
     @contextlib.contextmanager
     def during_fit(self, optimizer: BandMFOptimizer, source: str) -> Iterator[None]:
-        """Takes announcements for the time of a private `fit` on the batches named by `source`."""
+        """Accepts announcements during a private `fit` on the batches named by `source`."""
         previous, self._fit = self._fit, (optimizer, source)
         self._thread = threading.get_ident()
         try:
@@ -69,7 +69,7 @@ class StepGate(keras.callbacks.Callback):
         self._is_open = self._fit is not None
 
     def guarded(self, function: Callable) -> Callable:
-        """Returns a train function that runs `function` only through the open gate."""
+        """Returns a train function that runs `function` only while the gate is open."""
 
         def train_function(iterator: Any) -> Any:
             elsewhere = self._thread != threading.get_ident()
@@ -77,7 +77,7 @@ class StepGate(keras.callbacks.Callback):
                 raise PrivacyError(
                     "The private step runs once for each batch of `model.fit(plan.batches(x, y))` "
                     "of the private model. Received: a call from elsewhere (`train_function`, "
-                    "`keras.Model.fit(model, ...)`, a callback): its data is not accounted for."
+                    "`keras.Model.fit(model, ...)`, a callback), whose data is not accounted for."
                 )
             self._is_open = False
             optimizer, source = self._fit
@@ -95,12 +95,11 @@ class StepGate(keras.callbacks.Callback):
         """Refuses a step that is run or traced outside a call of the guarded train function.
 
         Raises:
-            ValueError: naming what to call.
+            PrivacyError: If no such call is in progress.
         """
         if not self._is_running:
             raise PrivacyError(
                 "The sampling of a single step is not accounted for: this run trains on batches of "
-                "its plan. Received: a call of `train_step`, or of a function that holds it, from "
-                "elsewhere than a private `fit`. Do not call it; `model.fit(plan.batches(x, y))` "
-                "does."
+                "its plan. Received: a call of `train_step`, or of a function that contains it, "
+                "outside a private `fit`. Call `model.fit(plan.batches(x, y))` instead."
             )

@@ -12,13 +12,14 @@ from keras_bandmf.sampling import PrivateBatches
 class StepGuard(keras.callbacks.Callback):
     """Keeps batches and optimizer at the same step, and ends `fit` with the budget.
 
-    It must be the last callback, so that a restore by an earlier one is seen.
+    It comes after the user's callbacks, so that it detects a restore by one of them.
 
     Args:
-        optimizer: the optimizer whose counter is the position.
-        batches: the batches of the plan, or None for data the plan's declaration covers.
-        array_steps: the steps of a pass over arrays that Keras reads from the first row in each
-            epoch, else None.
+        optimizer: The optimizer whose step counter is the position.
+        batches: The batches of the plan. None for the user's own data, whose participations the
+            plan declares.
+        array_steps: The steps of a pass over arrays that Keras reads from the first row in each
+            epoch. None for other data.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class StepGuard(keras.callbacks.Callback):
         """Moves the batches to the optimizer's step.
 
         Raises:
-            ValueError: if no step is left, the data is not that of the run, the counter moved
+            PrivacyError: If no step is left, the data is not that of the run, the counter moved
                 while Keras holds an iterator, worker processes differ, or the last pass over
                 arrays was not finished.
         """
@@ -50,9 +51,10 @@ class StepGuard(keras.callbacks.Callback):
         if self._array_steps and step % self._array_steps:
             raise PrivacyError(
                 "The last pass over the arrays ended early, and Keras would start again at the "
-                "first row: its participations would be closer than the plan declares. Received: "
-                f"step {step}, of passes of {self._array_steps} steps. Restore a checkpoint of the "
-                "end of an epoch. (`plan.batches` goes on within an epoch.)"
+                "first row: its participations would be closer together than the plan declares. "
+                f"Received: step {step}, with passes of {self._array_steps} steps. Restore a "
+                "checkpoint from the end of an epoch, or use `plan.batches`, which can continue "
+                "within an epoch."
             )
         if self._position is not None:
             self._check_position(step)
@@ -69,10 +71,10 @@ class StepGuard(keras.callbacks.Callback):
         self._epoch_start = self._position = step
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        """Sees steps and restores by a callback before this one, before the next step is made.
+        """Detects, before the next step, steps and restores by a callback before this one.
 
         Raises:
-            ValueError: if the counter is not where the batches are, or a state was restored.
+            PrivacyError: If the counter is not where the batches are, or a state was restored.
         """
         self._check_position(self._optimizer.steps_done)
 
@@ -80,8 +82,8 @@ class StepGuard(keras.callbacks.Callback):
         """Ends `fit` after the last step of the plan.
 
         Raises:
-            ValueError: if the counter is not where the batches are. The step may then have been
-                made with rows of another one, and the run is not private from then on.
+            PrivacyError: If the counter is not where the batches are. The step may then have been
+                made with the rows of another one, and the run is not private from then on.
         """
         num_steps = self._optimizer.plan.num_steps
         self._position = min(self._epoch_start + batch + 1, num_steps)
@@ -96,18 +98,18 @@ class StepGuard(keras.callbacks.Callback):
             self.model.stop_training = True
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Sees a restore by a callback before this one.
+        """Detects a restore by a callback that ran before this one.
 
         Raises:
-            ValueError: if the counter is not where the batches are.
+            PrivacyError: If the counter is not where the batches are.
         """
         self._check_position(self._optimizer.steps_done)
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        """Sees a step made by a callback before this one after the last epoch.
+        """Detects a step that a callback before this one made after the last epoch.
 
         Raises:
-            ValueError: if the counter is not where the batches are.
+            PrivacyError: If the counter is not where the batches are.
         """
         if self._position is not None:
             self._check_position(self._optimizer.steps_done)
@@ -117,8 +119,8 @@ class StepGuard(keras.callbacks.Callback):
         restored = optimizer.built and optimizer.run_state.restores != self._restores
         if step != self._position or restored:
             raise PrivacyError(
-                "The optimizer's step changed during `fit` other than by training, which would "
-                f"repeat or lose batches. Expected step {self._position}. Received: {step}"
+                "The optimizer's step changed during `fit` by something other than training, which "
+                f"would repeat or skip batches. Expected step {self._position}. Received: {step}"
                 f"{', of a restored state' if restored else ''}. "
                 "Restore checkpoints before `fit`, or at its beginning as BackupAndRestore does."
             )

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from keras_bandmf.accounting import sampled_gaussian
 from keras_bandmf.accounting.accountant import (
     COARSE_ACCURACY,
-    Schedule,
     calibrate_noise,
     epsilon_of,
 )
 from keras_bandmf.accounting.sampled_gaussian import gaussian_epsilon, sampled_gaussian_epsilon
+from keras_bandmf.sampling.schedule import Schedule
 
 
 @pytest.fixture(scope="module")

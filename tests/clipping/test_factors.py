@@ -1,5 +1,7 @@
 """Factors against dense NumPy."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -73,6 +75,21 @@ def test_tied_table_is_unsupported():
         merged([lookup, Rows(tf.ones((3, 5, 2)))])
     with pytest.raises(Unsupported, match="tied"):
         merged([Rows(tf.ones((3, 2, 5))), Rows(tf.ones((3, 5, 2)))])
+
+
+def test_factors_of_different_kinds_are_not_joined():
+    """Whichever comes first refuses the others, instead of leaving one out of the sum."""
+    a, g = tf.ones((3, 1, 2, 5)), tf.ones((3, 1, 2, 4))
+    lookup = Lookup(tf.zeros((3, 1), tf.int32), tf.ones((3, 1, 4)), 5)
+    outer = Outer(a, g, Layout((5, 4)))
+    rows = Rows(tf.ones((3, 5, 4)), Layout((5, 4)))
+    tied = Tied(lookup, outer)
+    for first, *others in itertools.permutations([lookup, outer, rows, tied], 2):
+        with pytest.raises(Unsupported, match="tied"):
+            first.joined([first, *others])
+    with pytest.raises(Unsupported, match="tied"):
+        outer.joined([outer, Outer(a, g, Layout((4, 5)))])
+    assert tied.joined([tied]) is tied
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

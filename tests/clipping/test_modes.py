@@ -270,7 +270,7 @@ def test_names_must_be_clear():
     model = keras.Model(inputs, inner[1](inner[0](inputs)))
     with pytest.raises(ValueError, match="fits 2 layers"):
         PerLayerClipping({"dense": 2.0}).variable_groups(model)
-    with pytest.raises(ValueError, match="named already"):
+    with pytest.raises(ValueError, match="already named"):
         PerLayerClipping((("a/dense", 2.0), ("a/dense", 1.0))).variable_groups(model)
     _, shares = PerLayerClipping({"a/dense": 3.0}).variable_groups(model)
     assert sorted(shares) == [0.25, 0.75]

@@ -60,8 +60,8 @@ def test_steps_and_keys_give_unrelated_rows():
 def test_no_piece_of_the_stream_is_repeated():
     """Steps that shared Philox blocks would shift against each other: lag 0 does not see it."""
     rows = np.stack([draw(step, num_chunks=8) for step in range(6)])
-    neighbours = np.stack([rows[:, :-1], rows[:, 1:]], axis=-1).reshape(-1, 2)
-    assert len(np.unique(neighbours, axis=0)) == len(neighbours)
+    neighbors = np.stack([rows[:, :-1], rows[:, 1:]], axis=-1).reshape(-1, 2)
+    assert len(np.unique(neighbors, axis=0)) == len(neighbors)
 
 
 def uniform_of(words):

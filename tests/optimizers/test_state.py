@@ -132,5 +132,5 @@ def test_worker_processes_must_agree_on_everything_but_the_noise_key(difference,
         worker.check_workers()
         return
     WORKER_DIFFERENCES[difference](worker)
-    with pytest.raises(ValueError, match="do not do the same run"):
+    with pytest.raises(ValueError, match="are not running the same job"):
         worker.check_workers()

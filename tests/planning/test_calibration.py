@@ -2,10 +2,12 @@
 
 import math
 
+import keras
 import numpy as np
 import pytest
 
 from keras_bandmf import compare_bands
+from keras_bandmf.planning import arguments
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.strategies import ToeplitzStrategy, Workload
 from tests.plans import dense_workload
@@ -68,6 +70,31 @@ def test_under_a_workload_both_sides_of_a_ratio_are_of_it():
         error = np.mean(np.sum(factor**2, axis=1))
         expected = row.noise_multiplier * math.sqrt(error) / 2
         assert row.expected_rmse == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("num_bands", ["auto", 4])
+def test_calibrate_resolves_its_arguments_once(num_bands, monkeypatch):
+    resolved = []
+    resolve = arguments.resolve_workload
+
+    def count(*given):
+        resolved.append(given)
+        return resolve(*given)
+
+    monkeypatch.setattr(arguments, "resolve_workload", count)
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.5)
+    made = TrainingPlan.calibrate(
+        **FEW, num_bands=num_bands, sampling="auto", max_bands=4, workload=optimizer
+    )
+    assert len(resolved) == 1
+    assert made.workload == Workload(40, float(np.float32(0.1)), momentum=0.5)
+
+
+def test_several_numbers_are_for_the_comparison_only():
+    with pytest.raises(TypeError, match=r"num_bands=\(2, 4\)"):
+        TrainingPlan.calibrate(**FEW, num_bands=(2, 4))
+    with pytest.raises(TypeError, match=r"num_bands=\(2, 4\)"):
+        compare_bands(**FEW, num_bands=(2, 4), strategy=ToeplitzStrategy([1.0, 0.5], 40))
 
 
 def test_bad_arguments():

@@ -116,9 +116,9 @@ def rates(*values):
 
 def test_bad_rates_and_bad_arguments():
     for optimizer in (rates(0.1, -0.1), rates(0.0, 0.0), rates(0.1, np.nan), SGD(0.0)):
-        with pytest.raises(ValueError, match="`learning_rates` must be finite, not negative"):
+        with pytest.raises(ValueError, match="`learning_rates` to be finite, not negative"):
             workload_from_optimizer(optimizer, N)
-    with pytest.raises(ValueError, match="`momentum` must be below 1"):
+    with pytest.raises(ValueError, match="`momentum` to be below 1"):
         workload_from_optimizer(SGD(0.1, momentum=1.0), N)
     with pytest.raises(ValueError, match="`weight_decay` times the largest learning rate"):
         workload_from_optimizer(SGD(0.5, weight_decay=3.0), N)

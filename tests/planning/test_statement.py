@@ -55,6 +55,7 @@ def test_str_says_every_fact():
         "batches of the plan",
         "metrics were printed",
         "ab" * 32,
+        "Caveats:",
         "Not covered:",
         "tuning",
         "preprocessing",
@@ -71,7 +72,7 @@ def test_a_plan_is_headed_as_one():
     text = str(planned)
     assert text.splitlines()[0] == "Privacy statement: planned, not executed"
     assert "would be (epsilon, delta)" in text
-    assert "set when compiled" in text
+    assert "set when the model is compiled" in " ".join(text.split())
 
 
 def test_not_private_comes_first():
@@ -191,5 +192,5 @@ def test_it_is_frozen():
 
 def test_the_number_of_rows_is_said_to_be_public():
     text = " ".join(str(statement()).split())
-    assert "the number of rows, num_examples: taken as public" in text
-    assert "a run on any other number of rows than num_examples is refused" in text
+    assert "the number of rows, num_examples: treated as public" in text
+    assert "a run on any number of rows other than num_examples is refused" in text

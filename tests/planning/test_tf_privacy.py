@@ -6,9 +6,10 @@ import types
 
 import pytest
 
-from keras_bandmf.accounting.accountant import FINITE_NOISE_SHARE, Schedule, epsilon_of
+from keras_bandmf.accounting.accountant import FINITE_NOISE_SHARE, epsilon_of
 from keras_bandmf.planning import tf_privacy
 from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.sampling.schedule import Schedule
 
 needs_extra = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow_privacy") is None,

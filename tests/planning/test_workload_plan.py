@@ -80,9 +80,9 @@ def test_a_strategy_object_keeps_its_own(plan):
     ordinary = ToeplitzStrategy([1.0, 0.5], N)
     assert make_plan(num_bands=None, strategy=ordinary, workload=Workload(N)).workload is None
     for own, given in ((strategy, Workload(N)), (ordinary, MOMENTUM)):
-        with pytest.raises(ValueError, match="the one the strategy was optimised for"):
+        with pytest.raises(ValueError, match="the one that the strategy was optimized for"):
             make_plan(num_bands=None, strategy=own, workload=given)
-        with pytest.raises(ValueError, match="the one the strategy was optimised for"):
+        with pytest.raises(ValueError, match="the one that the strategy was optimized for"):
             TrainingPlan.calibrate(**TARGET, strategy=own, sampling="auto", workload=given)
 
 
@@ -112,5 +112,5 @@ def test_bad_workloads():
             make_plan(workload=wrong)
     with pytest.raises(ValueError, match="class Adam"):
         make_plan(workload=keras.optimizers.Adam())
-    with pytest.raises(ValueError, match="not negative, and not zero throughout"):
+    with pytest.raises(ValueError, match="not negative, and not all zero"):
         make_plan(workload=keras.optimizers.SGD(0.0))

@@ -92,3 +92,15 @@ def test_the_declaration_of_the_user_is_quoted():
     plan = runs.make_plan(sampling="fixed_order", max_participations=2, min_separation=12)
     statement = bandmf.BandMFOptimizer("sgd", plan).record.statement()
     assert any("at most 2 participations" in caveat for caveat in statement.caveats)
+
+
+def test_a_record_of_an_earlier_release_is_read():
+    """It also wrote the step at which each fit was to end; nothing else may be there."""
+    facts = recorded(built(), 12).to_facts()
+    (fit,) = facts["fits"]
+    assert "requested_step" not in fit
+    record = built().record
+    record.take_over(facts | {"fits": [fit | {"requested_step": 12}]})
+    assert [vars(one) for one in record.fits] == [fit]
+    with pytest.raises(ValueError, match="damaged"):
+        record.take_over(facts | {"fits": [fit | {"other": 1}]})

@@ -64,7 +64,7 @@ def test_merge_undoes_it_and_keeps_the_trained_weights():
     assert carried(model) == []
     for a, b in zip(model.get_weights(), weights, strict=True):
         np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match="no gradient carriers"):
+    with pytest.raises(ValueError, match="Expected a model with gradient carriers"):
         bandmf.merge_rgp(model)
     # The noise was made for the coordinates: the optimizer does not go on without them.
     with pytest.raises(ValueError, match="coordinates"):
@@ -209,14 +209,14 @@ MISUSES = {
         lambda: bandmf.enable_rgp(keras.Sequential([keras.layers.Dense(3)]), 2),
         "not built",
     ),
-    "twice": (enabled_twice, "once"),
+    "twice": (enabled_twice, "merge_rgp"),
     "after_compile": (after_compile, "before `compile`"),
     "constraint": (constrained, "constraint"),
     "all_excluded": (
         lambda: bandmf.enable_rgp(make_model(), 2, exclude=["conv", "heads", "dense"]),
-        "No kernel",
+        "at least one kernel",
     ),
-    "rank_above_all": (lambda: bandmf.enable_rgp(make_model(), 500), "No kernel"),
+    "rank_above_all": (lambda: bandmf.enable_rgp(make_model(), 500), "at least one kernel"),
     "unknown_layer": (lambda: bandmf.enable_rgp(make_model(), 2, exclude=["nose"]), "nose"),
     "layer_without_kernel": (
         lambda: bandmf.enable_rgp(make_model(), 2, layers=["reshape", "flatten"]),

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import keras_bandmf as bandmf
 from keras_bandmf.clipping.coordinates import coordinates_of
-from keras_bandmf.clipping.factors import Layout, Outer, Rows
+from keras_bandmf.clipping.factors import Layout, Outer, Rows, Unsupported
 from keras_bandmf.rgp.carrier import Carrier
 from keras_bandmf.rgp.head import HeadScale
 from keras_bandmf.rgp.layouts import MatrixLayout
@@ -220,6 +220,17 @@ def test_the_norm_is_at_least_that_of_either_carrier():
     factor = factor.joined([factor])
     floors = factor.whole.squared_norms(), factor._right().squared_norms()
     assert np.all(factor.squared_norms() >= np.maximum(*floors))
+
+
+def test_coordinates_are_not_joined_with_plain_gradients():
+    """A gradient that is not in the carriers' coordinates would be lost in the sum."""
+    carrier = Carrier(MatrixLayout((6, 5), (0,), (1,)), "kernel", "float32", 2)
+    ends = [tf.ones((3, 1, 4, width), tf.float32) for width in (6, 2, 2, 5)]
+    whole = Outer(ends[0], ends[2], Layout((6, 2)))
+    factor = CarrierFactor(carrier, whole, *ends[1:])
+    with pytest.raises(Unsupported, match="tied"):
+        factor.joined([factor, whole])
+    assert factor.joined([factor, factor]).a.shape[2] == 8
 
 
 def test_microbatches_and_graphs_give_the_same():

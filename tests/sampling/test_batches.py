@@ -9,7 +9,9 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 
-from keras_bandmf.sampling import PrivateBatches, draws
+from keras_bandmf.sampling import PrivateBatches
+from keras_bandmf.sampling.laws import cyclic_poisson
+from keras_bandmf.sampling.schedule import Schedule
 from tests import runs
 
 N = 60
@@ -23,7 +25,9 @@ def batches_of(x=None, y="labels", key=KEY, **changes):
     )
     x = np.arange(N, dtype="int32") if x is None else x
     y = np.arange(N) % 5 if isinstance(y, str) else y
-    made = PrivateBatches(x, y, plan_fingerprint="print", **(numbers | changes))
+    options = {name: value for name, value in changes.items() if name not in numbers}
+    schedule = Schedule(**{name: changes.get(name, value) for name, value in numbers.items()})
+    made = PrivateBatches(x, y, schedule=schedule, plan_fingerprint="print", **options)
     if key is not None:
         made.bind(key)
     return made
@@ -96,7 +100,7 @@ def test_columns_that_are_not_given_are_absent():
 
 def test_a_large_draw_takes_the_next_multiple_and_nothing_is_cut(monkeypatch):
     """Rule 5. At rate one a batch is a whole group; P is made too small for half of them."""
-    monkeypatch.setattr(draws, "_PADDING_QUANTILE", 0.5)
+    monkeypatch.setattr(cyclic_poisson, "_PADDING_QUANTILE", 0.5)
     sizes = set()
     for seed in range(20):
         made = batches_of(batch_size=8, num_bands=7, num_steps=7, seed=seed)

@@ -11,7 +11,8 @@ import pytest
 from scipy import stats
 
 from keras_bandmf.sampling import draws
-from keras_bandmf.sampling.draws import SamplingRule, bernoulli_positions, bit_stream, round_up
+from keras_bandmf.sampling.draws import bernoulli_positions, bit_stream, round_up
+from keras_bandmf.sampling.schedule import Schedule
 
 ALARM = 1e-6
 
@@ -22,7 +23,7 @@ def key_of(seed):
 
 def rule_of(**changes):
     numbers = dict(num_examples=400, batch_size=20, num_steps=4000, num_bands=4)
-    return SamplingRule(**(numbers | {"sampling": "cyclic_poisson"} | changes))
+    return Schedule(**(numbers | {"sampling": "cyclic_poisson"} | changes))
 
 
 def participation(rule, key, num_steps=None):
@@ -39,8 +40,9 @@ def participation(rule, key, num_steps=None):
 
 def groups(rule, key):
     """Group of each example, read off a run at rate one."""
-    whole = SamplingRule(
-        rule.num_examples, rule.num_examples // rule.num_bands, rule.num_bands, rule.num_bands
+    batch_size = rule.num_examples // rule.num_bands
+    whole = Schedule(
+        "cyclic_poisson", rule.num_examples, batch_size, rule.num_bands, rule.num_bands
     )
     table = participation(whole, key)
     assert np.all(table.sum(axis=0) == 1)
@@ -264,8 +266,8 @@ def test_batch_sizes_exceed_the_padded_size_as_rarely_as_stated():
         (dict(batch_size=401), ValueError, "batch_size=401"),
         (dict(num_steps=-1), ValueError, "num_steps=-1"),
         (dict(num_bands="4"), TypeError, "num_bands"),
-        (dict(num_bands=21), ValueError, "at most num_bands=20"),
-        (dict(num_bands=21, sampling="fixed_order"), ValueError, "separation"),
+        (dict(num_bands=21), ValueError, "at most 20 bands"),
+        (dict(num_bands=21, sampling="fixed_order"), ValueError, "at most 20 bands"),
         (dict(sampling="shuffle"), ValueError, "sampling='shuffle'"),
     ],
 )

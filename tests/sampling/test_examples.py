@@ -169,7 +169,7 @@ def test_ragged_and_sparse_datasets():
 
 @pytest.mark.parametrize("name", ["y", "sample_weight"])
 def test_columns_beside_a_dataset(name):
-    with pytest.raises(ValueError, match=f"`{name}` must be None"):
+    with pytest.raises(ValueError, match=f"`{name}` to be None"):
         read(tf.data.Dataset.range(N), **{name: np.ones(N)})
 
 
@@ -184,8 +184,8 @@ def test_columns_beside_a_dataset(name):
         (dict(y=np.ones(N - 1)), "`y`.*public constant"),
         (dict(y=np.float32(3)), r"`y`.*shape=\(\)"),
         (dict(sample_weight=np.ones(1)), "sample_weight"),
-        (dict(x={}), "`x` must hold an array"),
-        (dict(y=[]), "`y` must hold an array"),
+        (dict(x={}), "`x` to hold an array"),
+        (dict(y=[]), "`y` to hold an array"),
         (dict(sample_weight=-np.ones(N)), "sample_weight.*negative"),
         (dict(sample_weight=[np.ones(N), np.full(N, np.nan)]), r"sample_weight\[1\].*finite"),
         (dict(sample_weight=np.full(N, np.inf)), "finite"),
@@ -212,7 +212,7 @@ def generator():
         (dict(x=np.ma.masked_array(np.ones(N))), "MaskedArray"),
         (dict(x=keras.Input((3,))), "KerasTensor"),
         (dict(x=np.array([{}] * N)), "entry of type dict"),
-        (dict(x=np.array([[1], [2, 3]] * 25, object)), "padded"),
+        (dict(x=np.array([[1], [2, 3]] * 25, object)), "Pad rows"),
         (dict(x=np.zeros(N, "datetime64[s]")), "datetime64"),
         (dict(x=np.array(["a"] * N)), "of strings.*preprocess"),
         (dict(y={"t": np.array([b"a"] * N)}), r"y\['t'\].*of strings"),
@@ -298,7 +298,7 @@ def test_bad_preprocess(preprocess, match):
 
 
 def test_preprocess_of_wrong_type_or_result():
-    with pytest.raises(TypeError, match="callable"):
+    with pytest.raises(TypeError, match="`preprocess` to be a function"):
         read(preprocess="lower")
     with pytest.raises(TypeError, match="x of preprocess.*RaggedTensor"):
         read(preprocess=lambda x: tf.RaggedTensor.from_uniform_row_length(x, 1))

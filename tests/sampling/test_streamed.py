@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import keras_bandmf as bandmf
 from keras_bandmf.sampling import StreamedBatches
+from keras_bandmf.sampling.schedule import Schedule
 from tests import runs
 
 N, BATCH, EPOCH, STEPS = 26, 4, 6, 15
@@ -24,9 +25,10 @@ def stream(count=N, batch=BATCH, drop=False):
 
 
 def streamed(dataset=None, **changes):
-    options = {"num_examples": N, "batch_size": BATCH, "num_steps": STEPS, "num_bands": 2}
+    numbers = {"num_examples": N, "batch_size": BATCH, "num_steps": STEPS, "num_bands": 2}
+    schedule = Schedule(**({"sampling": "fixed_order"} | numbers | changes))
     dataset = stream() if dataset is None else dataset
-    return StreamedBatches(dataset, **(options | changes), plan_fingerprint="f")
+    return StreamedBatches(dataset, schedule=schedule, plan_fingerprint="f")
 
 
 def changing(make):

@@ -110,7 +110,7 @@ def test_sensitivity_values():
     assert s.sensitivity() == s.sensitivity(1) == s.sensitivity(5, 32) == 1.0
     assert s.sensitivity(100, 4) == pytest.approx(np.sqrt(8))
     assert s.sensitivity(6, 4) == pytest.approx(np.sqrt(6))
-    with pytest.raises(ValueError, match="`min_separation` must be given"):
+    with pytest.raises(ValueError, match="Expected `min_separation` to be an integer"):
         s.sensitivity(2)
 
 
@@ -202,7 +202,7 @@ def test_frozen_and_not_aliased():
     ],
 )
 def test_bad_columns(columns):
-    with pytest.raises(ValueError, match="`columns` must be.*Received"):
+    with pytest.raises(ValueError, match="Expected `columns` to be.*Received"):
         BandedStrategy(columns)
 
 
@@ -240,7 +240,8 @@ def test_bad_sizes():
 )
 def test_bad_arguments_of_optimize(argument):
     (name,) = argument
-    with pytest.raises((TypeError, ValueError), match=f"`{name}`.*Received: {name}="):
+    is_type = name == "callback" or argument == {"start": "toeplitz"}
+    with pytest.raises(TypeError if is_type else ValueError, match=f"`{name}`.*Received: {name}="):
         BandedStrategy.optimize(10, 2, **argument)
     with pytest.raises((TypeError, ValueError), match="Expected `error` to be"):
         strategy(5, 2).loss("rms")

@@ -7,7 +7,7 @@ import pytest
 import scipy.optimize
 
 from keras_bandmf import strategies
-from keras_bandmf.strategies.block_diagonal import BlockDiagonalStrategy, _BlockLoss
+from keras_bandmf.strategies.block_diagonal import BlockDiagonalStrategy, _BlockErrors
 
 SHAPES = [(20, 3, 5), (23, 4, 5), (16, 4, 4), (9, 2, 9), (12, 1, 4)]
 
@@ -48,9 +48,13 @@ def test_matrix_errors_and_rows_equal_the_dense_ones(shape):
     np.testing.assert_allclose(matrix @ x, z, atol=1e-10)
 
 
-@pytest.mark.parametrize("error", ["mean", "max"])
-def test_the_gradient_of_the_search_is_right(error):
-    loss = _BlockLoss(13, 3, error, None)
+@pytest.mark.parametrize("power", [1.0, 64.0])
+def test_the_gradient_of_the_search_is_right(power):
+    errors = _BlockErrors(13, 3, None)
+
+    def loss(point):
+        return errors.log_mean(point, power)
+
     rng = np.random.default_rng(1)
     point = np.ravel(np.eye(1, 3) + 0.2 * rng.normal(size=(5, 3)))
     gradient = loss(point)[1]
@@ -70,6 +74,29 @@ def test_the_search_finds_the_dense_optimum():
     best = scipy.optimize.minimize(value, np.zeros(3), method="BFGS").fun
     strategy = BlockDiagonalStrategy.optimize(n, b, length)
     assert strategy.loss() == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("error", ["mean", "max"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_search_with_many_unknowns_ends_at_a_minimum(error, momentum):
+    """No small change of the block lowers the error, or, for the largest, its power mean."""
+    n, b, length = 120, 8, 20
+    workload = strategies.Workload(n, momentum=momentum)
+    strategy = BlockDiagonalStrategy.optimize(n, b, length, error, workload=workload)
+    errors = _BlockErrors(n, b, workload)
+    power = 1.0 if error == "mean" else 4096.0
+    gradient = errors.log_mean(strategy.block.columns.reshape(-1), power)[1]
+    assert np.max(np.abs(gradient)) < 1e-3
+    independent = BlockDiagonalStrategy.optimize(n, 1, length, workload=workload)
+    assert strategy.loss(error) < 0.25 * independent.loss(error)
+
+
+def test_a_block_without_an_inverse_has_an_infinite_error():
+    errors = _BlockErrors(13, 3, None)
+    point = np.ravel(np.eye(1, 3).repeat(5, axis=0))
+    point[3] = 0.0
+    assert np.all(np.isinf(errors.evaluate(point)))
+    assert errors.log_mean(point, 1.0)[0] == np.inf
 
 
 def test_many_blocks_want_another_block_than_one():
@@ -120,7 +147,7 @@ def test_arguments_out_of_range_are_refused(arguments):
 
 def test_a_block_that_is_no_banded_strategy_is_refused():
     toeplitz = strategies.ToeplitzStrategy.optimize(5, 2)
-    with pytest.raises(ValueError, match="`block`"):
+    with pytest.raises(TypeError, match="Expected `block`"):
         BlockDiagonalStrategy(toeplitz, 20)
     with pytest.raises(ValueError, match="num_steps"):
         BlockDiagonalStrategy(strategies.BandedStrategy.optimize(5, 2), 4)

@@ -19,7 +19,7 @@ RMSE = {
     65536: (181.020717, 128.048797, 90.628900, 64.223587, 45.628704, 32.577348, 23.454134),
     1048576: (724.077689, 512.030015, 362.112839, 256.139980, 181.256134, 128.376115, 91.077308),
 }
-# n, b, RMSE of the best banded strategy, and how many per cent worse raw and column-normalised
+# n, b, RMSE of the best banded strategy, and how many per cent worse raw and column-normalized
 # Toeplitz strategies are.
 SUBOPTIMALITY = [
     (16, 4, 1.902896, 1.820, 1.085),

@@ -49,7 +49,7 @@ def test_exact_for_raw_falling_coefficients_with_more_bands_than_the_separation(
 
 
 def test_never_below_brute_force_with_more_bands_than_the_separation():
-    # Column-normalised, or not falling: the evenly spaced formula would be too small here.
+    # Column-normalized, or not falling: the evenly spaced formula would be too small here.
     rng = np.random.default_rng(3)
     vectors = [FALLING, RISING, MIXED, np.ones(3), *rng.standard_normal((6, 4))]
     for vector in vectors:
@@ -63,7 +63,7 @@ def test_never_below_brute_force_with_more_bands_than_the_separation():
 
 
 def test_the_evenly_spaced_formula_is_too_small_for_normalised_columns():
-    # Why the normalised matrix takes the upper bound: DESIGN's one per cent.
+    # Why the normalized matrix takes the upper bound: DESIGN's one per cent.
     raw = ToeplitzStrategy(square_root_coefficients(6), 8, column_normalize=False)
     normalized = ToeplitzStrategy(square_root_coefficients(6), 8)
     truth = reference.brute_force_sensitivity(normalized.materialize(), 3, 3)
@@ -235,7 +235,7 @@ def test_fixed_order_of_a_billion_steps():
     assert got == pytest.approx(raw.sensitivity(1000, 40, fixed_order=True), rel=1e-3)
 
 
-def test_the_dynamic_programme_is_affordable_when_few_participations_meet():
+def test_the_dynamic_program_is_affordable_when_few_participations_meet():
     assert participation.is_affordable(10**4, 63, 8, 40)
     assert not participation.is_affordable(10**6, 1023, 1000, 8)
     assert participation.separated_work(10**12, 10**6, 5, 1) == math.inf

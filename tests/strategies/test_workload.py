@@ -127,7 +127,7 @@ def test_prefix_sums_by_either_route():
         plain.per_step_error(),
         rtol=1e-11,
     )
-    # With a workload the column-normalised loss itself is minimised.
+    # With a workload the column-normalized loss itself is minimized.
     assert workload.loss() <= plain.loss()
 
 
@@ -181,14 +181,15 @@ def test_bad_arguments(argument):
 
 @pytest.mark.parametrize("bad", [Workload(9), "prefix", 1.0])
 def test_a_workload_of_other_steps_or_none_at_all(bad):
-    match = "`workload` must be a `Workload` of 10 steps.*Received: workload="
+    match = "Expected `workload` to be a `Workload` of 10 steps.*Received: workload="
+    expected = ValueError if isinstance(bad, Workload) else TypeError
     for make in (
         lambda: ToeplitzStrategy([1.0, 0.5], 10, workload=bad),
         lambda: ToeplitzStrategy.optimize(10, 2, workload=bad),
         lambda: BandedStrategy(np.ones((10, 2)), bad),
         lambda: BandedStrategy.optimize(10, 2, workload=bad),
     ):
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(expected, match=match):
             make()
 
 

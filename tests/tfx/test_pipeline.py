@@ -247,7 +247,7 @@ def test_bad_input_is_refused_before_training_and_a_fixed_order_trains(pipeline,
     results = {name: (text, trained) for name, text, trained in map(json.loads, lines)}
     expected = {
         "no plan": "Expected a plan in `custom_config",
-        "no config": "Argument `custom_config` must be the dict",
+        "no config": "Expected `custom_config` to be the dict",
         "other version": "version=2",
         "other count": "num_examples=401",
         "other count, fixed order": "num_examples=399",

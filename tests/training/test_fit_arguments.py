@@ -60,7 +60,7 @@ def test_a_generator_is_looked_at_and_gives_every_batch_after_that():
 
 @pytest.mark.parametrize("data", [(each for each in ()), iter([(X, Y)]), [1.0, 2.0]])
 def test_data_that_cannot_be_looked_at_is_refused(data):
-    with pytest.raises(ValueError, match="checked on"):
+    with pytest.raises(ValueError, match="can be checked"):
         fit_arguments.first_rows(data, None, None, 3)
 
 
@@ -105,7 +105,7 @@ def test_arrays_do_not_start_again_after_an_unfinished_pass():
     assert model.optimizer.steps_done == 5
 
 
-class _Centred(keras.layers.Layer):
+class _Centered(keras.layers.Layer):
     def call(self, inputs):
         return inputs - keras.ops.mean(inputs, axis=0, keepdims=True)
 
@@ -114,7 +114,7 @@ class _Centred(keras.layers.Layer):
 def test_a_model_is_checked_on_a_generator(mixes):
     """Rule 6: whatever brings the data, no model is trained that mixes examples."""
     plan = runs.make_plan(sampling="fixed_order", max_participations=1, min_separation=24)
-    layers = [keras.Input((3,)), *([_Centred()] if mixes else []), keras.layers.Dense(1)]
+    layers = [keras.Input((3,)), *([_Centered()] if mixes else []), keras.layers.Dense(1)]
     model = runs.compiled(bandmf.privatize(keras.Sequential(layers)), plan, loss="mse")
     x = np.random.default_rng(0).normal(size=(24, 8, 3)).astype("float32")
     data = ((rows, rows[:, :1]) for rows in x)

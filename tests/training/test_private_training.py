@@ -119,7 +119,7 @@ def test_metrics_see_unpadded_rows_only():
     np.testing.assert_allclose(history["loss"][0], (drawn**2.0).mean(), rtol=1e-5)
 
 
-def test_regularisers_act_after_the_noise_and_unclipped():
+def test_regularizers_act_after_the_noise_and_unclipped():
     plan = runs.make_plan(noise_multiplier=1e-7, num_steps=1, num_bands=1)
     model = keras.Sequential(
         [keras.Input((2,)), keras.layers.Dense(3, use_bias=False, kernel_regularizer="l2")]
@@ -338,7 +338,7 @@ def test_bfloat16_models_train_with_float32_noise():
     assert updates.shape == (24, 96) and np.isfinite(updates).all()
 
 
-def test_batch_normalisation_is_refused_with_its_replacement():
+def test_batch_normalization_is_refused_with_its_replacement():
     """Rule 6, through `fit`."""
     plan = runs.make_plan()
     model = keras.Sequential(

@@ -186,7 +186,7 @@ def test_another_thread_neither_fits_nor_applies_during_a_fit():
 
 
 def test_a_loop_takes_no_gradients_of_another_model():
-    """They would carry what that model learnt."""
+    """They would carry what that model learned."""
     plan = runs.make_plan(**DECLARED)
     model, other = (runs.compiled(runs.counting_model(), plan) for _ in range(2))
     gradients = bandmf.clipped_gradients(other, *[part[:8] for part in DATA])

@@ -68,7 +68,7 @@ def check_keras_needs_the_workarounds(results):
 def check_refusals(results):
     """The chief refuses too: it must not wait for a worker that gave up."""
     for result in results:
-        assert "do not do the same run" in str(result["refusals.other_rows"])
+        assert "are not running the same job" in str(result["refusals.other_rows"])
         assert "plan.batches" in str(result["refusals.arrays"])
 
 

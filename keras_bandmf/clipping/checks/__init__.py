@@ -1,1 +1,1 @@
-"""What is refused, compared or searched before a model trains."""
+"""Refuses or tests a model before it trains."""

@@ -1,13 +1,15 @@
-"""Does book-keeping give what one-example-at-a-time gradients give: compared on synthetic rows."""
+"""Compares book-keeping with gradients of one example at a time, on synthetic rows."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import all_layers
 from keras_bandmf.clipping.checks.snapshot import Snapshot
 from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.coordinates import released
@@ -18,7 +20,7 @@ from keras_bandmf.clipping.paths.book_keeping import clip_by_book_keeping, forwa
 from keras_bandmf.clipping.row_losses import per_example_losses
 from keras_bandmf.clipping.shapes import on_tensors, over_rows
 
-# What a layer that looks up rows of a table calls their number.
+# The attributes of layers that hold the number of rows of a table.
 _TABLE_SIZES = ("input_dim", "vocabulary_size", "num_tokens")
 
 
@@ -31,16 +33,16 @@ def disagreement(
     snapshot: Snapshot,
     mode: ClippingMode,
 ) -> str | None:
-    """What differs between book-keeping and gradients of one example at a time, or None.
+    """Returns where book-keeping and gradients of one example at a time differ, or None.
 
     Args:
-        model: built, on the book-keeping path as far as its structure tells.
-        x: three rows, of which only structure, shapes and dtypes are used; so of the others.
-        y: targets or None.
-        sample_weight: weights or None.
-        loss: from `batch_loss`.
-        snapshot: restored before each pass, so that both draw the same masks.
-        mode: the clipping mode.
+        model: A built model, which takes the book-keeping path as far as its structure tells.
+        x: Three rows. Only structure, shapes and dtypes are used, here and below.
+        y: The targets, or None.
+        sample_weight: The weights, or None.
+        loss: A loss from `batch_loss`.
+        snapshot: A snapshot that is restored before each pass, so that both draw the same masks.
+        mode: The clipping mode.
 
     Formal guarantees: the result depends on the model and on the shapes and dtypes of the data, not
     on its values: rows drawn here at random take their place. Where the model does not take such
@@ -54,20 +56,20 @@ def disagreement(
     x, y, sample_weight = parts
     try:
         expected = _one_by_one(model, x, y, sample_weight, loss, snapshot)
-    except tf.errors.OpError:  # values that a layer or the loss does not take
+    except tf.errors.OpError:  # values that a layer or the loss does not accept
         return None
     return _difference(model, (x, y, sample_weight), loss, snapshot, mode, expected)
 
 
 def synthetic_rows(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> list[Any] | None:
-    """Three random rows of the shapes and dtypes of the data; None for strings.
+    """Returns three random rows of the shapes and dtypes of the data; None for strings.
 
     Integers are below the size of every table that a layer of `model` looks up, or 0 and 1.
     """
     random = np.random.default_rng(0)
     sizes = [
         getattr(layer, name)
-        for layer in model._flatten_layers()
+        for layer in all_layers(model)
         for name in _TABLE_SIZES
         if isinstance(getattr(layer, name, None), int)
     ]
@@ -75,6 +77,7 @@ def synthetic_rows(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> li
 
     def draw(t: tf.Tensor, kind: str) -> tf.Tensor:
         shape = (3, *t.shape[1:])
+        values: np.ndarray
         if t.dtype.is_floating and kind == "x":
             values = random.normal(size=shape)
         elif t.dtype.is_floating:
@@ -87,12 +90,12 @@ def synthetic_rows(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> li
     leaves = [t for t in keras.tree.flatten((x, y, sample_weight)) if t is not None]
     if any(t.dtype == tf.string for t in leaves):
         return None
-    return [on_tensors(lambda t, kind=kind: draw(t, kind), part) for kind, part in named]
+    return [on_tensors(functools.partial(draw, kind=kind), part) for kind, part in named]
 
 
 def _difference(
     model: keras.Model,
-    data: tuple,
+    data: tuple[Any, Any, Any],
     loss: BatchLoss,
     snapshot: Snapshot,
     mode: ClippingMode,
@@ -106,11 +109,12 @@ def _difference(
     snapshot.restore()
     mask = tf.constant([True] * 3)
     clipper = Clipper.of(model, clip, mode)
+    x, y, sample_weight = data
     try:
-        got = clip_by_book_keeping(model, *data, mask, clipper, loss)
+        got = clip_by_book_keeping(model, x, y, sample_weight, mask, clipper, loss)
     except Unsupported as reason:
         return str(reason)
-    narrow = any(layer.compute_dtype == "bfloat16" for layer in model._flatten_layers())
+    narrow = any(layer.compute_dtype == "bfloat16" for layer in all_layers(model))
     tolerance = 5e-2 if narrow else 1e-3
     scale = max(float(np.max(norms[finite], initial=0.0)), 1e-30)
     difference = np.abs(np.asarray(got.norms)[finite] - norms[finite])
@@ -132,7 +136,7 @@ def _difference(
 def _one_by_one(
     model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: BatchLoss, snapshot: Snapshot
 ) -> list[np.ndarray]:
-    """Released gradients of the three examples, each from a forward pass of its own.
+    """Returns released gradients of the three examples, each from a forward pass of its own.
 
     The pass of a row has it in all three places, so that at its own it has the same dropout masks
     as in the batch, and another row nowhere.
@@ -144,7 +148,7 @@ def _one_by_one(
         snapshot.restore()
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
-            y_pred = forward(model, on_tensors(lambda t, i=i: tf.gather(t, [i] * 3), x))
+            y_pred = forward(model, on_tensors(functools.partial(tf.gather, indices=[i] * 3), x))
         _, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight)
         own = [tf.where(over_rows(tf.range(3) == i, s), s, tf.zeros_like(s)) for s in slopes]
         found.append(

@@ -1,4 +1,4 @@
-"""What a private pass reads, writes and draws, found in the graph that TensorFlow traces of it.
+"""Finds what a private pass reads, writes and draws, in the graph that TensorFlow traces of it.
 
 By structure, not by values: what an operation does under a condition that the data at hand do not
 meet is found as well.
@@ -6,12 +6,19 @@ meet is found as well.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
-from tensorflow.python.framework import op_def_registry
+
+from keras_bandmf._keras_internals import (
+    all_layers,
+    operation_definition,
+    own_metrics,
+    watched_variables,
+)
 
 _KEY = "the mask key"
 _READS = {
@@ -23,7 +30,7 @@ _READS = {
     "VarIsInitializedOp",
     "VariableShape",
 }
-# Nothing in a later step can read what they write.
+# No later step can read what these write.
 _WRITES_OUTSIDE = {
     "Assert",
     "Print",
@@ -46,7 +53,7 @@ Labels = frozenset
 class Refused(ValueError):
     """A pass does what no private pass may do: the message says what, where and what instead."""
 
-    # Errors that AutoGraph passes on keep their type only if they are made like this.
+    # AutoGraph keeps the type of an exception that is made like this, and hides that of others.
     __init__ = Exception.__init__
 
 
@@ -65,10 +72,10 @@ class Watch:
     """Looks at the operations added to the current graph from here on; in eager mode at none.
 
     Args:
-        model: whose pass is traced.
-        first: the seed tensor of `MaskSeeds.of_pass`; None if Keras's generators serve.
-        generators: the seed generators that may be written then.
-        unread: what no result may depend on besides metrics, from `written_in`.
+        model: The model whose pass is traced.
+        first: The seed tensor of `MaskSeeds.of_pass`; None if Keras's generators are used.
+        generators: The seed generators that may be written in that case.
+        unread: What no result may depend on, besides metrics; from `written_in`.
     """
 
     def __init__(
@@ -90,13 +97,13 @@ class Watch:
         self._names = {**(unread or {}), **_handles([*model.variables, *metrics])}
 
     def refuse(self, results: Any) -> None:
-        """Refuse the pass if what it computed carries more than weights, constants and seeds.
+        """Refuses the pass if what it computed carries more than weights, constants and seeds.
 
         Args:
-            results: a structure of tensors: what the pass hands on.
+            results: A structure of tensors: what the pass returns.
 
         Raises:
-            Refused: it writes a variable that is no metric, a result depends on a metric, it
+            Refused: If it writes a variable that is no metric, a result depends on a metric, it
                 draws random numbers from other seeds than those of the run, or it runs an
                 operation that keeps a state which cannot be looked at.
 
@@ -134,7 +141,7 @@ class Watch:
 
 
 def written_in(graph: tf.Graph) -> dict[int, str]:
-    """What a traced function may write: identities of resources, with names for messages.
+    """Returns what a traced function may write: identities of resources, with names for messages.
 
     Formal guarantees: every variable and table that an operation of the graph, or of a function
     it calls, gets otherwise than to read it. What Python code writes (`tf.py_function`) is not
@@ -146,10 +153,10 @@ def written_in(graph: tf.Graph) -> dict[int, str]:
 
 
 def _metric_variables(model: keras.Model) -> list[Any]:
-    """Variables of metrics that Keras does not list, such as those of TensorFlow."""
+    """Returns variables of metrics that Keras does not list, such as those of TensorFlow."""
     found = []
-    for layer in model._flatten_layers():
-        for metric in layer._metrics:
+    for layer in all_layers(model):
+        for metric in own_metrics(layer):
             found += [*metric.variables, *_raw(metric)]
     for metric in model.metrics:
         found += [*metric.variables, *_raw(metric)]
@@ -161,7 +168,7 @@ def _raw(metric: keras.metrics.Metric) -> list[tf.Variable]:
 
 
 def _handles(variables: Iterable[Any]) -> dict[int, str]:
-    """The identity of the resource of each variable, on each replica -> its name."""
+    """Returns the identity of each variable's resource, on each replica -> its name."""
     found = {}
     strategy = tf.distribute.get_strategy()
     for variable in variables:
@@ -193,7 +200,7 @@ class _Walk:
         self._draws: dict[str, tuple] = {}
 
     def operations(self, operations: list[tf.Operation]) -> None:
-        """Look at operations in the order in which they were made."""
+        """Looks at operations in the order in which they were made."""
         for operation in operations:
             if operation.type in ("Placeholder", "Const"):
                 continue
@@ -202,8 +209,8 @@ class _Walk:
                 operation.name,
                 operation.type,
                 [self.labels(tensor) for tensor in inputs],
-                op_def_registry.get(operation.type) or operation.op_def,
-                lambda operation=operation: operation.node_def,
+                operation_definition(operation.type) or operation.op_def,
+                functools.partial(getattr, operation, "node_def"),
                 any(output.dtype == tf.resource for output in operation.outputs),
             )
             if self._first is not None:
@@ -211,7 +218,7 @@ class _Walk:
             self._labels[operation.name] = self._visit(node)
 
     def labels(self, tensor: tf.Tensor) -> Labels:
-        """What a tensor of the graph depends on."""
+        """Returns what a tensor of the graph depends on."""
         known = self._labels.get(tensor.op.name) if tensor.graph is self._graph else None
         if known is not None:
             return known
@@ -224,7 +231,7 @@ class _Walk:
         return Labels([handle])
 
     def _origin(self, tensor: tf.Tensor) -> Any:
-        """The tensor that was captured, through all functions around this one."""
+        """Returns the tensor that was captured, through all functions around this one."""
         while hasattr(tensor, "graph"):
             graph = tensor.graph
             if id(graph) not in self._captured:
@@ -239,22 +246,22 @@ class _Walk:
     def _resource_name(self, origin: Any) -> str:
         graph = self._graph
         while graph is not None:
-            # Listed as `variables` only once the trace is complete. For the message alone.
-            for variable in getattr(graph, "_watched_variables", []):
+            # They are listed as `variables` only once the trace is complete. For the message only.
+            for variable in watched_variables(graph):
                 if variable.handle is origin:
                     return variable.name
             graph = getattr(graph, "outer_graph", None)
         return "a variable or table that no layer owns"
 
     def _visit(self, node: _Node) -> Labels:
-        """Check one operation; what its outputs depend on."""
+        """Checks one operation and returns what its outputs depend on."""
         union = Labels().union(*node.inputs)
         kept = union if node.forwards or node.kind in _FORWARDS else union & self._followed
         bodies = _bodies(node)
         if bodies:
             results = [self._body(body, node.inputs) for body in bodies]
             if node.kind in _CALLS and not node.forwards:
-                # What runs once, from its arguments to its results: no more than that is handed on.
+                # It runs once, from its arguments to its results, so only these are passed on.
                 kept = Labels().union(*results) & self._followed
         elif node.kind.startswith(_FROM_SEEDS):
             self._check_seed(node)
@@ -277,7 +284,7 @@ class _Walk:
             )
 
     def _refuse_shared_seeds(self, operation: tf.Operation) -> None:
-        """One seed for draws of different shapes: rows would share bits by their places."""
+        """Refuses one seed for draws of different shapes: rows would share bits by their places."""
         if not operation.type.startswith(_FROM_SEEDS) or operation.type in _SEED_HELPERS:
             return
         names = [argument.name for argument in operation.op_def.input_arg]
@@ -300,7 +307,7 @@ class _Walk:
         kind = node.kind
         if kind in _READS or kind in _WRITES_OUTSIDE:
             return
-        if kind == "Empty" and node.node_def().attr["init"].b:  # zeros, in spite of its name
+        if kind == "Empty" and node.node_def().attr["init"].b:  # zeros, despite its name
             return
         if kind.startswith("CudnnRNN") and not node.node_def().attr["dropout"].f:
             return
@@ -309,7 +316,7 @@ class _Walk:
                 return
             raise Refused(
                 "Random numbers of TensorFlow's own state do not come from the secret key of the "
-                "run. Draw them by `keras.random`, with `seed=` a `keras.random.SeedGenerator` "
+                "run. Draw them with `keras.random`, with `seed=` a `keras.random.SeedGenerator` "
                 "that is an attribute of the layer. "
                 f"Received: operation '{node.name}' of type {kind}"
             )
@@ -325,7 +332,7 @@ class _Walk:
         )
 
     def _body(self, name: str, inputs: list[Labels]) -> Labels:
-        """Look into a function, given what its arguments depend on; what its results depend on."""
+        """Returns what the results of a function depend on, given that of its arguments."""
         function = self._function(name)
         if function is None:
             raise Refused(
@@ -334,7 +341,7 @@ class _Walk:
             )
         arguments = function.signature.input_arg
         if len(inputs) != len(arguments):
-            # A branch does not get the condition; of other kinds each argument may be any input.
+            # A branch does not get the condition. For other kinds each argument may be any input.
             union = Labels().union(*inputs)
             fits = len(inputs) == len(arguments) + 1
             inputs = inputs[1:] if fits else [union] * len(arguments)
@@ -351,7 +358,7 @@ class _Walk:
 
         def visit(node_def: Any) -> None:
             given = [of(i) for i in node_def.input if not i.startswith("^")]
-            definition = op_def_registry.get(node_def.op)
+            definition = operation_definition(node_def.op)
             if definition is None:
                 called = self._function(node_def.op)
                 definition = None if called is None else called.signature
@@ -362,7 +369,7 @@ class _Walk:
             node = _Node(node_def.name, node_def.op, given, definition, lambda: node_def, False)
             labels[node_def.name] = self._visit(node)
 
-        # Sources first, so that no chain of calls grows with the function.
+        # Sources first, so that recursion does not grow with the function.
         for node_def in function.node_def:
             if node_def.name not in labels:
                 visit(node_def)
@@ -392,7 +399,7 @@ class _Writes(_Walk):
 
 
 def _bodies(node: _Node) -> list[str]:
-    """Names of the functions that an operation runs."""
+    """Returns names of the functions that an operation runs."""
     kinds = {"func", "list(func)"}
     names = [a.name for a in node.definition.attr if a.type in kinds] if node.definition else []
     found = []

@@ -1,4 +1,4 @@
-"""The hard test of models whose authors vouch for their layers: many rows, many random states."""
+"""Tests models with layers that were declared row-wise, on many rows and random states."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _LEAST_ROWS = 64
 
 
 def check_declared(model: keras.Model, x: Any, declared: list[str], snapshot: Snapshot) -> None:
-    """Replace half of the rows of a batch, again and again: the other half must not notice.
+    """Replaces half of the rows of a batch, again and again, and compares the other half.
 
     Each try draws the random state, the rows that stay, and the data, floats and integers, anew. It
     runs as a graph of that number of rows, and as one in which their number is not known.
 
     Args:
-        model: built.
-        x: inputs, tensors, of as many rows as there are up to the size of a batch of the run.
-        declared: paths of the declared layers, for the error.
-        snapshot: of the model.
+        model: A built model.
+        x: The inputs, tensors: all rows there are, up to the size of a batch of the run.
+        declared: The paths of the declared layers, for the error.
+        snapshot: A snapshot of the model.
 
     Raises:
-        ValueError: a row's output changed.
+        PrivacyError: If a row's output changed.
 
     Formal guarantees: a test on a sample. Mixing with probability p in a batch that shows in the
     outputs, whether the number of rows is known or not, passes with probability at most
@@ -68,7 +68,7 @@ def check_declared(model: keras.Model, x: Any, declared: list[str], snapshot: Sn
 
 
 def same_columns(a: np.ndarray, b: np.ndarray, narrow: bool = False, wide: bool = False) -> bool:
-    """Whether two tensors of rows agree up to rounding, column by column (NaN equals NaN).
+    """Returns whether two tensors of rows agree up to rounding, column by column (NaN equals NaN).
 
     A large column must not hide another: each has a tolerance of its own.
     """
@@ -91,7 +91,7 @@ def _run(way: UnseenForward, x: Any, snapshot: Snapshot, seed: int) -> list[np.n
 
 
 def _varied(x: Any, attempt: int, random: np.random.Generator) -> Any:
-    """Other rows of the kind: in another order, and perturbed where that makes sense."""
+    """Returns other rows of the kind: in another order, and perturbed where that makes sense."""
     return on_tensors(lambda t: _varied_leaf(t, attempt, random), x)
 
 
@@ -105,6 +105,6 @@ def _varied_leaf(t: tf.Tensor, attempt: int, random: np.random.Generator) -> tf.
         spread = tf.math.reduce_std(tf.cast(t, tf.float64), axis=0) + 1e-3
         return values + tf.cast(scale * spread * noise, t.dtype)
     array = np.asarray(t)
-    # Column by column: columns of integers have tables of their own.
+    # Column by column, because each column of integers has its own table.
     low, high = array.min(axis=0), array.max(axis=0)
     return tf.cast(tf.constant(random.integers(low, high, array.shape, endpoint=True)), t.dtype)

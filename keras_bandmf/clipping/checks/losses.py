@@ -1,7 +1,8 @@
-"""Is the loss of a batch the sum of those of its examples, or another objective: compared."""
+"""Compares the loss of a batch with the losses of its examples: their sum, or another objective?"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ _TOLERANCE = 1e-3
 
 
 def check_loss(loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any) -> None:
-    """Compare the batch's loss with those of its rows: outputs, targets and weights vary.
+    """Compares the batch's loss with those of its rows: outputs, targets and weights vary.
 
     Training always takes the loss of one row at a time, so that rows cannot be coupled. This is to
     tell a user whose loss means something else on a batch: it would train another objective.
@@ -32,13 +33,13 @@ def check_loss(loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any) -> None
     overrides `compute_loss`, where the loss of a batch of one row is what is trained.
 
     Args:
-        loss: from `batch_loss`; it must not look at x.
-        y: targets or None, tensors, of a whole batch.
-        y_pred: outputs for some rows; only their kind is used: random ones take their place.
-        sample_weight: weights or None.
+        loss: A loss from `batch_loss`. It must not read x.
+        y: The targets of a whole batch, tensors, or None.
+        y_pred: Outputs for some rows. Only their kind is used: random ones take their place.
+        sample_weight: The weights, or None.
 
     Raises:
-        ValueError: the slopes of the batch's loss are neither the rows' own nor, for a mean over
+        ValueError: If the slopes of the batch's loss are neither the rows' own nor, for a mean over
             the batch, these over the number of rows.
     """
     outputs = keras.tree.flatten(y_pred)
@@ -51,13 +52,13 @@ def check_loss(loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any) -> None
         on_tensors(lambda t: tf.gather(t, rows % int(t.shape[0])), part)
         for part in (y, y_pred, sample_weight)
     )
-    # Slopes by bfloat16 outputs have three digits: too few to compare.
+    # Gradients by bfloat16 outputs have three digits, which are too few to compare.
     y_pred = on_tensors(_wide, y_pred)
     compare = unseen(lambda *parts: _slopes(loss, *parts), y, y_pred, sample_weight)
     for parts in _batches(y, y_pred, sample_weight):
         try:
             pairs = compare(*parts)
-        except tf.errors.OpError:  # values that the loss does not take: no evidence
+        except tf.errors.OpError:  # values that the loss does not accept: no evidence
             continue
         for batch, own in pairs:
             _compare(np.asarray(batch, "float64"), np.asarray(own, "float64"))
@@ -69,7 +70,7 @@ def _wide(output: tf.Tensor) -> tf.Tensor:
 
 
 def _slopes(loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any) -> list[tuple]:
-    """Slopes by each output: of the batch's loss, and of the losses of its rows."""
+    """Returns the gradients by each output: of the batch's loss, and of the losses of its rows."""
     y_pred = keras.tree.map_structure(tf.identity, y_pred)
     leaves = [t for t in keras.tree.flatten(y_pred) if t.dtype.is_floating]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -105,7 +106,7 @@ def _compare(batch: np.ndarray, own: np.ndarray) -> None:
 
 
 def _batches(y: Any, y_pred: Any, sample_weight: Any) -> Iterator[tuple]:
-    """Batches of random outputs with targets in another order, repeated or, last, invented."""
+    """Yields random outputs with targets in another order, repeated or, at last, invented."""
     random = np.random.default_rng(0)
     rows = int(keras.tree.flatten(y_pred)[0].shape[0])
     for attempt in range(_TRIES):
@@ -114,7 +115,7 @@ def _batches(y: Any, y_pred: Any, sample_weight: Any) -> Iterator[tuple]:
             chosen[: 3 * rows // 4] = chosen[0]
         elif attempt % 3 == 2:  # pairs
             chosen = chosen[np.arange(rows) // 2]
-        targets = on_tensors(lambda t, chosen=chosen: tf.gather(t, chosen), y)
+        targets = on_tensors(functools.partial(tf.gather, indices=chosen), y)
         if attempt == _TRIES - 1:
             targets = on_tensors(lambda t: _zero_or_one(t, random), targets)
         scale = (1.0, 0.1, 3.0)[attempt // 2]
@@ -122,12 +123,12 @@ def _batches(y: Any, y_pred: Any, sample_weight: Any) -> Iterator[tuple]:
             lambda t, scale=scale: _random_like(t, scale, random), y_pred
         )
         order = random.permutation(rows)
-        weights = on_tensors(lambda t, order=order: tf.gather(t, order), sample_weight)
+        weights = on_tensors(functools.partial(tf.gather, indices=order), sample_weight)
         yield targets, outputs, weights
 
 
 def _random_like(t: tf.Tensor, scale: float, random: np.random.Generator) -> tf.Tensor:
-    """Random outputs of the kind of `t`: distributions, probabilities, sizes or any numbers."""
+    """Returns random outputs of the kind of `t`: distributions, probabilities, sizes, numbers."""
     if not t.dtype.is_floating:
         return t
     values = np.asarray(tf.cast(t, tf.float64))
@@ -143,7 +144,7 @@ def _random_like(t: tf.Tensor, scale: float, random: np.random.Generator) -> tf.
 
 
 def _zero_or_one(t: tf.Tensor, random: np.random.Generator) -> tf.Tensor:
-    """The same target in every place of a row, or all zero: the labels 0 and 1."""
+    """Returns the same target in every place of a row, or all zero: the labels 0 and 1."""
     shape = [int(t.shape[0])] + [1] * (t.shape.rank - 1)
     drawn = np.broadcast_to(random.integers(0, 2, size=shape), t.shape)
     return tf.cast(tf.constant(drawn), t.dtype) if t.dtype != tf.string else t

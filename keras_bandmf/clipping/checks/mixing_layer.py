@@ -1,4 +1,4 @@
-"""Which layer mixes examples: the first whose output differs where its input does not."""
+"""Finds the layer that mixes examples: the first whose output differs where its input does not."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import all_layers
 from keras_bandmf.clipping.checks.snapshot import Snapshot
 from keras_bandmf.clipping.checks.unseen import unseen
 from keras_bandmf.clipping.paths.book_keeping import forward
 
 SameRow = Callable[[tf.Tensor, tf.Tensor, int], bool]
 
-_NORMALISE = "Use GroupNormalization or LayerNormalization instead."
+_NORMALIZE = "Use GroupNormalization or LayerNormalization instead."
 _KEEP_AXIS = "Keep the example on axis 0 throughout; do not fold, transpose or reduce it."
 _PER_EXAMPLE = "Compute it from one example only, or move it out of the model (`preprocess=`)."
 
@@ -29,15 +30,15 @@ class _Call(NamedTuple):
 def first_mixing_layer(
     model: keras.Model, x: Any, changed: Any, i: int, snapshot: Snapshot, same_row: SameRow
 ) -> tuple[str, str]:
-    """Name the first layer whose output of row i changes though its input of row i does not.
+    """Returns the first layer whose output of row i changes though its input of row i does not.
 
     Args:
-        model: the model.
-        x: some rows.
-        changed: the same with all rows but i replaced.
-        i: the row.
-        snapshot: restored before each run, so that both draw the same masks.
-        same_row: whether row i of two tensors agrees.
+        model: The model.
+        x: Some rows.
+        changed: The same rows with all but row i replaced.
+        i: The row.
+        snapshot: A snapshot that is restored before each run, so that both draw the same masks.
+        same_row: Whether row i of two tensors agrees.
 
     Returns:
         (what mixes, what to use instead), both for an error message.
@@ -75,8 +76,8 @@ def first_mixing_layer(
 
 @contextlib.contextmanager
 def _recorded(model: keras.Model, calls: list[_Call]) -> Iterator[None]:
-    """Record every call of every layer, and of the operations of functional models."""
-    operations = {id(layer): layer for layer in model._flatten_layers(include_self=False)}
+    """Records every call of every layer, and of the operations of functional models."""
+    operations = {id(layer): layer for layer in all_layers(model, include_self=False)}
     for part in [model, *operations.values()]:
         for operation in getattr(part, "operations", []):
             operations.setdefault(id(operation), operation)
@@ -127,7 +128,7 @@ def _name(operation: Any) -> str:
 def _instead(operation: Any) -> str:
     name = type(operation).__name__
     if "Norm" in name:
-        return _NORMALISE
+        return _NORMALIZE
     if name in ("Reshape", "Transpose", "Permute", "Moveaxis", "Swapaxes"):
         return _KEEP_AXIS
     return _PER_EXAMPLE

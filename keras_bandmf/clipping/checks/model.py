@@ -1,4 +1,4 @@
-"""`check_model`: does every example have a gradient of its own, and is it the one we compute?"""
+"""`check_model`: tests that every example has a gradient of its own, and that it is computed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import PrivacyError
+from keras_bandmf._keras_internals import keras_mask, set_keras_mask
 from keras_bandmf.clipping.checks.agreement import disagreement
 from keras_bandmf.clipping.checks.declared import check_declared, same_columns
 from keras_bandmf.clipping.checks.losses import check_loss
@@ -28,7 +29,7 @@ from keras_bandmf.clipping.losses import (
     overrides_compute_loss,
     with_ignored_class,
 )
-from keras_bandmf.clipping.modes import ClippingMode, checked_mode
+from keras_bandmf.clipping.modes import ClippingMode, ClippingName, checked_mode
 from keras_bandmf.clipping.passes import refuse_untraceable, traced_pass, written_by_metrics
 from keras_bandmf.clipping.paths.book_keeping import forward
 from keras_bandmf.clipping.paths.routing import store_checked, structural_reason, trial_reason
@@ -43,30 +44,35 @@ def check_model(
     y: Any = None,
     sample_weight: Any = None,
     loss: Any = None,
-    clipping: str | ClippingMode = "flat",
+    clipping: ClippingName | ClippingMode = "flat",
 ) -> None:
-    """Test that the model can be trained privately, before it is.
+    """Tests whether a model can be trained privately, before it is.
 
-    Puts every variable back. In order: forward pass and loss may write no variable but metrics, may
-    not depend on metrics, and must draw random numbers from seed generators, all of it read off
-    their graphs; other rows must not change an example's outputs; where layers were declared
-    row-wise, other rows must not change an example's outputs in a whole batch, with many random
-    states; the loss must be a sum or mean over examples; and the book-keeping path must give what
-    one-example-at-a-time gradients give on rows of random numbers. All but the first with moved
-    weights: zeros would hide what comes before them. A model that fails only the last goes the
-    general path from here on (`explain` says why).
+    The private `fit` calls it. It puts every variable back. In this order:
+
+     1. Forward pass and loss may write no variable but metrics, may not depend on metrics, and must
+        draw random numbers from seed generators. All of this is read off their graphs.
+     2. Other rows must not change an example's outputs.
+     3. Where layers were declared row-wise, other rows must not change an example's outputs in a
+        whole batch, with many random states.
+     4. The loss must be a sum or a mean over examples.
+     5. The book-keeping path must give the gradients of one example at a time, on rows of random
+        numbers.
+
+    All but the first use moved weights, because zeros would hide what comes before them. A model
+    that fails only the last takes the general path from here on (`explain` says why).
 
     Args:
-        model: a Keras model, compiled unless `loss` is given.
-        x: inputs, at least one row; best as many as a batch of the run has. `y`, `sample_weight`
-            likewise.
-        y: targets or None.
-        sample_weight: weights or None.
-        loss: as for `clipped_gradients`.
-        clipping: likewise.
+        model: A Keras model, compiled unless `loss` is given.
+        x: The inputs, at least one row; at best as many as a batch of the run has.
+        y: The targets of the same rows, or None.
+        sample_weight: The weights of the same rows, or None.
+        loss: See `clipped_gradients`.
+        clipping: See `clipped_gradients`.
 
     Raises:
-        ValueError: the model, its loss or the mode is refused; the error names the layer, the
+        TypeError: If an argument has the wrong type.
+        ValueError: If the model, its loss or the mode is refused. The message names the layer, the
             variable or the loss, and what to use instead.
 
     Formal guarantees: a test on a sample, not a proof: mixing for some inputs only, or by less than
@@ -76,6 +82,17 @@ def check_model(
     `captures.Watch` says what is out of sight. No Python code of the model or the loss gets to see
     a value of the data, which it could keep and make a constant of the graph and of the released
     model: on the data it runs as a graph alone (`unseen`), eagerly on zeros and random numbers.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> import keras_bandmf as bandmf
+        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+        >>> try:
+        ...     bandmf.clipping.check_model(model, np.ones((4, 3)), np.ones((4, 3)), loss="mse")
+        ... except bandmf.PrivacyError as error:
+        ...     print(str(error)[:52])
+        BatchNormalization mixes the examples of a batch, so
     """
     refuse_sparse_data(x, y, sample_weight)
     refuse_short_products()
@@ -95,7 +112,7 @@ def check_model(
             y_pred = run(x)
         except tf.errors.OpError:
             raise
-        except Exception as error:  # what the first trace left behind may not fit a second one
+        except Exception as error:  # what the first trace left may not fit a second one
             refuse_untraceable("The forward pass", error)
         _check_written(snapshot)
         _check_rows(model, run, x, snapshot)
@@ -111,7 +128,7 @@ def check_model(
         unread = written_by_metrics(model, x, y, y_pred, sample_weight)
         _check_loss_captures(model, row_loss, x, y, sample_weight, unread)
         _check_loss(row_loss, x, y, run(x), sample_weight)
-        # A loss of `compute_loss` may look at x; one that ignores a class divides by the others.
+        # A loss of `compute_loss` may read x. One that ignores a class divides by the other rows.
         if not (loss is None and overrides_compute_loss(model)):
             if not with_ignored_class(model, loss):
                 check_loss(row_loss, whole[1], y_pred, whole[2])
@@ -134,9 +151,9 @@ def _check_written(snapshot: Snapshot) -> None:
 
 
 def _check_rows(model: keras.Model, run: UnseenForward, x: Any, snapshot: Snapshot) -> None:
-    """Changing the other rows must not change the output of a row.
+    """Checks that changing the other rows does not change the output of a row.
 
-    Of real rows: layers may take no random ones (strings, numbers of categories).
+    Real rows are used, because layers may accept no random ones (strings, category numbers).
     """
     snapshot.restore()
     y_pred = run(x)
@@ -163,7 +180,7 @@ def _check_rows(model: keras.Model, run: UnseenForward, x: Any, snapshot: Snapsh
 
 
 def same_row(a: tf.Tensor, b: tf.Tensor, i: int) -> bool:
-    """Whether row i of two tensors agrees up to rounding (NaN equals NaN)."""
+    """Returns whether row i of two tensors agrees up to rounding (NaN equals NaN)."""
     narrow, wide = a.dtype in (tf.bfloat16, tf.float16), a.dtype == tf.float64
     a, b = (np.asarray(tf.cast(t[i : i + 1], tf.float64)) for t in (a, b))
     return same_columns(a, b, narrow, wide)
@@ -177,7 +194,7 @@ def _check_loss_captures(
     sample_weight: Any,
     unread: dict[int, str],
 ) -> None:
-    """The loss keeps nothing from one step to another, and reads nothing that a metric keeps."""
+    """Checks that the loss keeps nothing between steps and reads nothing that a metric keeps."""
 
     def run(x: Any, y: Any, sample_weight: Any) -> tf.Tensor:
         y_pred = forward(model, x)
@@ -191,19 +208,19 @@ def _check_loss_captures(
 
 
 def _check_loss(loss: BatchLoss, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> None:
-    """The batch's loss must be a sum over examples, each on its own output only."""
+    """Checks that the batch's loss is a sum over examples, each on its own output only."""
 
     def slopes(outputs: Any, masks: list, x: Any, y: Any, sample_weight: Any) -> list[tf.Tensor]:
         for output, mask in zip(keras.tree.flatten(outputs), masks, strict=True):
             if mask is not None:
-                output._keras_mask = mask
+                set_keras_mask(output, mask)
         leaves = [t for t in keras.tree.flatten(outputs) if t.dtype.is_floating]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(leaves)
             value = loss(x, y, outputs, sample_weight)
         return tape.gradient(value, leaves, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
-    masks = [getattr(t, "_keras_mask", None) for t in keras.tree.flatten(y_pred)]
+    masks = [keras_mask(t) for t in keras.tree.flatten(y_pred)]
     rest = (masks, x, y, sample_weight)
     run = unseen(slopes, y_pred, *rest)
     before = run(y_pred, *rest)

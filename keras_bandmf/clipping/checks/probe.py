@@ -1,4 +1,4 @@
-"""The few rows `check_model` works on, and what it replaces them by."""
+"""The few rows that `check_model` works on, and what replaces them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import keras_mask, set_keras_mask
 from keras_bandmf.clipping.shapes import on_tensors
 
 
 def all_rows(*parts: Any) -> list[Any]:
-    """Every structure as tensors, None kept."""
+    """Returns every structure as tensors; None stays None."""
     return [on_tensors(tf.convert_to_tensor, part) for part in parts]
 
 
@@ -22,10 +23,10 @@ FEW = 17
 
 
 def few_rows(*parts: Any) -> list[Any]:
-    """The first `FEW` rows of every structure, as tensors; fewer are repeated.
+    """Returns the first `FEW` rows of every structure, as tensors; fewer are repeated.
 
     Raises:
-        ValueError: no row at all, or leaves without a row axis.
+        ValueError: If there is no row at all, or a leaf has no row axis.
     """
 
     def take(leaf: Any) -> tf.Tensor:
@@ -42,7 +43,7 @@ def few_rows(*parts: Any) -> list[Any]:
 
 
 def each_row_repeated(data: Any) -> Iterator[tuple[int, Any]]:
-    """For some rows i: i, and `data` with all other rows replaced by row i, or by something new.
+    """Yields i, and `data` with all rows but i replaced by row i or by something new.
 
     Keras masks are those of `data`: only values change.
     """
@@ -58,9 +59,9 @@ def each_row_repeated(data: Any) -> Iterator[tuple[int, Any]]:
                 others = 1 - 2 * t if t.dtype.is_floating else tf.zeros_like(t)
             own = tf.reshape(tf.range(FEW) == i, [FEW] + [1] * (t.shape.rank - 1))
             changed = tf.where(own, t, others)
-            mask = getattr(t, "_keras_mask", None)
+            mask = keras_mask(t)
             if mask is not None:
-                changed._keras_mask = mask
+                set_keras_mask(changed, mask)
             return changed
 
         yield i, on_tensors(change, data)

@@ -1,19 +1,20 @@
-"""What is refused by looking at model and arguments alone, before anything runs."""
+"""Refuses models and arguments by looking at them, before anything runs."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import tensorflow as tf
 
 from keras_bandmf._checks import PrivacyError, checked_int
 from keras_bandmf._environment import refuse_loose_arithmetic
+from keras_bandmf._keras_internals import all_layers
 from keras_bandmf.clipping.losses import overrides_compute_loss, with_mean_by_weight
 from keras_bandmf.clipping.rowwise.known_layers import GROUP_OR_LAYER_NORM, replacement_of
 
-# Options of grappler, and variables of the environment that TensorFlow or oneDNN reads.
+# The options of grappler, and the environment variables that TensorFlow or oneDNN reads.
 _MIXED = "auto_mixed_precision"
 _MATH_MODES = (
     "TF_SET_ONEDNN_FPMATH_MODE",
@@ -25,31 +26,38 @@ _TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
 
 def refuse_sparse_data(x: Any, y: Any, sample_weight: Any) -> None:
-    """Raise ValueError on ragged or sparse data."""
+    """Refuses ragged or sparse data.
+
+    Raises:
+        ValueError: If there is any.
+    """
     for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
         for leaf in keras.tree.flatten(part):
             if isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)):
                 raise ValueError(
-                    f"`{name}` must be dense: an example is a row of axis 0. Use `.to_tensor()` or "
-                    f"`tf.sparse.to_dense` and a mask. Received: {name}={type(leaf).__name__}"
+                    f"Expected `{name}` to be dense: a row of axis 0 is an example. Use "
+                    "`.to_tensor()` or `tf.sparse.to_dense`, and a mask. "
+                    f"Received: {name}={type(leaf).__name__}"
                 )
 
 
-def checked_microbatch_size(microbatch_size: Any) -> int | str | None:
+def checked_microbatch_size(microbatch_size: Any) -> int | Literal["auto"] | None:
     """Returns None, "auto" or a positive integer.
 
     Raises:
-        TypeError: if it is anything else.
-        ValueError: if it is not positive.
+        TypeError: If it is anything else.
+        ValueError: If it is not positive.
     """
-    if microbatch_size is None or microbatch_size == "auto":
-        return microbatch_size
+    if microbatch_size is None:
+        return None
+    if isinstance(microbatch_size, str) and microbatch_size == "auto":
+        return "auto"
     hint = 'Or None for the whole batch, or "auto". It changes memory, never the result.'
     return checked_int("microbatch_size", microbatch_size, hint=hint)
 
 
 def refuse_short_products() -> None:
-    """Raise ValueError where products of float32 matrices may keep only 8 to 11 binary digits.
+    """Refuses settings under which float32 products may keep only 8 to 11 binary digits.
 
     What is left of terms that cancel is then far from the norm of what is summed, beyond what the
     floors of norms cover. These switches do that:
@@ -61,6 +69,9 @@ def refuse_short_products() -> None:
      * oneDNN's math mode, for bfloat16 on CPUs that have it: Arm's; an x86 CPU without AMX was
        measured to ignore it;
      * flags of XLA (`_environment.refuse_loose_arithmetic`).
+
+    Raises:
+        PrivacyError: If one of them is on.
 
     Formal guarantees: necessary conditions only. It reads TensorFlow's options and the
     environment of the process, which must not change after the first trace.
@@ -111,33 +122,37 @@ def _refuse_tensor_float() -> None:
 
 
 def refuse_model(model: keras.Model, sample_weight: Any = None, loss: Any = None) -> None:
-    """Raise ValueError on a model whose per-example gradients do not exist or are not private.
+    """Refuses a model whose per-example gradients do not exist or are not private.
+
+    Raises:
+        ValueError: If `model` is not a model of Keras 3.
+        PrivacyError: If one of its layers or its loss is refused.
 
     Formal guarantees: necessary conditions only, those one can read off the layers; `check_model`
-    tests the model's behaviour.
+    tests the model's behavior.
     """
     if not isinstance(model, keras.Model):
         raise ValueError(
-            "`model` must be a Keras 3 `keras.Model` (`import keras`, not `tf.keras`, which "
+            "Expected `model` to be a Keras 3 `keras.Model` (`import keras`, not `tf.keras`, which "
             "`import tensorflow_transform` makes Keras 2). "
             f"Received: model of type {type(model).__module__}.{type(model).__name__}"
         )
-    for layer in model._flatten_layers():
+    for layer in all_layers(model):
         _refuse_layer(layer)
     if sample_weight is not None and with_mean_by_weight(model, loss):
         raise PrivacyError(
-            'A loss with reduction="mean_with_sample_weight" divides by the sum of the weights: on '
-            'one example its weight cancels. Use reduction="sum_over_batch_size", or drop '
+            'A loss with reduction="mean_with_sample_weight" divides by the sum of the weights, so '
+            'the weight of a single example cancels. Use reduction="sum_over_batch_size", or drop '
             f"`sample_weight`. Received: loss={model.loss if loss is None else loss!r}"
         )
     if loss is None and overrides_compute_loss(model):
-        regularised = [v.path for v in model.trainable_variables if v.regularizer is not None]
-        if regularised:
+        regularized = [v.path for v in model.trainable_variables if v.regularizer is not None]
+        if regularized:
             raise PrivacyError(
                 f"{type(model).__name__} overrides `compute_loss` and has weight regularizers: "
                 "they would be clipped with every example and added again after the noise. Remove "
                 "the override (use `compile(loss=...)`) or the regularizers. "
-                f"Received: regularizers on {', '.join(regularised)}"
+                f"Received: regularizers on {', '.join(regularized)}"
             )
 
 
@@ -180,6 +195,9 @@ def _refuse_layer(layer: keras.layers.Layer) -> None:
 
 
 def _may_use_cudnn(layer: keras.layers.Layer) -> bool:
-    """Measured with TensorFlow 2.21 and cuDNN 9.19 on an H100: not so in float32."""
+    """Returns whether a layer may run on cuDNN.
+
+    The fault was measured with TensorFlow 2.21 and cuDNN 9.19 on an H100, and not in float32.
+    """
     recurrent = isinstance(layer, (keras.layers.LSTM, keras.layers.GRU))
     return recurrent and bool(layer.use_cudnn) and bool(tf.config.get_visible_devices("GPU"))

@@ -1,13 +1,15 @@
-"""`check_rule`: does a layer's clipping rule compute the layer's gradients?"""
+"""`check_rule`: tests whether a clipping rule computes the gradients of its layer."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import all_layers
 from keras_bandmf.clipping.clipper import accumulation_dtype
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.paths.book_keeping import example_gradients, tapped
@@ -15,38 +17,47 @@ from keras_bandmf.clipping.shapes import dims, on_tensors
 
 
 def check_rule(layer: keras.layers.Layer, x: Any, *args: Any, **kwargs: Any) -> float:
-    """Compare a layer's clipping rule with one-example-at-a-time gradients, eagerly.
+    """Compares a layer's clipping rule with gradients of one example at a time, eagerly.
 
     The loss of an example is the sum of the layer's outputs times fixed random numbers. Outputs,
-    every example's gradient by every trainable variable, and its norm must agree. Draw weights and
-    inputs at random first: a scale of one or a bias of zero hides mistakes. In float64 the test is
-    sharpest; a wrong axis shows in any dtype.
-
-    ```python
-    layer = Scale(dtype="float64")  # the layer of `register_rule`'s example
-    clipping.check_rule(layer, np.random.normal(size=(4, 5, 3)))
-    ```
+    every example's gradient by every trainable variable, and its norm must agree. Use random
+    weights and inputs: a scale of one or a bias of zero would hide mistakes. The test is sharpest
+    in float64; a wrong axis shows in any dtype.
 
     Args:
-        layer: a layer with a rule, or one made of such layers; built on `x` if it is not.
-        x: its first input, an array or tensor with the example on axis 0; at least two examples.
-        *args: its other inputs, the example on axis 0 of every array among them.
-        **kwargs: other arguments of its `call`; arrays among them likewise.
+        layer: A layer with a rule, or one made of such layers. It is built on `x` if it is not
+            built yet.
+        x: The layer's first input: an array or tensor with the example on axis 0, of at least two
+            examples.
+        *args: The layer's other inputs. Axis 0 of every array among them is the example.
+        **kwargs: Other arguments of the layer's `call`. Axis 0 of every array among them is the
+            example.
 
     Returns:
         The largest error, relative to the largest entry over all variables.
 
     Raises:
-        ValueError: no rule, outputs without an example axis, a weight that the rule misses, or an
-            error above 1e-9 in float64, 1e-4 in float32, 5e-2 in bfloat16; the variable is named.
+        ValueError: If the layer has no rule, an output has no example axis, the rule misses a
+            weight, or the error is above 1e-9 in float64, 1e-4 in float32, or 5e-2 in bfloat16. The
+            message names the variable.
 
     Formal guarantees: a test on a sample, not a proof.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> from keras_bandmf import clipping
+        >>> layer = keras.layers.Dense(3, bias_initializer="normal", dtype="float64")
+        >>> x = np.random.default_rng(0).normal(size=(4, 5))
+        >>> clipping.check_rule(layer, x) < 1e-12
+        True
     """
     (x, args, kwargs) = on_tensors(_tensor, (x, args, kwargs))
     rows = dims(x)[0]
     if rows < 2:
         raise ValueError(
-            "`x` must hold at least two examples: with one, a rule that mixes examples would pass. "
+            "Expected `x` to hold at least two examples, because with one a rule that mixes "
+            "examples would pass. "
             f"Received: x of shape {tuple(x.shape)}"
         )
     expected_outputs = layer(x, *args, **kwargs)
@@ -55,7 +66,7 @@ def check_rule(layer: keras.layers.Layer, x: Any, *args: Any, **kwargs: Any) -> 
         outputs, gradients, norms = _by_rule(layer, (x, args, kwargs), slopes)
     except Unsupported as reason:
         raise ValueError(
-            f"`layer` cannot take the book-keeping path: {reason}. Give it a rule with "
+            f"Expected `layer` to take the book-keeping path, but: {reason}. Give it a rule with "
             f"`clipping.register_rule`. Received: layer={layer!r}"
         ) from None
     expected = _one_by_one(layer, (x, args, kwargs), slopes)
@@ -75,7 +86,7 @@ def check_rule(layer: keras.layers.Layer, x: Any, *args: Any, **kwargs: Any) -> 
 
 
 def _by_rule(layer: Any, inputs: tuple, slopes: Any) -> tuple[Any, list[np.ndarray], Any]:
-    """Outputs, gradients of every example (rows, *variable) and their norms, by the rule."""
+    """Returns outputs, gradients of shape (rows, *variable) and their norms, by the rule."""
     x, args, kwargs = inputs
     variables = layer.trainable_variables
     values = [v.value for v in variables]
@@ -102,11 +113,11 @@ def _by_rule(layer: Any, inputs: tuple, slopes: Any) -> tuple[Any, list[np.ndarr
 
 
 def _one_by_one(layer: Any, inputs: tuple, slopes: Any) -> list[np.ndarray]:
-    """The same gradients, one example in a batch of its own at a time."""
+    """Returns the same gradients, with each example in a batch of its own."""
     values = [v.value for v in layer.trainable_variables]
     columns: list[list[np.ndarray]] = [[] for _ in values]
     for i in range(dims(inputs[0])[0]):
-        x, args, kwargs = on_tensors(lambda t, i=i: _row(t, i), inputs)
+        x, args, kwargs = on_tensors(functools.partial(_row, i=i), inputs)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
             outputs = keras.tree.flatten(layer(x, *args, **kwargs))
@@ -126,8 +137,8 @@ def _compare(
     if got.shape != expected.shape or not error <= tolerance:
         raise ValueError(
             f"The clipping rule of {type(layer).__name__} is wrong about {what}: it differs from "
-            f"one example at a time by {error:.3g} of the largest entry (at most {tolerance:g} is "
-            f"rounding). Received: layer={layer!r}"
+            f"that of one example at a time by {error:.3g} of the largest entry. Rounding explains "
+            f"at most {tolerance:g}. Received: layer={layer!r}"
         )
     return error
 
@@ -146,6 +157,6 @@ def _random_like(tensor: tf.Tensor) -> tf.Tensor:
 
 
 def _tolerance(layer: keras.layers.Layer) -> float:
-    dtypes = {part.compute_dtype for part in layer._flatten_layers()}
-    dtypes.update(v.dtype for v in layer.trainable_variables)  # LoRA is float32 always
+    dtypes = {part.compute_dtype for part in all_layers(layer)}
+    dtypes.update(v.dtype for v in layer.trainable_variables)  # LoRA is always float32
     return 5e-2 if "bfloat16" in dtypes else 1e-9 if dtypes == {"float64"} else 1e-4

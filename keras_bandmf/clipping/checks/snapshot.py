@@ -1,4 +1,4 @@
-"""The variables a forward pass touches: kept, compared, put back."""
+"""Keeps, compares and puts back the variables that a forward pass touches."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Snapshot:
     """Values of every variable of a model, and of those its forward pass uses without owning.
 
     Args:
-        model: built.
-        x: inputs, tensors, of which only shapes and dtypes are used: the training forward pass is
+        model: A built model.
+        x: The inputs, tensors, of which only shapes and dtypes are used. The forward pass is
             traced once, to see what it captures.
 
     Attributes:
-        untraceable: why the pass cannot be traced, or None.
+        untraceable: The error if the pass cannot be traced, or None.
 
     Raises:
-        Refused: the pass writes, reads or draws what no private pass may (`captures.Watch`).
+        Refused: If the pass writes, reads or draws what no private pass may (`captures.Watch`).
     """
 
     def __init__(self, model: keras.Model, x: Any):
@@ -37,7 +37,7 @@ class Snapshot:
         found = {id(v.value): v.value for v in known}
         graph = traced_pass(lambda x: forward(model, x), model, x)
         self.untraceable = graph if isinstance(graph, Exception) else None
-        if self.untraceable is None:
+        if not isinstance(graph, Exception):
             found.update((id(v), v) for v in graph.variables)
         self._variables = list(found.values())
         self._kept = self._values = [v.numpy() for v in self._variables]
@@ -47,7 +47,7 @@ class Snapshot:
         self._free = [id(v) in metrics or "seed_generator_state" in v.name for v in self._variables]
 
     def written(self) -> list[str]:
-        """Paths of variables, seed generators and metrics apart, that have changed."""
+        """Returns paths of variables, seed generators and metrics apart, that have changed."""
         return [
             name
             for v, value, name, free in zip(
@@ -57,7 +57,7 @@ class Snapshot:
         ]
 
     def randomize(self) -> None:
-        """Move every trainable variable; from here on `restore` goes back to these values.
+        """Moves every trainable variable; from here on `restore` goes back to these values.
 
         A kernel that is zero hides from what comes after it what layers before it do.
         """
@@ -69,17 +69,17 @@ class Snapshot:
         self.restore()
 
     def restore(self) -> None:
-        """Put every variable back, seed generators included: the next pass draws the same masks."""
+        """Puts every variable back, seed generators too: the next pass draws the same masks."""
         for v, value in zip(self._variables, self._values, strict=True):
             v.assign(value)
 
     def put_back(self) -> None:
-        """Put every variable back to its value before all checks."""
+        """Puts every variable back to its value before all checks."""
         self._values = self._kept
         self.restore()
 
     def reseed(self, seed: int) -> None:
-        """Give every seed generator a state that follows from `seed`."""
+        """Gives every seed generator a state that is derived from `seed`."""
         random = np.random.default_rng(seed)
         for v in self._seeds:
             words = random.integers(2**31, size=v.shape)
@@ -87,7 +87,7 @@ class Snapshot:
 
 
 def _moved(value: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Other values of that size; what has one sign keeps it, as it may be under a root."""
+    """Returns other values of that size. What has one sign keeps it: it may be under a root."""
     wide = np.asarray(value, np.float64)
     drawn = random.normal(size=wide.shape)
     if np.all(wide > 0) or np.all(wide < 0):

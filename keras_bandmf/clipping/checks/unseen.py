@@ -12,26 +12,27 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import keras_mask, set_keras_mask
 from keras_bandmf.clipping.checks.captures import Refused
 from keras_bandmf.clipping.paths.book_keeping import forward
 from keras_bandmf.clipping.shapes import on_tensors
 
 
 def unseen(function: Callable[..., Any], *data: Any, known: bool = False) -> Any:
-    """Trace `function` with symbols in place of rows, their number unknown where it can be.
+    """Traces `function` with symbols in place of rows, their number unknown where it can be.
 
     Args:
-        function: of as many structures as `data` has, all of rows on axis 0; it returns tensors
-            and None in lists or tuples.
-        data: structures of tensors, of which only shapes and dtypes are used.
-        known: trace for the number of rows of `data`, and no other.
+        function: A function of as many structures as `data` has, with rows on axis 0. It returns
+            tensors and None in lists or tuples.
+        *data: Structures of tensors, of which only shapes and dtypes are used.
+        known: Whether to trace for the number of rows of `data` and no other.
 
     Returns:
         A callable of structures like `data`, the number of rows apart; its attribute `graph` is
         the graph.
 
     Raises:
-        Exception: whatever `function` raises when it is traced.
+        Exception: Whatever `function` raises when it is traced.
 
     Formal guarantees: `function` runs while it is traced and never again, on tensors without
         values, also where `tf.config.run_functions_eagerly` is on. So no Python code that it calls
@@ -73,9 +74,9 @@ class UnseenForward:
     """The training forward pass on rows that the model's Python code does not get to see.
 
     Args:
-        model: built.
-        x: inputs, tensors, of which only shapes and dtypes are used.
-        known: as for `unseen`.
+        model: A built model.
+        x: The inputs, tensors, of which only shapes and dtypes are used.
+        known: See `unseen`.
     """
 
     def __init__(self, model: keras.Model, x: Any, known: bool = False):
@@ -85,16 +86,16 @@ class UnseenForward:
             outputs = forward(model, x)
             self._structure = keras.tree.map_structure(lambda _: 0, outputs)
             leaves = keras.tree.flatten(outputs)
-            return leaves, [getattr(t, "_keras_mask", None) for t in leaves]
+            return leaves, [keras_mask(t) for t in leaves]
 
         self._run = unseen(run, x, known=known)
 
     def __call__(self, x: Any) -> Any:
-        """The outputs of the model, with their Keras masks."""
+        """Returns the outputs of the model, with their Keras masks."""
         outputs, masks = self._run(x)
         for output, mask in zip(outputs, masks, strict=True):
             if mask is not None:
-                output._keras_mask = mask
+                set_keras_mask(output, mask)
         return keras.tree.pack_sequence_as(self._structure, outputs)
 
 

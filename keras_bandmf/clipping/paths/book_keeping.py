@@ -15,19 +15,19 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_bandmf._keras_internals import trained_layers
+from keras_bandmf._keras_internals import added_losses, all_layers, takes_training, trained_layers
 from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.coordinates import released_shape
-from keras_bandmf.clipping.factors import Unsupported
+from keras_bandmf.clipping.factors import Factor, Unsupported
 from keras_bandmf.clipping.losses import BatchLoss
-from keras_bandmf.clipping.merge import Factor, merged
+from keras_bandmf.clipping.merge import merged
 from keras_bandmf.clipping.paths.declared_shapes import checked_shapes
 from keras_bandmf.clipping.row_losses import per_example_losses
 from keras_bandmf.clipping.rules.base import LayerRule
 from keras_bandmf.clipping.rules.registry import rule_of
 from keras_bandmf.clipping.shapes import over_rows
 
-# Masked rows that are watched in each batch or chunk: to look at more would cost time.
+# The number of masked rows that are watched in each batch or chunk. More would cost time.
 _SENTINELS = 8
 
 
@@ -52,14 +52,14 @@ class _Record(NamedTuple):
 
 
 def forward(model: keras.Model, x: Any) -> Any:
-    """The training forward pass, called as Keras' own `train_step` calls it.
+    """Runs the training forward pass, called as Keras's own `train_step` calls it.
 
     Raises:
-        ValueError: a layer called `add_loss`: its loss belongs to no single example.
+        ValueError: If a layer called `add_loss`, because that loss belongs to no single example.
     """
-    y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
-    for layer in model._flatten_layers():
-        if layer._losses:
+    y_pred = model(x, training=True) if takes_training(model) else model(x)
+    for layer in all_layers(model):
+        if added_losses(layer):
             raise ValueError(
                 "A loss added by `add_loss` in the forward pass belongs to the whole batch and "
                 "cannot be clipped by example. Make it part of `compile(loss=...)`, or a weight "
@@ -78,22 +78,22 @@ def clip_by_book_keeping(
     clipper: Clipper,
     loss: BatchLoss,
 ) -> Clipped:
-    """Clipped sums of a batch by one forward and one backward pass.
+    """Returns clipped sums of a batch by one forward and one backward pass.
 
     Args:
-        model: built; every layer with trainable weights has a rule.
-        x: inputs, a structure of tensors with the example on axis 0; so are `y`, `sample_weight`.
-        y: targets or None.
-        sample_weight: weights or None.
-        mask: (batch,) bool, False for padding.
-        clipper: of this model.
-        loss: from `losses.batch_loss`.
+        model: A built model. Every layer with trainable weights has a rule.
+        x: The inputs, a structure of tensors with the example on axis 0, as all data here.
+        y: The targets, or None.
+        sample_weight: The weights, or None.
+        mask: Shape (batch,), bool; False for padding.
+        clipper: The clipper of this model.
+        loss: A loss from `losses.batch_loss`.
 
     Returns:
         `Clipped`, sums aligned with `model.trainable_variables`.
 
     Raises:
-        Unsupported: the model cannot take this path; the general one is exact for it.
+        Unsupported: If the model cannot take this path. The general path is exact for it.
 
     Formal guarantees: if no example influences another example's outputs (`rowwise`), each
     masked-in example adds to `sums` a vector of which each group of variables has a norm of at most
@@ -130,7 +130,7 @@ def clip_by_book_keeping(
 
 
 def _rows_mixed(taps: list[tf.Tensor | None], mask: tf.Tensor) -> tf.Tensor:
-    """Whether a masked row, whose slopes are zero, has a gradient at any tap: a scalar bool.
+    """Returns, as a scalar bool, whether a masked row has a gradient at any recorded call.
 
     The first `_SENTINELS` masked rows are looked at. NaN and infinity are no evidence: zero times
     an infinite activation of the row itself gives them.
@@ -157,23 +157,23 @@ def example_gradients(
     mask: tf.Tensor,
     dtype: tf.DType,
 ) -> tuple[dict[int, Factor], list[tf.Tensor | None]]:
-    """Every example's gradient, as a factor per variable, from one backward pass.
+    """Returns every example's gradient, as a factor for each variable, from one backward pass.
 
     Args:
-        tape: on which a forward pass ran inside `tapped`, watching `variables`.
-        records: what `tapped` recorded.
-        variables: those to differentiate by.
-        outputs: tensors of that forward pass, the example on axis 0.
-        slopes: gradients of the summed losses by `outputs`.
-        mask: (batch,) for the number of examples only.
-        dtype: float32 or float64, of the factors.
+        tape: The tape on which a forward pass ran inside `tapped`, watching `variables`.
+        records: What `tapped` recorded.
+        variables: The variables to differentiate by.
+        outputs: Tensors of that forward pass, with the example on axis 0.
+        slopes: The gradients of the summed losses by `outputs`.
+        mask: Shape (batch,), for the number of examples only.
+        dtype: The dtype of the factors, float32 or float64.
 
     Returns:
         Position in `variables` -> factor, those without a gradient left out; and the gradients at
         all taps, in the order of `records`, None for an output that nobody used.
 
     Raises:
-        Unsupported: a weight used outside a layer with a rule, or a call that is not by example.
+        Unsupported: If a weight is used outside a layer with a rule, or a call is not by example.
     """
     _check_records(records, tf.convert_to_tensor(mask))
     taps, direct = tape.gradient(
@@ -191,7 +191,7 @@ def _by_variable(
     variables: list[keras.Variable],
     dtype: tf.DType,
 ) -> dict[int, Factor]:
-    """One factor per trainable variable, all its calls in it."""
+    """Returns one factor for each trainable variable, with all its calls joined."""
     index = {id(v): i for i, v in enumerate(variables)}
     found: dict[int, list[Factor]] = {}
     for record, g in zip(records, taps, strict=True):
@@ -208,15 +208,15 @@ def _by_variable(
 def tapped(
     model: keras.layers.Layer, tape: tf.GradientTape, records: list[_Record]
 ) -> Iterator[None]:
-    """Replace `call` on every layer instance that has a rule and a trainable weight of its own.
+    """Replaces `call` on every layer instance with a rule and a trainable weight of its own.
 
     Args:
-        model: a model or a layer: itself and the layers in it.
-        tape: watches every pre-activation.
-        records: filled with a record per call.
+        model: A model or layer. It and the layers in it are recorded.
+        tape: The tape that watches every pre-activation.
+        records: A list that gets a record for each call.
 
     Raises:
-        Unsupported: a layer with trainable weights has no rule.
+        Unsupported: If a layer with trainable weights has no rule.
     """
     replaced = []
     try:
@@ -224,7 +224,7 @@ def tapped(
             rule, why = rule_of(layer)
             if rule is None:
                 raise Unsupported(f"{layer.path}: {why}")
-            # Past Keras' attribute tracking, and on this instance only.
+            # Bypasses Keras's attribute tracking, and changes this instance only.
             vars(layer)["call"] = _recording(layer, rule, tape, records)
             replaced.append(layer)
         yield
@@ -234,11 +234,11 @@ def tapped(
 
 
 def _using_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """Layers with no trainable variable of their own whose rule uses one of a layer inside."""
+    """Returns layers without a trainable variable whose rule uses one of a layer inside."""
     trainable = {id(v) for v in model.trainable_variables}
     own = {id(layer) for layer in trained_layers(model)}
     found = []
-    for layer in model._flatten_layers():
+    for layer in all_layers(model):
         rule, _ = rule_of(layer)
         if id(layer) not in own and rule is not None:
             if any(id(v) in trainable for v in rule.uses(layer)):
@@ -264,10 +264,10 @@ def _recording(
 def _arguments(
     layer: keras.layers.Layer, rule: LayerRule, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """What `layer` was called with: its inputs, and what else its rule has to know.
+    """Returns what `layer` was called with: its inputs, and what else its rule has to know.
 
     Raises:
-        Unsupported: an argument that is not at its default and that the rule does not name.
+        Unsupported: If an argument is not at its default and the rule does not name it.
     """
     signature = inspect.signature(type(layer).call)
     _, inputs, *rest = signature.bind(layer, *args, **kwargs).arguments.items()
@@ -282,7 +282,7 @@ def _arguments(
 
 
 def _check_records(records: list[_Record], mask: tf.Tensor) -> None:
-    """Every tapped call ran once, in this graph, on one row per example."""
+    """Checks that every recorded call ran once, in this graph, with a row for each example."""
     batch = mask.shape[0]
     for record in records:
         tensor = record.outputs

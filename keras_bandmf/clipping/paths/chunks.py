@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import keras_mask, set_keras_mask
 from keras_bandmf.clipping.paths.book_keeping import Clipped
 from keras_bandmf.clipping.shapes import dims, on_tensors
 
@@ -22,18 +23,18 @@ def clip_in_chunks(
     mask: tf.Tensor,
     size: int,
 ) -> Clipped:
-    """Run `clip_chunk` over equal chunks of at most `size` examples, the last padded and masked.
+    """Runs `clip_chunk` over equal chunks of at most `size` examples, the last one padded.
 
     A chunk of several rows gets one more, masked: a copy of a row of the next chunk. What it shows
     is in `clip_by_book_keeping`.
 
     Args:
-        clip_chunk: (x, y, sample_weight, mask) of one chunk -> `Clipped`.
-        x: inputs; `y` and `sample_weight` likewise: structures of tensors, the example on axis 0.
-        y: targets or None.
-        sample_weight: weights or None.
-        mask: (batch,) bool.
-        size: the most examples in a chunk.
+        clip_chunk: A function (x, y, sample_weight, mask) of one chunk that returns `Clipped`.
+        x: The inputs, a structure of tensors with the example on axis 0, as all data here.
+        y: The targets, or None.
+        sample_weight: The weights, or None.
+        mask: Shape (batch,), bool.
+        size: The largest number of examples in a chunk.
 
     Returns:
         `Clipped` of the whole batch: the same as that of one chunk of everything.
@@ -55,8 +56,8 @@ def clip_in_chunks(
         if not watched:
             return clip_chunk(*rows)
         others = on_tensors(lambda t: tf.gather(t, (i + 1) % count)[:1], parts)
-        *rows, own = keras.tree.map_structure(_appended, rows, (*others[:3], tf.constant([False])))
-        clipped = clip_chunk(*rows, own)
+        rows = keras.tree.map_structure(_appended, rows, (*others[:3], tf.constant([False])))
+        clipped = clip_chunk(*rows)
         return _with_rows(clipped, [t[:-1] for t in _rows(clipped)])
 
     # The first chunk, run by itself, shows what the others will return.
@@ -70,11 +71,11 @@ def clip_in_chunks(
 def clip_at_once(
     clip_batch: ChunkFunction, x: Any, y: Any, sample_weight: Any, mask: tf.Tensor
 ) -> Clipped:
-    """Run `clip_batch` on the whole batch; an empty one gets a masked row for the time.
+    """Runs `clip_batch` on the whole batch. An empty one gets a masked row meanwhile.
 
     Some operations, convolutions among them, do not take zero rows.
 
-    Args: as `clip_in_chunks`.
+    The arguments are those of `clip_in_chunks`.
 
     Returns:
         `Clipped` of the batch.
@@ -89,22 +90,22 @@ def clip_at_once(
 
 
 def _with_rows(clipped: Clipped, rows: list[tf.Tensor]) -> Clipped:
-    """`clipped` with everything that has a row per example replaced; the inverse of `_rows`."""
+    """Returns `clipped` with everything that `_rows` returned replaced."""
     norms, losses, was_clipped, *rest = rows
     restored = iter(rest)
     leaves = keras.tree.flatten(clipped.outputs)
     outputs = [next(restored) for _ in leaves]
     for leaf, output in zip(leaves, outputs, strict=True):
-        if getattr(leaf, "_keras_mask", None) is not None:
-            output._keras_mask = next(restored)
+        if keras_mask(leaf) is not None:
+            set_keras_mask(output, next(restored))
     packed = keras.tree.pack_sequence_as(clipped.outputs, outputs)
     return Clipped(clipped.sums, norms, losses, was_clipped, packed, clipped.rows_mixed)
 
 
 def _rows(clipped: Clipped) -> list[tf.Tensor]:
-    """Everything that has a row per example."""
+    """Returns everything that has a row per example."""
     leaves = keras.tree.flatten(clipped.outputs)
-    masks = [getattr(t, "_keras_mask", None) for t in leaves]
+    masks = [keras_mask(t) for t in leaves]
     columns = [clipped.norms, clipped.losses, clipped.was_clipped]
     return [*columns, *leaves, *(m for m in masks if m is not None)]
 
@@ -119,7 +120,7 @@ def _stacked(
     step: Callable[[Any], tuple[list[tf.Tensor], list[tf.Tensor]]],
     count: Any,
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-    """Add up the sums, float64, and stack the rows of all steps, given those of step 0."""
+    """Adds up the sums in float64 and stacks the rows of all steps, given those of step 0."""
     arrays = [tf.TensorArray(r.dtype, size=count, element_shape=r.shape).write(0, r) for r in rows]
 
     def body(i: Any, sums: list[tf.Tensor], arrays: list[tf.TensorArray]) -> tuple:
@@ -127,9 +128,9 @@ def _stacked(
         sums = [s + tf.cast(a, tf.float64) for s, a in zip(sums, added, strict=True)]
         return i + 1, sums, [a.write(i, r) for a, r in zip(arrays, rows, strict=True)]
 
-    # In float64: a long chain of float32 additions could move by more than is charged for it.
+    # In float64, because a long chain of float32 additions could round by more than is charged.
     sums = [tf.cast(s, tf.float64) for s in sums]
-    # One iteration at a time: running several would cost the memory that chunks save.
+    # One iteration at a time, because running several would cost the memory that chunks save.
     _, sums, arrays = tf.while_loop(
         lambda i, *_: i < count, body, (tf.constant(1), sums, arrays), parallel_iterations=1
     )
@@ -147,7 +148,7 @@ def _padded(tensor: tf.Tensor, amount: Any) -> tf.Tensor:
 
 
 def _parts(tensor: tf.Tensor, count: Any, size: Any) -> tf.Tensor:
-    # An axis of chunks, not slices: XLA needs the size of a slice to be constant.
+    # An axis of chunks instead of slices, because XLA needs slices of constant size.
     return tf.reshape(tensor, [count, size, *dims(tensor)[1:]])
 
 

@@ -1,4 +1,4 @@
-"""Are the tensors of a functional model of the shapes that it declared: looked at in each trace."""
+"""Checks in each trace that the tensors of a functional model have the shapes that it declared."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-from keras.src.models.functional import Functional
 
+from keras_bandmf._keras_internals import (
+    RUN_GRAPH,
+    FunctionalModel,
+    all_layers,
+    nodes_by_depth,
+)
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.rowwise.decision import graph_of
-
-_RUN = "_run_through_graph"
 
 
 @contextlib.contextmanager
 def checked_shapes(model: keras.Model, rows: int | None = None) -> Iterator[None]:
-    """Compare what each layer and operation returns with what the model declares that it returns.
+    """Compares what each layer and operation returns with what the model declares that it returns.
 
     `rowwise` reads axes off the shapes that Keras declared when the model was made. Where a layer
     returns another number of axes than it declared, axis 1 of the declared tensor may be the rows.
 
     Args:
-        model: built; the functional models in it are looked at too.
-        rows: the number of rows if no other axis has that size, else None.
+        model: A built model. The functional models in it are checked too.
+        rows: The number of rows if no other axis has that size, else None.
 
     Raises:
-        Unsupported: on a call of the model inside, if a tensor has another shape.
+        Unsupported: From a call of the model inside, if a tensor has another shape.
 
     Formal guarantees: of a call that returns, that every tensor between the layers and operations
     of the functional models that ran has the declared number of axes; the declared size, or one
@@ -36,22 +39,22 @@ def checked_shapes(model: keras.Model, rows: int | None = None) -> Iterator[None
     unless it was declared, and that no size is unknown which the inputs and the model have made
     known.
     """
-    graphs = {id(g): g for part in model._flatten_layers() if (g := graph_of(part)) is not None}
-    before = {key: vars(graph).get(_RUN) for key, graph in graphs.items()}
+    graphs = {id(g): g for part in all_layers(model) if (g := graph_of(part)) is not None}
+    before = {key: vars(graph).get(RUN_GRAPH) for key, graph in graphs.items()}
     try:
         for graph in graphs.values():
-            # On this instance only, and past Keras' attribute tracking.
-            vars(graph)[_RUN] = _checking(graph, getattr(graph, _RUN), rows)
+            # On this instance only, bypassing Keras's attribute tracking.
+            vars(graph)[RUN_GRAPH] = _checking(graph, getattr(graph, RUN_GRAPH), rows)
         yield
     finally:
         for key, graph in graphs.items():
             if before[key] is None:
-                vars(graph).pop(_RUN, None)
+                vars(graph).pop(RUN_GRAPH, None)
             else:
-                vars(graph)[_RUN] = before[key]
+                vars(graph)[RUN_GRAPH] = before[key]
 
 
-def _checking(graph: Functional, run: Callable, rows: int | None) -> Callable:
+def _checking(graph: FunctionalModel, run: Callable, rows: int | None) -> Callable:
     def checked(inputs: Any, operation_fn: Any = lambda op: op, call_fn: Any = None) -> Any:
         if call_fn is not None:  # symbolic: nothing is computed
             return run(inputs, operation_fn=operation_fn, call_fn=call_fn)
@@ -90,12 +93,12 @@ def _checking(graph: Functional, run: Callable, rows: int | None) -> Callable:
     return checked
 
 
-def _in_order(graph: Functional) -> list[Any]:
-    """The calls of the graph, in the order in which Keras runs them."""
+def _in_order(graph: FunctionalModel) -> list[Any]:
+    """Returns the calls of the graph, in the order in which Keras runs them."""
     return [
         node
-        for depth in sorted(graph._nodes_by_depth, reverse=True)
-        for node in graph._nodes_by_depth[depth]
+        for depth in sorted(nodes_by_depth(graph), reverse=True)
+        for node in nodes_by_depth(graph)[depth]
         if node.operation and not node.is_input
     ]
 

@@ -1,29 +1,43 @@
-"""Which path each layer takes, and why, as a table."""
+"""`explain`: which path each layer takes, and why, as a table."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import keras
 
-from keras_bandmf._keras_internals import trained_layers
+from keras_bandmf._keras_internals import all_layers, own_weights, trained_layers
 from keras_bandmf.clipping.paths.routing import stored, structural_reason
 from keras_bandmf.clipping.rules.registry import rule_of
+
+#: How a model gets its clipped gradients.
+ModelRoute = Literal["book-keeping", "general"]
+#: How a layer does; "none" if nothing in it is trained.
+LayerRoute = Literal["book-keeping", "general", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `explain` returns; `str()` is a table.
+    """What `explain` returns. `str()` of it is a table.
 
     Attributes:
-        rows: (path, layer class, route, why) of every layer that owns weights; route is
-            "book-keeping", "general" or "none" (frozen).
-        route: of the whole model: "book-keeping" or "general".
-        why: of the whole model.
+        rows: (path, layer class, route, reason) of every layer that owns weights. The route is
+            "book-keeping", "general", or "none" for a frozen layer.
+        route: The route of the whole model: "book-keeping" or "general".
+        why: The reason for it.
+
+    Example:
+        >>> import keras
+        >>> import keras_bandmf as bandmf
+        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="dense")])
+        >>> explanation = bandmf.clipping.explain(model)
+        >>> explanation.route, explanation.why
+        ('book-keeping', 'by its layers; not checked yet')
     """
 
-    rows: list[tuple[str, str, str, str]]
-    route: str
+    rows: list[tuple[str, str, LayerRoute, str]]
+    route: ModelRoute
     why: str
 
     def __str__(self) -> str:
@@ -38,21 +52,34 @@ class Explanation:
 
 
 def explain(model: keras.Model) -> Explanation:
-    """Tell which path each layer of `model` takes to its clipped gradients, and why.
+    """Explains which path each layer of a model takes to its clipped gradients, and why.
 
-    The layers decide, then what `check_model` or the last `clipped_gradients` found out. One layer
-    on the general path takes the whole model there: one example at a time, exact and slow.
+    The layers decide first, and then what `check_model` or the last `clipped_gradients` found out.
+    A single layer on the general path takes the whole model there: one example at a time, which is
+    exact and slow.
 
     Args:
-        model: a built Keras model.
+        model: A built Keras model.
 
     Returns:
-        An `Explanation`; print it.
+        An `Explanation`. Print it.
+
+    Example:
+        >>> import keras
+        >>> import keras_bandmf as bandmf
+        >>> layers = [keras.layers.Dense(8, name="dense"), keras.layers.Dense(1, name="head")]
+        >>> model = keras.Sequential([keras.Input((3,)), *layers], name="classifier")
+        >>> print(bandmf.clipping.explain(model))
+        layer             class  route         why
+        ------------------------------------------------
+        classifier/dense  Dense  book-keeping  DenseRule
+        classifier/head   Dense  book-keeping  DenseRule
+        model: book-keeping path (by its layers; not checked yet)
     """
     trained = {id(layer) for layer in trained_layers(model)}
-    rows = []
-    for layer in model._flatten_layers():
-        if not layer._trainable_variables and not layer._non_trainable_variables:
+    rows: list[tuple[str, str, LayerRoute, str]] = []
+    for layer in all_layers(model):
+        if not own_weights(layer):
             continue
         name = type(layer).__name__
         if id(layer) not in trained:

@@ -1,4 +1,4 @@
-"""How many examples to work on at a time, from the tensors of a trial trace."""
+"""Decides how many examples to work on at a time, from the tensors of a trial trace."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import tensorflow as tf
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.paths.routing import TRIAL_ROWS, data_key, trial_graph
 
-# What the tensors of one microbatch may take together, in bytes.
+# The memory that the tensors of one microbatch may take together, in bytes.
 _BUDGET = 2**30
-# Their outputs are their inputs, or alive for the whole step anyway.
+# Operations whose outputs are their inputs, or are alive for the whole step anyway.
 _NO_MEMORY = {"Identity", "Placeholder", "ReadVariableOp", "Reshape", "Squeeze", "ExpandDims"}
 _OPAQUE = (tf.resource, tf.variant, tf.string)
 _ATTRIBUTE = "_bandmf_example_bytes"
 
 
 def rows_at_a_time(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> int:
-    """The rule of `microbatch_size="auto"`: as many examples as fit into 1 GiB.
+    """Returns the number for `microbatch_size="auto"`: as many examples as fit in 1 GiB.
 
     The memory of an example is taken to be the sum over all tensors of the forward and backward
     pass, the norms and the clipped sums that have a row for each example, as if none were freed
@@ -27,23 +27,23 @@ def rows_at_a_time(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss:
     spare; parameters, gradients and the data itself come on top.
 
     Args:
-        model: built.
-        x: inputs, tensors; only their dtypes and shapes matter. `y`, `sample_weight` likewise.
-        y: targets or None.
-        sample_weight: weights or None.
-        loss: as for `clipped_gradients`.
+        model: A built model.
+        x: The inputs, tensors. Only dtypes and shapes matter, here and below.
+        y: The targets, or None.
+        sample_weight: The weights, or None.
+        loss: See `clipped_gradients`.
 
     Returns:
         At least 1. Models on the general path work on one example at a time anyway.
 
     Raises:
-        ValueError: a shape is not known but for the number of rows.
+        ValueError: If a size other than the number of rows is not known.
     """
     for leaf in keras.tree.flatten((x, y, sample_weight)):
         if leaf is not None and not leaf.shape[1:].is_fully_defined():
             raise ValueError(
-                '`microbatch_size="auto"` needs examples of one known shape. Pad them to a fixed '
-                f"length, or pass a number. Received: data of shape {tuple(leaf.shape)}"
+                'Expected examples of one known shape for `microbatch_size="auto"`. Pad them to a '
+                f"fixed length, or pass a number. Received: data of shape {tuple(leaf.shape)}"
             )
     key = data_key(model, x, y, sample_weight, loss)
     known = vars(model).get(_ATTRIBUTE)
@@ -53,13 +53,13 @@ def rows_at_a_time(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss:
         except Unsupported:
             size = _BUDGET
         known = (key, size)
-        # Past Keras' attribute tracking, as the route is.
+        # Bypasses Keras's attribute tracking, as for the route.
         object.__setattr__(model, _ATTRIBUTE, known)
     return max(1, _BUDGET // max(known[1], 1))
 
 
 def _bytes_per_example(graph: tf.Graph) -> int:
-    """Bytes of all tensors of a trial trace that grow with the number of rows, for one row."""
+    """Returns the bytes for one row of all tensors in a trial trace that grow with the rows."""
     total = 0
     for operation in graph.get_operations():
         if operation.type in _NO_MEMORY:

@@ -22,9 +22,9 @@ def clip_one_example(
     clipper: Clipper,
     loss: BatchLoss,
 ) -> Clipped:
-    """The clipped gradient of a batch that holds one example.
+    """Returns the clipped gradient of a batch that holds one example.
 
-    Args: as `clip_by_book_keeping`, every leading axis 1.
+    The arguments are those of `clip_by_book_keeping`, with 1 for the size of axis 0.
 
     Returns:
         `Clipped`; norms and losses have shape (1,).

@@ -17,8 +17,8 @@ from keras_bandmf.clipping.rowwise.decision import advice, rowwise
 from keras_bandmf.clipping.rules.registry import rule_of
 from keras_bandmf.clipping.shapes import on_tensors
 
-# Rows of the trial trace: a prime no other axis is likely to have, so that an axis of this size
-# is the example axis and nothing else.
+# The number of rows of the trial trace: a prime that no other axis is likely to have, so that an
+# axis of this size is the example axis.
 TRIAL_ROWS = 1009
 _ATTRIBUTE = "_bandmf_route"
 
@@ -32,17 +32,17 @@ class Route(NamedTuple):
 
 
 def route_of(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> Route:
-    """The path `model` takes on data like this.
+    """Returns the path that `model` takes on data like this.
 
     The decision of `check_model` holds while the trainable variables are the same; without it the
     layers are looked at, and the model is traced once on symbolic data.
 
     Args:
-        model: built.
-        x: inputs, tensors; only their dtypes and shapes matter. `y`, `sample_weight` likewise.
-        y: targets or None.
-        sample_weight: weights or None.
-        loss: as for `clipped_gradients`.
+        model: A built model.
+        x: The inputs, tensors. Only dtypes and shapes matter, here and below.
+        y: The targets, or None.
+        sample_weight: The weights, or None.
+        loss: See `clipped_gradients`.
     """
     known = stored(model)
     if known is not None and known.checked and known.key == _variables_key(model):
@@ -57,24 +57,26 @@ def route_of(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) 
 
 
 def stored(model: keras.Model) -> Route | None:
-    """The last decision about `model`, if any."""
+    """Returns the last decision about `model`, if any."""
     return vars(model).get(_ATTRIBUTE)
 
 
 def store_checked(model: keras.Model, general: str | None) -> Route:
-    """Keep the verdict of `check_model` with the model."""
+    """Keeps the verdict of `check_model` with the model."""
     route = Route(_variables_key(model), general, checked=True)
     _store(model, route)
     return route
 
 
 def give_up(model: keras.Model, reason: str) -> None:
-    """Send `model` the general path from here on: book-keeping failed on a real trace."""
-    _store(model, stored(model)._replace(general=reason))
+    """Sends `model` to the general path from here on: book-keeping failed on a real trace."""
+    known = stored(model)
+    if known is not None:
+        _store(model, known._replace(general=reason))
 
 
 def structural_reason(model: keras.Model, loss: Any) -> str | None:
-    """Why the layers alone send the model the general path; None if they do not.
+    """Returns why the layers alone send the model to the general path, or None.
 
     Formal guarantees: of None, that every layer and operation of the model is known to treat rows
     independently, or declared to. The general path works on one row at a time and mixes none. No
@@ -94,7 +96,7 @@ def structural_reason(model: keras.Model, loss: Any) -> str | None:
 
 
 def trial_reason(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> str | None:
-    """Why the book-keeping path cannot be traced, or None if it can."""
+    """Returns why the book-keeping path cannot be traced, or None."""
     try:
         trial_graph(model, x, y, sample_weight, loss)
     except Unsupported as reason:
@@ -103,14 +105,14 @@ def trial_reason(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: A
 
 
 def trial_graph(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> tf.Graph:
-    """Trace the book-keeping path on `TRIAL_ROWS` symbolic rows: a tell-tale size.
+    """Traces the book-keeping path on `TRIAL_ROWS` symbolic rows: no other axis has that size.
 
     Formal guarantees: of a graph, that every tensor between the layers of functional models has the
     shape that the model declared, and the rows on axis 0 (`checked_shapes`). Each trace that trains
     is looked at in the same way, as far as its sizes are known.
 
     Raises:
-        Unsupported: the model cannot take this path.
+        Unsupported: If the model cannot take this path.
     """
 
     def spec(t: tf.Tensor) -> tf.TensorSpec:
@@ -121,10 +123,12 @@ def trial_graph(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: An
 
     def trial(tensors: list[tf.Tensor]) -> None:
         rows = iter(tensors)
-        parts = on_tensors(lambda _: next(rows), (x, y, sample_weight))
+        data = on_tensors(lambda _: next(rows), (x, y, sample_weight))
         mask = tf.ones([TRIAL_ROWS], tf.bool)
         with checked_shapes(model, TRIAL_ROWS):
-            clip_by_book_keeping(model, *parts, mask, Clipper.of(model), row_loss)
+            clip_by_book_keeping(
+                model, data[0], data[1], data[2], mask, Clipper.of(model), row_loss
+            )
 
     # Not under `tf.init_scope`, which stops tapes: every gradient would be None.
     traced = tf.function(trial, autograph=False)
@@ -132,7 +136,7 @@ def trial_graph(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: An
 
 
 def data_key(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> tuple:
-    """What a trial trace depends on."""
+    """Returns what a trial trace depends on."""
     shapes = tuple(
         None if t is None else (t.dtype, tuple(t.shape[1:]))
         for t in keras.tree.flatten((x, y, sample_weight))
@@ -149,5 +153,5 @@ def _loss_key(loss: Any) -> Any:
 
 
 def _store(model: keras.Model, route: Route) -> None:
-    # Past Keras' attribute tracking, which would wrap the tuple and, once built, refuse it.
+    # Bypasses Keras's attribute tracking, which would wrap the tuple or, once built, refuse it.
     object.__setattr__(model, _ATTRIBUTE, route)

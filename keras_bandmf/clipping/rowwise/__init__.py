@@ -1,1 +1,1 @@
-"""Which layers and operations are known to treat the rows of a batch independently."""
+"""Decides which models are known to treat the rows of a batch independently."""

@@ -1,4 +1,4 @@
-"""Does a model treat rows independently by construction: read off its layers and operations."""
+"""Decides from layers and operations whether a model treats rows independently by construction."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import inspect
 from typing import Any, NamedTuple
 
 import keras
-from keras.src.models.functional import Functional
 
+from keras_bandmf._keras_internals import (
+    METHODS_BEFORE_THE_GRAPH,
+    FunctionalModel,
+    graph_inside,
+    inner_layers,
+    nodes_by_depth,
+)
 from keras_bandmf.clipping.rowwise.known_layers import (
     activation_reason,
     array_reason,
@@ -18,29 +24,16 @@ from keras_bandmf.clipping.rowwise.known_layers import (
 )
 from keras_bandmf.clipping.rowwise.known_operations import operation_reason
 
-# Only filled at import time, by the modules that define layers and models of one's own.
+# Filled only at import time, by modules that define custom layers and models.
 _DECLARED: set[type] = set()
-# What a subclass of Functional or Sequential must not redefine for its graph to be what runs.
-_RUNS = frozenset(
-    {
-        "__call__",
-        "call",
-        "operations",
-        "_adjust_input_rank",
-        "_convert_inputs_to_tensors",
-        "_run_through_graph",
-        "_standardize_inputs",
-        "compute_mask",
-    }
-)
 
 
 class Rowwise(NamedTuple):
     """What is known of a model.
 
     Attributes:
-        unknown: reasons, one for each layer or operation that may mix rows.
-        declared: paths of the layers whose authors vouch for them.
+        unknown: The reasons, one for each layer or operation that may mix rows.
+        declared: The paths of the layers that were declared row-wise.
     """
 
     unknown: list[str]
@@ -48,37 +41,43 @@ class Rowwise(NamedTuple):
 
 
 def declare_row_wise(layer_class: type) -> type:
-    """Vouch that layers, or models, of exactly this class treat the rows of a batch independently.
+    """Declares that layers or models of exactly this class treat the rows of a batch independently.
 
     Row i of every output must depend on row i of the inputs alone, whatever the data, the batch
     size, the random state and the training step: no statistics of the batch, no permutation of its
     rows, no state that one batch leaves for the next. Layers inside are judged by themselves.
-    Without the declaration a model with a layer of one's own is trained one example at a time,
-    which cannot mix, and is slow. Usable as a decorator:
-
-    ```python
-    @clipping.declare_row_wise
-    class Scale(keras.layers.Layer):
-        ...
-    ```
+    Without the declaration a model with a custom layer is trained one example at a time, which
+    cannot mix rows but is slow. The function can be used as a decorator.
 
     Args:
-        layer_class: a subclass of `keras.layers.Layer`. Its own subclasses are not covered.
+        layer_class: A subclass of `keras.layers.Layer`. Its own subclasses are not covered.
 
     Returns:
         The class.
 
     Raises:
-        ValueError: not a class of layers.
+        ValueError: If it is not a class of layers.
 
     Formal guarantees: none of its own. It is a promise of the author's on which privacy rests.
     `check_model` tests it on a batch of the run's size with many random states, and in `fit` each
-    batch has a masked row whose gradients must be zero; both can miss a promise that is broken
-    rarely, or where no gradient shows it (before the first trained layer, behind weights of zero).
+    batch has a masked row whose gradients must be zero. Both can miss a promise that is broken
+    rarely, or where no gradient shows it (before the first trained layer, or behind weights of
+    zero).
+
+    Example:
+        >>> import keras
+        >>> from keras_bandmf import clipping
+        >>> @clipping.declare_row_wise
+        ... class Double(keras.layers.Layer):
+        ...     def call(self, inputs):
+        ...         return 2.0 * inputs
+        >>> model = keras.Sequential([keras.Input((3,)), Double(), keras.layers.Dense(1)])
+        >>> clipping.explain(model).route
+        'book-keeping'
     """
     if not (isinstance(layer_class, type) and issubclass(layer_class, keras.layers.Layer)):
         raise ValueError(
-            "`layer_class` must be a subclass of `keras.layers.Layer`. "
+            "Expected `layer_class` to be a subclass of `keras.layers.Layer`. "
             f"Received: layer_class={layer_class!r}"
         )
     _DECLARED.add(layer_class)
@@ -86,7 +85,7 @@ def declare_row_wise(layer_class: type) -> type:
 
 
 def rowwise(model: keras.Model) -> Rowwise:
-    """What is known of `model`: look at every layer and at every operation between them.
+    """Returns what is known of `model`, from every layer and every operation between them.
 
     Formal guarantees: if both lists are empty, then `model` consists of layers and operations of
     the tables of `known_layers` and `known_operations`, and row i of its outputs depends on row i
@@ -106,12 +105,12 @@ def rowwise(model: keras.Model) -> Rowwise:
 
 
 def advice(unknown: list[str]) -> str:
-    """`unknown` in one sentence, with the way out."""
+    """Returns the reasons in one sentence, with the way out."""
     shown = unknown[:3]
     more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
     return (
-        f"rows may be mixed: {'; '.join(shown)}{more}. If every row is treated by itself, say so "
-        "with `clipping.declare_row_wise(TheClass)`"
+        f"rows may be mixed: {'; '.join(shown)}{more}. If it treats every row by itself, declare "
+        "that with `clipping.declare_row_wise(TheClass)`"
     )
 
 
@@ -133,9 +132,12 @@ def _look(layer: Any, rank: int | None, found: Rowwise, seen: set) -> None:
 
 
 def _own_reason(layer: Any, rank: int | None, found: Rowwise) -> str | None:
-    """Why the code of this layer itself may mix rows."""
+    """Returns why the code of this layer itself may mix rows, or None."""
     if isinstance(layer, keras.Model):  # of which `compile` and `privatize` replace some
-        why = next((f"its `{n}` was replaced on it" for n in _RUNS if n in vars(layer)), None)
+        why = next(
+            (f"its `{n}` was replaced on it" for n in METHODS_BEFORE_THE_GRAPH if n in vars(layer)),
+            None,
+        )
     else:
         why = replaced_reason(layer)
     if why is not None:
@@ -148,7 +150,7 @@ def _own_reason(layer: Any, rank: int | None, found: Rowwise) -> str | None:
     if type(layer) in _DECLARED:
         found.declared.append(layer.path)
         return None
-    if isinstance(layer, (Functional, keras.Sequential)):
+    if isinstance(layer, (FunctionalModel, keras.Sequential)):
         if graph_of(layer) is None:
             return "it has a `call` of its own, or no graph of layers"
         return None
@@ -159,26 +161,26 @@ def _own_reason(layer: Any, rank: int | None, found: Rowwise) -> str | None:
     return condition(layer, rank)
 
 
-def graph_of(layer: Any) -> Functional | None:
-    """The graph that runs when `layer` is called, or None."""
+def graph_of(layer: Any) -> FunctionalModel | None:
+    """Returns the graph that runs when `layer` is called, or None."""
     if type(layer) is keras.Sequential:
-        return layer._functional
-    if not isinstance(layer, Functional):
+        return graph_inside(layer)
+    if not isinstance(layer, FunctionalModel):
         return None
     for kind in type(layer).__mro__:
-        if kind is Functional:
+        if kind is FunctionalModel:
             return layer
         # That of keras_hub only refuses strings.
         name = f"{kind.__module__}.{kind.__qualname__}"
         if name == "keras_hub.src.utils.pipeline_model.PipelineModel" and is_the_one(kind):
             continue
-        if _RUNS & set(vars(kind)):
+        if METHODS_BEFORE_THE_GRAPH & set(vars(kind)):
             return None
     return None
 
 
-def _look_at_graph(graph: Functional, found: Rowwise, seen: set) -> None:
-    for node in (node for nodes in graph._nodes_by_depth.values() for node in nodes):
+def _look_at_graph(graph: FunctionalModel, found: Rowwise, seen: set) -> None:
+    for node in (node for nodes in nodes_by_depth(graph).values() for node in nodes):
         operation = node.operation
         if not isinstance(operation, keras.layers.Layer):
             why = operation_reason(node)
@@ -197,7 +199,7 @@ def _look_at_graph(graph: Functional, found: Rowwise, seen: set) -> None:
 
 
 def _call_reason(node: Any) -> str | None:
-    """Why a call of a layer in a functional model, whatever the layer, may mix rows."""
+    """Returns why a call in a functional model may mix rows, whatever the layer, or None."""
     for argument in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
         if hasattr(argument, "shape") and not isinstance(argument, keras.KerasTensor):
             return "it is called with a constant, which may have an axis where the rows are"
@@ -211,13 +213,13 @@ def _call_reason(node: Any) -> str | None:
 
 
 def _first_argument(node: Any) -> list[Any]:
-    """The tensors that a layer works on: masks and the like have axes of their own."""
+    """Returns the tensors that a layer works on; masks and the like have axes of their own."""
     first = [t for t in keras.tree.flatten(node.arguments.args[:1]) if hasattr(t, "shape")]
     return first or node.input_tensors
 
 
 def _side_reason(node: Any, ranks: set[int]) -> str | None:
-    """Why another argument than the first may be read along the rows: axes are missing."""
+    """Returns why an argument after the first may be read along the rows, or None."""
     if isinstance(node.operation, keras.Model):
         return None  # its own layers are looked at
     try:
@@ -243,4 +245,4 @@ def _side_reason(node: Any, ranks: set[int]) -> str | None:
 
 def _parts(layer: Any) -> list[Any]:
     # Keras keeps the layers that a layer holds here, also those in lists and dicts.
-    return [part for part in layer._layers if isinstance(part, keras.layers.Layer)]
+    return [part for part in inner_layers(layer) if isinstance(part, keras.layers.Layer)]

@@ -1,15 +1,17 @@
-"""Which layers treat the rows of a batch independently: a table by exact type, read off sources."""
+"""The layers that treat the rows of a batch independently: a table of exact types."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from keras_bandmf._keras_internals import attention_axes_of
 
 # The rank of the first input where a functional model tells it, else None: inside a layer of this
 # table, whose own code was read, or inside one whose author vouches for it.
@@ -34,7 +36,7 @@ MIXERS: dict[str, str] = {
     "first image takes the place of all",
 }
 
-# Of these nothing is known: they run whatever code they are given, or write state.
+# Nothing is known of these: they run whatever code they are given, or write state.
 UNKNOWN = frozenset(
     {
         "ActivityRegularization",
@@ -63,7 +65,7 @@ def _rank(least: int) -> Condition:
 
 
 def _axis(attribute: str = "axis") -> Condition:
-    """The axis that the layer works along must not be that of the rows."""
+    """Returns the condition that the layer does not work along the axis of the rows."""
 
     def condition(layer: keras.layers.Layer, rank: Rank) -> str | None:
         axes = getattr(layer, attribute)
@@ -73,7 +75,7 @@ def _axis(attribute: str = "axis") -> Condition:
 
 
 def axis_reason(axes: Any, rank: Rank, name: str = "axis") -> str | None:
-    """Why an operation along `axes` of a tensor of this rank may reach axis 0; None if not.
+    """Returns why an operation along `axes` of a tensor of this rank may reach axis 0; None if not.
 
     With a rank that is not known, of the negative axes -1 alone is taken, which is that of the rows
     in a vector only: layers of the tables let no vector get to the layers inside them.
@@ -115,7 +117,7 @@ def _einsum(layer: Any, rank: Rank) -> str | None:
 
 
 def einsum_rank(equation: str, rank: Rank) -> Rank:
-    """The rank of the result of an einsum of one operand of this rank, and of constants."""
+    """Returns the rank of the result of an einsum of one operand of this rank, and of constants."""
     operands, result = equation.replace(" ", "").split("->")
     if "..." not in result:
         return len(result)
@@ -128,12 +130,12 @@ def _letters(operand: str) -> str:
     return operand.replace("...", "")
 
 
-def einsum_reason(equation: str, ranks: list[Rank]) -> str | None:
-    """Why an einsum may mix rows: the first letter of operands and result must be the row.
+def einsum_reason(equation: str, ranks: Sequence[Rank]) -> str | None:
+    """Returns why an einsum may mix rows: the first letter of operands and result must be the row.
 
     Args:
-        equation: of the form "abc,cd->abd" or "...x,xy->...y".
-        ranks: of the operands, from the first on, that have rows on axis 0.
+        equation: An equation of the form "abc,cd->abd" or "...x,xy->...y".
+        ranks: The ranks of the operands, from the first on, that have rows on axis 0.
     """
     sides = equation.replace(" ", "").split("->")
     why = f"its equation {equation!r} does not keep the rows on the first axis of all"
@@ -165,13 +167,13 @@ def _scaled(layer: Any, rank: Rank) -> str | None:
 
 
 def _attention_axes(layer: Any, rank: Rank) -> str | None:
-    axes = getattr(layer, "_attention_axes", None)
+    axes = attention_axes_of(layer)
     return _rank(3)(layer, rank) or (None if axes is None else axis_reason(axes, rank))
 
 
 def _frozen(layer: Any, rank: Rank) -> str | None:
     if layer.trainable:
-        return f"it normalises by the batch: use {GROUP_OR_LAYER_NORM}, or freeze it"
+        return f"it normalizes by the batch: use {GROUP_OR_LAYER_NORM}, or freeze it"
     return _all(_rank(2), _axis())(layer, rank)
 
 
@@ -199,7 +201,7 @@ _BY_NAME: dict[Condition, str] = {
     "MaxPooling1D GlobalAveragePooling1D GlobalMaxPooling1D AdaptiveAveragePooling1D "
     "AdaptiveMaxPooling1D Cropping1D UpSampling1D ZeroPadding1D SpatialDropout1D Attention "
     "AdditiveAttention GroupQueryAttention TimeDistributed",
-    # A picture of three axes would be read as one image, not as a batch of rows.
+    # An array of three axes would be read as one image, not as a batch of rows.
     _rank(4): "Conv2D Conv2DTranspose DepthwiseConv2D SeparableConv2D AveragePooling2D "
     "MaxPooling2D GlobalAveragePooling2D GlobalMaxPooling2D AdaptiveAveragePooling2D "
     "AdaptiveMaxPooling2D Cropping2D UpSampling2D ZeroPadding2D SpatialDropout2D AutoContrast "
@@ -268,7 +270,7 @@ keras_hub.src.models: bloom.bloom_attention.BloomAttention bloom.bloom_decoder.B
  vit.vit_layers.MLP vit.vit_layers.ViTEncoder vit.vit_layers.ViTEncoderBlock
  vit.vit_layers.ViTPatchingAndEmbedding
 """
-# The library's own layers compute what the Keras layers they are made of compute.
+# The library's own layers compute what the Keras layers that they derive from compute.
 _OWN = {
     "keras_bandmf.rgp.model.RGPDense": keras.layers.Dense,
     "keras_bandmf.rgp.model.RGPEinsumDense": keras.layers.EinsumDense,
@@ -277,13 +279,13 @@ _OWN = {
 }
 
 
-# Their arrays are along axes that were looked up at `build`, or tables.
+# The arrays of these layers are tables, or along axes that `build` determined.
 _WITH_ARRAYS = tuple(
     getattr(keras.layers, name)
     for name in "Rescaling Normalization Discretization IntegerLookup StringLookup Hashing "
     "HashedCrossing CategoryEncoding".split()
 )
-# What is inside of these gets as many axes as they do themselves.
+# The layers inside these get inputs with as many axes as these themselves.
 _KEEP_RANK = frozenset(
     "Activation Dense Bidirectional Conv1D Conv2D Conv3D Conv1DTranspose Conv2DTranspose "
     "Conv3DTranspose DepthwiseConv1D DepthwiseConv2D SeparableConv1D SeparableConv2D LSTMCell "
@@ -312,19 +314,19 @@ _OTHER_CONDITIONS: dict[str, Condition] = {
 
 
 def _other_rank(name: str) -> int:
-    """Axes that a layer of keras_hub needs: rows of vectors, or, of all others, of sequences."""
+    """Returns the axes a keras_hub layer needs: rows of vectors, or for most rows of sequences."""
     vectors = "Norm" in name or name in ("MLP", "TokenAndPositionEmbedding")
     return 2 if vectors else 3
 
 
 def is_the_one(thing: Any) -> bool:
-    """Whether a class or function is the very object that its module holds under its name."""
-    module = sys.modules.get(getattr(thing, "__module__", None))
+    """Returns whether a class or function is the object that its module holds under its name."""
+    module = sys.modules.get(getattr(thing, "__module__", None) or "")
     return getattr(module, getattr(thing, "__qualname__", ""), None) is thing
 
 
 def condition_of(layer_class: type) -> Condition | None:
-    """The condition under which layers of exactly this class treat rows independently, or None."""
+    """Returns the condition under which layers of this class treat rows independently, or None."""
     name = f"{layer_class.__module__}.{layer_class.__qualname__}"
     if name in OTHER_NAMES and is_the_one(layer_class):
         return _OTHER_CONDITIONS.get(layer_class.__name__, _rank(_other_rank(layer_class.__name__)))
@@ -334,16 +336,16 @@ def condition_of(layer_class: type) -> Condition | None:
 
 
 def replaced_reason(operation: Any) -> str | None:
-    """Why a layer or an operation is not what its class says: a method of its own."""
+    """Returns why a layer or operation is not what its class says, if a method was replaced."""
     for name in vars(operation):
-        # These two Keras itself wraps on each layer.
+        # Keras itself wraps these two on each layer.
         if name not in ("build", "quantize") and callable(getattr(type(operation), name, None)):
             return f"its `{name}` was replaced on the instance"
     return None
 
 
 def array_reason(layer: keras.layers.Layer) -> str | None:
-    """Why what a layer of Keras holds may mix rows: an array in place of a number."""
+    """Returns why a Keras layer may mix rows, if it holds an array in place of a number."""
     if type(layer) not in _KERAS or isinstance(layer, _WITH_ARRAYS):
         return None
     for name, value in vars(layer).items():
@@ -353,7 +355,7 @@ def array_reason(layer: keras.layers.Layer) -> str | None:
 
 
 def inner_rank(layer: keras.layers.Layer, rank: Rank) -> Rank:
-    """The rank of what gets to the layers inside a layer, or None where it is not known."""
+    """Returns the rank of what the layers inside a layer get, or None where it is not known."""
     if rank is None or type(layer) not in _KERAS:
         return None
     if isinstance(layer, (keras.layers.TimeDistributed, keras.layers.RNN)):
@@ -364,7 +366,7 @@ def inner_rank(layer: keras.layers.Layer, rank: Rank) -> Rank:
 
 
 def replacement_of(layer: keras.layers.Layer) -> str | None:
-    """What to use in place of a layer that is known to mix rows; None for any other layer."""
+    """Returns what to use in place of a layer that mixes rows; None for any other layer."""
     return next((new for kind, new in _MIXERS.items() if isinstance(layer, kind)), None)
 
 
@@ -379,7 +381,7 @@ _KNOWN_ACTIVATIONS = {
 
 
 def activation_reason(layer: keras.layers.Layer) -> str | None:
-    """Why an activation function of a layer may mix rows: it is not one of Keras or TensorFlow."""
+    """Returns why an activation may mix rows, if it is not one of Keras or TensorFlow, or None."""
     for name, value in vars(layer).items():
         if "activation" not in name or not callable(value) or isinstance(value, keras.layers.Layer):
             continue

@@ -1,4 +1,4 @@
-"""Which operations of a functional model (`keras.ops`) treat rows independently."""
+"""The operations of functional models (`keras.ops`) that treat rows independently."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src.ops import core, linalg, nn
-from keras.src.ops import math as math_ops
-from keras.src.ops import numpy as numpy_ops
 
+from keras_bandmf._keras_internals import operation_classes
 from keras_bandmf.clipping.rowwise.known_layers import axis_reason, einsum_reason, replaced_reason
 
 Condition = Callable[[Any], str | None]
 
 
 def operation_reason(node: Any) -> str | None:
-    """Why one call of an operation of a functional model may mix rows, or None.
+    """Returns why one call of an operation of a functional model may mix rows, or None.
 
     Formal guarantees: of None, that every output has a row per row of the inputs, on axis 0, and
     that it depends on that row alone, provided the same holds of every symbolic input, and that
@@ -55,7 +53,7 @@ def _arguments(node: Any) -> list[Any]:
 
 
 def _elementwise(node: Any) -> str | None:
-    """Aligned on the right, no operand may meet the rows of another at another axis."""
+    """Returns why an operand, aligned on the right, may meet rows at another axis, or None."""
     rank = len(node.outputs[0].shape)
     for operand in keras.tree.flatten(_arguments(node)):
         if isinstance(operand, keras.KerasTensor):
@@ -232,9 +230,8 @@ _BY_NAME: dict[Condition, str] = {
     _rank_of(3): "MaxPool AveragePool",
 }
 _TABLE: dict[type, Condition] = {
-    getattr(module, name): condition
+    operation_class: condition
     for condition, names in _BY_NAME.items()
     for name in names.split()
-    for module in (numpy_ops, nn, core, math_ops, linalg)
-    if hasattr(module, name)
+    for operation_class in operation_classes(name)
 }

@@ -1,105 +1,198 @@
-"""What a clipping rule is: how a layer's call is tapped, and its per-example gradients."""
+"""What a clipping rule is: how a layer's call is recorded, and its per-example gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_bandmf.clipping.factors import Layout, Lookup, Outer, Rows
+from keras_bandmf._keras_internals import kernel_of
+from keras_bandmf.clipping.factors import Factor, Layout, Outer, Rows
 from keras_bandmf.clipping.shapes import positions, sum_to
 
 
 class LayerRule:
-    """How one layer type takes the book-keeping path.
+    """How layers of one type take the book-keeping path. Derive from it for a layer of your own.
 
-    `forward` computes what the layer's `call` computes, up to and without the activation function,
-    from weights behind `constant`; what it returns is watched by the tape. `finish` does the rest.
-    `gradients` turns what was saved and the gradient of the pre-activation into factors. Axis 0 is
-    the example throughout. `register_rule` shows a rule for a layer of one's own.
+    `forward` computes what the layer's `call` computes, up to but without the activation function,
+    from weights behind `constant`. The gradient tape watches what it returns. `finish` does the
+    rest. `gradients` turns what was saved and the gradient of the pre-activation into factors. Axis
+    0 is the example throughout. The docstring of `register_rule` has a whole example.
 
     Formal guarantees: the clipped sum of whatever factors a rule returns has norm at most the clip,
     example by example, provided row i of them depends on example i alone. That they are the layer's
     gradients is tested: `check_model` compares every rule of a model with one-example-at-a-time
     gradients before training, and a layer that fails goes the general path; `check_rule` does it
     for one layer.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> from keras_bandmf import clipping
+        >>> class Shift(keras.layers.Layer):
+        ...     def build(self, shape):
+        ...         self.shift = self.add_weight(shape=shape[1:])
+        ...
+        ...     def call(self, inputs):
+        ...         return inputs + self.shift
+        >>> class ShiftRule(clipping.LayerRule):
+        ...     def forward(self, layer, inputs):
+        ...         return inputs + clipping.constant(layer.shift), None
+        ...
+        ...     def gradients(self, layer, saved, g):
+        ...         return [(layer.shift, clipping.Rows(g))]
+        >>> clipping.register_rule(Shift, ShiftRule())
+        >>> clipping.check_rule(Shift(dtype="float64"), np.ones((2, 3))) < 1e-12
+        True
     """
 
     def refuses(self, layer: keras.layers.Layer) -> str | None:
-        """Why this layer, though of the right type, must go the general path; else None."""
+        """Returns why this layer, though of the right type, must take the general path, or None."""
         return None
 
     def uses(self, layer: keras.layers.Layer) -> list[keras.Variable]:
-        """Weights of layers inside this one that the rule uses in their place."""
+        """Returns weights of layers inside this one that the rule uses in place of those layers."""
         return []
 
     def forward(
-        self, layer: keras.layers.Layer, inputs: Any, **arguments: Any
+        self, layer: keras.layers.Layer, inputs: Any, *args: Any, **kwargs: Any
     ) -> tuple[tf.Tensor, Any]:
-        """The pre-activation and whatever `gradients` needs to see again.
+        """Computes the pre-activation of a call of the layer.
+
+        A rule names the further arguments of `call` that it knows in its own signature: a call
+        with any other argument goes the general path.
 
         Args:
-            layer: the layer.
-            inputs: the first argument of its `call`, a tensor.
-            **arguments: the others by name, those left at their default (and `training`) omitted; a
-                call with an argument that `forward` does not name goes the general path.
+            layer: The layer.
+            inputs: The first argument of its `call`, a tensor.
+            *args: Not used: further arguments are passed by name.
+            **kwargs: The further arguments of `call` by name. Those at their default, and
+                `training`, are left out.
+
+        Returns:
+            (The pre-activation, what `gradients` needs to see again.)
         """
         raise NotImplementedError
 
     def finish(self, layer: keras.layers.Layer, outputs: tf.Tensor, saved: Any) -> tf.Tensor:
-        """From the pre-activation to the layer's outputs, given what `forward` saved."""
+        """Returns the layer's outputs from the pre-activation and what `forward` saved."""
         activation = getattr(layer, "activation", None)
         return outputs if activation is None else activation(outputs)
 
     def gradients(
         self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
-    ) -> list[tuple[keras.Variable, Rows | Outer | Lookup]]:
-        """A factor per variable of the layer; those of frozen variables are never used.
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns a factor for each variable of the layer.
 
         Args:
-            layer: the layer.
-            saved: second result of `forward`.
-            g: gradient of the summed losses by the pre-activation, float32 or float64.
+            layer: The layer.
+            saved: The second result of `forward`.
+            g: The gradient of the summed losses by the pre-activation, float32 or float64.
+
+        Returns:
+            (variable, factor) for each variable. Those of frozen variables are never used.
         """
         raise NotImplementedError
 
 
 def constant(variable: Any) -> tf.Tensor:
-    """The value of a weight, in the dtype the layer computes in, behind `stop_gradient`."""
+    """Returns the value of a weight, in the dtype the layer computes in, behind `stop_gradient`.
+
+    A rule's `forward` reads weights through it, because the gradients by the weights are the task
+    of the rule's `gradients`.
+
+    Args:
+        variable: A weight of the layer.
+
+    Example:
+        >>> import keras
+        >>> from keras_bandmf import clipping
+        >>> clipping.constant(keras.Variable([1.0, 2.0])).numpy()
+        array([1., 2.], dtype=float32)
+    """
     return tf.stop_gradient(keras.ops.convert_to_tensor(variable))
 
 
 def lora_scale(layer: keras.layers.Layer) -> float:
-    """The factor in front of A B in a layer whose LoRA is enabled."""
+    """Returns the factor in front of A B in a layer whose LoRA is enabled."""
     return layer.lora_alpha / layer.lora_rank
 
 
 def wide(variable: keras.Variable, like: tf.Tensor) -> tf.Tensor:
-    """The value of a weight in the dtype gradients are kept in."""
+    """Returns the value of a weight in the dtype in which gradients are kept."""
     return tf.cast(constant(variable), like.dtype)
 
 
 class KernelRule(LayerRule):
-    """What layers with a `_kernel`, a `bias`, LoRA and an activation have in common."""
+    """What the rules of layers with a kernel, a bias, LoRA and an activation have in common."""
 
     def refuses(self, layer: keras.layers.Layer) -> str | None:
+        """Returns a reason for a quantized layer."""
         if getattr(layer, "quantization_mode", None) is not None:
             return "the layer is quantized"
         return None
 
 
-class DenseRule(KernelRule):
+class LinearRule(KernelRule):
+    """A rule of a layer whose pre-activation is linear in one kernel, up to a bias.
+
+    The two methods answer for any kernel in place of the layer's own, such as the low-rank
+    carriers of RGP. They know nothing of LoRA: they are about the kernel they are given.
+    """
+
+    def linear(self, layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+        """Returns what the layer computes from a kernel, without bias and activation.
+
+        Args:
+            layer: The layer, for its settings.
+            inputs: As `forward` saves them.
+            kernel: A tensor of the shape of the layer's kernel; its last axis, which is that of
+                the outputs, may have any size.
+        """
+        raise NotImplementedError
+
+    def kernel_factor(
+        self, layer: keras.layers.Layer, inputs: tf.Tensor, g: tf.Tensor, shape: tuple[int, ...]
+    ) -> Factor:
+        """Returns the gradients of `linear` by the kernel, one for each example.
+
+        Args:
+            layer: The layer, for its settings.
+            inputs: As for `linear`.
+            g: The gradient of the summed losses by what `linear` returned, float32 or float64.
+            shape: The shape of the kernel.
+        """
+        raise NotImplementedError
+
+
+class DenseRule(LinearRule):
     """Dense on (batch, ..., in)."""
 
-    def forward(self, layer, inputs):
-        outputs = keras.ops.matmul(inputs, constant(layer.kernel))
+    def linear(self, layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+        """Returns x W."""
+        return keras.ops.matmul(inputs, kernel)
+
+    def kernel_factor(
+        self, layer: keras.layers.Layer, inputs: tf.Tensor, g: tf.Tensor, shape: tuple[int, ...]
+    ) -> Factor:
+        """Returns x'g."""
+        return matrix(tf.cast(inputs, g.dtype), g)
+
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns x W + b, and x for the gradients."""
+        outputs = self.linear(layer, inputs, constant(layer.kernel))
         if layer.bias is not None:
             outputs = keras.ops.add(outputs, constant(layer.bias))
         return outputs, inputs
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns x'g for the kernel, or LoRA's two factors, and g summed for the bias."""
         x = tf.cast(saved, g.dtype)
+        found: list[tuple[keras.Variable, Factor]]
         if layer.lora_enabled:
             # Outputs are x (W + s A B): A sees g B', B sees x A.
             a, b = layer.lora_kernel_a, layer.lora_kernel_b
@@ -109,12 +202,18 @@ class DenseRule(KernelRule):
                 (b, matrix(tf.matmul(x, wide(a, g)), scaled)),
             ]
         else:
-            found = [(layer._kernel, matrix(x, g))]
+            kernel = kernel_of(layer)
+            found = [(kernel, self.kernel_factor(layer, x, g, tuple(kernel.shape)))]
         if layer.bias is not None:
             found.append((layer.bias, Rows(sum_to(g, tuple(layer.bias.shape)))))
         return found
 
 
 def matrix(x: tf.Tensor, g: tf.Tensor) -> Outer:
-    """The gradient x'g of a matrix W in y = x W: x (batch, ..., in) and g (batch, ..., out)."""
+    """Returns the gradients x'g of a matrix W in y = x W.
+
+    Args:
+        x: Shape (batch, ..., in).
+        g: Shape (batch, ..., out), the gradient by y.
+    """
     return Outer(positions(x), positions(g), Layout((x.shape[-1], g.shape[-1])))

@@ -3,50 +3,76 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_bandmf.clipping.factors import Layout, Outer, Rows, prefers_product
-from keras_bandmf.clipping.rules.base import KernelRule, constant, lora_scale, matrix, wide
+from keras_bandmf._keras_internals import kernel_of
+from keras_bandmf.clipping.factors import Factor, Layout, Outer, Rows, prefers_product
+from keras_bandmf.clipping.rules.base import (
+    KernelRule,
+    LinearRule,
+    constant,
+    lora_scale,
+    matrix,
+    wide,
+)
 from keras_bandmf.clipping.rules.patches import Slices
 from keras_bandmf.clipping.shapes import dims, product, sum_to
 
-# Fewer channels than this make a matrix product too thin: neighbours are joined first.
+# Fewer channels than this make a matrix product too thin: neighbors are joined first.
 _THIN = 16
 
 
-class ConvRule(KernelRule):
+class ConvRule(LinearRule):
     """Conv1D, 2D and 3D with any strides, padding, dilation, groups and data format."""
 
-    def refuses(self, layer):
+    def refuses(self, layer: keras.layers.Layer) -> str | None:
+        """Returns a reason for LoRA on grouped channels, which Keras applies in another way."""
         if getattr(layer, "lora_enabled", False) and layer.groups > 1:
             return "LoRA is enabled on grouped channels"
         return super().refuses(layer)
 
-    def forward(self, layer, inputs):
+    def linear(self, layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+        """Returns the convolution of the inputs with a kernel."""
         padding, x = layer.padding, inputs
         if padding == "causal":
             left = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
             spatial = 1 if layer.data_format == "channels_last" else 2
             x = tf.pad(x, [[left, 0] if i == spatial else [0, 0] for i in range(3)])
             padding = "valid"
-        outputs = keras.ops.conv(
+        return keras.ops.conv(
             x,
-            constant(layer.kernel),
+            kernel,
             strides=list(layer.strides),
             padding=padding,
             dilation_rate=layer.dilation_rate,
             data_format=layer.data_format,
         )
-        return with_bias(layer, outputs), inputs
 
-    def gradients(self, layer, saved, g):
+    def kernel_factor(
+        self, layer: keras.layers.Layer, inputs: tf.Tensor, g: tf.Tensor, shape: tuple[int, ...]
+    ) -> Factor:
+        """Returns patches(x)'g, written out or as factors."""
+        x, g = channels_last(layer, tf.cast(inputs, g.dtype), g)
+        return _kernel_factor(layer, x, g, shape, layer.groups)
+
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns the convolution plus the bias, and the inputs for the gradients."""
+        return with_bias(layer, self.linear(layer, inputs, constant(layer.kernel))), inputs
+
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of the kernel, or of LoRA's two factors, and of the bias."""
+        if not layer.lora_enabled:
+            kernel = kernel_of(layer)
+            found = [(kernel, self.kernel_factor(layer, saved, g, tuple(kernel.shape)))]
+            return [*found, *bias_gradient(layer, *channels_last(layer, g))]
         x, g = channels_last(layer, tf.cast(saved, g.dtype), g)
         bias = bias_gradient(layer, g)
-        if not layer.lora_enabled:
-            kernel = layer._kernel
-            return [(kernel, _kernel_factor(layer, x, g, tuple(kernel.shape), layer.groups)), *bias]
         # Outputs are x * (W + s A B), with B on the channels alone.
         a, b = layer.lora_kernel_a, layer.lora_kernel_b
         scaled = lora_scale(layer) * g
@@ -64,7 +90,8 @@ class ConvRule(KernelRule):
 class ConvTransposeRule(KernelRule):
     """Conv1DTranspose, 2D and 3D: a convolution whose inputs and outputs have changed places."""
 
-    def forward(self, layer, inputs):
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns the transposed convolution, and the inputs for the gradients."""
         outputs = keras.ops.conv_transpose(
             inputs,
             constant(layer.kernel),
@@ -76,7 +103,10 @@ class ConvTransposeRule(KernelRule):
         )
         return with_bias(layer, outputs), inputs
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns patches(g)'x for the kernel, and the gradient of the bias."""
         x, g = channels_last(layer, tf.cast(saved, g.dtype), g)
         factor = _kernel_factor(layer, g, x, tuple(layer.kernel.shape), 1)
         return [(layer.kernel, factor), *bias_gradient(layer, g)]
@@ -85,10 +115,14 @@ class ConvTransposeRule(KernelRule):
 class DepthwiseConvRule(KernelRule):
     """DepthwiseConv1D and 2D: the kernel of an example is small, so its gradient is written out."""
 
-    def forward(self, layer, inputs):
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns the depthwise convolution, and the inputs for the gradients."""
         return with_bias(layer, depthwise(layer, inputs, layer.kernel)), inputs
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of the kernel, written out, and of the bias."""
         x, g = channels_last(layer, tf.cast(saved, g.dtype), g)
         return [(layer.kernel, _depthwise_rows(layer, x, g)), *bias_gradient(layer, g)]
 
@@ -96,7 +130,8 @@ class DepthwiseConvRule(KernelRule):
 class SeparableConvRule(KernelRule):
     """SeparableConv1D and 2D: a depthwise convolution, then a matrix on the channels."""
 
-    def forward(self, layer, inputs):
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns both convolutions in turn; saves the inputs and what is between the two."""
         (middle,) = channels_last(layer, depthwise(layer, inputs, layer.depthwise_kernel))
         pointwise = constant(layer.pointwise_kernel)
         outputs = keras.ops.matmul(middle, tf.reshape(pointwise, pointwise.shape[-2:]))
@@ -104,7 +139,10 @@ class SeparableConvRule(KernelRule):
             outputs = tf.transpose(outputs, [0, layer.rank + 1, *range(1, layer.rank + 1)])
         return with_bias(layer, outputs), (inputs, middle)
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of both kernels and of the bias."""
         inputs, middle = (tf.cast(t, g.dtype) for t in saved)
         x, g = channels_last(layer, inputs, g)
         pointwise = layer.pointwise_kernel
@@ -119,7 +157,7 @@ class SeparableConvRule(KernelRule):
 
 
 def depthwise(layer: keras.layers.Layer, inputs: tf.Tensor, kernel: keras.Variable) -> tf.Tensor:
-    """The depthwise convolution of `layer` with the value of `kernel`."""
+    """Returns the depthwise convolution of `layer` with the value of `kernel`."""
     return keras.ops.depthwise_conv(
         inputs,
         constant(kernel),
@@ -131,7 +169,7 @@ def depthwise(layer: keras.layers.Layer, inputs: tf.Tensor, kernel: keras.Variab
 
 
 def with_bias(layer: keras.layers.Layer, outputs: tf.Tensor) -> tf.Tensor:
-    """`outputs` plus the bias of their channels, if the layer has one."""
+    """Returns `outputs` plus the bias of their channels, if the layer has one."""
     if not layer.use_bias:
         return outputs
     bias = constant(layer.bias)
@@ -141,12 +179,12 @@ def with_bias(layer: keras.layers.Layer, outputs: tf.Tensor) -> tf.Tensor:
 
 
 def bias_gradient(layer: keras.layers.Layer, g: tf.Tensor) -> list[tuple[keras.Variable, Rows]]:
-    """The bias and its gradient, given that of the outputs, channels last."""
+    """Returns the bias and its gradient, given that of the outputs, channels last."""
     return [(layer.bias, Rows(sum_to(g, tuple(layer.bias.shape))))] if layer.use_bias else []
 
 
 def channels_last(layer: keras.layers.Layer, *tensors: tf.Tensor) -> list[tf.Tensor]:
-    """Tensors in the layer's data format with their channels moved to the end."""
+    """Returns tensors in the layer's data format with their channels moved to the end."""
     if layer.data_format == "channels_last":
         return list(tensors)
     return [tf.transpose(t, [0, *range(2, layer.rank + 2), 1]) for t in tensors]
@@ -155,14 +193,14 @@ def channels_last(layer: keras.layers.Layer, *tensors: tf.Tensor) -> list[tf.Ten
 def _kernel_factor(
     layer: keras.layers.Layer, x: tf.Tensor, g: tf.Tensor, shape: tuple[int, ...], groups: int
 ) -> Rows | Outer:
-    """The gradient patches(x)'g of a kernel of shape `shape`, product or factors.
+    """Returns the gradient patches(x)'g of a kernel of shape `shape`, product or factors.
 
     Args:
-        layer: the convolution.
-        x: the side that is slid over: inputs, or output gradients of a transposed convolution.
-        g: the other side.
+        layer: The convolution.
+        x: The side that the kernel slides over: inputs, or output gradients if transposed.
+        g: The other side.
         shape: (*size, channels of x / groups, channels of g).
-        groups: of channels.
+        groups: The number of groups of channels.
     """
     cells, out = dims(g)[1:-1], shape[-1] // groups
     slices = Slices(layer, x, cells, groups)
@@ -189,14 +227,14 @@ def _kernel_factor(
 
 
 def _depthwise_rows(layer: keras.layers.Layer, x: tf.Tensor, g: tf.Tensor) -> Rows:
-    """The gradient of a depthwise kernel (*size, channels, multiplier), one offset at a time."""
+    """Returns the gradients of a kernel (*size, channels, multiplier), one offset at a time."""
     cells, channels = dims(g)[1:-1], x.shape[-1]
     slices = Slices(layer, x, cells)
     multiplier = g.shape[-1] // channels
     g = tf.reshape(g, [dims(g)[0], product(cells), channels, multiplier])
     values: list[tf.Tensor] = []
     for k in slices.offsets:
-        # One after the other: all products at once would be as many copies of the outputs.
+        # One after the other, because all products at once would be as many copies of the outputs.
         with tf.control_dependencies(values[-1:]):
             products = slices.at(k)[:, 0, :, :, None] * g
             values.append(tf.reduce_sum(products, axis=1, keepdims=True))

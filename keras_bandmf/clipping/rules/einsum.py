@@ -2,48 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import tensorflow as tf
 
-from keras_bandmf.clipping.factors import Layout, Outer, Rows, Unsupported
-from keras_bandmf.clipping.rules.base import KernelRule, constant, lora_scale, wide
+from keras_bandmf._keras_internals import kernel_of
+from keras_bandmf.clipping.factors import Factor, Layout, Outer, Rows, Unsupported
+from keras_bandmf.clipping.rules.base import LinearRule, constant, lora_scale, wide
 from keras_bandmf.clipping.shapes import dims, product, sum_to
 
 
-class EinsumDenseRule(KernelRule):
-    """EinsumDense with any equation whose batch label stays in front and out of the kernel."""
+class EinsumDenseRule(LinearRule):
+    """EinsumDense with any equation whose batch label stays in front and out of the kernel.
 
-    def refuses(self, layer):
+    Args:
+        equation: None for that of the layer; else the one to compute by in its place, for
+            `linear` and `kernel_factor` alone.
+    """
+
+    def __init__(self, equation: str | None = None):
+        self._equation = equation
+
+    def refuses(self, layer: keras.layers.Layer) -> str | None:
+        """Returns a reason for an equation whose kernel gradient is not by example."""
         reason = super().refuses(layer)
         if reason is None and "." not in layer.equation:
             reason = _Equation.of(layer.equation, None).refuses(layer.lora_enabled)
         return reason
 
-    def forward(self, layer, inputs):
-        outputs = keras.ops.einsum(layer.equation, inputs, constant(layer.kernel))
+    def linear(self, layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+        """Returns the einsum of the inputs with a kernel."""
+        return keras.ops.einsum(self._equation or layer.equation, inputs, kernel)
+
+    def kernel_factor(
+        self, layer: keras.layers.Layer, inputs: tf.Tensor, g: tf.Tensor, shape: tuple[int, ...]
+    ) -> Factor:
+        """Returns the kernel's gradients as products of arranged inputs and output gradients."""
+        x = tf.cast(inputs, g.dtype)
+        equation = _known_equation(layer, self._equation or layer.equation, x, lora=False)
+        return equation.factor(x, g, shape)
+
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns the einsum plus the bias, and the inputs for the gradients."""
+        outputs = self.linear(layer, inputs, constant(layer.kernel))
         if layer.bias is not None:
             outputs = keras.ops.add(outputs, constant(layer.bias))
         return outputs, inputs
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of the kernel, or of LoRA's two factors, and of the bias."""
         x = tf.cast(saved, g.dtype)
-        equation = _Equation.of(layer.equation, x.shape.rank)
-        reason = equation.refuses(layer.lora_enabled)
-        if reason is not None:  # an ellipsis hides it until the rank is known
-            raise Unsupported(f"{layer.path}: {reason}")
+        found: list[tuple[keras.Variable, Factor]]
         if layer.lora_enabled:
+            equation = _known_equation(layer, layer.equation, x, lora=True)
             found = _lora(layer, equation, x, lora_scale(layer) * g)
         else:
-            found = [(layer._kernel, equation.factor(x, g, tuple(layer._kernel.shape)))]
+            kernel = kernel_of(layer)
+            found = [(kernel, self.kernel_factor(layer, x, g, tuple(kernel.shape)))]
         if layer.bias is not None:
             found.append((layer.bias, Rows(sum_to(g, tuple(layer.bias.shape)))))
         return found
 
 
+def _known_equation(
+    layer: keras.layers.Layer, equation: str, x: tf.Tensor, lora: bool
+) -> _Equation:
+    """Returns an equation for inputs of the rank of `x`.
+
+    Raises:
+        Unsupported: If it cannot be handled, which an ellipsis hides until the rank is known.
+    """
+    found = _Equation.of(equation, x.shape.rank)
+    reason = found.refuses(lora)
+    if reason is not None:
+        raise Unsupported(f"{layer.path}: {reason}")
+    return found
+
+
 def _lora(
     layer: keras.layers.Layer, equation: _Equation, x: tf.Tensor, g: tf.Tensor
-) -> list[tuple[keras.Variable, Outer]]:
-    """Factors of A and B in the kernel A B, by two equations with the rank's axis in between."""
+) -> list[tuple[keras.Variable, Factor]]:
+    """Returns factors of A and B in the kernel A B, by two equations with the rank between."""
     first, second = layer.lora_kernel_a, layer.lora_kernel_b
     if equation.kernel[-1] in equation.contracted:
         first, second = second, first
@@ -69,20 +112,22 @@ class _Equation:
 
     @classmethod
     def of(cls, equation: str, rank: int | None) -> _Equation:
-        """From Keras' text; `rank` of the inputs, to write out an ellipsis."""
+        """Returns the equation of Keras's text; an ellipsis is written out for inputs of `rank`."""
         left, outputs = equation.replace(" ", "").split("->")
         inputs, kernel = left.split(",")
         if "..." in equation:
+            if rank is None:
+                raise ValueError(f"An ellipsis needs the rank. Received: equation={equation!r}")
             fresh = "".join(_unused(equation)[: rank - len(inputs.replace("...", ""))])
             inputs, outputs = inputs.replace("...", fresh), outputs.replace("...", fresh)
         return cls(inputs, kernel, outputs)
 
     def text(self) -> str:
-        """The equation as `tf.einsum` takes it."""
+        """Returns the equation as `tf.einsum` takes it."""
         return f"{self.inputs},{self.kernel}->{self.outputs}"
 
     def split(self) -> tuple[_Equation, _Equation]:
-        """For a kernel A B: the equation applied first and the one applied to its outputs."""
+        """Returns, for a kernel A B, the equation applied first and the one for its outputs."""
         last = self.kernel[-1]
         rank = _unused(self.text())[0]
         if last in self.produced:  # A, then B
@@ -94,7 +139,7 @@ class _Equation:
         return _Equation(self.inputs, parts[0], middle), _Equation(middle, parts[1], self.outputs)
 
     def refuses(self, lora: bool) -> str | None:
-        """Why the equation cannot be handled; None if it can."""
+        """Returns why the equation cannot be handled; None if it can."""
         batch = self.inputs[0]
         if self.outputs[0] != batch or batch in self.kernel:
             return "the equation does not keep the example axis in front"
@@ -105,11 +150,11 @@ class _Equation:
             return "the equation sums the kernel by itself"
         alone = set(self.inputs) - set(self.outputs) - set(self.kernel)
         if lora and (self.kernel[-1] in self.groups or alone):
-            return "LoRA is enabled on an equation it does not factorise"
+            return "LoRA is enabled on an equation it does not factorize"
         return None
 
     def factor(self, x: tf.Tensor, g: tf.Tensor, kernel_shape: tuple[int, ...]) -> Outer:
-        """The kernel's gradient as `Outer`."""
+        """Returns the kernel's gradient as `Outer`."""
         batch = self.inputs[0]
         a = _arranged(x, self.inputs, [batch, self.groups, self.positions, self.contracted])
         b = _arranged(g, self.outputs, [batch, self.groups, self.positions, self.produced])
@@ -124,7 +169,7 @@ def _unused(equation: str) -> list[str]:
 
 
 def _arranged(tensor: tf.Tensor, labels: str, blocks: list[str]) -> tf.Tensor:
-    """`tensor` with its axes put into `blocks` of labels, one axis a block; other labels summed."""
+    """Returns `tensor` with an axis for each block of labels; other labels are summed."""
     wanted = "".join(blocks)
     summed = [i for i, c in enumerate(labels) if c not in wanted]
     if summed:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_bandmf.clipping.factors import Layout, Rows, Unsupported
+from keras_bandmf._keras_internals import MaskedLMHeadParts, kernel_of, table_of
+from keras_bandmf.clipping.factors import Factor, Layout, Rows, Unsupported
 from keras_bandmf.clipping.rules.base import LayerRule, constant, matrix
 from keras_bandmf.clipping.rules.embedding import ReversibleEmbeddingRule, lookup
 from keras_bandmf.clipping.rules.scale import ScaleRule
@@ -21,29 +24,37 @@ class RootMeanSquareRule(ScaleRule):
     def __init__(self, offset: float = 0.0):
         self.offset = offset
 
-    def refuses(self, layer):
+    def refuses(self, layer: keras.layers.Layer) -> str | None:
+        """Returns None: these layers always work along the last axis."""
         return None
 
-    def weights(self, layer):
+    def weights(self, layer: keras.layers.Layer) -> tuple[Any, Any]:
+        """Returns the scale; there is no offset."""
         return layer.scale, None
 
-    def axes(self, layer, rank):
+    def axes(self, layer: keras.layers.Layer, rank: int) -> list[int]:
+        """Returns the last axis."""
         return [rank - 1]
 
-    def normalised(self, layer, inputs):
+    def normalized(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tf.Tensor:
+        """Returns x / rms(x), computed in float32."""
         x = tf.cast(inputs, tf.float32)
         mean = tf.reduce_mean(tf.square(x), axis=-1, keepdims=True)
         return tf.cast(x * tf.math.rsqrt(mean + layer.epsilon), inputs.dtype)
 
-    def forward(self, layer, inputs):
-        outputs, normalised = super().forward(layer, inputs)
-        return outputs + self.offset * normalised, normalised
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns the scaled inputs plus `offset` times the normalized ones."""
+        outputs, normalized = super().forward(layer, inputs)
+        return outputs + self.offset * normalized, normalized
 
 
 class PositionEmbeddingRule(LayerRule):
     """PositionEmbedding: the first rows of a table for every example, or rows by index."""
 
-    def forward(self, layer, inputs, positions=None):
+    def forward(
+        self, layer: keras.layers.Layer, inputs: tf.Tensor, positions: Any = None
+    ) -> tuple[tf.Tensor, Any]:
+        """Returns rows of the table, for every example the first or those asked for."""
         table = constant(layer.position_embeddings)
         sizes = dims(inputs)
         if positions is None:
@@ -55,7 +66,10 @@ class PositionEmbeddingRule(LayerRule):
         ids = tf.broadcast_to(ids, sizes[:-1])  # one row of positions serves every example
         return tf.broadcast_to(tf.gather(table, ids), sizes), ids
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of the table."""
         table = layer.position_embeddings
         if saved is not None:
             return [(table, lookup(saved, g, layer.sequence_length))]
@@ -67,19 +81,27 @@ class PositionEmbeddingRule(LayerRule):
 class MaskedLMHeadRule(LayerRule):
     """MaskedLMHead: what is its own is the bias, and the kernel if it has no token embedding."""
 
-    def forward(self, layer, inputs, mask_positions):
+    def forward(
+        self, layer: keras.layers.Layer, inputs: tf.Tensor, mask_positions: Any
+    ) -> tuple[tf.Tensor, Any]:
+        """Returns the logits at the masked places; saves what the last kernel is applied to."""
         x = tf.gather(inputs, tf.cast(mask_positions, tf.int32), batch_dims=1)
-        x = layer._intermediate_layer_norm(layer._intermediate_dense(x))
+        parts = MaskedLMHeadParts(layer)
+        x = parts.layer_norm(parts.dense(x))
         if layer.token_embedding:
             outputs = layer.token_embedding(x, reverse=True)
         else:
-            outputs = keras.ops.matmul(x, constant(layer._kernel))
-        return keras.ops.cast(outputs, layer.compute_dtype) + constant(layer._bias), x
+            outputs = keras.ops.matmul(x, constant(kernel_of(layer)))
+        return keras.ops.cast(outputs, layer.compute_dtype) + constant(parts.bias), x
 
-    def gradients(self, layer, saved, g):
-        found = [(layer._bias, Rows(sum_to(g, tuple(layer._bias.shape))))]
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of the bias, and of the kernel if the layer has its own."""
+        bias = MaskedLMHeadParts(layer).bias
+        found: list[tuple[keras.Variable, Factor]] = [(bias, Rows(sum_to(g, tuple(bias.shape))))]
         if not layer.token_embedding:
-            found.append((layer._kernel, matrix(tf.cast(saved, g.dtype), g)))
+            found.append((kernel_of(layer), matrix(tf.cast(saved, g.dtype), g)))
         return found
 
 
@@ -90,13 +112,16 @@ class ViTEmbeddingRule(LayerRule):
     so that each has a gradient of its own.
     """
 
-    def refuses(self, layer):
+    def refuses(self, layer: keras.layers.Layer) -> str | None:
+        """Returns a reason for LoRA or quantization on the table of positions."""
         return "LoRA is enabled on the positions" if _plain_table(layer) is None else None
 
-    def uses(self, layer):
+    def uses(self, layer: keras.layers.Layer) -> list[keras.Variable]:
+        """Returns the table of positions, which an inner layer owns."""
         return [_plain_table(layer)]
 
-    def forward(self, layer, inputs):
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns the patches with class token and positions added to every example."""
         patches = layer.patch_embedding(inputs)
         if layer.data_format == "channels_first":
             patches = tf.transpose(patches, [0, 2, 3, 1])
@@ -109,7 +134,10 @@ class ViTEmbeddingRule(LayerRule):
         positions = constant(layer.position_embedding.embeddings)
         return patches + tf.cast(positions, patches.dtype), None
 
-    def gradients(self, layer, saved, g):
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of the positions and of the class token."""
         found = [(_plain_table(layer), Rows(g))]
         if layer.use_class_token:
             shape = tuple(layer.class_token.shape)
@@ -138,10 +166,10 @@ _RULES: dict[str, LayerRule] = {
 
 
 def rule_by_name(layer_class: type) -> LayerRule | None:
-    """The rule of one of keras_hub's classes, or None.
+    """Returns the rule of one of keras_hub's classes, or None.
 
     Args:
-        layer_class: any class.
+        layer_class: Any class.
 
     Returns:
         A rule only if the class is the very object that its module of that name holds: a class that
@@ -166,4 +194,4 @@ class _FirstRows:
 
 def _plain_table(layer: keras.layers.Layer) -> keras.Variable | None:
     table = layer.position_embedding
-    return None if table.lora_enabled or table.quantization_mode is not None else table._embeddings
+    return None if table.lora_enabled or table.quantization_mode is not None else table_of(table)

@@ -15,10 +15,10 @@ class Slices:
     """Slices of `x` (batch, *sizes, channels), one for each kernel offset.
 
     Args:
-        layer: a convolution: its kernel size, strides, dilation and padding are used.
-        x: the side of the convolution that is slid over, channels last.
-        cells: sizes of the other side, one for each spatial axis.
-        groups: of channels.
+        layer: A convolution. Its kernel size, strides, dilation and padding are used.
+        x: The side of the convolution that the kernel slides over, channels last.
+        cells: The sizes of the other side, one for each spatial axis.
+        groups: The number of groups of channels.
     """
 
     def __init__(self, layer: keras.layers.Layer, x: tf.Tensor, cells: list[Any], groups: int = 1):
@@ -43,7 +43,7 @@ class Slices:
         return [*pads, [0, 0]]
 
     def _phases(self, x: tf.Tensor, kernel_size: tuple[int, ...]) -> tf.Tensor:
-        """(*strides, batch, *sizes / strides, channels): every stride-th entry, by where it starts.
+        """Returns every stride-th entry: (*strides, batch, *sizes / strides, channels).
 
         Slices of it take no steps; TensorFlow is slow at slices that do, and there are many.
         """
@@ -65,7 +65,7 @@ class Slices:
         return tf.transpose(x, [*outer, 0, *inner, 2 * rank + 1])
 
     def at(self, offset: tuple[int, ...]) -> tf.Tensor:
-        """Inputs seen by one kernel offset: (batch, groups, positions, channels)."""
+        """Returns inputs seen by one kernel offset: (batch, groups, positions, channels)."""
         steps = list(zip(offset, self.cells, self.strides, self.dilation, strict=True))
         phase = [k * d % s for k, _, s, d in steps] if max(self.strides) > 1 else []
         index = [slice(k * d // s, k * d // s + out) for k, out, s, d in steps]

@@ -1,9 +1,10 @@
-"""Which layer types have a clipping rule; users add their own."""
+"""The table of layer types that have a clipping rule. Users add their own."""
 
 from __future__ import annotations
 
 import keras
 
+from keras_bandmf._keras_internals import recomputes_activations
 from keras_bandmf.clipping.rowwise.decision import declare_row_wise
 from keras_bandmf.clipping.rules.base import DenseRule, LayerRule
 from keras_bandmf.clipping.rules.conv import (
@@ -23,7 +24,7 @@ from keras_bandmf.clipping.rules.scale import (
 )
 
 _OWN_RULE = "_keras_bandmf_rule"
-# Only filled at import time: by this file, and by the module that defines a layer of one's own.
+# Filled only at import time: by this file, and by modules that define custom layers.
 _RULES: dict[type, LayerRule] = {
     keras.layers.Dense: DenseRule(),
     keras.layers.EinsumDense: EinsumDenseRule(),
@@ -52,84 +53,92 @@ for _name, _rule in (
 
 
 def register_rule(layer_class: type, rule: LayerRule) -> None:
-    """Give layers of exactly `layer_class` a clipping rule.
+    """Registers a clipping rule for layers of exactly `layer_class`.
 
-    Subclasses are not covered: they may compute something else. `check_model` still compares the
-    rule with one-example-at-a-time gradients on every model that uses it; `check_rule` does so for
-    one layer. A rule for a layer that multiplies its inputs by a vector:
+    Subclasses are not covered, because they may compute something else. `check_model` still
+    compares the rule with gradients of one example at a time on every model that uses it, and
+    `check_rule` does so for one layer. Registering a rule also declares that the layer treats rows
+    independently, as `declare_row_wise` does.
 
-    ```python
-    class Scale(keras.layers.Layer):
-        def build(self, shape):
-            self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
-
-        def call(self, inputs):
-            return inputs * self.scale
-
-    class ScaleRule(clipping.LayerRule):
-        def forward(self, layer, inputs):
-            # The value of a weight without its gradient: that is what `gradients` is for.
-            return inputs * clipping.constant(layer.scale), inputs
-
-        def gradients(self, layer, saved, g):  # (batch, time, features) each
-            products = tf.cast(saved, g.dtype) * g
-            return [(layer.scale, clipping.Rows(tf.reduce_sum(products, axis=1)))]
-
-    clipping.register_rule(Scale, ScaleRule())
-    clipping.check_rule(Scale(), np.random.normal(size=(4, 5, 3)).astype("float32"))
-    ```
-
-    Factors: `Rows` for gradients written out, `Outer` for products x'g, `Lookup` for rows of a
-    table. Axis 0 is the example in all of them; nothing may be summed over it. Registering a rule
-    also declares that the layer treats rows independently, as `declare_row_wise` does.
+    The rule returns a factor for each variable: `Rows` for gradients written out, `Outer` for
+    products x'g, `Lookup` for rows of a table. Axis 0 is the example in all of them, and nothing
+    may be summed over it.
 
     Args:
-        layer_class: a subclass of `keras.layers.Layer` that has no rule yet.
-        rule: a `LayerRule`.
+        layer_class: A subclass of `keras.layers.Layer` that has no rule yet.
+        rule: A `LayerRule`.
 
     Raises:
-        ValueError: not a layer class, not a rule, or the class has a rule already.
+        ValueError: If `layer_class` is not a layer class or has a rule already, or if `rule` is not
+            a rule.
+
+    Example:
+        A layer that multiplies its inputs by a vector, and its rule. `constant` gives the value of
+        a weight without its gradient, which is the task of `gradients`.
+
+        >>> import keras
+        >>> import numpy as np
+        >>> import tensorflow as tf
+        >>> from keras_bandmf import clipping
+        >>> class Scale(keras.layers.Layer):
+        ...     def build(self, shape):
+        ...         self.scale = self.add_weight(shape=(shape[-1],), initializer="uniform")
+        ...
+        ...     def call(self, inputs):
+        ...         return inputs * self.scale
+        >>> class ScaleRule(clipping.LayerRule):
+        ...     def forward(self, layer, inputs):
+        ...         return inputs * clipping.constant(layer.scale), inputs
+        ...
+        ...     def gradients(self, layer, saved, g):  # (batch, time, features) each
+        ...         products = tf.cast(saved, g.dtype) * g
+        ...         return [(layer.scale, clipping.Rows(tf.reduce_sum(products, axis=1)))]
+        >>> clipping.register_rule(Scale, ScaleRule())
+        >>> x = np.random.default_rng(0).normal(size=(4, 5, 3))
+        >>> clipping.check_rule(Scale(dtype="float64"), x) < 1e-12
+        True
     """
     if not (isinstance(layer_class, type) and issubclass(layer_class, keras.layers.Layer)):
         raise ValueError(
-            "`layer_class` must be a subclass of `keras.layers.Layer`. "
+            "Expected `layer_class` to be a subclass of `keras.layers.Layer`. "
             f"Received: layer_class={layer_class!r}"
         )
     if not isinstance(rule, LayerRule):
         raise ValueError(
-            "`rule` must be an instance of a `LayerRule` subclass that defines `forward` and "
-            f"`gradients`. Received: rule={rule!r}"
+            "Expected `rule` to be an instance of a subclass of `LayerRule` that defines `forward` "
+            f"and `gradients`. Received: rule={rule!r}"
         )
     if _known(layer_class) is not None:
         raise ValueError(
-            f"{layer_class.__name__} already has a clipping rule. Register a rule for a subclass "
-            f"of your own instead. Received: layer_class={layer_class!r}"
+            f"Expected `layer_class` to be without a clipping rule, but {layer_class.__name__} "
+            "already has one. Register a rule for a subclass of it instead. "
+            f"Received: layer_class={layer_class!r}"
         )
     _RULES[layer_class] = rule
     declare_row_wise(layer_class)
 
 
 def set_rule(layer: keras.layers.Layer, rule: LayerRule | None) -> None:
-    """Gives one layer a rule of its own in place of that of its class; None takes it away."""
+    """Gives one layer a rule in place of that of its class; None takes it away again."""
     if rule is None:
         vars(layer).pop(_OWN_RULE, None)
     else:
-        # Past Keras' attribute tracking.
+        # Bypasses Keras's attribute tracking.
         vars(layer)[_OWN_RULE] = rule
 
 
 def rule_of(layer: keras.layers.Layer) -> tuple[LayerRule | None, str]:
-    """The rule of `layer`, or None, and why.
+    """Returns the rule of a layer, or None and the reason.
 
     Returns:
-        (rule, the rule's name) or (None, the reason there is none).
+        (The rule, its name), or (None, the reason why there is none).
     """
     rule = vars(layer).get(_OWN_RULE) or _known(type(layer))
     if rule is None:
         return None, f"no rule for {type(layer).__name__}"
     if "call" in vars(layer):
         return None, "its `call` was replaced on the instance"
-    if getattr(layer, "_remat_mode", None):
+    if recomputes_activations(layer):
         return None, "it recomputes its activations (remat)"
     reason = rule.refuses(layer)
     return (rule, type(rule).__name__) if reason is None else (None, reason)

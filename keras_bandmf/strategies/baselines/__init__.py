@@ -1,1 +1,1 @@
-"""Strategies for comparison: trees, banded inverses, buffered and square-root matrices."""
+"""Strategies without bands, for comparison: trees, banded inverses and buffered matrices."""

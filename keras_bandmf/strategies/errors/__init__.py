@@ -1,1 +1,1 @@
-"""The expected error of a strategy, and its gradient."""
+"""The expected error of a strategy, and its gradient, without a dense matrix."""

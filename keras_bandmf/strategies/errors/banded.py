@@ -1,15 +1,15 @@
-"""Errors of any banded strategy, and their gradient, in O(n b^2): covariances, block by block.
+"""The errors of any banded strategy, and their gradient, in O(n b^2), from covariances of blocks.
 
-The noise rows u = C^-1 z and what the workload makes of them are a linear system driven by white
-noise: its state is the last b - 1 rows of u and the state of the workload, and row i of A C^-1 has
-squared norm `e_i`, the variance of the workload's i-th output. The covariance P of the state
-follows from that of the block of m rows before,
+The noise rows u = C^-1 z and the outputs of the workload form a linear system driven by white
+noise. Its state consists of the last b - 1 rows of u and the state of the workload. The squared
+norm `e_i` of row i of A C^-1 is the variance of the workload's i-th output. The covariance P of the
+state after a block of m rows follows from that before it,
 
     P <- F P F' + B B',        e = diag(X P X' + Y Y'),
 
-with matrices F, B, X, Y that depend on one block of C alone. Those are made for many blocks at
-once; only the two products with P are taken one after the other. The adjoint runs backwards at the
-same cost and keeps n x m numbers of each kind, never n x n.
+with matrices F, B, X, Y that depend on one block of C only. These are computed for many blocks at
+once; only the two products with P are computed one after the other. The adjoint runs backwards at
+the same cost. It keeps n x m numbers of each kind, never n x n.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Blocks are at least this long: shorter ones would spend their time in calls.
+# Blocks are at least this long: with shorter ones, the time would go into calls of functions.
 _MIN_BLOCK = 16
-# Numbers in one array of a chunk of blocks: what the processor's cache holds of a few of them.
+# How many numbers one array of a chunk of blocks has: the processor's cache holds a few of them.
 _CHUNK_NUMBERS = 1 << 15
 
 
 class WorkloadBlocks(NamedTuple):
     """A workload as a linear system with q states, cut into T blocks of m steps.
 
-    Within a block with inputs u (m) and the state s (q) before it, the outputs are
-    `read_state s + read_input u` and the state after it is `keep s + drive u`. A leading axis of 1
-    instead of T means that all blocks are alike.
+    For a block with inputs u (m) and the state s (q) before it, the outputs are
+    `read_state s + read_input u`, and the state after it is `keep s + drive u`. A leading axis of 1
+    instead of T means that all blocks are the same.
 
     Attributes:
       keep: `(T, q, q)` float64.
@@ -45,18 +45,20 @@ class WorkloadBlocks(NamedTuple):
 
 
 def block_size(num_bands: int) -> int:
-    """Returns m, how many steps a block has: at least the memory of the noise, b - 1."""
+    """Returns the number of steps m in a block: at least the memory of the noise, b - 1."""
     return max(_MIN_BLOCK, num_bands - 1)
 
 
 class BandedErrors:
     """The squared row norms of `A C^-1` as a function of C, with working memory for one C.
 
-    With p = b - 1 and q states of the workload, block t keeps, from the forward pass for the
-    adjoint, three matrices over the columns (p noise rows before, q states before, m noises z):
-    `solved`, what its noise rows are (`L^-1 (-U, 0, I)`, where (U, L) are its rows of C); `mapped`,
-    what the state after it (p + q) and its outputs (m) are, i.e. [[F, B], [X, Y]]; and `before`,
-    the covariance of the state ahead of it. About 8 n m numbers in all.
+    Let p = b - 1 and q be the number of states of the workload. The forward pass keeps three
+    matrices of each block for the adjoint, about 8 n m numbers in all. The columns of the first two
+    stand for the p noise rows before the block, the q states before it, and its m noises z.
+
+     * `solved` gives the noise rows of the block: `L^-1 (-U, 0, I)`, if (U, L) are its rows of C.
+     * `mapped` gives the state after the block (p + q) and its outputs (m): [[F, B], [X, Y]].
+     * `before` is the covariance of the state before the block.
 
     Args:
       num_steps: n.
@@ -72,13 +74,13 @@ class BandedErrors:
         self._states = states = self._memory + workload.keep.shape[1]
         self._chunk = max(1, _CHUNK_NUMBERS // (m * m))
         self._workload = workload
-        # From a block's noise rows to the state after it and its outputs.
+        # Maps the noise rows of a block to the state after it and to its outputs.
         newest = np.eye(m)[m - self._memory :]
         newest = np.broadcast_to(newest, (len(workload.drive), self._memory, m))
         parts = [newest, workload.drive, workload.read_input]
         self._maps = np.concatenate(parts, axis=1)
-        # The columns of C, after b - 1 zero ones that stand before the first step. Those past the
-        # last step are of the identity: nothing here depends on them.
+        # The columns of C, after b - 1 columns of zeros that stand before the first step. Those
+        # after the last step are of the identity; nothing depends on them.
         self._columns = np.zeros((self._memory + blocks * m, num_bands))
         self._columns[:, 0] = 1.0
         self._columns[: self._memory] = 0.0
@@ -87,14 +89,14 @@ class BandedErrors:
         self._before = np.zeros((blocks + 1, states, states))
 
     def evaluate(self, columns: np.ndarray) -> np.ndarray:
-        """Returns the errors, and remembers what `gradient` needs.
+        """Returns the errors, and keeps what `gradient` needs.
 
         Args:
-          columns: `(n, b)` float64; row j is column j of C from its diagonal down, the diagonal
+          columns: `(n, b)` float64. Row j is column j of C from its diagonal down. The diagonal is
             not zero. Entries that would lie below row n - 1 of C have no effect.
 
         Returns:
-          `(n,)` float64; not finite where C^-1 overflows.
+          `(n,)` float64, not finite where C^-1 overflows.
         """
         self._columns[self._memory : self._memory + len(columns)] = columns
         errors = np.empty((self._blocks, self._block))
@@ -129,7 +131,7 @@ class BandedErrors:
         return [slice(s, min(s + self._chunk, self._blocks)) for s in starts]
 
     def _solve(self, chunk: slice) -> None:
-        """Fills `solved` and `mapped`: everything that needs no other block."""
+        """Fills `solved` and `mapped`, which depend on no other block."""
         p, s, m = self._memory, self._states, self._block
         rows = _gather_rows(self._columns, chunk.start * m, chunk.stop - chunk.start, m)
         solved, mapped = self._solved[chunk], self._mapped[chunk]
@@ -141,12 +143,12 @@ class BandedErrors:
         mapped[:, s:, p:s] = _part(self._workload.read_state, chunk)
 
     def _propagate(self, chunk: slice) -> np.ndarray:
-        """Fills `before`, block after block, and returns the errors, `(T, m)`."""
+        """Fills `before` block by block, and returns the errors, `(T, m)`."""
         s = self._states
         mapped = self._mapped[chunk]
         steps = mapped[:, :s, :s]
         fresh = mapped[:, :s, s:]
-        # A copy, as NumPy takes a slower routine for the product of an array with itself.
+        # A copy, because NumPy uses a slower routine for the product of an array with itself.
         fresh = np.matmul(fresh, fresh.transpose(0, 2, 1).copy())
         before = self._before[chunk.start : chunk.stop + 1]
         product = np.empty((s, s))
@@ -160,7 +162,7 @@ class BandedErrors:
     def _adjoint(
         self, chunk: slice, weights: np.ndarray, after: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """From the adjoint of the covariance after a chunk to those of its rows and before it."""
+        """Returns the adjoints of the rows of a chunk and of the covariance before it."""
         p, s = self._memory, self._states
         solved, mapped, before = self._solved[chunk], self._mapped[chunk], self._before[chunk]
         weights = 2.0 * weights[:, :, None]
@@ -172,7 +174,7 @@ class BandedErrors:
             kept[...] = after
             after = np.dot(np.dot(step.T, kept, out=product), step)
             after += add
-        # The variance of [F, B; X, Y] (state, z), differentiated by that matrix.
+        # The derivative of the variance of [F, B; X, Y] (state, z) with respect to that matrix.
         d_mapped = np.concatenate([np.matmul(mapped[:, :, :s], before), mapped[:, :, s:]], axis=2)
         d_mapped[:, :s] = np.matmul(2.0 * adjoints, d_mapped[:, :s])
         d_mapped[:, s:] *= weights
@@ -185,23 +187,23 @@ class BandedErrors:
 
 
 def _part(array: np.ndarray, chunk: slice) -> np.ndarray:
-    """The blocks of a chunk; one that stands for all stays one."""
+    """Returns the blocks of a chunk. One block that stands for all stays one."""
     return array if len(array) == 1 else array[chunk]
 
 
 def _gather_rows(padded: np.ndarray, first: int, blocks: int, m: int) -> np.ndarray:
-    """`(T, m, p + m)`: the rows of C in each block, over the p columns before it and its own."""
+    """Returns the rows of C in each block, `(T, m, p + m)`: p columns before it, then its own."""
     p = padded.shape[1] - 1
     rows = np.zeros((blocks, m, p + m))
     flat = rows.reshape(blocks, -1)
-    for c in range(p + 1):  # the diagonal p - c below the main one
+    for c in range(p + 1):  # The diagonal that is p - c below the main one.
         values = padded[first + c : first + c + blocks * m, p - c]
         flat[:, c :: p + m + 1][:, :m] = values.reshape(blocks, m)
     return rows
 
 
 def _scatter_rows(rows: np.ndarray, padded: np.ndarray, first: int) -> None:
-    """The adjoint of `_gather_rows`: every entry of C is in one block's rows."""
+    """Applies the adjoint of `_gather_rows`: each entry of C is in the rows of one block."""
     blocks, m, width = rows.shape
     p = width - m
     flat = rows.reshape(blocks, -1)
@@ -211,7 +213,7 @@ def _scatter_rows(rows: np.ndarray, padded: np.ndarray, first: int) -> None:
 
 
 def _lower_inverse(lower: np.ndarray) -> np.ndarray:
-    """Inverses of `(T, m, m)` lower-triangular matrices, by halves."""
+    """Returns the inverses of `(T, m, m)` lower-triangular matrices, by halves."""
     inverse = np.zeros_like(lower)
 
     def fill(start: int, stop: int) -> None:

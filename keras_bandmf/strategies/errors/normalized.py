@@ -1,7 +1,8 @@
-"""Column normalisation of a Toeplitz strategy: which columns it touches, what it does to the error.
+"""Column normalization of a Toeplitz strategy: the columns that it changes, and their errors.
 
-With unit-norm coefficients only the last b - 1 columns of C are shorter than 1, so only the last
-b - 1 rows of A C^-1 differ from the raw strategy's. Everything here costs O(b^2), for any n.
+If the coefficients have norm 1, only the last b - 1 columns of C are shorter than 1, so only the
+last b - 1 rows of A C^-1 differ from those of the raw strategy. Everything here costs O(b^2), for
+any n.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import numpy as np
 def tail_scale(coefficients: np.ndarray) -> np.ndarray:
     """Returns the norms of the last b - 1 columns of the raw Toeplitz matrix.
 
-    Dividing column j of T by its norm s_j gives C = T diag(1/s), so C^-1 = diag(s) T^-1: the
-    released noise row is multiplied by s_j.
+    Dividing column j of T by its norm s_j gives C = T diag(1/s) and C^-1 = diag(s) T^-1, so the
+    noise row that is released is multiplied by s_j.
 
     Args:
       coefficients: `(b,)` float64, first column of T.
@@ -29,10 +30,10 @@ def lagged_products(sums: np.ndarray, num_bands: int) -> np.ndarray:
 
     Args:
       sums: `(m,)` float64, the sequence x.
-      num_bands: number of lags.
+      num_bands: the number of lags.
 
     Returns:
-      `(num_bands,)` float64; entries of lags m and above are zero.
+      `(num_bands,)` float64. Entries for lags of m and above are zero.
     """
     length = 1 << (len(sums) + num_bands).bit_length()
     spectrum = np.fft.rfft(sums, length)
@@ -40,17 +41,17 @@ def lagged_products(sums: np.ndarray, num_bands: int) -> np.ndarray:
 
 
 def tail_errors(scale: np.ndarray, window: np.ndarray, lagged: np.ndarray) -> np.ndarray:
-    """Returns e_i of the last b - 1 rows of the column-normalised strategy.
+    """Returns e_i of the last b - 1 rows of the column-normalized strategy.
 
     Let w be the raw process A T^-1 z, with covariances K_{i,j} = sum_{t <= j} x_t x_{t+i-j}. By
-    summation by parts the normalised one is v_i = s_i w_i + sum_{j<i} (s_j - s_{j+1}) w_j, and the
+    summation by parts the normalized process is v_i = s_i w_i + sum_{j<i} (s_j - s_{j+1}) w_j. The
     sum starts at row m - 1 = n - b, before which s = 1. Row i of K follows from row i - 1 by one
-    product, so e_i = Var(v_i) takes O(b) a row.
+    product, so e_i = Var(v_i) costs O(b) for each row.
 
     Args:
-      scale: `(b - 1,)`, `tail_scale` of the coefficients.
-      window: `(2 b - 2,)`, x from step m - b + 1 to n - 1 (zero before step 0).
-      lagged: `(b,)`, `sum_{t < m} x_t x_{t-k}` for k = 0 .. b - 1.
+      scale: `(b - 1,)` float64, `tail_scale` of the coefficients.
+      window: `(2 b - 2,)` float64, x from step m - b + 1 to n - 1 (zero before step 0).
+      lagged: `(b,)` float64, `sum_{t < m} x_t x_{t-k}` for k = 0 .. b - 1.
 
     Returns:
       `(b - 1,)` float64.
@@ -76,7 +77,7 @@ def extend_window(coefficients: np.ndarray, state: np.ndarray) -> np.ndarray:
 
     Args:
       coefficients: `(b,)` float64.
-      state: `(b,)`, `(x_m, h_m, h_{m-1}, ..., h_{m-b+2})`.
+      state: `(b,)` float64, `(x_m, h_m, h_{m-1}, ..., h_{m-b+2})`.
 
     Returns:
       `(2 b - 2,)` float64.

@@ -1,16 +1,17 @@
-"""Errors of a Toeplitz strategy and their gradients: three exact routes, tensors in, tensors out.
+"""The errors of a Toeplitz strategy and their gradients, by three exact routes in TensorFlow.
 
-With `c` the first column of C (b coefficients) and the prefix-sum workload, `h = 1 / c(z)` is the
-first column of C^-1, `x = h / (1 - z)` its running sum, and row i of A C^-1 has squared norm
-`e_i = x_0^2 + ... + x_i^2`. Every function here returns or differentiates
+Let c be the first column of C (b coefficients), and the workload prefix sums. The first column of
+C^-1 is `h = 1 / c(z)`, its running sum is `x = h / (1 - z)`, and row i of A C^-1 has the squared
+norm `e_i = x_0^2 + ... + x_i^2`. Every function here returns or differentiates
 
-    error = sum_t (mean_weight * (n - t) + last_weight) * x_t^2,
+    error = sum_t (mean_weight * (n - t) + last_weight) * x_t^2.
 
-so `(1 / n, 0)` is the mean of e and `(0, 1)` its last, which is its largest, entry.
+The weights `(1 / n, 0)` give the mean of e, and `(0, 1)` its last entry, which is its largest.
 
- * scan: h in blocks of b - 1; block 2j comes from block j by a power of one matrix: O(n b).
- * doubling: never forms h; sums of squares over p steps give those over 2p: O(b^3 log n).
- * fft: h as a power series inverse by Newton's iteration: O(n log n).
+ * scan: computes h in blocks of b - 1. Block 2j follows from block j by a power of one matrix:
+   O(n b).
+ * doubling: never forms h. Sums of squares over p steps give those over 2p: O(b^3 log n).
+ * fft: computes h as the inverse of a power series, by Newton's iteration: O(n log n).
 
 None of them loops over steps, so a graph is traced once for all n and b.
 """
@@ -19,13 +20,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import tensorflow as tf
 
-ROUTES = ("scan", "doubling", "fft")
-# Above this many steps a vector with an entry a step is not formed.
+#: The ways to compute an error, and those that form h.
+Route = Literal["scan", "doubling", "fft"]
+ResponseRoute = Literal["scan", "fft"]
+ROUTES: tuple[Route, ...] = get_args(Route)
+# Above this many steps, no vector with an entry for each step is formed.
 MAX_VECTOR_STEPS = 10**8
 
 _VECTOR = tf.TensorSpec([None], tf.float64)
@@ -37,8 +41,8 @@ class Doubled(NamedTuple):
     """What the doubling route knows after n steps.
 
     Attributes:
-      error: scalar, the weighted error of the module's docstring.
-      gradient: `(b,)`, its derivative with respect to the coefficients.
+      error: scalar, the weighted error that the docstring of the module defines.
+      gradient: `(b,)`, its gradient with respect to the coefficients.
       summed: scalar, `e_0 + ... + e_{n-1}`.
       last: scalar, `e_{n-1}`.
       state: `(b,)`, `(x_n, h_n, h_{n-1}, ..., h_{n-b+2})`.
@@ -53,7 +57,7 @@ class Doubled(NamedTuple):
     covariance: tf.Tensor
 
 
-def cheapest_route(num_steps: int, num_bands: int) -> str:
+def cheapest_route(num_steps: int, num_bands: int) -> Route:
     """Returns the route with the least work for one value and gradient.
 
     Args:
@@ -61,8 +65,8 @@ def cheapest_route(num_steps: int, num_bands: int) -> str:
       num_bands: b, at least 2.
 
     Returns:
-      One of `ROUTES`. The estimates are in units of about a nanosecond of one core; being wrong by
-      a factor of two near a crossing costs that factor in time and nothing else.
+      One of `ROUTES`. The estimates are in units of about a nanosecond of one core. An estimate
+      that is wrong by a factor of two costs at most that factor in time, and changes no result.
     """
     if num_steps > MAX_VECTOR_STEPS:
         return "doubling"
@@ -71,16 +75,16 @@ def cheapest_route(num_steps: int, num_bands: int) -> str:
     transforms = 3.0 * length * math.log2(length)
     newton = 3.6 * 2.0 ** math.ceil(levels - 1) * levels
     powers = 0.03 * b**3 * (1 + math.log2(n / b))
-    cost = {
+    cost: dict[Route, float] = {
         "doubling": 3e5 + levels * (1e5 + 0.5 * b**3),
         "scan": 7e5 + 0.1 * n * b + powers + transforms,
         "fft": 8e5 + 3e4 * levels + newton + transforms,
     }
-    return min(ROUTES, key=cost.__getitem__)
+    return min(ROUTES, key=lambda route: cost[route])
 
 
 def fft_length(num_steps: int, num_bands: int) -> int:
-    """Returns the power of two at which circular correlations up to lag b - 1 do not wrap."""
+    """Returns a power of two at which circular correlations up to lag b - 1 do not wrap around."""
     return 1 << (2 * num_steps + num_bands - 1).bit_length()
 
 
@@ -94,20 +98,20 @@ def weighted_error(
     num_steps: int,
     mean_weight: float,
     last_weight: float,
-    route: str,
+    route: Route,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the weighted error of a raw Toeplitz strategy and its gradient.
 
     Args:
-      coefficients: `(b,)` float64, b >= 2, the first column of C; any scale, first entry not zero.
+      coefficients: `(b,)` float64, b >= 2: the first column of C, at any scale. The first entry is
+        not zero.
       num_steps: n >= b.
       mean_weight: weight of `(n - t) * x_t^2`.
       last_weight: weight of `x_t^2`.
       route: one of `ROUTES`.
 
     Returns:
-      The scalar error and its `(b,)` gradient, float64. Overflow shows as a value that is not
-      finite.
+      The scalar error and its `(b,)` gradient, float64. They are not finite where C^-1 overflows.
     """
     if route == "doubling":
         doubled = doubling(coefficients, step_bits(num_steps), mean_weight, last_weight)
@@ -117,13 +121,16 @@ def weighted_error(
     return compiled(coefficients, num_steps, mean_weight, last_weight, length)
 
 
-def impulse_response(coefficients: np.ndarray, num_steps: int, route: str = "scan") -> tf.Tensor:
+def impulse_response(
+    coefficients: np.ndarray, num_steps: int, route: ResponseRoute = "scan"
+) -> tf.Tensor:
     """Returns h, the first `num_steps` coefficients of `1 / c(z)`.
 
     Args:
       coefficients: `(b,)` float64, b >= 2.
       num_steps: n, at most `MAX_VECTOR_STEPS`.
-      route: "scan" (accurate for any coefficients) or "fft" (errors relative to the largest |h|).
+      route: "scan", which is accurate for any coefficients, or "fft", whose errors are relative to
+        the largest |h|.
 
     Returns:
       `(n,)` float64 tensor.
@@ -135,10 +142,10 @@ def impulse_response(coefficients: np.ndarray, num_steps: int, route: str = "sca
 
 
 def _transition(c: tf.Tensor) -> tf.Tensor:
-    """The `(b, b)` matrix taking the state (x_t, h_t, ..., h_{t-b+2}) to that of t + 1.
+    """Returns the `(b, b)` matrix from the state (x_t, h_t, ..., h_{t-b+2}) to that of t + 1.
 
-    Its eigenvalue 1, that of the running sum, sits alone in the first column (1, 0, ..., 0), which
-    products keep exactly: at n = 10^9 the companion matrix of c(z) (1 - z) would have lost it.
+    Its eigenvalue 1, that of the running sum, belongs to the first column (1, 0, ..., 0), which
+    products keep exactly. At n = 10^9 the companion matrix of c(z) (1 - z) would have lost it.
     """
     b = tf.size(c)
     newest = -c[1:] / c[0]
@@ -155,21 +162,23 @@ def _transition(c: tf.Tensor) -> tf.Tensor:
 def doubling(
     coefficients: tf.Tensor, bits: tf.Tensor, mean_weight: tf.Tensor, last_weight: tf.Tensor
 ) -> Doubled:
-    """The doubling route: O(b^3 log n) time, O(b^2 log n) memory, any n below 2^53.
+    """Returns the weighted error by the doubling route.
 
-    With F the transition, E = e_0 e_0', Q_p = sum_{t<p} F^t' E F^t and
-    T_p = sum_{t<p} (p - t) F^t' E F^t,
+    It takes O(b^3 log n) time and O(b^2 log n) memory, for any n below 2^53. Let F be the
+    transition, E = e_0 e_0', Q_p = sum_{t<p} F^t' E F^t and T_p = sum_{t<p} (p - t) F^t' E F^t.
+    Then
 
         Q_2p = Q_p + F^p' Q_p F^p,      T_2p = T_p + p Q_p + F^p' T_p F^p,
 
     and one more step adds the outer product of row 0 of F^p to Q, then the new Q to T. The adjoint
-    runs the same levels backwards; the adjoint of E is the weighted covariance of the states.
+    goes through the same levels backwards. The adjoint of E is the weighted covariance of the
+    states.
 
     Args:
       coefficients: `(b,)` float64, b >= 2.
       bits: `step_bits(n)`.
-      mean_weight: scalar, see the module's docstring.
-      last_weight: scalar, see the module's docstring.
+      mean_weight: scalar; see the docstring of the module.
+      last_weight: scalar; see the docstring of the module.
 
     Returns:
       A `Doubled` of float64 tensors.
@@ -255,7 +264,10 @@ def doubling(
 
 
 def _scan_response(c: tf.Tensor, n: tf.Tensor) -> tf.Tensor:
-    """h by blocks of p = b - 1: L block_{j+1} = -U block_j with L, U Toeplitz and triangular."""
+    """Returns h, in blocks of p = b - 1.
+
+    L block_{j+1} = -U block_j, where L and U are triangular Toeplitz matrices.
+    """
     p = tf.size(c) - 1
     lag = tf.range(p)[:, None] - tf.range(p)
     lower = tf.linalg.band_part(tf.gather(c, tf.maximum(lag, 0)), -1, 0)
@@ -279,9 +291,9 @@ def _scan_response(c: tf.Tensor, n: tf.Tensor) -> tf.Tensor:
 
 
 def _fft_response(c: tf.Tensor, n: tf.Tensor) -> tf.Tensor:
-    """h by Newton's iteration: from h mod z^k, h - h (c h - 1) is right mod z^2k.
+    """Returns h, by Newton's iteration: if h is right mod z^k, h - h (c h - 1) is right mod z^2k.
 
-    Of `c h`, only coefficients k to 2k - 1 are needed, so cyclic products of length 2k suffice.
+    Only coefficients k to 2k - 1 of `c h` are needed, so cyclic products of length 2k are enough.
     """
 
     def double(h):
@@ -305,9 +317,9 @@ def _error_of_response(
     last_weight: tf.Tensor,
     length: tf.Tensor,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The weighted error and its gradient, `-2 sum_i l_i x_{i-j}` with `l = C^-T (w x)`.
+    """Returns the weighted error and its gradient, `-2 sum_i l_i x_{i-j}` with `l = C^-T (w x)`.
 
-    Both correlations are one product of spectra; entries of l before step 0 meet only zeros.
+    One product of spectra gives both correlations, because entries of l before step 0 meet zeros.
     """
     n = tf.size(h)
     x = tf.cumsum(h)
@@ -319,8 +331,10 @@ def _error_of_response(
     return tf.reduce_sum(weighted * x), gradient
 
 
-def _compiled(response: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) -> tuple[Callable, Callable]:
-    """Compiles a response and its error with gradient; each is traced once, when first used."""
+def _compiled(
+    response: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Compiles a response, and its error with gradient. Each is traced once, when first used."""
 
     @tf.function(input_signature=[_VECTOR, _LENGTH], autograph=False)
     def respond(coefficients, num_steps):

@@ -1,1 +1,1 @@
-"""Minimisers, preconditioners and the cache of the search for a strategy."""
+"""The search for a strategy: minimizers, a preconditioner, and the files of long searches."""

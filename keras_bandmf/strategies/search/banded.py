@@ -1,4 +1,4 @@
-"""The search for the columns of a banded strategy: from the Toeplitz optimum, downhill."""
+"""The search for the columns of a banded strategy, by L-BFGS from a given start."""
 
 from __future__ import annotations
 
@@ -8,36 +8,38 @@ from collections.abc import Callable
 
 import numpy as np
 
+from keras_bandmf.strategies.arguments import ErrorMeasure, reduced
 from keras_bandmf.strategies.errors.banded import BandedErrors, WorkloadBlocks
 from keras_bandmf.strategies.search.checkpoints import Checkpoints, SearchState
 from keras_bandmf.strategies.search.lbfgs import DescentState, descend
 from keras_bandmf.strategies.search.preconditioner import Preconditioner, preconditioner_of
 from keras_bandmf.strategies.search.scipy_lbfgs import Progress
 
-# The largest error has kinks where two rows tie, so power means of rising order stand in for it.
-# The last is ended at a hundred times the gain of the mean: it differs from the largest by more.
+# The largest error has kinks where two rows are equal, so power means of rising order replace it.
+# The last stage ends at a hundred times the gain of the mean, because its power mean differs from
+# the largest error by more than that.
 _MAX_ERROR_POWERS = (16.0, 256.0, 4096.0)
 _GAIN_ON_THE_WAY = 1e-6
 _MAX_ERROR_GAIN = 100.0
 FIRST_STEP = 0.3
-# Pairs of vectors the search keeps; fewer where a vector is long.
+# How many pairs of vectors the search keeps, and how many where a vector is long.
 MEMORY, _SHORT_MEMORY, _LONG_VECTOR = 10, 5, 4_000_000
 
 
 def normalize_columns(columns: np.ndarray) -> np.ndarray:
-    """Returns the columns without what lies below row n - 1 of C, divided by their norms.
+    """Returns the columns without entries below row n - 1 of C, divided by their norms.
 
     Args:
-      columns: `(n, b)` float64, row j being column j of C from its diagonal down.
+      columns: `(n, b)` float64. Row j is column j of C from its diagonal down.
 
     Returns:
-      `(n, b)` float64, a new array. Columns of norm 1 to rounding are left to the last bit.
+      `(n, b)` float64, a new array. A column whose norm is 1 to rounding keeps all its bits.
     """
     n, b = columns.shape
     kept = np.array(columns, np.float64)
     for lag in range(1, b):
         kept[n - lag :, lag] = 0.0
-    # Squares of very large or small entries would overflow or vanish.
+    # The squares of very large or small entries would overflow or vanish.
     largest = np.max(np.abs(kept), axis=1, keepdims=True)
     kept /= np.where((largest > 0.5 / b) & (largest <= 1.0), 1.0, largest)
     norm = np.sqrt(np.einsum("ij,ij->i", kept, kept))[:, None]
@@ -50,10 +52,10 @@ def power_mean(errors: np.ndarray, power: float) -> tuple[float, np.ndarray]:
 
     Args:
       errors: `(n,)` float64, not negative, not all zero, finite.
-      power: the order: 1 is the mean, infinity would be the largest.
+      power: the order. 1 is the mean; the limit at infinity is the largest.
 
     Returns:
-      The logarithm, and its `(n,)` derivatives with respect to `errors`.
+      The logarithm, and its `(n,)` gradient with respect to `errors`.
     """
     largest = float(np.max(errors))
     shares = errors / largest
@@ -68,17 +70,17 @@ def weighted_mean(errors: np.ndarray, weights: np.ndarray) -> tuple[float, np.nd
 
     Args:
       errors: `(n,)` float64, not negative, not all zero, finite.
-      weights: `(n,)` float64, positive; their sum does not matter.
+      weights: `(n,)` float64, positive. Their sum does not matter.
 
     Returns:
-      The logarithm, and its `(n,)` derivatives with respect to `errors`.
+      The logarithm, and its `(n,)` gradient with respect to `errors`.
     """
     total = float(weights @ errors)
     return float(np.log(total / np.sum(weights))), weights / total
 
 
-def stages(error: str, gain: float) -> list[tuple[float, float]]:
-    """Returns the orders of the power means to minimise in turn, each with the gain to end at."""
+def stages(error: ErrorMeasure, gain: float) -> list[tuple[float, float]]:
+    """Returns the orders of the power means to minimize in turn, each with the gain to end at."""
     if error == "mean":
         return [(1.0, gain)]
     *way, last = _MAX_ERROR_POWERS
@@ -87,19 +89,19 @@ def stages(error: str, gain: float) -> list[tuple[float, float]]:
 
 
 class LogLoss:
-    """log of a mean of the errors, as a function of the columns' distance from `origin`.
+    """The logarithm of a mean of the errors, as a function of the columns' distance from `origin`.
 
-    Columns are divided by their norms inside. Unknowns of column j are in units of `share^(-1/4)`,
-    the share of its errors, by weight, that it can move, `(n - j) / n` if all weigh the same: with
-    all columns in equal units the search takes a quarter more iterations. A preconditioner is
-    applied before that.
+    Columns are divided by their norms here. The unknowns of column j are in units of
+    `share^(-1/4)`, where share is the part of all errors, by weight, that the column can change:
+    `(n - j) / n` if all have the same weight. With all columns in equal units, the search takes a
+    quarter more iterations. A preconditioner is applied before that.
 
     Args:
       origin: `(n, b)` float64, columns of norm 1.
-      errors: of n steps and b bands.
-      mean: errors `(n,)` -> (logarithm of a mean of them, its derivatives `(n,)`).
-      preconditioner: of the columns; None for none.
-      weights: `(n,)` float64, of the errors in the mean; None if they weigh the same.
+      errors: the errors for n steps and b bands.
+      mean: errors `(n,)` -> (logarithm of a mean of them, its gradient `(n,)`).
+      preconditioner: the change of variables, or None.
+      weights: `(n,)` float64, the weights of the errors in the mean; None if all are equal.
     """
 
     def __init__(
@@ -112,14 +114,21 @@ class LogLoss:
     ):
         n = len(origin)
         self._origin, self._errors, self._mean = origin, errors, mean
-        self._precondition = preconditioner or np.asarray
+        self._preconditioner = preconditioner
         moved = n - np.arange(n) if weights is None else np.cumsum(weights[::-1])[::-1]
         self._units = ((moved[0] / moved) ** 0.25)[:, None]
         self._columns = np.empty_like(origin)
 
     def columns(self, point: np.ndarray) -> np.ndarray:
-        """The columns at a point, not yet of norm 1; overwritten by the next call."""
-        moved = self._precondition(point.reshape(self._origin.shape))
+        """Returns the columns at a point, before they are scaled to norm 1.
+
+        Args:
+          point: `(n * b,)` float64.
+
+        Returns:
+          `(n, b)` float64, which the next call overwrites.
+        """
+        moved = self._preconditioned(point.reshape(self._origin.shape))
         np.multiply(moved, self._units, out=self._columns)
         np.add(self._columns, self._origin, out=self._columns)
         n, b = self._columns.shape
@@ -128,6 +137,15 @@ class LogLoss:
         return self._columns
 
     def __call__(self, point: np.ndarray) -> tuple[float, np.ndarray]:
+        """Returns the logarithm and its gradient.
+
+        Args:
+          point: `(n * b,)` float64.
+
+        Returns:
+          The logarithm, and a `(n * b,)` float64 gradient. The logarithm is `inf` where the
+          diagonal is not positive or C^-1 overflows; the gradient then has no meaning.
+        """
         columns = self.columns(point)
         if not np.min(columns[:, 0]) > 0.0:
             return np.inf, point
@@ -138,19 +156,22 @@ class LogLoss:
             return np.inf, point
         value, weights = self._mean(errors)
         gradient = self._errors.gradient(weights)
-        # Along a column nothing changes: its norm is divided out.
+        # Along a column nothing changes, because its norm is divided out.
         columns *= np.einsum("ij,ij->i", gradient, columns)[:, None]
         gradient -= columns
         gradient *= self._units / norm
         for lag in range(1, columns.shape[1]):
             gradient[len(columns) - lag :, lag] = 0.0
-        return value, self._precondition(gradient).reshape(-1)
+        return value, self._preconditioned(gradient).reshape(-1)
+
+    def _preconditioned(self, columns: np.ndarray) -> np.ndarray:
+        return columns if self._preconditioner is None else self._preconditioner(columns)
 
 
 def search(
     start: np.ndarray,
     workload: WorkloadBlocks,
-    error: str,
+    error: ErrorMeasure,
     gain: float,
     max_iterations: int,
     callback: Callable[[Progress], object] | None = None,
@@ -159,30 +180,31 @@ def search(
     """Returns columns of norm 1 with a lower error than those of the start.
 
     Args:
-      start: `(n, b)` float64, `normalize_columns` of something; b at least 2.
+      start: `(n, b)` float64, as `normalize_columns` returns it, with b at least 2.
       workload: A in blocks of `errors.banded.block_size(b)` steps.
       error: "mean" or "max".
-      gain: the search ends where an iteration lowers the loss by less than this share, or, for
-        "max", a hundred times it.
-      max_iterations: of the whole search.
-      callback: called with a `Progress` after every iteration; its value is the logarithm of the
+      gain: the search ends when an iteration lowers the loss by less than this share (for "max", by
+        less than a hundred times that share).
+      max_iterations: the most iterations of the whole search.
+      callback: called with a `Progress` after every iteration. Its value is the logarithm of the
         mean error, or of the power mean that stands in for the largest.
-      checkpoints: where the search is kept while it runs; one that is there is gone on from.
+      checkpoints: where the state of the search is stored while it runs. If a state is there
+        already, the search continues from it.
 
     Returns:
-      `(n, b)` float64: the best columns met, never with a larger error than `start`; and whether
-      the search converged.
+      `(n, b)` float64, the best columns that were found, never with a larger error than `start`;
+      and whether the search converged.
 
     Warns:
-      RuntimeWarning: `max_iterations` were not enough.
+      RuntimeWarning: if `max_iterations` were not enough.
     """
-    errors = BandedErrors(*start.shape, workload)
-    reduce = np.mean if error == "mean" else np.max
+    n, b = start.shape
+    errors = BandedErrors(n, b, workload)
     at = SearchState(0, 0, start, start, None)
     if checkpoints is not None:
         at = checkpoints.load(start) or at
     stage, before, origin, best, resume = at
-    best_loss = float(reduce(errors.evaluate(best)))
+    best_loss = reduced(errors.evaluate(best), error)
     preconditioner = preconditioner_of(start, workload)
     memory = MEMORY if start.size <= _LONG_VECTOR else _SHORT_MEMORY
     for power, enough in stages(error, gain)[stage:]:
@@ -193,9 +215,11 @@ def search(
             if callback is not None:
                 callback(progress._replace(iteration=before + progress.iteration))
 
-        def keep(state: DescentState, at: tuple = (stage, before, origin, best)) -> None:
+        begun = SearchState(stage, before, origin, best, None)
+
+        def keep(state: DescentState, at: SearchState = begun) -> None:
             if checkpoints is not None:
-                checkpoints.save_at_times(SearchState(*at, state))
+                checkpoints.save_at_times(at._replace(descent=state))
 
         found = descend(
             objective,
@@ -212,18 +236,18 @@ def search(
             checkpoints.save(SearchState(stage, before, origin, best, found.state))
         resume = None
         origin = normalize_columns(objective.columns(found.point))
-        loss = float(reduce(errors.evaluate(origin)))
+        loss = reduced(errors.evaluate(origin), error)
         if loss < best_loss:
             best, best_loss = origin, loss
         stage, before = stage + 1, before + len(found.state.values) - 1
         if not found.converged:
             warnings.warn(
-                f"The search was to end where an iteration gains less than {enough} of the loss, "
-                f"but still gained {found.gain:.1e} after max_iterations={max_iterations}. The "
-                f"best strategy so far is returned; its {error} error is {best_loss}, above the "
+                f"The search ended after max_iterations={max_iterations}, when an iteration still "
+                f"lowered the loss by a share of {found.gain:.1e}, more than {enough}. The best "
+                f"strategy so far is returned. Its {error} error is {best_loss}, which exceeds the "
                 f"optimum by a share of a few times {found.gap:.1e} (an estimate from the "
-                "quadratic model, not a bound). Pass it as `start` to go on from there, or raise "
-                "`max_iterations`.",
+                "quadratic model, not a bound). Pass it as `start` to continue from there, or "
+                "raise `max_iterations`.",
                 RuntimeWarning,
                 stacklevel=3,
             )

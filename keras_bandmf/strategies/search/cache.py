@@ -1,20 +1,23 @@
-"""Files of long searches: results and checkpoints, by the content of the request."""
+"""The files of long searches: results and checkpoints, named after the content of the request."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pathlib
 import tempfile
 import warnings
 from collections.abc import Mapping
-from typing import BinaryIO, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
-# Raised whenever the same request may give another result, or files change.
+Kind = Literal["result", "checkpoint"]
+
+# Must change whenever the same request may give another result, or the format of files changes.
 _VERSION = 1
 _FORMAT = "keras_bandmf search"
 _MAX_HEADER = 1 << 20
@@ -24,33 +27,34 @@ class Record(NamedTuple):
     """What one file holds.
 
     Attributes:
-      fields: what `json` can write.
+      fields: anything that `json` can write.
       arrays: float64 arrays by name.
     """
 
-    fields: dict
+    fields: dict[str, Any]
     arrays: dict[str, np.ndarray]
 
 
 class Store:
     """The files of one request in a directory: `<SHA-256 of the request>.<kind>`.
 
-    A file is written aside and then renamed, so that it is there whole or not at all. It ends with
-    the SHA-256 of all before it: one cut short, damaged or edited is reported and not used.
+    A file is written under a temporary name and then renamed, so that it is there either whole or
+    not at all. It ends with the SHA-256 of everything before: a file that is cut short, damaged or
+    edited causes a warning and is not used.
 
     Args:
-      directory: where the files are; made if it does not exist.
-      request: all that the result depends on; what `json` can write.
+      directory: where the files are. It is made if it does not exist.
+      request: everything that the result depends on, as `json` can write it.
 
     Raises:
-      ValueError: `directory` is not a path.
-      OSError: the directory cannot be made.
+      TypeError: if `directory` is not a path.
+      OSError: if the directory cannot be made.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], request: Mapping):
+    def __init__(self, directory: str | os.PathLike[str], request: Mapping[str, Any]):
         if not isinstance(directory, (str, os.PathLike)):
-            raise ValueError(
-                "`cache_dir` must be a path or None. Received: "
+            raise TypeError(
+                "Expected `cache_dir` to be a path or None. Received: "
                 f"cache_dir={directory!r}. Pass the directory for results and checkpoints."
             )
         self._directory = pathlib.Path(directory)
@@ -58,18 +62,21 @@ class Store:
         content = json.dumps({"version": _VERSION, **request}, sort_keys=True, allow_nan=False)
         self._name = hashlib.sha256(content.encode()).hexdigest()
 
-    def path(self, kind: str) -> pathlib.Path:
-        """Returns where the record of a kind is or would be."""
+    def path(self, kind: Kind) -> pathlib.Path:
+        """Returns the path at which the record of this kind is or would be."""
         return self._directory / f"{self._name}.{kind}"
 
-    def load(self, kind: str) -> Record | None:
-        """Returns a record; None if there is none that can be trusted.
+    def load(self, kind: Kind) -> Record | None:
+        """Returns a record, or None if there is none that can be trusted.
 
         Args:
           kind: "result" or "checkpoint".
 
+        Returns:
+          The record, or None.
+
         Warns:
-          RuntimeWarning: the file is cut short, damaged or of another request.
+          RuntimeWarning: if the file is cut short, damaged or of another request.
         """
         path = self.path(kind)
         try:
@@ -80,13 +87,13 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
             warnings.warn(
                 f"The file {path} is cut short, damaged or was edited ({error}). It is not used: "
-                "the search does again what it held, and writes it anew.",
+                "the search repeats that work and writes the file again.",
                 RuntimeWarning,
                 stacklevel=2,
             )
             return None
 
-    def save(self, kind: str, record: Record) -> None:
+    def save(self, kind: Kind, record: Record) -> None:
         """Writes a record in place of any earlier one of its kind.
 
         Args:
@@ -94,7 +101,8 @@ class Store:
           record: what to write.
 
         Warns:
-          RuntimeWarning: it cannot be written (a full disk); the earlier one is still there.
+          RuntimeWarning: if it cannot be written, for instance because the disk is full. The
+            earlier record is then still there.
         """
         path = self.path(kind)
         aside = None
@@ -106,7 +114,7 @@ class Store:
                 os.fsync(file.fileno())
             os.replace(aside, path)
             aside = None
-        except OSError as error:  # hours of search are not given up for a file
+        except OSError as error:  # A file is not worth hours of search.
             warnings.warn(
                 f"The file {path} cannot be written ({error}). The search goes on without it.",
                 RuntimeWarning,
@@ -117,35 +125,40 @@ class Store:
                 with contextlib.suppress(OSError):
                     os.unlink(aside)
 
-    def remove(self, kind: str) -> None:
-        """Removes the record of a kind, if there is one."""
+    def remove(self, kind: Kind) -> None:
+        """Removes the record of this kind, if there is one."""
         with contextlib.suppress(OSError):
             self.path(kind).unlink()
 
-    def _heading(self, kind: str) -> dict:
+    def _heading(self, kind: Kind) -> dict[str, Any]:
         return {"format": _FORMAT, "version": _VERSION, "request": self._name, "kind": kind}
 
 
 def digest(array: np.ndarray) -> str:
-    """Returns the SHA-256 of an array's numbers as little-endian float64."""
-    return hashlib.sha256(np.ascontiguousarray(array, "<f8")).hexdigest()
+    """Returns the SHA-256 of the numbers of an array as little-endian float64."""
+    return hashlib.sha256(_numbers(np.ascontiguousarray(array, "<f8"))).hexdigest()
 
 
-def _write(file: BinaryIO, heading: dict, record: Record) -> None:
-    """One line of JSON, the numbers of the arrays, the SHA-256 of both."""
+def _numbers(array: np.ndarray) -> memoryview:
+    """Returns the bytes of a contiguous array, without a copy."""
+    return array.data.cast("B")
+
+
+def _write(file: IO[bytes], heading: dict[str, Any], record: Record) -> None:
+    """Writes one line of JSON, the numbers of the arrays, and the SHA-256 of both."""
     shapes = {name: array.shape for name, array in record.arrays.items()}
     line = json.dumps({**heading, "fields": record.fields, "shapes": shapes}).encode() + b"\n"
     hasher = hashlib.sha256(line)
     file.write(line)
     for array in record.arrays.values():
-        numbers = memoryview(np.ascontiguousarray(array, "<f8")).cast("B")
+        numbers = _numbers(np.ascontiguousarray(array, "<f8"))
         hasher.update(numbers)
         file.write(numbers)
     file.write(hasher.digest())
 
 
-def _read(file: BinaryIO, heading: dict) -> Record:
-    """The inverse of `_write`; raises ValueError, KeyError or TypeError for anything else."""
+def _read(file: io.BufferedReader, heading: dict[str, Any]) -> Record:
+    """Reads what `_write` wrote; raises ValueError, KeyError or TypeError for anything else."""
     line = file.readline(_MAX_HEADER)
     header = json.loads(line)
     fields, shapes = header.pop("fields"), header.pop("shapes")
@@ -153,13 +166,13 @@ def _read(file: BinaryIO, heading: dict) -> Record:
         raise ValueError("it is of another format or request")
     size = sum(8 * int(np.prod(shape, dtype=np.int64)) for shape in shapes.values())
     left = os.fstat(file.fileno()).st_size - len(line) - hashlib.sha256().digest_size
-    if size != left:  # before memory is taken for it
+    if size != left:  # Checked before memory is allocated for it.
         raise ValueError(f"{size} bytes of numbers were expected, {left} found")
     hasher = hashlib.sha256(line)
     arrays = {}
     for name, shape in shapes.items():
         arrays[name] = np.empty(shape, "<f8")
-        numbers = memoryview(arrays[name]).cast("B")
+        numbers = _numbers(arrays[name])
         if file.readinto(numbers) != len(numbers):
             raise ValueError("it ends early")
         hasher.update(numbers)

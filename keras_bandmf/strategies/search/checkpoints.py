@@ -1,4 +1,4 @@
-"""Checkpoints of a banded search: all that the next iterations depend on, to the last bit."""
+"""Checkpoints of a banded search: everything that its next iterations depend on, bit for bit."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_bandmf.strategies.search.cache import Record, Store
+from keras_bandmf.strategies.search.cache import Kind, Record, Store
 from keras_bandmf.strategies.search.lbfgs import DescentState
 
-_KIND = "checkpoint"
+_KIND: Kind = "checkpoint"
 
 
 class SearchState(NamedTuple):
-    """Where a search is.
+    """How far a search has come.
 
     Attributes:
-      stage: index of the power mean being minimised.
-      before: iterations of the stages before it.
-      origin: `(n, b)` float64, the columns this stage began with.
+      stage: the index of the power mean that is being minimized.
+      before: the number of iterations of the stages before it.
+      origin: `(n, b)` float64, the columns with which this stage began.
       best: `(n, b)` float64, the best columns of the stages before it.
-      descent: the state of this stage's descent; None at its beginning.
+      descent: the state of this stage's descent. None at its beginning.
     """
 
     stage: int
@@ -32,11 +32,11 @@ class SearchState(NamedTuple):
 
 
 class Checkpoints:
-    """Keeps the state of one search in a store.
+    """Keeps the state of one search in a file.
 
     Args:
       store: the files of this request.
-      seconds: least time between two checkpoints.
+      seconds: the least time between two checkpoints.
     """
 
     def __init__(self, store: Store, seconds: float):
@@ -46,11 +46,18 @@ class Checkpoints:
 
     @property
     def start(self) -> np.ndarray | None:
-        """`(n, b)` float64, where the search that is kept began; None if there is none."""
+        """The `(n, b)` float64 columns at which the stored search began, or None."""
         return None if self._found is None else self._found.arrays["start"]
 
     def load(self, start: np.ndarray) -> SearchState | None:
-        """Returns the state that is kept, of a search from `start`; None if there is none."""
+        """Returns the stored state of a search from `start`, or None if there is none.
+
+        Args:
+          start: `(n, b)` float64.
+
+        Returns:
+          The state, once: a second call returns None.
+        """
         self._start = start
         if self._found is None:
             return None
@@ -64,13 +71,25 @@ class Checkpoints:
         return SearchState(fields["stage"], fields["before"], origin, best, descent)
 
     def save_at_times(self, state: SearchState) -> None:
-        """Saves the state if the last checkpoint is long enough ago."""
+        """Saves the state of a search within a stage if the last checkpoint is long enough ago."""
         if time.monotonic() - self._last >= self._seconds:
             self.save(state)
 
     def save(self, state: SearchState) -> None:
-        """Saves the state, whose `descent` is there."""
+        """Saves the state of a search within a stage.
+
+        Args:
+          state: how far the search has come.
+
+        Raises:
+          ValueError: if `state.descent` is None: there is nothing to continue from.
+        """
         descent = state.descent
+        if descent is None:
+            raise ValueError(
+                "Expected `state.descent` to be the state of a descent. Received: "
+                "state.descent=None. Save a search after its first iteration."
+            )
         fields = {
             "stage": state.stage,
             "before": state.before,
@@ -81,7 +100,7 @@ class Checkpoints:
         arrays = {"start": self._start, "point": descent.point, "gradient": descent.gradient}
         for i, (moved, turned) in enumerate(descent.pairs):
             arrays |= {f"moved{i}": moved, f"turned{i}": turned}
-        # Mostly both are the start itself, which need not be written three times.
+        # In most cases both are the start itself, which need not be written three times.
         for name, columns in (("origin", state.origin), ("best", state.best)):
             if columns is not self._start:
                 arrays[name] = columns
@@ -89,5 +108,5 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def remove(self) -> None:
-        """Removes what is kept: the search has ended."""
+        """Removes the file. Called when the search has ended."""
         self._store.remove(_KIND)

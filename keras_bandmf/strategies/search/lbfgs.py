@@ -1,8 +1,8 @@
-"""L-BFGS for smooth objectives with millions of unknowns, ended by its gain per iteration.
+"""L-BFGS for smooth objectives with millions of unknowns, which ends when it gains little.
 
-SciPy's L-BFGS-B cannot be told to end at a gain, and its long BLAS calls are split over threads
-that wait for each other wherever a core is busy. Here vectors are made once and then changed in
-place, in pieces too short for that.
+SciPy's L-BFGS-B has no option to end when the gain of an iteration is small, and its long BLAS
+calls are split over threads that wait for each other when a core is busy. Here vectors are
+allocated once and then changed in place, in pieces that are too short to be split.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ import numpy as np
 
 from keras_bandmf.strategies.search.scipy_lbfgs import Progress
 
-# Armijo's and Wolfe's constants, and tries of one line search.
+# The constants of Armijo and Wolfe, and the most tries of one line search.
 _DECREASE = 1e-4
 _CURVATURE = 0.9
 _MAX_TRIES = 30
-# The gain is judged over this many iterations: a single small one may be followed by larger ones.
+# The gain is an average over this many iterations: a small gain may be followed by larger ones.
 _WINDOW = 5
-# Numbers handled at a time: below the length from which BLAS takes threads, and in cache.
+# How many numbers are handled at a time: they fit in the cache, and BLAS uses one thread for them.
 _PIECE = 8192
 
 Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]
 
 
 class DescentState(NamedTuple):
-    """All that the next iterations depend on.
+    """Everything that the next iterations depend on.
 
     Attributes:
       point: `(k,)` float64.
       gradient: `(k,)` float64, at `point`.
       values: the value at the start and after each iteration.
-      evaluations: values and gradients computed.
-      pairs: `(moved, turned)`, `(k,)` float64 each, from the oldest to the newest.
+      evaluations: how many values and gradients were computed.
+      pairs: `(moved, turned)`, `(k,)` float64 each, from the oldest to the newest: how far the
+        point moved in an iteration, and how the gradient changed.
     """
 
     point: np.ndarray
@@ -47,18 +48,18 @@ class DescentState(NamedTuple):
 
 
 class Descent(NamedTuple):
-    """Where a descent ended.
+    """The end of a descent.
 
     Attributes:
-      point: `(k,)` float64, the best point met.
+      point: `(k,)` float64, the best point that was found.
       value: the value at `point`.
       gain: what an iteration still gained, on average over the last few.
-      evaluations: values and gradients computed.
-      converged: whether `gain` fell below what was asked for.
-      gap: how far `value` is above the minimum, as the quadratic model of L-BFGS has it: half of
-        the gradient times the step it proposes. An estimate, not a bound: two to four times too
-        small where it was measured.
-      state: from which the descent can go on.
+      evaluations: how many values and gradients were computed.
+      converged: whether `gain` fell below the gain that was asked for.
+      gap: how far `value` is above the minimum of the quadratic model of L-BFGS: half of the
+        gradient times the step that it proposes. This is an estimate, not a bound. Where it was
+        measured, it was two to four times too small.
+      state: the state from which the descent can continue.
     """
 
     point: np.ndarray
@@ -71,7 +72,7 @@ class Descent(NamedTuple):
 
 
 class _Point:
-    """A point, its value and its gradient, in vectors that are used again."""
+    """A point, its value and its gradient, in vectors that are reused."""
 
     def __init__(self, size: int):
         self.at, self.gradient, self.value = np.zeros(size), np.zeros(size), np.inf
@@ -83,7 +84,7 @@ class _Point:
 
 
 class _Pair(NamedTuple):
-    """How the gradient turned when the point moved, and the product of the two."""
+    """How the point moved, how the gradient changed, and the product of the two."""
 
     moved: np.ndarray
     turned: np.ndarray
@@ -101,28 +102,29 @@ def descend(
     checkpoint: Callable[[DescentState], object] | None = None,
     resume: DescentState | None = None,
 ) -> Descent:
-    """Minimises a smooth function that may be infinite in parts of the space.
+    """Minimizes a smooth function that may be infinite in parts of the space.
 
     Args:
-      objective: point `(k,)` float64 -> (value, gradient `(k,)`); a value or gradient that is not
-        finite means +inf. The gradient is read before the next call and may be overwritten by it.
-        The value should be a logarithm, so that its decrease is a relative gain.
-      start: `(k,)`, where the objective is finite; not changed.
-      first_step: length of the first step tried.
-      gain: ends when an iteration lowers the value by less than this, over five on average.
-      max_iterations: iterations after which to give up.
-      memory: pairs of vectors kept.
+      objective: point `(k,)` float64 -> (value, gradient `(k,)`). A value or gradient that is not
+        finite means +inf. The gradient is read before the next call, which may overwrite it. The
+        value should be a logarithm, so that its decrease is a relative gain.
+      start: `(k,)`, where the objective is finite. It is not changed.
+      first_step: the length of the first step that is tried.
+      gain: the descent ends when the last five iterations lowered the value by less than this on
+        average.
+      max_iterations: the number of iterations after which the descent ends in any case.
+      memory: the number of pairs of vectors that are kept.
       callback: called with a `Progress` after every iteration.
-      checkpoint: called with the state after every iteration, before `callback`; its vectors are
+      checkpoint: called with the state after every iteration, before `callback`. Its vectors are
         overwritten later.
-      resume: a state to go on from, exactly as if the descent had not been left, in place of
-        `start`; its iterations count.
+      resume: a state from which to continue in place of `start`, exactly as if the descent had not
+        been interrupted. Its iterations count.
 
     Returns:
-      A `Descent`; its value is never above that at `start`.
+      A `Descent`, whose value is never above that at `start`.
 
     Raises:
-      ValueError: the objective is not finite at `start`.
+      ValueError: if the objective is not finite at `start`.
     """
     evaluations = resume.evaluations if resume else 0
 
@@ -143,7 +145,7 @@ def descend(
         evaluate(here)
     if not here.is_finite:
         raise ValueError(
-            "The objective must be finite where the search starts. "
+            "Expected the objective to be finite where the search starts. "
             f"Received: value={here.value}. Start from another point."
         )
 
@@ -156,13 +158,13 @@ def descend(
     converged = _has_converged(values, gain)
     while not converged and len(values) <= max_iterations:
         slope = _set_direction(direction, here.gradient, pairs)
-        if not slope < 0.0:  # the pairs have lost their meaning, or the gradient is zero
+        if not slope < 0.0:  # The pairs no longer describe the curvature, or the gradient is 0.
             pairs.clear()
             slope = _set_direction(direction, here.gradient, pairs)
         step = 1.0 if pairs else first_step / max(math.sqrt(-slope), 1e-300)
         found = _line_search(evaluate, here, direction, slope, step, spare) if slope else None
         if found is None:
-            # No decrease even along the gradient: rounding ends the search.
+            # Without pairs, not even the gradient leads downhill: rounding ends the search.
             converged = not pairs
             pairs.clear()
             continue
@@ -184,8 +186,8 @@ def descend(
             callback(Progress(evaluations, here.value, steepest, done, recent, gain))
         converged = _has_converged(values, gain)
     gap = -0.5 * _set_direction(direction, here.gradient, pairs)
-    found = here.at, here.value, _recent_gain(values), evaluations
-    return Descent(*found, converged, gap, state())
+    recent = _recent_gain(values)
+    return Descent(here.at, here.value, recent, evaluations, converged, gap, state())
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> float:
@@ -194,7 +196,7 @@ def _dot(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _add(vector: np.ndarray, factor: float, other: np.ndarray) -> None:
-    """`vector += factor * other`, in place."""
+    """Adds `factor * other` to `vector`, in place."""
     for i in range(0, len(vector), _PIECE):
         vector[i : i + _PIECE] += factor * other[i : i + _PIECE]
 
@@ -204,15 +206,15 @@ def _has_converged(values: list[float], gain: float) -> bool:
 
 
 def _recent_gain(values: list[float]) -> float:
-    """The gain of an iteration, on average over the last few."""
+    """Returns the average gain of the last few iterations."""
     recent = values[-1 - _WINDOW :]
     return (recent[0] - recent[-1]) / max(1, len(recent) - 1)
 
 
 def _set_direction(direction: np.ndarray, gradient: np.ndarray, pairs: deque[_Pair]) -> float:
-    """Minus the gradient times the inverse Hessian the pairs describe; returns the slope along it.
+    """Sets the direction to minus the inverse Hessian of the pairs times the gradient.
 
-    (Nocedal's two loops.)
+    (Nocedal's two-loop recursion.) Returns the slope of the objective along the direction.
     """
     np.negative(gradient, out=direction)
     shares = []
@@ -234,7 +236,11 @@ def _line_search(
     step: float,
     spare: list[_Point],
 ) -> _Point | None:
-    """A step with sufficient decrease and, if tries allow, a flatter slope, by bisection."""
+    """Finds a step that decreases the objective enough and, if possible, flattens its slope.
+
+    Returns:
+      The point after the step, one of `spare`; None if no step decreases the objective enough.
+    """
     tried, best = spare
     low, high, is_best = 0.0, math.inf, False
     for _ in range(_MAX_TRIES):

@@ -1,18 +1,21 @@
-"""A change of variables after which the error of a banded strategy curves alike in all directions.
+"""A preconditioner for the search for a banded strategy.
+
+It changes variables so that the error has about the same curvature in all directions.
 
 Far from the first and the last step, the second derivative of the error is the same at every
-column of C: entry (j, k), (j', l), of columns j, j' and lags k, l, depends on j' - j, k, l alone.
-It is known in closed form where C and A are Toeplitz. With X = C'C the error is tr(A'A X^-1), a
-convex function of X, whose second derivative along D and E is
+column of C: its entry for lag k of column j and lag l of column j' depends only on j' - j, k and l.
+It has a closed form where C and A are Toeplitz. With X = C'C the error is tr(A'A X^-1), a convex
+function of X, whose second derivative along D and E is
 
     2 tr(W D Y E),      Y = X^-1 = C^-1 C^-T,      W = Y A'A Y,
 
-and moving entry (j + k, j) of C moves X by r e_j' + e_j r' with r = C' e_(j+k). What these meet of
-W, Y and C is W, Y, Q = B'B, V = Q C^-T, C^-1 and the identity: Toeplitz sequences all. (At the
-optimum, where the first derivative vanishes on the bands, the second one by C is just that by X.)
+and moving entry (j + k, j) of C moves X by r e_j' + e_j r' with r = C' e_(j+k). The products of
+these with W, Y and C involve W, Y, Q = B'B, V = Q C^-T, C^-1 and the identity, all of which are
+Toeplitz. (At the optimum the first derivative vanishes on the bands, so the second derivative with
+respect to C is just that with respect to X.)
 
-Dividing by the root of this curvature in the frequency domain leaves L-BFGS, on which it costs 2
-convolutions an evaluation, less than half of its iterations.
+The square root of this curvature is divided out in the frequency domain. That costs L-BFGS two
+convolutions for each evaluation and saves more than half of its iterations.
 """
 
 from __future__ import annotations
@@ -23,26 +26,26 @@ import scipy.signal
 
 from keras_bandmf.strategies.errors.banded import WorkloadBlocks
 
-# Above this many bands the b x b matrices of all frequencies would be larger than the problem.
+# Above this many bands, the b x b matrices of all frequencies would be larger than the problem.
 MAX_BANDS = 64
-# How far the curvature, and one over its root, couple columns, in units of b: beyond, they are
-# below a thousandth. And columns convolved at once.
+# In units of b: the distance beyond which the curvature and the inverse of its root couple columns
+# by less than a thousandth, and the number of columns that are convolved at once.
 _REACH, _PERIOD = 8, 48
-# Least curvature, as a share of the mean one: smaller ones are not known that well.
+# The least curvature, as a share of the mean: smaller values are not known accurately enough.
 _LEAST = 0.01
-# Pieces of columns transformed together.
+# How many pieces of columns are transformed together.
 _TOGETHER = 16
 
 
 def middle_response(workload: WorkloadBlocks, num_steps: int) -> np.ndarray:
-    """Returns what follows, in the workload's output, from a unit input in the middle of the run.
+    """Returns the output of the workload after a unit input in the middle of the run.
 
     Args:
       workload: A in blocks of m steps.
       num_steps: n.
 
     Returns:
-      `(n - h,)` float64 with h of about n / 2: from row h on, column h of A.
+      `(n - h,)` float64: column h of A from row h on, where h is about n / 2.
     """
     block = workload.read_input.shape[1]
     blocks = -(-num_steps // block)
@@ -56,16 +59,17 @@ def middle_response(workload: WorkloadBlocks, num_steps: int) -> np.ndarray:
 
 
 def curvature(coefficients: np.ndarray, response: np.ndarray, reach: int) -> np.ndarray:
-    """Returns the second derivative of the error by the columns, where C and A are Toeplitz.
+    """Returns the second derivative of the error with respect to the columns of a Toeplitz C.
 
     Args:
       coefficients: `(b,)` float64 of norm 1, the columns of C.
-      response: `(T,)` float64, the columns of A.
-      reach: how many columns to either side.
+      response: `(T,)` float64, the columns of A, which is Toeplitz, too.
+      reach: the number of columns to either side.
 
     Returns:
-      `(2 reach + 1, b, b)` float64: `[reach + d, l, k]` for entries k of column j and l of column
-      j + d, without what would only change the columns' norms; not finite if C^-1 overflows.
+      `(2 reach + 1, b, b)` float64: `[reach + d, l, k]` for entry k of column j and entry l of
+      column j + d. Directions that only change the norms of the columns are removed. The values are
+      not finite if C^-1 overflows.
     """
     b, length = len(coefficients), len(response)
     size = scipy.fft.next_fast_len(4 * length + 2 * (reach + 2 * b), real=True)
@@ -80,7 +84,7 @@ def curvature(coefficients: np.ndarray, response: np.ndarray, reach: int) -> np.
         q = scipy.fft.irfft(np.square(np.abs(factor)), size)
         v = scipy.fft.irfft(scipy.fft.rfft(q) * gains, size)
         w = scipy.fft.irfft(scipy.fft.rfft(q) * power, size)
-    # Negative indices are those of negative lags: the sequences are cyclic.
+    # The sequences are cyclic, so negative indices stand for negative lags.
     d = np.arange(-reach, reach + 1)[:, None, None]
     l, k = np.arange(b)[:, None], np.arange(b)  # noqa: E741
     found = v[d - k] * inverse[-d - l] + q[d + l - k] * y[d]
@@ -90,29 +94,30 @@ def curvature(coefficients: np.ndarray, response: np.ndarray, reach: int) -> np.
 
 
 class Preconditioner:
-    """A symmetric linear map of columns, by which a descent sees a curvature of about 1.
+    """A symmetric linear map of columns after which a descent sees a curvature of about 1.
 
     Args:
       kernel: `(2 reach + 1, b, b)` float64, from `curvature`.
-      coefficients: `(b,)` float64 of norm 1: changes along them, which the kernel leaves out, are
-        left as they are.
+      coefficients: `(b,)` float64 of norm 1. The map leaves changes along them as they are, since
+        the kernel does not contain them.
       num_steps: n.
 
     Raises:
-      ValueError: the kernel is not finite, or zero.
+      ValueError: if the kernel is not finite, or zero.
     """
 
     def __init__(self, kernel: np.ndarray, coefficients: np.ndarray, num_steps: int):
         reach = len(kernel) // 2
         if not (np.all(np.isfinite(kernel)) and np.trace(kernel[reach]) > 0.0):
             raise ValueError(
-                "The curvature must be finite and positive on average. Received: kernel with trace "
-                f"{np.trace(kernel[reach])} at distance 0. Search without a preconditioner."
+                "Expected a curvature that is finite and positive on average. Received: kernel "
+                f"with trace {np.trace(kernel[reach])} at distance 0. Search without a "
+                "preconditioner."
             )
         b = len(coefficients)
         self._reach = reach
         self._size = scipy.fft.next_fast_len(min(_PERIOD * b, num_steps) + 2 * reach, real=True)
-        # The mean over all frequencies and directions but the one along the coefficients.
+        # The mean over all frequencies and over all directions but that of the coefficients.
         typical = np.trace(kernel[reach]) / max(1, b - 1)
         coarse = scipy.fft.next_fast_len(4 * reach, real=True)
         spectrum = _spectrum(kernel / typical, coarse)
@@ -120,12 +125,12 @@ class Preconditioner:
         values, vectors = np.linalg.eigh(spectrum + np.outer(coefficients, coefficients))
         values = np.maximum(values, _LEAST)
         root = np.matmul(vectors / np.sqrt(values)[:, None], vectors.conj().transpose(0, 2, 1))
-        # Cut off at `reach`, and so exact when applied piece by piece, and symmetric.
+        # Cut off at `reach`, so that applying the map to pieces is exact and symmetric.
         cyclic = scipy.fft.irfft(root, coarse, axis=0)
         self._spectrum = _spectrum(cyclic[np.arange(-reach, reach + 1)], self._size)
 
     def __call__(self, columns: np.ndarray) -> np.ndarray:
-        """Applies the map, which is its own adjoint.
+        """Returns the map of the columns. The map is its own adjoint.
 
         Args:
           columns: `(n, b)` float64.
@@ -152,18 +157,18 @@ class Preconditioner:
 
 
 def preconditioner_of(start: np.ndarray, workload: WorkloadBlocks) -> Preconditioner | None:
-    """Returns a preconditioner for a search, made for the column in the middle of its start.
+    """Returns a preconditioner for a search, from the column in the middle of its start.
 
     Args:
       start: `(n, b)` float64, columns of norm 1.
       workload: A in blocks.
 
     Returns:
-      The preconditioner; None where it would not pay (many bands, few steps) or means nothing
-      (C^-1 overflows, A does nothing in the middle of the run).
+      The preconditioner. None where it would not save time (many bands, few steps) or has no
+      meaning (C^-1 overflows, or A has no effect in the middle of the run).
     """
     n, b = start.shape
-    # To make it costs O(b^4), an iteration O(n b^2).
+    # Making it costs O(b^4), and an iteration of the search O(n b^2).
     if b > MAX_BANDS or n < b * b:
         return None
     coefficients = start[(n - b) // 2]
@@ -176,7 +181,7 @@ def preconditioner_of(start: np.ndarray, workload: WorkloadBlocks) -> Preconditi
 
 
 def _spectrum(kernel: np.ndarray, size: int) -> np.ndarray:
-    """`(size // 2 + 1, b, b)` complex128: the Fourier transform of a kernel centred on 0."""
+    """Returns the Fourier transform, `(size // 2 + 1, b, b)` complex128, of a centered kernel."""
     reach = len(kernel) // 2
     cyclic = np.zeros((size, *kernel.shape[1:]))
     cyclic[: reach + 1], cyclic[size - reach :] = kernel[reach:], kernel[:reach]

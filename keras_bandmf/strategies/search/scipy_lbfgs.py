@@ -1,4 +1,4 @@
-"""SciPy's L-BFGS-B, made safe for objectives that explode, with a checked end and progress."""
+"""SciPy's L-BFGS-B for objectives that may overflow, with a checked end and progress."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import scipy.optimize
 
-# Length of the first step. From the square-root coefficients L-BFGS-B's own first step (up to 1)
-# jumps to where C^-1 explodes, and the line search then ends silently after one iteration.
+# The length of the first step. From the square-root coefficients, L-BFGS-B's own first step (up to
+# 1) jumps to a point where C^-1 overflows, and its line search then ends after one iteration
+# without a word.
 FIRST_STEP = 0.01
 _MEMORY = 10
 _MAX_ROUNDS = 5
@@ -19,17 +20,25 @@ _MAX_ITERATIONS = 500
 
 
 class Progress(NamedTuple):
-    """One iteration of the search, as handed to a progress callback.
+    """The state of a search after an iteration, as the `callback` of `optimize` receives it.
 
     Attributes:
-      evaluations: values and gradients computed so far.
-      value: the lowest value so far.
-      gradient_norm: the largest entry of the gradient there, in absolute value, in the variables of
-        the search.
-      iteration: iterations so far.
-      gain: by how much an iteration lowered the value, on average over the last few; NaN where the
-        search does not end by it.
-      target_gain: the gain below which the search ends; NaN likewise.
+      evaluations: how many values and gradients were computed so far.
+      value: the lowest value so far. `optimize` says of what.
+      gradient_norm: the largest absolute entry of the gradient there, in the variables of the
+        search.
+      iteration: the number of iterations so far.
+      gain: by how much an iteration lowered the value, on average over the last few. It is NaN if
+        it does not decide when the search ends.
+      target_gain: the gain below which the search ends, or NaN likewise.
+
+    Example:
+      >>> import keras_bandmf as bandmf
+      >>> values = []
+      >>> strategy = bandmf.strategies.ToeplitzStrategy.optimize(
+      ...     num_steps=100, num_bands=4, callback=lambda progress: values.append(progress.value))
+      >>> values == sorted(values, reverse=True)
+      True
     """
 
     evaluations: int
@@ -41,13 +50,13 @@ class Progress(NamedTuple):
 
 
 class Minimum(NamedTuple):
-    """What the search found.
+    """The result of a search.
 
     Attributes:
       point: `(k,)` float64.
       value: the value at `point`.
-      gradient_norm: the largest entry of the gradient at `point`, in absolute value.
-      evaluations: values and gradients computed.
+      gradient_norm: the largest absolute entry of the gradient at `point`.
+      evaluations: how many values and gradients were computed.
     """
 
     point: np.ndarray
@@ -57,14 +66,16 @@ class Minimum(NamedTuple):
 
 
 class _Wall:
-    """The objective as the line search sees it: best point remembered, +inf made climbable.
+    """The objective as SciPy sees it: it remembers the best point and never returns +inf.
 
-    A step that overflows reads as +inf, from which a line search that interpolates learns
-    nothing. It is shown instead a value above the best one that grows away from the best point, so
-    the next step it tries is a shorter one. Steps are accepted only where the objective is finite.
+    A line search that interpolates learns nothing from +inf. Where the objective overflows, SciPy
+    receives a value above the best one that grows away from the best point instead, so that it
+    tries a shorter step next. The best point is always one where the objective is finite.
     """
 
-    def __init__(self, objective: Callable, start: np.ndarray):
+    def __init__(
+        self, objective: Callable[[np.ndarray], tuple[float, np.ndarray]], start: np.ndarray
+    ):
         self.objective = objective
         self.evaluations = 0
         self.point, self.value, self.gradient_norm = start, np.inf, np.inf
@@ -87,32 +98,32 @@ def minimize(
     tolerance: float = 1e-6,
     callback: Callable[[Progress], object] | None = None,
 ) -> Minimum:
-    """Minimises a smooth function that may be infinite in parts of the space.
+    """Minimizes a smooth function that may be infinite in parts of the space.
 
-    "Converged" is never taken from SciPy: whatever it says, the end is judged by the gradient at
-    the best point, and a round that ends with more than `tolerance` is followed by another one from
-    there, with a ten times shorter first step. Each round aims ten times below `tolerance`, where
-    rounding may not let it arrive.
+    SciPy's own report of convergence is ignored. The gradient at the best point decides: if it is
+    above `tolerance` after a round, another round starts from there, with a ten times shorter first
+    step. Each round aims at a tenth of `tolerance`, which rounding may make impossible to reach.
 
     Args:
-      objective: point `(k,)` float64 -> (value, gradient `(k,)`); a value that is not finite, or a
-        gradient that is not, means +inf. The value should be of order one (a logarithm).
-      start: `(k,)` float64, where the objective is finite; not changed.
-      tolerance: largest gradient entry at a minimum; the value is then right to about its square.
-      callback: called with a `Progress` after every iteration; what it returns is ignored.
+      objective: point `(k,)` float64 -> (value, gradient `(k,)`). A value or gradient that is not
+        finite means +inf. The value should be of order one, such as a logarithm.
+      start: `(k,)` float64, where the objective is finite. It is not changed.
+      tolerance: the largest gradient entry at a minimum. The value is then right to about its
+        square.
+      callback: called with a `Progress` after every iteration. What it returns is ignored.
 
     Returns:
-      A `Minimum`, the best point met.
+      A `Minimum`, the best point that was found.
 
     Raises:
-      ValueError: the objective is not finite at `start`.
-      RuntimeError: after the last round, the gradient at the best point exceeds `tolerance`.
+      ValueError: if the objective is not finite at `start`.
+      RuntimeError: if the gradient at the best point exceeds `tolerance` after the last round.
     """
     wall = _Wall(objective, np.array(start, np.float64))
     wall(wall.point)
     if not np.isfinite(wall.value):
         raise ValueError(
-            "The objective must be finite where the search starts. "
+            "Expected the objective to be finite where the search starts. "
             f"Received: start={start}. Start from another point."
         )
 
@@ -130,9 +141,9 @@ def minimize(
         first_step /= 10.0
     if wall.gradient_norm > tolerance:
         raise RuntimeError(
-            f"The search must end with a gradient of at most {tolerance}, or it has not found a "
-            f"minimum. Received: gradient_norm={wall.gradient_norm} after "
-            f"{wall.evaluations} evaluations. Start from a point nearer to the minimum."
+            f"Expected the search to end with a gradient of at most {tolerance}: it has not found "
+            f"a minimum. Received: gradient_norm={wall.gradient_norm} after "
+            f"{wall.evaluations} evaluations. Start from a point closer to the minimum."
         )
     return Minimum(wall.point, wall.value, wall.gradient_norm, wall.evaluations)
 
@@ -140,11 +151,11 @@ def minimize(
 def _search(
     wall: _Wall, first_step: float, tolerance: float, report: Callable[[np.ndarray], None]
 ) -> None:
-    """One run of L-BFGS-B from the best point; its findings are left in `wall`."""
+    """Runs L-BFGS-B once from the best point. `wall` remembers what it finds."""
     origin = wall.point.copy()
 
     def scaled(step: np.ndarray) -> tuple[float, np.ndarray]:
-        # In units of `first_step`, SciPy's unit first step is as short as we want it.
+        # SciPy's first step has length 1, which is `first_step` in these units.
         value, gradient = wall(origin + first_step * step)
         return value, first_step * gradient
 

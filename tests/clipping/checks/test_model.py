@@ -335,6 +335,9 @@ class Scaled:
     def joined(self, factors):
         return self
 
+    def resolved(self):
+        return self
+
     def squared_norms(self):
         return self.norms**2 * self.rows.squared_norms()
 

@@ -369,3 +369,38 @@ def test_a_layer_that_recomputes_its_activations_has_no_rule():
         layer = layers.Dense(3)
     rule, why = rule_of(layer)
     assert rule is None and "remat" in why
+
+
+LINEAR = {
+    "dense": (lambda: layers.Dense(5), floats, (3, 4)),
+    "einsum": (lambda: layers.EinsumDense("abc,cd->abd", (3, 5)), floats, (3, 4)),
+    "conv": (lambda: layers.Conv2D(5, (2, 3), strides=2, padding="same"), floats, (6, 5, 4)),
+    "causal": (lambda: layers.Conv1D(5, 2, padding="causal"), floats, (6, 4)),
+    "embedding": (lambda: layers.Embedding(7, 5), integers, (3,)),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_linear_rule_answers_for_any_kernel(name):
+    """Another kernel with fewer outputs: what the layer computes, and its gradients."""
+    make, data, shape = LINEAR[name]
+    layer, x = make(), data(*shape)
+    x = x % 7 if data is integers else x
+    layer(x)
+    rule, _ = rule_of(layer)
+    weight = layer.embeddings if data is integers else layer.kernel
+    shape = (*weight.shape[:-1], 2)
+    kernel = tf.constant(RNG.normal(size=shape), weight.dtype)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(kernel)
+        outputs = rule.linear(layer, tf.constant(x), kernel)
+        g = tf.constant(RNG.normal(size=outputs.shape), outputs.dtype)
+        loss = tf.reduce_sum(outputs * g, axis=list(range(1, outputs.shape.rank)))
+    expected = tape.jacobian(loss, kernel, experimental_use_pfor=False)
+    expected = tf.reshape(tf.convert_to_tensor(expected), [ROWS, -1])
+    factor = rule.kernel_factor(layer, tf.constant(x), g, shape)
+    norms = tf.reduce_sum(tf.square(expected), axis=1)
+    np.testing.assert_allclose(factor.squared_norms(), norms, rtol=1e-4)
+    for i in range(ROWS):
+        row = np.reshape(factor.weighted_sum(tf.one_hot(i, ROWS, dtype=g.dtype)), [-1])
+        np.testing.assert_allclose(row, expected[i], atol=1e-4)

@@ -220,6 +220,11 @@ def test_json_is_exact_and_values_compare():
 def test_training_refuses_what_is_not_banded():
     for s in unbanded(20):
         assert not hasattr(s, "num_bands")
+        with pytest.raises(AttributeError, match="`num_bands`. Received: strategy="):
+            _ = s.num_bands
+        for name in ("noise_rows", "tail_scale"):
+            with pytest.raises(NotImplementedError, match=f"banded.*`{name}.*Received: strategy="):
+                getattr(s, name)()
         for sampling in ("cyclic_poisson", "fixed_order"):
             with pytest.raises(ValueError, match="Expected a banded strategy.*Received: strategy="):
                 bandmf.TrainingPlan(
@@ -256,7 +261,7 @@ def test_bad_arguments():
         (TypeError, ValueError), match="Expected `decoder` to be one of 'plain', 'online', 'full'"
     ):
         TreeStrategy(5, "honaker")
-    with pytest.raises((TypeError, ValueError), match="`num_buffers` must be at most 8"):
+    with pytest.raises((TypeError, ValueError), match="`num_buffers` to be at most 8"):
         BufferedToeplitzStrategy.optimize(5, 9)
     for name, value in [("error", "rms"), ("max_participations", 0), ("min_separation", 0)]:
         with pytest.raises((TypeError, ValueError), match=f"`{name}`"):
@@ -272,9 +277,9 @@ def test_bad_arguments():
     "bad", [[], [[0.5]], [-0.1], [np.nan], ["a"], None, 0.5, [[0.1], [0.1, 1]]]
 )
 def test_bad_buffers(bad):
-    with pytest.raises(ValueError, match="`buffer_decay` must be a vector"):
+    with pytest.raises(ValueError, match="Expected `buffer_decay` to be a vector"):
         BufferedToeplitzStrategy(bad, [0.5], 5)
-    with pytest.raises(ValueError, match="`output_scale` must be a vector"):
+    with pytest.raises(ValueError, match="Expected `output_scale` to be a vector"):
         BufferedToeplitzStrategy([0.5], bad, 5)
 
 

@@ -12,7 +12,7 @@ WEIGHTS = {"mean": lambda n: (1.0 / n, 0.0), "max": lambda n: (0.0, 1.0)}
 
 
 def coefficients_near_square_root(num_bands, seed=0):
-    """Coefficients that are neither normalised nor monotone."""
+    """Coefficients that are neither normalized nor monotone."""
     noise = np.random.default_rng(seed).standard_normal(num_bands)
     return 1.7 * (square_root_coefficients(num_bands) + 0.02 * noise)
 
@@ -59,7 +59,7 @@ def test_gradient_is_that_of_finite_differences(route):
 @pytest.mark.parametrize("error", ["mean", "max"])
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 1000, 1023, 1024, 1025])
 def test_doubling_any_binary_pattern_of_steps(n, error):
-    # n may be below b here: column normalisation asks for the first n - b + 1 steps.
+    # n may be below b here: column normalization asks for the first n - b + 1 steps.
     c = coefficients_near_square_root(6)
     x = reference.filtered_sums(c, n)
     weights = WEIGHTS[error](n)

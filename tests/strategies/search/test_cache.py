@@ -91,7 +91,7 @@ def test_an_interrupt_while_writing_leaves_no_part(tmp_path, monkeypatch):
 
 
 def test_bad_directory(tmp_path):
-    with pytest.raises(ValueError, match="`cache_dir` must be a path.*Received: cache_dir=3"):
+    with pytest.raises(TypeError, match="`cache_dir` to be a path.*Received: cache_dir=3"):
         Store(3, {})
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
