@@ -11,6 +11,7 @@ import keras
 
 from keras_bandmf._checks import checked_choice
 from keras_bandmf.accounting.accountant import calibrate_noise, checked_delta, checked_epsilon
+from keras_bandmf.accounting.amplification.certificate import Certificate
 from keras_bandmf.planning.arguments import (
     KnownStrategy,
     NumBands,
@@ -23,12 +24,18 @@ from keras_bandmf.planning.band_choice import (
     BandChoice,
     choose_bands,
 )
+from keras_bandmf.planning.secret_group import certified_noise, noise_multiplier_of
 from keras_bandmf.sampling.laws import SAMPLINGS, SamplingName
 from keras_bandmf.sampling.schedule import Schedule
 from keras_bandmf.strategies import Workload
 
 # n b^2 up to which the chosen Toeplitz strategy is searched for under a workload: some seconds.
 _MAX_SEARCH = 2 * 10**7
+
+
+#: How the accounting counts the group that the sampler draws for each example.
+Amplification = Literal["known_group", "secret_group"]
+_AMPLIFICATIONS = ("known_group", "secret_group")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +46,13 @@ class CalibratedRun:
         schedule: Who takes part when.
         noise_multiplier: sigma, calibrated finely for this very schedule.
         strategy: The strategy object.
+        certificate: Of the epsilon that counts groups as secret, or None.
     """
 
     schedule: Schedule
     noise_multiplier: float
     strategy: KnownStrategy
+    certificate: Certificate | None = None
 
 
 def compare_bands(
@@ -157,11 +166,12 @@ def calibrated_run(
     delta: float,
     sampling: SamplingName | Literal["auto"],
     max_bands: int,
+    amplification: Amplification = "known_group",
 ) -> CalibratedRun:
     """Returns the run of least expected error: see `TrainingPlan.calibrate`.
 
-    Formal guarantees: the noise multiplier is that of `calibrate_noise` at the fine accuracy, for
-    the very schedule that is returned.
+    Formal guarantees: the noise multiplier is that of `calibrate_noise` at the fine accuracy, or
+    the smaller one of the certificate, for the very schedule and strategy that are returned.
 
     Args:
         arguments: The resolved arguments of the plan.
@@ -169,15 +179,24 @@ def calibrated_run(
         delta: In (0, 1).
         sampling: The name of a sampling law, or "auto" for the one of lower expected RMSE.
         max_bands: The largest number of bands to consider where `arguments` names none.
+        amplification: "known_group" or "secret_group". The number of bands is chosen by the
+            accounting of a known group either way.
 
     Returns:
-        Schedule, noise multiplier and strategy.
+        Schedule, noise multiplier, strategy and certificate.
 
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: A value or a combination cannot be accounted for.
     """
     epsilon, delta = checked_epsilon(epsilon), checked_delta(delta)
+    checked_choice("amplification", amplification, _AMPLIFICATIONS)
+    if amplification == "secret_group" and sampling != "cyclic_poisson":
+        raise ValueError(
+            "Expected `sampling` to be 'cyclic_poisson' with amplification='secret_group', since no "
+            f"other has secret groups. Received: sampling={sampling!r}. Leave `amplification` "
+            "at 'known_group', or use cyclic Poisson sampling."
+        )
     bands, guess = arguments.num_bands, None
     max_work = _MAX_SEARCH if bands is None else None
     if bands is None or sampling == "auto":
@@ -187,4 +206,10 @@ def calibrated_run(
     schedule = arguments.schedule(sampling, bands)
     sigma = calibrate_noise(schedule, epsilon, delta, guess=guess)
     strategy = arguments.best_strategy(bands, max_work)
-    return CalibratedRun(schedule, sigma, strategy)
+    certificate = None
+    # With 1 band all examples are in one group: there is nothing to keep secret.
+    if amplification == "secret_group" and bands > 1:
+        found = certified_noise(schedule, strategy, epsilon, delta, sigma)
+        if noise_multiplier_of(found) < sigma:
+            sigma, certificate = noise_multiplier_of(found), found
+    return CalibratedRun(schedule, sigma, strategy, certificate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -27,14 +28,14 @@ def write_document(name: str, version: int, fields: dict[str, Any], *, indent: i
     return json.dumps(document, indent=indent, allow_nan=False)
 
 
-def read_document(text: str, name: str, version: int, fields: set[str]) -> dict[str, Any]:
+def read_document(text: str, name: str, versions: Mapping[int, set[str]]) -> dict[str, Any]:
     """Reads a JSON object of a known format, version and exactly the known fields.
 
     Args:
         text: JSON.
         name: The expected "format".
-        version: The expected "version".
-        fields: The names of the other entries; all must be there.
+        versions: The versions that can be read, each with the names of its other entries; all
+            must be there.
 
     Returns:
         The fields.
@@ -57,12 +58,14 @@ def read_document(text: str, name: str, version: int, fields: set[str]) -> dict[
     if not isinstance(document, dict) or document.get("format") != name:
         raise ValueError(f"{expected}.")
     found = document.get("version")
-    if found != version or isinstance(found, bool):
+    if isinstance(found, bool) or not isinstance(found, int) or found not in versions:
+        known = " or ".join(map(str, versions))
         raise ValueError(
-            f"Expected version {version} of {name}. Received: version={found!r}. "
+            f"Expected version {known} of {name}. Received: version={found!r}. "
             "Read it with the release of keras_bandmf that wrote it."
         )
     del document["format"], document["version"]
+    fields = versions[found]
     if set(document) != fields:
         raise ValueError(
             f"Expected exactly the fields of a {name}. Received: missing "

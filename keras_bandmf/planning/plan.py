@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import keras
 from keras_bandmf import strategies
 from keras_bandmf._checks import checked_float
 from keras_bandmf.accounting.accountant import checked_delta, epsilon_of
+from keras_bandmf.accounting.amplification.certificate import Certificate
 from keras_bandmf.planning import band_choice
 from keras_bandmf.planning.arguments import (
     KnownStrategy,
@@ -22,10 +24,11 @@ from keras_bandmf.planning.arguments import (
     StrategyName,
     check_strategy,
 )
-from keras_bandmf.planning.calibration import calibrated_run
+from keras_bandmf.planning.calibration import Amplification, calibrated_run
 from keras_bandmf.planning.documents import read_document, write_document
 from keras_bandmf.planning.plan_report import planned_statement
 from keras_bandmf.planning.plan_table import plan_table
+from keras_bandmf.planning.secret_group import confirmed_epsilon
 from keras_bandmf.planning.statement import Statement
 from keras_bandmf.sampling import PrivateBatches
 from keras_bandmf.sampling.laws import Adjacency, SamplingName
@@ -33,6 +36,8 @@ from keras_bandmf.sampling.schedule import Schedule
 
 _FORMAT = "keras_bandmf.TrainingPlan"
 _VERSION = 1
+#: Of a plan with a certificate; any other plan is written as it always was.
+_VERSION_WITH_CERTIFICATE = 2
 
 
 @dataclasses.dataclass(frozen=True, init=False, eq=False)
@@ -59,6 +64,8 @@ class TrainingPlan:
         strategy: The strategy; always an object, even if a name was given.
         max_participations: Declared for data that the user feeds, or None.
         min_separation: Declared for data that the user feeds, or None.
+        certificate: What was certified about this plan while counting the group of every example
+            as secret, or None. See `calibrate(amplification=...)`.
         schedule: Who takes part when: the one record that both the sampler and the accountant are
             given.
 
@@ -85,6 +92,7 @@ class TrainingPlan:
     strategy: KnownStrategy
     max_participations: int | None
     min_separation: int | None
+    certificate: Certificate | None
     # Not an argument, and not in the JSON: made from the fields above.
     schedule: Schedule = dataclasses.field(init=False, repr=False)
 
@@ -103,6 +111,7 @@ class TrainingPlan:
         max_participations: int | None = None,
         min_separation: int | None = None,
         workload: strategies.Workload | keras.optimizers.SGD | None = None,
+        certificate: Certificate | None = None,
     ):
         """Makes a plan with a given noise multiplier; `calibrate` finds one for a given epsilon.
 
@@ -124,6 +133,8 @@ class TrainingPlan:
             workload: The quantity whose error the strategy minimizes: a `strategies.Workload`, or
                 that of the `keras.optimizers.SGD` to train with. None is prefix sums, or whatever
                 a strategy object was optimized for.
+            certificate: What `calibrate(amplification="secret_group")` found for a plan of these
+                very values. It is computed again before any epsilon is taken from it.
 
         Raises:
             TypeError: An argument has the wrong type.
@@ -152,7 +163,7 @@ class TrainingPlan:
         schedule = arguments.schedule(sampling, bands)
         sigma, delta = _checked_noise(noise_multiplier), checked_delta(delta)
         # After all checks, because the search takes time.
-        _set_fields(self, schedule, sigma, delta, arguments.best_strategy(bands))
+        _set_fields(self, schedule, sigma, delta, arguments.best_strategy(bands), certificate)
 
     @classmethod
     def calibrate(
@@ -171,6 +182,7 @@ class TrainingPlan:
         max_participations: int | None = None,
         min_separation: int | None = None,
         workload: strategies.Workload | keras.optimizers.SGD | None = None,
+        amplification: Amplification = "known_group",
     ) -> TrainingPlan:
         """Finds the plan of lowest expected error that satisfies (epsilon, delta)-DP.
 
@@ -198,6 +210,12 @@ class TrainingPlan:
                 their coefficients for prefix sums; the chosen one is then optimized for the
                 workload if `n * b**2 <= 2e7`. For larger problems pass `num_bands` to force that
                 optimization.
+            amplification: How the secrecy of the sampler is counted. "known_group" gives the group
+                of each example away to the adversary. "secret_group" (cyclic Poisson with more
+                than 1 band) does not, and needs less noise for the same epsilon. Its epsilon is an
+                upper confidence bound from samples, which is false with probability at most
+                `delta / 1000`; it takes some tens of seconds to compute, and again in each
+                process that asks a saved plan for its epsilon. See docs/amplification.md.
 
         Returns:
             The plan.
@@ -227,10 +245,22 @@ class TrainingPlan:
             min_separation=min_separation,
         )
         run = calibrated_run(
-            arguments, epsilon=epsilon, delta=delta, sampling=sampling, max_bands=max_bands
+            arguments,
+            epsilon=epsilon,
+            delta=delta,
+            sampling=sampling,
+            max_bands=max_bands,
+            amplification=amplification,
         )
         plan = cls.__new__(cls)
-        _set_fields(plan, run.schedule, run.noise_multiplier, checked_delta(delta), run.strategy)
+        _set_fields(
+            plan,
+            run.schedule,
+            run.noise_multiplier,
+            checked_delta(delta),
+            run.strategy,
+            run.certificate,
+        )
         return plan
 
     @property
@@ -291,7 +321,7 @@ class TrainingPlan:
     @functools.cached_property
     def fingerprint(self) -> str:
         """The SHA-256, in hexadecimal, of the plan's JSON in canonical form."""
-        canonical = write_document(_FORMAT, _VERSION, self._fields(), indent=None)
+        canonical = write_document(_FORMAT, self._json_version, self._fields(), indent=None)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def noise_stddev(self, l2_norm_clip: float) -> float:
@@ -372,12 +402,23 @@ class TrainingPlan:
             True
         """
         if steps is None or steps == self.num_steps:
-            return self._whole_epsilon
-        return epsilon_of(self.dp_event(steps), self.delta)
+            return min(self._known_group_epsilon, self._secret_group_epsilon)
+        epsilon = epsilon_of(self.dp_event(steps), self.delta)
+        # The first steps of a run tell no more than all of it.
+        return min(epsilon, self._secret_group_epsilon) if steps else epsilon
 
     @functools.cached_property
-    def _whole_epsilon(self) -> float:
+    def _known_group_epsilon(self) -> float:
         return epsilon_of(self.dp_event(), self.delta)
+
+    @functools.cached_property
+    def _secret_group_epsilon(self) -> float:
+        """That of the certificate, computed again from its seed; infinite without one."""
+        if self.certificate is None:
+            return math.inf
+        return confirmed_epsilon(
+            self.schedule, self.strategy, self.noise_multiplier, self.delta, self.certificate
+        )
 
     def statement(self, steps: int | None = None) -> Statement:
         """Returns what the plan would guarantee, headed "planned, not executed".
@@ -412,6 +453,7 @@ class TrainingPlan:
             delta=self.delta,
             steps=steps,
             fingerprint=self.fingerprint,
+            certificate=self.certificate,
         )
 
     def batches(
@@ -469,7 +511,16 @@ class TrainingPlan:
 
     def _fields(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in _names(type(self))}
-        return {**fields, "strategy": self.strategy.get_config()}
+        fields |= {"strategy": self.strategy.get_config()}
+        if self.certificate is None:
+            del fields["certificate"]
+        else:
+            fields["certificate"] = self.certificate.get_config()
+        return fields
+
+    @property
+    def _json_version(self) -> int:
+        return _VERSION if self.certificate is None else _VERSION_WITH_CERTIFICATE
 
     def to_json(self) -> str:
         """Returns the plan as JSON, exact to the last bit.
@@ -487,7 +538,7 @@ class TrainingPlan:
             >>> json.loads(plan.to_json())["num_steps"]
             60
         """
-        return write_document(_FORMAT, _VERSION, self._fields(), indent=2)
+        return write_document(_FORMAT, self._json_version, self._fields(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> TrainingPlan:
@@ -513,8 +564,12 @@ class TrainingPlan:
             >>> bandmf.TrainingPlan.from_json(plan.to_json()).fingerprint == plan.fingerprint
             True
         """
-        fields = read_document(text, _FORMAT, _VERSION, set(_names(cls)))
+        names = set(_names(cls))
+        versions = {_VERSION: names - {"certificate"}, _VERSION_WITH_CERTIFICATE: names}
+        fields = read_document(text, _FORMAT, versions)
         fields["strategy"] = strategies.from_config(fields["strategy"])
+        if "certificate" in fields:
+            fields["certificate"] = Certificate.from_config(fields["certificate"])
         return cls(**fields)
 
     def __eq__(self, other: object) -> bool:
@@ -536,6 +591,7 @@ def _set_fields(
     noise_multiplier: float,
     delta: float,
     strategy: KnownStrategy,
+    certificate: Certificate | None,
 ) -> None:
     """Sets all fields of a new plan: the only place where they are set."""
     check_strategy(strategy, schedule)
@@ -545,6 +601,12 @@ def _set_fields(
     object.__setattr__(plan, "noise_multiplier", noise_multiplier)
     object.__setattr__(plan, "delta", delta)
     object.__setattr__(plan, "strategy", strategy)
+    if certificate is not None and not isinstance(certificate, Certificate):
+        raise TypeError(
+            "Expected `certificate` to be a Certificate, as `calibrate` found it, or None. "
+            f"Received: certificate={certificate!r}."
+        )
+    object.__setattr__(plan, "certificate", certificate)
     object.__setattr__(plan, "schedule", schedule)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from keras_bandmf._printed import rounded_down, rounded_up
-from keras_bandmf.accounting.accountant import FINITE_NOISE_SHARE, accountant_name
+from keras_bandmf.accounting.accountant import FINITE_NOISE_SHARE, accountant_name, epsilon_of
+from keras_bandmf.accounting.amplification.certificate import Certificate
 from keras_bandmf.accounting.composition import event_parts
 from keras_bandmf.planning.statement import Statement
 from keras_bandmf.planning.tf_privacy import tf_privacy_epsilons
@@ -19,6 +20,7 @@ def planned_statement(
     delta: float,
     steps: int | None,
     fingerprint: str,
+    certificate: Certificate | None = None,
 ) -> Statement:
     """Returns what a schedule would guarantee if it ran with this noise.
 
@@ -33,6 +35,7 @@ def planned_statement(
         delta: In (0, 1).
         steps: The number of steps to charge; None charges all of them.
         fingerprint: The fingerprint of the plan.
+        certificate: That of the plan, or None.
 
     Returns:
         The statement; `dataclasses.replace` makes that of a run from it.
@@ -50,6 +53,13 @@ def planned_statement(
             noise_multiplier=noise_multiplier,
             delta=delta * (1 - FINITE_NOISE_SHARE),  # as for our own epsilon
         )
+    accountant, caveats = accountant_name(event), _caveats(schedule, delta, charged)
+    if certificate is not None and charged:
+        known = epsilon_of(event, delta)
+        if epsilon < known:
+            accountant = "Monte Carlo (secret groups)"
+            others["PLD, the group of each example known"] = known
+            caveats += (_of_certificate(certificate),)
     return Statement(
         executed=False,
         mechanism=f"per-example clipping, {noise} Gaussian noise ({strategy_name}, "
@@ -65,10 +75,10 @@ def planned_statement(
         batch_size=schedule.batch_size,
         num_bands=bands,
         noise_multiplier=noise_multiplier,
-        accountant=accountant_name(event),
+        accountant=accountant,
         other_accountants=others,
         data=_data(schedule),
-        caveats=_caveats(schedule, delta, charged),
+        caveats=caveats,
         plan_fingerprint=fingerprint,
         events=event_parts(event),
     )
@@ -80,6 +90,15 @@ def _data(schedule: Schedule) -> str:
     return (
         f"declared by the user, not checked: at most {schedule.max_participations} "
         f"participations of an example, at least {schedule.min_separation} steps apart"
+    )
+
+
+def _of_certificate(certificate: Certificate) -> str:
+    return (
+        "epsilon counts the random group of each example as secret. It is an upper confidence "
+        f"bound from {max(certificate.samples)} samples, computed again from its public seed, and "
+        f"is false with probability at most {rounded_up(certificate.failure, 2)} over their random "
+        "words"
     )
 
 

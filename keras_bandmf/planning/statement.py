@@ -224,7 +224,7 @@ class Statement:
                 value is out of range.
         """
         fields = {field.name for field in dataclasses.fields(cls)}
-        return cls._from_facts(read_document(text, _FORMAT, _VERSION, fields))
+        return cls._from_facts(read_document(text, _FORMAT, {_VERSION: fields}))
 
     @classmethod
     def _from_facts(cls, facts: dict[str, Any]) -> Statement:

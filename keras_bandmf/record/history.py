@@ -290,7 +290,7 @@ def to_json(variables: Sequence[keras.Variable], extra_runs: Sequence[Run] = ())
 
 
 def _from_json(text: str) -> tuple[list[PastRun], bool]:
-    facts = read_document(text, _FORMAT, _VERSION, {"runs", "is_known"})
+    facts = read_document(text, _FORMAT, {_VERSION: {"runs", "is_known"}})
     runs = []
     for entry in facts["runs"]:
         past = Statement.from_json(entry["statement"])

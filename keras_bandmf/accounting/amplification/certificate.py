@@ -10,9 +10,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from keras_bandmf._checks import checked_float, checked_int
 from keras_bandmf.accounting.amplification import proposals
 from keras_bandmf.accounting.amplification.concentration import upper_bound
 from keras_bandmf.accounting.amplification.estimator import Estimator, Moments
@@ -27,7 +29,9 @@ FAILURE_SHARE = 1e-3
 #: Values that are tried lie on the grid 2^(i / 256), fixed in advance.
 _GRID = 256
 
-_PILOT_SAMPLES = 20_000
+#: Numbers of samples lie on the grid 2^i, from 2^14 to 2^21.
+_LOG_SAMPLES = range(14, 22)
+_PILOT_SAMPLES = 2 ** _LOG_SAMPLES[0]
 _ATTEMPTS = 8
 #: What the confidence bounds may add to delta, as a share of it, where samples are affordable.
 _SLACK = 0.15
@@ -57,6 +61,39 @@ class Certificate:
     estimate: float
     bound: float
 
+    def get_config(self) -> dict[str, Any]:
+        """Returns the certificate as values that JSON can hold, exact to the last bit."""
+        return {**dataclasses.asdict(self), "samples": list(self.samples)}
+
+    @classmethod
+    def from_config(cls, config: object) -> Certificate:
+        """Reads what `get_config` returned. That it is true is for `Certifier.verify` to say.
+
+        Raises:
+            ValueError: it is of another make.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(config, dict) or set(config) != set(names):
+            raise ValueError(
+                f"Expected `certificate` to be a dict with the keys {names}, as `get_config` "
+                f"returns it. Received: certificate={config!r}."
+            )
+        samples = config["samples"]
+        if not isinstance(samples, (list, tuple)) or len(samples) != 2:
+            raise ValueError(
+                "Expected `samples` of a certificate to be two integers. Received: "
+                f"samples={samples!r}."
+            )
+        floats = {
+            name: checked_float(name, config[name], minimum=0.0)
+            for name in ("sigma", "epsilon", "delta", "failure", "estimate", "bound")
+        }
+        return cls(
+            **floats,
+            samples=(checked_int("samples", samples[0]), checked_int("samples", samples[1])),
+            attempt=checked_int("attempt", config["attempt"], minimum=0),
+        )
+
 
 class OutOfReach(ValueError):
     """No certificate within the number of samples allowed: the bound of a known group stands."""
@@ -67,16 +104,18 @@ class Certifier:
 
     Formal guarantees: a `Certificate` that is returned is true unless the upper confidence bound
     of one of its attempts failed. Attempt i, with samples of its own, may fail with probability
-    2^-(i+1) of `FAILURE_SHARE * delta`, half of it in each direction, so that all attempts
-    together fail with at most that. Where an attempt looks is chosen from other samples and from
-    earlier attempts only.
+    2^-(i+1) of `FAILURE_SHARE * delta`, half of it in each direction, and an eighth of that for
+    each number of samples, so that all together fail with at most that. Where an attempt looks is
+    chosen from other samples and from earlier attempts only. All of this is about a plan that was
+    chosen without looking at these samples: whoever certifies many plans and keeps the luckiest
+    has to add up their probabilities.
 
     Args:
         estimator: of the matrix and the law.
-        max_samples: the most samples of an attempt in each direction.
+        max_samples: the most samples of an attempt in each direction, at least 2^14.
     """
 
-    def __init__(self, estimator: Estimator, max_samples: int = 2**21):
+    def __init__(self, estimator: Estimator, max_samples: int = 2 ** _LOG_SAMPLES[-1]):
         self._estimator = estimator
         self._max_samples = max_samples
 
@@ -126,16 +165,23 @@ class Certifier:
         Raises:
             ValueError: if it is not confirmed.
         """
-        found = self._attempt(claim.sigma, claim.epsilon, claim.delta, claim.attempt, claim.samples)
-        if not found.bound <= claim.delta or found.failure > FAILURE_SHARE * claim.delta:
+        sizes = {2**exponent for exponent in _LOG_SAMPLES}
+        possible = claim.attempt in range(_ATTEMPTS) and sizes >= set(claim.samples)
+        found = None
+        if possible and claim.failure == FAILURE_SHARE * claim.delta:
+            found = self._attempt(
+                claim.sigma, claim.epsilon, claim.delta, claim.attempt, claim.samples
+            )
+        if found is None or not found.bound <= claim.delta:
             raise ValueError(
                 "A certificate is not confirmed when it is computed again. Received: "
-                f"{claim}; computed: {found}. It belongs to another plan, or was changed."
+                f"{claim}; computed: {found}. It belongs to another plan, or was changed: make "
+                "the plan anew."
             )
         return found
 
     def _pilot(self, sigma: float, epsilon: float) -> float:
-        """log of an estimate of delta."""
+        """Log of an estimate of delta."""
         moments = self._remove(sigma, epsilon, _PILOT_SAMPLES, 0)[0]
         return math.log(max(float(moments.mean[0]), 1e-300))
 
@@ -150,6 +196,8 @@ class Certifier:
             found = self._attempt(*place(shift), delta, attempt, samples)
             if found.bound <= delta:
                 return found
+            if not math.isfinite(found.bound):
+                break
             shift -= math.log(found.bound / delta) + 0.02
         raise OutOfReach(
             f"No privacy loss could be certified with {samples} samples. Received: delta={delta}."
@@ -157,7 +205,7 @@ class Certifier:
 
     def _samples(self, sigma: float, epsilon: float, delta: float) -> tuple[tuple[int, int], float]:
         """(samples of an attempt, what the bounds will add to delta as a share of it)."""
-        failure = FAILURE_SHARE * delta / 8.0
+        failure = _failure(delta, 0)
         log = math.log(4.0 / failure)
         counts, slack = [], 0.0
         for directed in (self._remove, self._add):
@@ -167,7 +215,9 @@ class Certifier:
             # sqrt(2 v log / N) + 7 B log / (3 N) = room, for the root of N.
             root = math.sqrt(2.0 * variance * log)
             root = (root + math.sqrt(root**2 + room * 28.0 / 3.0 * largest * log)) / 2.0 / room
-            count = min(max(math.ceil(root**2), _PILOT_SAMPLES), self._max_samples)
+            least = math.log2(max(root**2, 1.0)) if math.isfinite(root) else math.inf
+            fitting = [2**i for i in _LOG_SAMPLES if i >= least] + [self._max_samples]
+            count = min(fitting[0], self._max_samples)
             counts.append(count)
             slack = max(slack, upper_bound(count, mean, variance, largest, failure) / delta - 1.0)
         return (counts[0], counts[1]), slack
@@ -175,7 +225,7 @@ class Certifier:
     def _attempt(
         self, sigma: float, epsilon: float, delta: float, attempt: int, samples: tuple[int, int]
     ) -> Certificate:
-        failure = FAILURE_SHARE * delta * 2.0 ** -(attempt + 1)
+        failure = _failure(delta, attempt)
         bounds, means = [], []
         for directed, count in zip((self._remove, self._add), samples, strict=True):
             moments, largest = directed(sigma, epsilon, count, 2 + attempt)
@@ -186,7 +236,7 @@ class Certifier:
                     f"{largest:.9g}. This is an error of keras_bandmf, and no epsilon is stated: "
                     "please report it."
                 )
-            bounds.append(upper_bound(moments.samples, mean, variance, largest, failure / 2.0))
+            bounds.append(upper_bound(moments.samples, mean, variance, largest, failure))
             means.append(mean)
         return Certificate(
             sigma,
@@ -216,6 +266,11 @@ class Certifier:
             estimator.mean_square, estimator.expected_participations, sigma, epsilon
         )
         return estimator.shift(sigma, epsilon, theta, samples, seed), largest
+
+
+def _failure(delta: float, attempt: int) -> float:
+    """The probability with which the bound of one direction may fail."""
+    return FAILURE_SHARE * delta * 2.0 ** -(attempt + 1) / 2.0 / len(_LOG_SAMPLES)
 
 
 _best_tilt = functools.lru_cache(maxsize=256)(proposals.best_tilt)

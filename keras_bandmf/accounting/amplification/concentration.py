@@ -23,6 +23,9 @@ def upper_bound(count: int, mean: float, variance: float, largest: float, failur
         largest: B, above 0.
         failure: in (0, 1).
     """
+    if not math.isfinite(largest):
+        return math.inf
+    largest = max(largest, 1e-300)
     log = math.log(2.0 / failure)
     chernoff = largest * _entropy_bound(min(mean / largest, 1.0), log / count)
     log = math.log(4.0 / failure)

@@ -68,8 +68,14 @@ class Estimator:
                 "Expected columns of shape (num_steps, num_bands) of the law. Received: shape "
                 f"{columns.shape}, {law.rounds}."
             )
+        beyond = np.arange(steps)[:, None] + np.arange(bands) >= steps
+        if np.any(columns[beyond]):
+            raise ValueError(
+                "Expected columns to be zero beyond the last step. Received: entries other than 0 "
+                f"in the last {bands - 1} columns. Cut the columns of a longer run off."
+            )
         norms = np.linalg.norm(columns, axis=1)
-        if not (np.all(norms <= 1.0 + 1e-9) and np.all(norms > 0.0)):
+        if not (np.all(norms <= 1.0 + 1e-12) and np.all(norms > 0.0)):
             raise ValueError(
                 "Expected columns of norm at most 1, and none without entries. Received: norms "
                 f"from {norms.min():.6g} to {norms.max():.6g}. Divide C by its sensitivity."
@@ -179,8 +185,8 @@ class Estimator:
         total, squares, largest = np.moveaxis(np.asarray(sums), 1, 0)
         if not np.all(np.isfinite(total)):
             raise ValueError(
-                "A likelihood ratio left the range of float64. Received: "
-                f"{self.law.rounds.num_steps} steps with too little noise. Use more noise."
+                "Expected likelihood ratios within the range of float64. Received: "
+                f"{self.law} with too little noise. Use a larger noise multiplier."
             )
         count = chunks * self._chunk
         mean = total.sum(axis=0) / count
@@ -191,7 +197,7 @@ class Estimator:
 
     def _normals(self, key: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
         """Shape (rows, samples): the noise of a chunk of samples."""
-        halves = normals.standard_normals(key, 2 * index, 0, self._noise_chunks, normals.FAST)
+        halves = normals.standard_normals(key, 2 * index, 0, self._noise_chunks, normals.FINE)
         flat = tf.concat(halves, axis=0)[: self._padded.shape[0] * self._chunk]
         return tf.reshape(flat, [self._padded.shape[0], self._chunk])
 
@@ -281,7 +287,7 @@ class Estimator:
     def _own_normals(self, key: tf.Tensor, index: tf.Tensor, shape: list[int]) -> tf.Tensor:
         count = math.prod(shape)
         chunks = -(-count // normals.CHUNK)
-        halves = normals.standard_normals(key, 2 * index + 1, 0, chunks, normals.FAST)
+        halves = normals.standard_normals(key, 2 * index + 1, 0, chunks, normals.FINE)
         return tf.reshape(tf.concat(halves, axis=0)[:count], shape)
 
     def _pattern(

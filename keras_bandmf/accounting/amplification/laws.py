@@ -100,8 +100,8 @@ class AllocationInGroup:
 
         With `E_m` the mean of `prod u_i` over the m-subsets of the first i rounds,
         `E_m <- (1 - m / i) E_m + (m / i) u_i E_{m-1}`: sums of positive terms. All `u_i` of a
-        group are divided by the root of the largest, and the result multiplied by its k-th power:
-        float64 then holds everything while that k-th power is below 10^300.
+        group are divided by the root of the largest, and the result multiplied by its k-th power.
+        Where float64 cannot hold what is between, the result is NaN or infinite.
         """
         k = self.participations
         exist = tf.constant(self.rounds.exist())
@@ -125,7 +125,9 @@ class AllocationInGroup:
             (tf.constant(0), tf.zeros(shape, tf.float64)),
             maximum_iterations=self.rounds.most,
         )
-        return tf.math.log(means[-1]) + k * unit
+        # What has lost digits to the small end of the range is no number.
+        mean = tf.where(means[-1] > 1e-290, means[-1], np.nan)
+        return tf.math.log(mean) + k * unit
 
 
 def log_mixed(log_u: tf.Tensor, probability: float | tf.Tensor) -> tf.Tensor:

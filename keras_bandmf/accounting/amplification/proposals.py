@@ -93,11 +93,12 @@ def largest_weight(law: Law, proposal: Tilt, epsilon: float) -> float:
     lower for the second.
     """
     steps = np.concatenate([np.arange(0.0, 6.0, 1.0 / 256), np.geomspace(6.0, 1e4, 1024)])
-    log_least = math.log(1.0) + epsilon + steps
+    log_least = epsilon + steps
     log_g = _log_g(law, proposal.probability, log_least)
     gain = np.append(-np.expm1(-steps[1:]), 1.0)
-    values = np.log(gain) + proposal.log_norms.max() - proposal.power * log_g
-    return float(np.exp(values.max())) * (1.0 + 1e-9)
+    with np.errstate(divide="ignore", over="ignore"):
+        values = np.log(gain) + proposal.log_norms.max() - proposal.power * log_g
+        return float(np.exp(values.max())) * (1.0 + 1e-9)
 
 
 def _log_g(law: Law, probability: float, log_ratio: np.ndarray) -> np.ndarray:
@@ -159,8 +160,10 @@ def best_dip(law: PoissonInGroup, sigma: float, epsilon: float) -> tuple[Dip, fl
     found: list[tuple[float, Dip]] = []
     for power in np.geomspace(0.05, 200.0, 120):
         chance = acceptance(q, sigma, power)
-        rest = (1.0 - chance) ** TRIES
-        accepted = (1.0 - rest) / chance
+        if chance < 1e-12:
+            break  # it falls with the power, and none of the tries would be accepted
+        log_rest = TRIES * math.log1p(-chance)
+        rest, accepted = math.exp(log_rest), -math.expm1(log_rest) / chance
         log_bound = -rounds * (math.log(accepted) + power * math.log1p(-q))
         log_bound += power * math.log(power) - (1.0 + power) * math.log1p(power) - epsilon * power
         found.append((log_bound, Dip(float(power), accepted, rest)))
