@@ -59,6 +59,11 @@ class PlanArguments:
     max_participations: int | None
     min_separation: int | None
 
+    @property
+    def may_choose_coefficients(self) -> bool:
+        """Whether any Toeplitz strategy for prefix sums will do."""
+        return self.strategy == "toeplitz" and self.workload is None
+
     @classmethod
     def resolve(
         cls,

@@ -24,7 +24,11 @@ from keras_bandmf.planning.band_choice import (
     BandChoice,
     choose_bands,
 )
-from keras_bandmf.planning.secret_group import certified_noise, noise_multiplier_of
+from keras_bandmf.planning.secret_group import (
+    best_for_secret_groups,
+    certified_noise,
+    noise_multiplier_of,
+)
 from keras_bandmf.sampling.laws import SAMPLINGS, SamplingName
 from keras_bandmf.sampling.schedule import Schedule
 from keras_bandmf.strategies import Workload
@@ -179,8 +183,7 @@ def calibrated_run(
         delta: In (0, 1).
         sampling: The name of a sampling law, or "auto" for the one of lower expected RMSE.
         max_bands: The largest number of bands to consider where `arguments` names none.
-        amplification: "known_group" or "secret_group". The number of bands is chosen by the
-            accounting of a known group either way.
+        amplification: "known_group" or "secret_group".
 
     Returns:
         Schedule, noise multiplier, strategy and certificate.
@@ -193,9 +196,9 @@ def calibrated_run(
     checked_choice("amplification", amplification, _AMPLIFICATIONS)
     if amplification == "secret_group" and sampling != "cyclic_poisson":
         raise ValueError(
-            "Expected `sampling` to be 'cyclic_poisson' with amplification='secret_group', since no "
-            f"other has secret groups. Received: sampling={sampling!r}. Leave `amplification` "
-            "at 'known_group', or use cyclic Poisson sampling."
+            "Expected `sampling` to be 'cyclic_poisson' with amplification='secret_group': only "
+            f"there groups are secret. Received: sampling={sampling!r}. Leave `amplification` at "
+            "'known_group', or use cyclic Poisson sampling."
         )
     bands, guess = arguments.num_bands, None
     max_work = _MAX_SEARCH if bands is None else None
@@ -207,9 +210,14 @@ def calibrated_run(
     sigma = calibrate_noise(schedule, epsilon, delta, guess=guess)
     strategy = arguments.best_strategy(bands, max_work)
     certificate = None
-    # With 1 band all examples are in one group: there is nothing to keep secret.
-    if amplification == "secret_group" and bands > 1:
-        found = certified_noise(schedule, strategy, epsilon, delta, sigma)
-        if noise_multiplier_of(found) < sigma:
-            sigma, certificate = noise_multiplier_of(found), found
+    if amplification == "secret_group":
+        if arguments.may_choose_coefficients:
+            limit = bands if arguments.num_bands is not None else max_bands
+            schedule, strategy = best_for_secret_groups(schedule, strategy, epsilon, delta, limit)
+            sigma = calibrate_noise(schedule, epsilon, delta)
+        # With 1 band all examples are in one group: there is nothing to keep secret.
+        if schedule.num_bands > 1:
+            found = certified_noise(schedule, strategy, epsilon, delta, sigma)
+            if noise_multiplier_of(found) < sigma:
+                sigma, certificate = noise_multiplier_of(found), found
     return CalibratedRun(schedule, sigma, strategy, certificate)

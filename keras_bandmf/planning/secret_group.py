@@ -7,7 +7,9 @@ as the secret that it is, is in `accounting/amplification/`; the theorem is in
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 
 import numpy as np
 
@@ -16,12 +18,17 @@ from keras_bandmf.accounting.amplification.certificate import Certificate, Certi
 from keras_bandmf.accounting.amplification.estimator import Estimator
 from keras_bandmf.accounting.amplification.laws import PoissonInGroup, Rounds
 from keras_bandmf.planning.arguments import KnownStrategy
+from keras_bandmf.planning.band_choice import expected_rmse
 from keras_bandmf.sampling.schedule import Schedule
+from keras_bandmf.strategies import ToeplitzStrategy
 
 # A row of the noise is rounded in float64, which depends on rows before it: at most 10^-5 lattice
 # steps of 2^-22 sigma for each coordinate. Over 10^9 of them that is below this share of sigma
 # times the least entry of C that a plan has.
 _ROUNDING_SHARE = 2.0**-16
+
+#: Of (1 - x)^(-gamma): 1/2 is best where groups are known and bands many, less overlaps less.
+_EXPONENTS = (0.5, 0.45, 0.4)
 
 
 def certified_noise(
@@ -50,6 +57,63 @@ def certified_noise(
     """
     share = delta * (1.0 - FINITE_NOISE_SHARE)
     return _certifier(schedule, strategy).noise(epsilon, share, guess)
+
+
+def best_for_secret_groups(
+    schedule: Schedule, strategy: KnownStrategy, epsilon: float, delta: float, max_bands: int
+) -> tuple[Schedule, KnownStrategy]:
+    """Returns the number of bands and the Toeplitz coefficients of lowest estimated error.
+
+    With secret groups, columns of different groups that overlap cost privacy, and more bands cost
+    less of it than where the group is known. So numbers of bands are compared from that of
+    `schedule` on, each half as large again, while the error falls; and for each the coefficients
+    of lowest error with those of (1 - x)^(-gamma), of which the overlap is smaller.
+
+    Formal guarantees: estimates only choose. What is stated is certified anew.
+
+    Args:
+        schedule: The run with the best number of bands where groups are known.
+        strategy: The best for it.
+        epsilon: The target.
+        delta: The target.
+        max_bands: The largest number of bands to consider.
+
+    Returns:
+        The schedule with the number of bands, and the strategy.
+    """
+    share = delta * (1.0 - FINITE_NOISE_SHARE)
+    limit = min(max_bands, schedule.num_steps, schedule.num_examples // schedule.batch_size)
+    best: tuple[float, Schedule, KnownStrategy] | None = None
+    bands, guess = schedule.num_bands, 1.0
+    while bands > 1:
+        run = dataclasses.replace(schedule, num_bands=bands)
+        candidates = [strategy] if bands == schedule.num_bands else []
+        candidates += [fractional(gamma, bands, run.num_steps) for gamma in _EXPONENTS]
+        found = []
+        for candidate in candidates:
+            guess = _certifier(run, candidate).estimated_noise(epsilon, share, guess)
+            found.append((expected_rmse(run, guess, candidate.loss("mean")), candidate))
+        error, candidate = min(found, key=lambda pair: pair[0])
+        if best is not None and error >= best[0]:
+            break
+        best = error, run, candidate
+        if bands >= limit:
+            break
+        bands = min(math.ceil(1.5 * bands), limit)
+    return (schedule, strategy) if best is None else best[1:]
+
+
+def fractional(gamma: float, num_bands: int, num_steps: int) -> ToeplitzStrategy:
+    """Returns the strategy of the first coefficients of (1 - x)^(-gamma); 1/2 is the square root.
+
+    Args:
+        gamma: In (0, 1).
+        num_bands: b, the number of coefficients.
+        num_steps: n.
+    """
+    lags = np.arange(1, num_bands)
+    coefficients = np.cumprod(np.concatenate([[1.0], (gamma + lags - 1.0) / lags]))
+    return ToeplitzStrategy(coefficients, num_steps)
 
 
 def noise_multiplier_of(certificate: Certificate) -> float:

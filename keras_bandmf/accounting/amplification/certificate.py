@@ -32,6 +32,7 @@ _GRID = 256
 #: Numbers of samples lie on the grid 2^i, from 2^14 to 2^21.
 _LOG_SAMPLES = range(14, 22)
 _PILOT_SAMPLES = 2 ** _LOG_SAMPLES[0]
+_COMPARISON_SAMPLES = 2**12
 _ATTEMPTS = 8
 #: What the confidence bounds may add to delta, as a share of it, where samples are affordable.
 _SLACK = 0.15
@@ -115,7 +116,7 @@ class Certifier:
         max_samples: the most samples of an attempt in each direction, at least 2^14.
     """
 
-    def __init__(self, estimator: Estimator, max_samples: int = 2 ** _LOG_SAMPLES[-1]):
+    def __init__(self, estimator: Estimator, max_samples: int = 2**19):
         self._estimator = estimator
         self._max_samples = max_samples
 
@@ -138,6 +139,20 @@ class Certifier:
         return self._attempts(
             delta, lambda shift: (_on_grid(math.exp(log_sigma + shift / slope)), epsilon)
         )
+
+    def estimated_noise(self, epsilon: float, delta: float, guess: float) -> float:
+        """The noise multiplier for (epsilon, delta), estimated: to compare plans, not to state.
+
+        Args:
+            epsilon: the target.
+            delta: the target.
+            guess: a noise multiplier to start at.
+        """
+
+        def pilot(log_sigma: float) -> float:
+            return self._pilot(math.exp(log_sigma), epsilon, _COMPARISON_SAMPLES)
+
+        return math.exp(_root(pilot, math.log(guess), math.log(delta))[0])
 
     def epsilon(self, sigma: float, delta: float, guess: float) -> Certificate:
         """The least epsilon of the grid that can be certified at a noise multiplier.
@@ -180,9 +195,9 @@ class Certifier:
             )
         return found
 
-    def _pilot(self, sigma: float, epsilon: float) -> float:
+    def _pilot(self, sigma: float, epsilon: float, samples: int = _PILOT_SAMPLES) -> float:
         """Log of an estimate of delta."""
-        moments = self._remove(sigma, epsilon, _PILOT_SAMPLES, 0)[0]
+        moments = self._remove(sigma, epsilon, samples, 0)[0]
         return math.log(max(float(moments.mean[0]), 1e-300))
 
     def _attempts(self, delta: float, place: Callable[[float], tuple[float, float]]) -> Certificate:

@@ -1,0 +1,160 @@
+"""Plans that count the group of every example as secret."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import keras_bandmf as bandmf
+from keras_bandmf.accounting.accountant import epsilon_of
+from keras_bandmf.planning import secret_group
+from keras_bandmf.strategies import BandedStrategy, BlockDiagonalStrategy, ToeplitzStrategy
+from tests.accounting.amplification import reference
+
+RUN = {"num_examples": 400, "batch_size": 20, "num_steps": 24, "delta": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return bandmf.TrainingPlan.calibrate(
+        **RUN, num_bands=4, epsilon=2.0, amplification="secret_group"
+    )
+
+
+def test_it_needs_less_noise_for_the_same_epsilon(plan):
+    known = bandmf.TrainingPlan.calibrate(**RUN, num_bands=4, epsilon=2.0)
+    assert plan.noise_multiplier < 0.97 * known.noise_multiplier
+    assert plan.expected_rmse < known.expected_rmse
+    assert plan.epsilon() == 2.0
+    assert epsilon_of(plan.dp_event(), plan.delta) > 2.0
+    assert known.certificate is None
+
+
+def test_the_epsilon_is_true_by_enumeration(plan):
+    columns = secret_group.columns_of(plan.strategy)
+    # 24 steps in 4 groups of 6 rounds: 256 patterns.
+    probabilities, vectors = reference.patterns("poisson", 24, 4, plan.sampling_probability)
+    found = reference.plain_deltas(
+        reference.dense(columns), probabilities, vectors, plan.noise_multiplier, 2.0, 200_000, 3
+    )
+    # Five standard errors: it fails by chance with probability 3e-7.
+    for mean, error in found:
+        assert mean - 5 * error <= plan.delta
+    assert found[0][0] + 5 * found[0][1] > 0.5 * plan.delta  # and no more noise than needed
+
+
+def test_the_first_steps_cost_no_more_than_all(plan):
+    assert plan.epsilon(0) == 0.0
+    assert plan.epsilon(4) < plan.epsilon(8) <= plan.epsilon(24) == 2.0
+    assert plan.epsilon(23) == 2.0  # by the group known it would be more
+
+
+def test_json_keeps_what_was_certified(plan):
+    text = plan.to_json()
+    again = bandmf.TrainingPlan.from_json(text)
+    assert again == plan and again.certificate == plan.certificate
+    assert again.epsilon() == 2.0
+    assert json.loads(text)["version"] == 2
+
+
+def test_plans_without_a_certificate_are_written_as_before():
+    plan = bandmf.TrainingPlan(**RUN, num_bands=4, noise_multiplier=1.0)
+    document = json.loads(plan.to_json())
+    assert document["version"] == 1 and "certificate" not in document
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"noise_multiplier": 0.9},
+        {"delta": 1e-5},
+        {"batch_size": 22},
+        {"certificate": {"epsilon": 1.5}},
+        {"certificate": {"attempt": -20}},
+        {"certificate": {"samples": [20_000, 20_000]}},
+        {"certificate": {"failure": 1e-12}},
+    ],
+)
+def test_a_changed_plan_states_no_epsilon(plan, change):
+    document = json.loads(plan.to_json())
+    for name, value in change.items():
+        document[name] = document[name] | value if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match="[Cc]ertificate|at least 0"):
+        bandmf.TrainingPlan.from_json(json.dumps(document)).statement()
+
+
+def test_more_noise_than_was_certified_is_fine(plan):
+    more = bandmf.TrainingPlan(
+        **RUN,
+        strategy=plan.strategy,
+        noise_multiplier=1.5 * plan.noise_multiplier,
+        certificate=plan.certificate,
+    )
+    assert more.epsilon() < 2.0  # the group known: the smaller of both is stated
+
+
+def test_the_statement_says_what_was_counted(plan):
+    text = str(plan.statement())
+    assert "by the Monte Carlo (secret groups) accountant" in text
+    assert "by PLD, the group of each example known" in text
+    assert "is false with probability at most 1e-07" in " ".join(text.split())
+    nothing = plan.statement(0)
+    assert nothing.epsilon == 0.0 and "Monte Carlo" not in str(nothing)
+
+
+def test_bands_and_coefficients_are_chosen_together():
+    known = bandmf.TrainingPlan.calibrate(**RUN, epsilon=2.0)
+    secret = bandmf.TrainingPlan.calibrate(**RUN, epsilon=2.0, amplification="secret_group")
+    assert secret.num_bands >= known.num_bands
+    assert secret.expected_rmse < known.expected_rmse
+    assert secret.epsilon() <= 2.0
+
+
+def test_nothing_is_secret_with_one_band():
+    plan = bandmf.TrainingPlan.calibrate(
+        **RUN, num_bands=1, epsilon=2.0, amplification="secret_group"
+    )
+    assert plan.certificate is None
+
+
+def test_what_has_no_secret_groups_is_refused():
+    with pytest.raises(ValueError, match="only there groups are secret"):
+        bandmf.TrainingPlan.calibrate(
+            **RUN, epsilon=2.0, sampling="fixed_order", amplification="secret_group"
+        )
+    with pytest.raises(ValueError, match="amplification"):
+        bandmf.TrainingPlan.calibrate(**RUN, epsilon=2.0, amplification="hidden")
+    with pytest.raises(TypeError, match="certificate"):
+        bandmf.TrainingPlan(**RUN, num_bands=4, noise_multiplier=1.0, certificate="yes")
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        ToeplitzStrategy.optimize(num_steps=12, num_bands=4),
+        secret_group.fractional(0.4, 5, 12),
+        BandedStrategy.optimize(num_steps=12, num_bands=3),
+        BlockDiagonalStrategy.optimize(num_steps=12, num_bands=3, block_steps=4),
+    ],
+    ids=["toeplitz", "fractional", "banded", "blocks"],
+)
+def test_columns_are_those_of_the_matrix(strategy):
+    columns = secret_group.columns_of(strategy)
+    expected = strategy.materialize() / strategy.sensitivity()
+    np.testing.assert_allclose(reference.dense(columns), expected, atol=1e-14)
+
+
+def test_half_is_the_square_root():
+    found = secret_group.fractional(0.5, 6, 20)
+    expected = ToeplitzStrategy.square_root(num_steps=20, num_bands=6)
+    np.testing.assert_allclose(found.materialize(), expected.materialize(), atol=1e-14)
+
+
+def test_the_record_of_a_certificate_goes_through_its_config(plan):
+    config = plan.certificate.get_config()
+    assert type(plan.certificate).from_config(json.loads(json.dumps(config))) == plan.certificate
+    for broken in (None, {}, {**config, "more": 1}, {**config, "samples": 5}):
+        with pytest.raises(ValueError, match="Received"):
+            type(plan.certificate).from_config(broken)
+    assert dataclasses.replace(plan.certificate, attempt=1) != plan.certificate
