@@ -25,7 +25,7 @@ from keras_bandmf.planning.arguments import (
     check_strategy,
 )
 from keras_bandmf.planning.calibration import Amplification, calibrated_run
-from keras_bandmf.planning.documents import read_document, write_document
+from keras_bandmf.planning.plan_json import plan_arguments, plan_document
 from keras_bandmf.planning.plan_report import planned_statement
 from keras_bandmf.planning.plan_table import plan_table
 from keras_bandmf.planning.secret_group import confirmed_epsilon
@@ -33,11 +33,6 @@ from keras_bandmf.planning.statement import Statement
 from keras_bandmf.sampling import PrivateBatches
 from keras_bandmf.sampling.laws import Adjacency, SamplingName
 from keras_bandmf.sampling.schedule import Schedule
-
-_FORMAT = "keras_bandmf.TrainingPlan"
-_VERSION = 1
-#: Of a plan with a certificate; any other plan is written as it always was.
-_VERSION_WITH_CERTIFICATE = 2
 
 
 @dataclasses.dataclass(frozen=True, init=False, eq=False)
@@ -321,7 +316,7 @@ class TrainingPlan:
     @functools.cached_property
     def fingerprint(self) -> str:
         """The SHA-256, in hexadecimal, of the plan's JSON in canonical form."""
-        canonical = write_document(_FORMAT, self._json_version, self._fields(), indent=None)
+        canonical = plan_document(self, _names(type(self)), indent=None)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def noise_stddev(self, l2_norm_clip: float) -> float:
@@ -509,19 +504,6 @@ class TrainingPlan:
             seed=seed,
         )
 
-    def _fields(self) -> dict[str, Any]:
-        fields = {name: getattr(self, name) for name in _names(type(self))}
-        fields |= {"strategy": self.strategy.get_config()}
-        if self.certificate is None:
-            del fields["certificate"]
-        else:
-            fields["certificate"] = self.certificate.get_config()
-        return fields
-
-    @property
-    def _json_version(self) -> int:
-        return _VERSION if self.certificate is None else _VERSION_WITH_CERTIFICATE
-
     def to_json(self) -> str:
         """Returns the plan as JSON, exact to the last bit.
 
@@ -538,7 +520,7 @@ class TrainingPlan:
             >>> json.loads(plan.to_json())["num_steps"]
             60
         """
-        return write_document(_FORMAT, self._json_version, self._fields(), indent=2)
+        return plan_document(self, _names(type(self)), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> TrainingPlan:
@@ -564,13 +546,7 @@ class TrainingPlan:
             >>> bandmf.TrainingPlan.from_json(plan.to_json()).fingerprint == plan.fingerprint
             True
         """
-        names = set(_names(cls))
-        versions = {_VERSION: names - {"certificate"}, _VERSION_WITH_CERTIFICATE: names}
-        fields = read_document(text, _FORMAT, versions)
-        fields["strategy"] = strategies.from_config(fields["strategy"])
-        if "certificate" in fields:
-            fields["certificate"] = Certificate.from_config(fields["certificate"])
-        return cls(**fields)
+        return cls(**plan_arguments(text, _names(cls)))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TrainingPlan):
