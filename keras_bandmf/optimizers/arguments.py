@@ -17,6 +17,7 @@ from keras_bandmf.clipping.norms import checked_clip_norm, largest_contribution
 from keras_bandmf.noise.finite import check_tail
 from keras_bandmf.noise.lattice import charged_norm
 from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.planning.secret_group import rounding_factor
 
 if TYPE_CHECKING:
     from keras_bandmf.optimizers.bandmf import BandMFOptimizer
@@ -69,8 +70,9 @@ def noise_stddev(
     """Returns the standard deviation of `Z`, at a norm that includes what rounding costs.
 
     Formal guarantees:
-        See `lattice.charged_norm` and `norms.largest_contribution`; the cut tail of the noise
-        costs less than the share of delta set aside for it.
+        See `lattice.charged_norm` and `norms.largest_contribution`, and for plans with a
+        certificate `rounding_factor`; the cut tail of the noise costs less than the share of
+        delta set aside for it.
 
     Args:
         plan: The plan of the run.
@@ -97,7 +99,10 @@ def noise_stddev(
         plan.batch_size,
         float64_sums,
     )
-    return plan.noise_stddev(norm)
+    stddev = plan.noise_stddev(norm)
+    if plan.certificate is None:
+        return stddev
+    return stddev * rounding_factor(plan.strategy, stddev, l2_norm_clip, size)
 
 
 def fingerprint(

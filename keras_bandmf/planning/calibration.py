@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,7 +12,7 @@ import keras
 
 from keras_bandmf._checks import checked_choice
 from keras_bandmf.accounting.accountant import calibrate_noise, checked_delta, checked_epsilon
-from keras_bandmf.accounting.amplification.certificate import Certificate
+from keras_bandmf.accounting.amplification.certificate import Certificate, OutOfReach
 from keras_bandmf.planning.arguments import (
     KnownStrategy,
     NumBands,
@@ -27,7 +28,6 @@ from keras_bandmf.planning.band_choice import (
 from keras_bandmf.planning.secret_group import (
     best_for_secret_groups,
     certified_noise,
-    noise_multiplier_of,
 )
 from keras_bandmf.sampling.laws import SAMPLINGS, SamplingName
 from keras_bandmf.sampling.schedule import Schedule
@@ -217,7 +217,11 @@ def calibrated_run(
             sigma = calibrate_noise(schedule, epsilon, delta)
         # With 1 band all examples are in one group: there is nothing to keep secret.
         if schedule.num_bands > 1:
-            found = certified_noise(schedule, strategy, epsilon, delta, sigma)
-            if noise_multiplier_of(found) < sigma:
-                sigma, certificate = noise_multiplier_of(found), found
+            try:
+                found = certified_noise(schedule, strategy, epsilon, delta, sigma)
+            except OutOfReach as error:
+                warnings.warn(f"Groups are counted as known. {error}", stacklevel=3)
+            else:
+                if found.sigma < sigma:
+                    sigma, certificate = found.sigma, found
     return CalibratedRun(schedule, sigma, strategy, certificate)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from keras_bandmf.planning.calibration import Amplification, calibrated_run
 from keras_bandmf.planning.plan_json import plan_arguments, plan_document
 from keras_bandmf.planning.plan_report import planned_statement
 from keras_bandmf.planning.plan_table import plan_table
-from keras_bandmf.planning.secret_group import confirmed_epsilon
+from keras_bandmf.planning.secret_group import check_certificate, confirmed_epsilon
 from keras_bandmf.planning.statement import Statement
 from keras_bandmf.sampling import PrivateBatches
 from keras_bandmf.sampling.laws import Adjacency, SamplingName
@@ -256,6 +255,8 @@ class TrainingPlan:
             run.strategy,
             run.certificate,
         )
+        if run.certificate is not None:  # which was computed just now
+            plan.__dict__["_secret_group_epsilon"] = run.certificate.epsilon
         return plan
 
     @property
@@ -396,11 +397,12 @@ class TrainingPlan:
             >>> plan.epsilon(steps=4) < plan.epsilon(steps=5) < plan.epsilon()
             True
         """
-        if steps is None or steps == self.num_steps:
-            return min(self._known_group_epsilon, self._secret_group_epsilon)
-        epsilon = epsilon_of(self.dp_event(steps), self.delta)
+        whole = steps is None or steps == self.num_steps
+        known = self._known_group_epsilon if whole else epsilon_of(self.dp_event(steps), self.delta)
+        if self.certificate is None or known <= self.certificate.epsilon:
+            return known
         # The first steps of a run tell no more than all of it.
-        return min(epsilon, self._secret_group_epsilon) if steps else epsilon
+        return min(known, self._secret_group_epsilon)
 
     @functools.cached_property
     def _known_group_epsilon(self) -> float:
@@ -408,9 +410,9 @@ class TrainingPlan:
 
     @functools.cached_property
     def _secret_group_epsilon(self) -> float:
-        """That of the certificate, computed again from its seed; infinite without one."""
+        """That of the certificate, computed again from its seed."""
         if self.certificate is None:
-            return math.inf
+            raise ValueError("A plan without a certificate has no epsilon of secret groups.")
         return confirmed_epsilon(
             self.schedule, self.strategy, self.noise_multiplier, self.delta, self.certificate
         )
@@ -577,11 +579,8 @@ def _set_fields(
     object.__setattr__(plan, "noise_multiplier", noise_multiplier)
     object.__setattr__(plan, "delta", delta)
     object.__setattr__(plan, "strategy", strategy)
-    if certificate is not None and not isinstance(certificate, Certificate):
-        raise TypeError(
-            "Expected `certificate` to be a Certificate, as `calibrate` found it, or None. "
-            f"Received: certificate={certificate!r}."
-        )
+    if certificate is not None:
+        check_certificate(schedule, noise_multiplier, delta, certificate)
     object.__setattr__(plan, "certificate", certificate)
     object.__setattr__(plan, "schedule", schedule)
 

@@ -10,6 +10,9 @@ from keras_bandmf.planning.statement import Statement
 from keras_bandmf.planning.tf_privacy import tf_privacy_epsilons
 from keras_bandmf.sampling.schedule import Schedule
 
+#: How the caveat of a plan with a certificate begins.
+SECRET_GROUPS = "epsilon counts the random group of each example as secret"
+
 
 def planned_statement(
     schedule: Schedule,
@@ -58,7 +61,7 @@ def planned_statement(
         known = epsilon_of(event, delta)
         if epsilon < known:
             accountant = "Monte Carlo (secret groups)"
-            others["PLD, the group of each example known"] = known
+            others["known group"] = known
             caveats += (_of_certificate(certificate),)
     return Statement(
         executed=False,
@@ -95,8 +98,8 @@ def _data(schedule: Schedule) -> str:
 
 def _of_certificate(certificate: Certificate) -> str:
     return (
-        "epsilon counts the random group of each example as secret. It is an upper confidence "
-        f"bound from {max(certificate.samples)} samples, computed again from its public seed, and "
+        f"{SECRET_GROUPS}. It is an upper confidence bound "
+        f"from {max(certificate.samples)} samples, computed again from its public seed, and "
         f"is false with probability at most {rounded_up(certificate.failure, 2)} over their random "
         "words"
     )

@@ -13,19 +13,26 @@ import math
 
 import numpy as np
 
+from keras_bandmf._checks import PrivacyError
 from keras_bandmf.accounting.accountant import FINITE_NOISE_SHARE
-from keras_bandmf.accounting.amplification.certificate import Certificate, Certifier
+from keras_bandmf.accounting.amplification.certificate import (
+    LEAST_SAMPLES,
+    Certificate,
+    Certifier,
+    OutOfReach,
+)
 from keras_bandmf.accounting.amplification.estimator import Estimator
 from keras_bandmf.accounting.amplification.laws import PoissonInGroup, Rounds
+from keras_bandmf.noise.lattice import largest_row_norm, rounding_steps, step_exponent
 from keras_bandmf.planning.arguments import KnownStrategy
 from keras_bandmf.planning.band_choice import expected_rmse
 from keras_bandmf.sampling.schedule import Schedule
 from keras_bandmf.strategies import ToeplitzStrategy
 
-# A row of the noise is rounded in float64, which depends on rows before it: at most 10^-5 lattice
-# steps of 2^-22 sigma for each coordinate. Over 10^9 of them that is below this share of sigma
-# times the least entry of C that a plan has.
-_ROUNDING_SHARE = 2.0**-16
+#: n b up to which bands and coefficients are compared: minutes.
+_MOST_COMPARED = 50_000
+#: n b times samples of an attempt: ten minutes on two cores.
+_MOST_WORK = 4e10
 
 #: Of (1 - x)^(-gamma): 1/2 is best where groups are known and bands many, less overlaps less.
 _EXPONENTS = (0.5, 0.45, 0.4)
@@ -84,15 +91,21 @@ def best_for_secret_groups(
     share = delta * (1.0 - FINITE_NOISE_SHARE)
     limit = min(max_bands, schedule.num_steps, schedule.num_examples // schedule.batch_size)
     best: tuple[float, Schedule, KnownStrategy] | None = None
-    bands, guess = schedule.num_bands, 1.0
-    while bands > 1:
+    # One band leaves no group to keep secret.
+    bands, guess = max(schedule.num_bands, min(2, limit)), 1.0
+    while bands > 1 and schedule.num_steps * bands <= _MOST_COMPARED:
         run = dataclasses.replace(schedule, num_bands=bands)
         candidates = [strategy] if bands == schedule.num_bands else []
         candidates += [fractional(gamma, bands, run.num_steps) for gamma in _EXPONENTS]
         found = []
         for candidate in candidates:
-            guess = _certifier(run, candidate).estimated_noise(epsilon, share, guess)
+            try:
+                guess = _certifier(run, candidate).estimated_noise(epsilon, share, guess)
+            except OutOfReach:
+                continue
             found.append((expected_rmse(run, guess, candidate.loss("mean")), candidate))
+        if not found:
+            break
         error, candidate = min(found, key=lambda pair: pair[0])
         if best is not None and error >= best[0]:
             break
@@ -116,9 +129,64 @@ def fractional(gamma: float, num_bands: int, num_steps: int) -> ToeplitzStrategy
     return ToeplitzStrategy(coefficients, num_steps)
 
 
-def noise_multiplier_of(certificate: Certificate) -> float:
-    """Returns the noise multiplier of a plan for which a certificate holds."""
-    return certificate.sigma * (1.0 + 2.0 * _ROUNDING_SHARE)
+def check_certificate(
+    schedule: Schedule, noise_multiplier: float, delta: float, certificate: object
+) -> None:
+    """Refuses a certificate that cannot be one of this plan, without computing it again.
+
+    Args:
+        schedule: Of the plan.
+        noise_multiplier: Of the plan; more noise than was certified is fine.
+        delta: Of the plan.
+        certificate: The one that the plan is given.
+
+    Raises:
+        TypeError: If it is no certificate.
+        PrivacyError: If it is about less delta or more noise than the plan's, or another sampling.
+    """
+    if type(certificate) is not Certificate:
+        raise TypeError(
+            "Expected `certificate` to be a Certificate, as `calibrate` found it, or None. "
+            f"Received: certificate={certificate!r}."
+        )
+    if (
+        schedule.sampling != "cyclic_poisson"
+        or noise_multiplier < certificate.sigma
+        or certificate.delta > delta * (1.0 - FINITE_NOISE_SHARE)
+    ):
+        raise PrivacyError(
+            "Expected the certificate of a plan to be for its sampling, and for at most its noise "
+            f"and its delta. Received: sampling={schedule.sampling!r}, "
+            f"noise_multiplier={noise_multiplier}, delta={delta}, certificate={certificate}. Make "
+            "the plan anew, or with certificate=None, which states the epsilon of known groups."
+        )
+
+
+def rounding_factor(strategy: KnownStrategy, stddev: float, norm: float, size: int) -> float:
+    """Returns what noise is to be multiplied by, because its rows are rounded in float64.
+
+    Formal guarantees: the theorem of secret groups takes that an example moves row i of C by no
+    more than |C_ij| times the norm of its gradient, for each i. In a row after a participation
+    float64 rounds as if another value had been added, at most `lattice.rounding_steps` lattice
+    steps for each of `size` coordinates. All entries of C that are not zero are taken to be
+    larger by the factor returned; where C is zero, the row does not depend on the example.
+
+    Args:
+        strategy: The strategy of the noise.
+        stddev: The standard deviation of Z.
+        norm: The clip norm.
+        size: The number of released coordinates.
+
+    Returns:
+        A factor of at least 1.
+    """
+    if stddev == 0.0:
+        return 1.0
+    entries = np.abs(columns_of(strategy)) * strategy.sensitivity()
+    # Twice: the step of the larger noise may be that much coarser.
+    step = 2.0 * 2.0 ** step_exponent(stddev, largest_row_norm(strategy))
+    moved = rounding_steps(strategy) * step * math.sqrt(size)
+    return 1.0 + moved / (float(entries[entries > 0.0].min()) * norm)
 
 
 @functools.lru_cache(maxsize=64)
@@ -144,14 +212,7 @@ def confirmed_epsilon(
     Raises:
         ValueError: If it is not confirmed, or is about less delta or more noise than the plan's.
     """
-    if noise_multiplier * (
-        1.0 - _ROUNDING_SHARE
-    ) < certificate.sigma or certificate.delta > delta * (1.0 - FINITE_NOISE_SHARE):
-        raise ValueError(
-            "Expected the certificate of a plan to be for at most its noise and its delta. "
-            f"Received: noise_multiplier={noise_multiplier}, delta={delta}, {certificate}. Make "
-            "the plan anew."
-        )
+    check_certificate(schedule, noise_multiplier, delta, certificate)
     return _certifier(schedule, strategy).verify(certificate).epsilon
 
 
@@ -163,10 +224,18 @@ def _certifier(schedule: Schedule, strategy: KnownStrategy) -> Certifier:
             f"sampling={schedule.sampling!r}. Use sampling='cyclic_poisson', or leave "
             "amplification at 'known_group'."
         )
+    work = schedule.num_steps * schedule.num_bands
+    samples = 2 ** min(19, math.floor(math.log2(_MOST_WORK / work)))
+    if samples < LEAST_SAMPLES:
+        raise OutOfReach(
+            "Certifying this run would take hours. Received: "
+            f"{schedule.num_steps} steps and {schedule.num_bands} bands. Use fewer bands, or "
+            "amplification='known_group'."
+        )
     law = PoissonInGroup(
         Rounds(schedule.num_steps, schedule.num_bands), schedule.sampling_probability or 0.0
     )
-    return Certifier(Estimator(columns_of(strategy), law))
+    return Certifier(Estimator(columns_of(strategy), law), max_samples=samples)
 
 
 def columns_of(strategy: KnownStrategy) -> np.ndarray:
@@ -190,5 +259,6 @@ def columns_of(strategy: KnownStrategy) -> np.ndarray:
         entries = rows[lag:, lag] if len(rows) == steps else np.full(count, rows[0, lag])
         columns[:count, lag] = entries / scales[:count]
     columns /= strategy.sensitivity()
-    # Rounding may leave a norm above 1 by a few units in the last place.
-    return columns / np.maximum(np.linalg.norm(columns, axis=1, keepdims=True), 1.0)
+    norms = np.linalg.norm(columns, axis=1, keepdims=True)
+    # Rounding may leave a norm above 1 by a few units in the last place; more is an error.
+    return columns / np.where(norms <= 1.0 + 1e-9, np.maximum(norms, 1.0), 1.0)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from keras_bandmf._checks import checked_float
 from keras_bandmf.accounting.composition import composed_epsilon, delta_of_ideal_noise
+from keras_bandmf.planning.plan_report import SECRET_GROUPS
 from keras_bandmf.planning.statement import Statement
 
 _FIXED_PLANS = (
@@ -53,6 +54,12 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
         delta_of_ideal_noise([run.delta for run in runs], delta),
     )
     caveats = [caveat for run in runs for caveat in run.caveats]
+    if any(caveat.startswith(SECRET_GROUPS) for caveat in caveats):
+        caveats = [caveat for caveat in caveats if not caveat.startswith(SECRET_GROUPS)]
+        caveats.append(
+            "epsilon is composed as if the random group of each example was known, although plans "
+            "counted it as secret"
+        )
     if delta > 1 / min(run.num_examples for run in runs):
         caveats.append(f"delta = {delta!r} exceeds 1 / num_examples")
     reasons = [run.not_private_reason for run in runs if not run.private]

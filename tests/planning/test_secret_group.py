@@ -9,6 +9,8 @@ import pytest
 import keras_bandmf as bandmf
 from keras_bandmf.accounting.accountant import epsilon_of
 from keras_bandmf.planning import secret_group
+from keras_bandmf.planning.plan_report import SECRET_GROUPS
+from keras_bandmf.record.composition import compose
 from keras_bandmf.strategies import BandedStrategy, BlockDiagonalStrategy, ToeplitzStrategy
 from tests.accounting.amplification import reference
 
@@ -97,10 +99,43 @@ def test_more_noise_than_was_certified_is_fine(plan):
 def test_the_statement_says_what_was_counted(plan):
     text = str(plan.statement())
     assert "by the Monte Carlo (secret groups) accountant" in text
-    assert "by PLD, the group of each example known" in text
+    assert "by known group" in text
     assert "is false with probability at most 1e-07" in " ".join(text.split())
     nothing = plan.statement(0)
     assert nothing.epsilon == 0.0 and "Monte Carlo" not in str(nothing)
+
+
+def test_a_stated_epsilon_of_several_runs_counts_groups_as_known(plan):
+    statement = dataclasses.replace(
+        plan.statement(), executed=True, run_id="one", steps_run=24, key_origin="here"
+    )
+    both = compose([statement, dataclasses.replace(statement, run_id="two")])
+    assert both.epsilon > 2.0
+    assert not any(caveat.startswith(SECRET_GROUPS) for caveat in both.caveats)
+    assert any("as if the random group" in caveat for caveat in both.caveats)
+
+
+def test_where_nothing_can_be_certified_groups_are_known():
+    with pytest.warns(UserWarning, match="Groups are counted as known"):
+        plan = bandmf.TrainingPlan.calibrate(
+            **RUN | {"delta": 1e-60}, num_bands=4, epsilon=1.0, amplification="secret_group"
+        )
+    assert plan.certificate is None and plan.epsilon() <= 1.0
+
+
+def test_a_certificate_must_be_one_of_the_plan(plan):
+    for change in ({"delta": 1e-6}, {"noise_multiplier": 0.0}):
+        with pytest.raises(bandmf.PrivacyError, match="certificate=None"):
+            arguments = {"noise_multiplier": plan.noise_multiplier, **RUN, **change}
+            bandmf.TrainingPlan(**arguments, strategy=plan.strategy, certificate=plan.certificate)
+
+
+def test_noise_covers_the_rounding_of_its_rows(plan):
+    small, large = (
+        secret_group.rounding_factor(plan.strategy, 1.1, 1.0, size) for size in (10**3, 10**9)
+    )
+    assert 1.0 < small < 1.0 + 1e-8 < large < 1.001
+    assert secret_group.rounding_factor(plan.strategy, 0.0, 1.0, 100) == 1.0
 
 
 def test_bands_and_coefficients_are_chosen_together():

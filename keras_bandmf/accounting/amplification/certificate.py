@@ -17,7 +17,7 @@ import numpy as np
 from keras_bandmf._checks import checked_float, checked_int
 from keras_bandmf.accounting.amplification import proposals
 from keras_bandmf.accounting.amplification.concentration import upper_bound
-from keras_bandmf.accounting.amplification.estimator import Estimator, Moments
+from keras_bandmf.accounting.amplification.estimator import Estimator, Moments, OutOfReach
 from keras_bandmf.accounting.amplification.laws import PoissonInGroup
 
 #: The public seed of all samples. A certificate is computed again from it, by anybody.
@@ -31,7 +31,8 @@ _GRID = 256
 
 #: Numbers of samples lie on the grid 2^i, from 2^14 to 2^21.
 _LOG_SAMPLES = range(14, 22)
-_PILOT_SAMPLES = 2 ** _LOG_SAMPLES[0]
+LEAST_SAMPLES = 2 ** _LOG_SAMPLES[0]
+_PILOT_SAMPLES = LEAST_SAMPLES
 _COMPARISON_SAMPLES = 2**12
 _ATTEMPTS = 8
 #: What the confidence bounds may add to delta, as a share of it, where samples are affordable.
@@ -94,10 +95,6 @@ class Certificate:
             samples=(checked_int("samples", samples[0]), checked_int("samples", samples[1])),
             attempt=checked_int("attempt", config["attempt"], minimum=0),
         )
-
-
-class OutOfReach(ValueError):
-    """No certificate within the number of samples allowed: the bound of a known group stands."""
 
 
 class Certifier:
@@ -197,8 +194,8 @@ class Certifier:
 
     def _pilot(self, sigma: float, epsilon: float, samples: int = _PILOT_SAMPLES) -> float:
         """Log of an estimate of delta."""
-        moments = self._remove(sigma, epsilon, samples, 0)[0]
-        return math.log(max(float(moments.mean[0]), 1e-300))
+        mean = float(self._remove(sigma, epsilon, samples, 0)[0].mean[0])
+        return math.log(mean) if mean > 0.0 else -math.inf
 
     def _attempts(self, delta: float, place: Callable[[float], tuple[float, float]]) -> Certificate:
         """Attempts further and further on the safe side: `place(log of a factor of delta)`."""
@@ -207,6 +204,8 @@ class Certifier:
             if attempt == 0:
                 sigma, epsilon = place(0.0)
                 samples, slack = self._samples(sigma, epsilon, delta)
+                if not math.isfinite(slack):
+                    break
                 shift = -math.log1p(slack) - 0.03
             found = self._attempt(*place(shift), delta, attempt, samples)
             if found.bound <= delta:
@@ -215,7 +214,8 @@ class Certifier:
                 break
             shift -= math.log(found.bound / delta) + 0.02
         raise OutOfReach(
-            f"No privacy loss could be certified with {samples} samples. Received: delta={delta}."
+            f"No privacy loss could be certified with {samples} samples. Received: delta={delta}. "
+            "Use a larger delta, fewer steps, or the accounting of a known group."
         )
 
     def _samples(self, sigma: float, epsilon: float, delta: float) -> tuple[tuple[int, int], float]:
@@ -297,15 +297,29 @@ def _on_grid(value: float) -> float:
 
 
 def _root(function: Callable[[float], float], start: float, target: float) -> tuple[float, float]:
-    """(where a decreasing function meets the target within 2 %, its slope there)."""
+    """(where a decreasing function meets the target within 2 %, its slope there).
+
+    Where the function is minus infinity, because no sample counted, the root is further down.
+
+    Raises:
+        OutOfReach: if it is not found.
+    """
     low, high = start, start + 0.1
     at_low, at_high = function(low), function(high)
-    for _ in range(12):
-        slope = min((at_high - at_low) / (high - low), -0.5)
-        new = high + float(np.clip((target - at_high) / slope, -0.5, 0.5))
-        low, at_low = high, at_high
-        high, at_high = new, function(new)
-        if abs(at_high - target) < 0.02:
-            break
-    slope = min((at_high - at_low) / (high - low), -0.5) if high != low else -1.0
-    return high + (target - at_high) / slope, slope
+    for _ in range(20):
+        if not math.isfinite(at_high):
+            low, at_low, high = high, at_high, high - 0.7
+        else:
+            slope = -4.0
+            if math.isfinite(at_low) and high != low:
+                slope = min((at_high - at_low) / (high - low), -0.5)
+            step = float(np.clip((target - at_high) / slope, -0.5, 0.5))
+            if abs(at_high - target) < 0.02:
+                return high + step, slope
+            low, at_low, high = high, at_high, high + step
+        at_high = function(high)
+    raise OutOfReach(
+        "No estimate of the privacy loss meets the target. Received: log(delta) of "
+        f"{target:.6g}, at last {at_high:.6g}. Use a larger delta, or the accounting of a known "
+        "group."
+    )

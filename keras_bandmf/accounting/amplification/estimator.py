@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf._environment import refuse_loose_arithmetic
 from keras_bandmf.accounting.amplification import proposals
 from keras_bandmf.accounting.amplification.laws import (
     AllocationInGroup,
@@ -21,6 +22,10 @@ from keras_bandmf.noise import normals
 
 _Epsilons = float | Sequence[float] | np.ndarray
 _Run = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
+
+class OutOfReach(ValueError):
+    """Nothing can be certified with the samples allowed: the bound of a known group stands."""
 
 
 class Moments(NamedTuple):
@@ -167,6 +172,7 @@ class Estimator:
         return float(np.sum(np.square(self._mean)))
 
     def _moments(self, run: _Run, samples: int, seed: int) -> Moments:
+        refuse_loose_arithmetic()
         key = tf.constant(normals.key_from_seed(seed).view(np.int64))
         chunks = -(-samples // self._programs.chunk)
 
@@ -180,7 +186,7 @@ class Estimator:
             sums += threads.map(sums_of, range(1, chunks))
         total, squares, largest = np.moveaxis(np.asarray(sums), 1, 0)
         if not np.all(np.isfinite(total)):
-            raise ValueError(
+            raise OutOfReach(
                 "Expected likelihood ratios within the range of float64. Received: "
                 f"{self.law} with too little noise. Use a larger noise multiplier."
             )
