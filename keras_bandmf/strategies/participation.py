@@ -54,15 +54,6 @@ def max_separated_sum(
     return best[..., 0]
 
 
-def gram_products(gram: np.ndarray) -> Products:
-    """Returns the diagonals of a dense symmetric `(n, n)` matrix X, as this module takes them."""
-    found = {0: np.abs(np.diagonal(gram))}
-    for m in range(1, len(gram)):
-        if np.any(diagonal := np.abs(np.diagonal(gram, m))):
-            found[m] = np.append(diagonal, np.zeros(m))
-    return found
-
-
 def row_bounds(products: Products, fits: int, separation: int) -> np.ndarray:
     """Returns, for each step, the largest sum over its row of |X| for a pattern that contains it.
 

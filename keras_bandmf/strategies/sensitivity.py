@@ -16,7 +16,6 @@ import numpy as np
 from keras_bandmf.strategies.participation import (
     Products,
     fixed_order_maximum,
-    gram_products,
     is_affordable,
     max_separated_sum,
     participations,
@@ -30,33 +29,6 @@ _MAX_ENTRIES = 10**8
 _MAX_WORK = 10**8
 # A rise of unit-norm coefficients that counts as none. The bound holds either way.
 _ROUNDING = 1e-14
-
-
-def gram_bound(
-    gram: np.ndarray, max_participations: int, min_separation: int, fixed_order: bool = False
-) -> float:
-    """Returns an upper bound on the sensitivity of any C with `C'C = gram`.
-
-    Args:
-      gram: `(n, n)` float64.
-      max_participations: the most participations of an example.
-      min_separation: the least distance, in steps, between two of them.
-      fixed_order: whether they are exactly that far apart.
-
-    Returns:
-      The bound. It is exact where no entry is negative and the worst pattern is found: always in
-      fixed order, and for small n or participations that are far apart without it.
-
-    Formal guarantees:
-      Never below the sensitivity: the squared norm for a pattern is
-      `sum_{s,t} gram[s, t] <u_s, u_t> <= sum_s sum_t |gram[s, t]|`, and what is returned is at
-      least the root of the largest such sum.
-    """
-    fits = participations(len(gram), max_participations, min_separation)
-    products = gram_products(gram)
-    if fixed_order:
-        return math.sqrt(fixed_order_maximum(products, fits, min_separation))
-    return math.sqrt(_separated(products, fits, min_separation))
 
 
 def banded_toeplitz(coefficients: np.ndarray, num_steps: int, column_normalize: bool) -> np.ndarray:

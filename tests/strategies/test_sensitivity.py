@@ -13,6 +13,7 @@ from keras_bandmf.strategies import (
 )
 from keras_bandmf.strategies.toeplitz import square_root_coefficients
 from tests.strategies import reference
+from tests.strategies.gram import gram_bound
 
 FALLING = square_root_coefficients(4)
 RISING = np.array([1.0, 0.5, 0.8])
@@ -85,7 +86,7 @@ def test_upper_bound_is_that_of_the_whole_gram_matrix(normalize):
         s = ToeplitzStrategy(vector, 60, normalize)
         matrix = s.materialize()
         for k, separation in [(2, 1), (5, 2), (60, 1), (60, 2)]:
-            expected = sensitivity.gram_bound(matrix.T @ matrix, k, separation)
+            expected = gram_bound(matrix.T @ matrix, k, separation)
             assert s.sensitivity(k, separation) == pytest.approx(expected, rel=1e-12)
 
 
@@ -103,9 +104,9 @@ def test_known_values():
     assert participation.max_separated_sum(np.array([1, 0.5, 0.5, 0.5, 0.1]), 5, 1) == 2.6
     matrix = np.array([[1, 0, 0, 0], [2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, -6]], np.float64)
     gram = matrix.T @ matrix
-    assert sensitivity.gram_bound(gram, 4, 2) == pytest.approx(math.sqrt(41))
-    assert sensitivity.gram_bound(gram, 4, 3) == pytest.approx(math.sqrt(41))
-    assert sensitivity.gram_bound(gram, 1, 1) == pytest.approx(6.0)
+    assert gram_bound(gram, 4, 2) == pytest.approx(math.sqrt(41))
+    assert gram_bound(gram, 4, 3) == pytest.approx(math.sqrt(41))
+    assert gram_bound(gram, 1, 1) == pytest.approx(6.0)
 
 
 def test_a_billion_steps():
@@ -160,13 +161,13 @@ def test_exact_for_every_pattern_where_nothing_is_negative(n, k, separation, ban
         expected = reference.largest_gram_sum(matrix, allowed)
         got = s.sensitivity(k, separation)
         assert got == pytest.approx(expected, rel=1e-12)
-        assert sensitivity.gram_bound(matrix.T @ matrix, k, separation) == pytest.approx(got)
+        assert gram_bound(matrix.T @ matrix, k, separation) == pytest.approx(got)
         allowed = reference.fixed_order_patterns(n, min(k, -(-n // separation)), separation)
         expected = reference.largest_gram_sum(matrix, allowed)
         got = s.sensitivity(k, separation, fixed_order=True)
         assert got == pytest.approx(expected, rel=1e-12)
         gram = matrix.T @ matrix
-        assert sensitivity.gram_bound(gram, k, separation, True) == pytest.approx(got)
+        assert gram_bound(gram, k, separation, True) == pytest.approx(got)
 
 
 @pytest.mark.parametrize("n,k,separation", SCHEMAS)
@@ -210,7 +211,7 @@ def test_a_later_start_with_one_participation_less_can_be_the_worst_in_fixed_ord
     assert truth > 1.1 * np.sqrt(3)
     for count in (3, 9):
         assert s.sensitivity(count, 2, fixed_order=True) == pytest.approx(truth, rel=1e-12)
-    got = sensitivity.gram_bound(matrix.T @ matrix, 3, 2, fixed_order=True)
+    got = gram_bound(matrix.T @ matrix, 3, 2, fixed_order=True)
     assert got == pytest.approx(truth, rel=1e-12)
     # Where more would fit than take part, every shorter pattern is part of a longer one.
     assert s.sensitivity(2, 2, fixed_order=True) == pytest.approx(truth, rel=1e-12)
@@ -222,7 +223,7 @@ def test_fixed_order_of_many_participations(n, b, k, separation, normalize):
     coefficients = np.random.default_rng(b).random(b) + 0.1
     s = ToeplitzStrategy(coefficients, n, normalize)
     matrix = s.materialize()
-    expected = sensitivity.gram_bound(matrix.T @ matrix, k, separation, fixed_order=True)
+    expected = gram_bound(matrix.T @ matrix, k, separation, fixed_order=True)
     got = s.sensitivity(k, separation, fixed_order=True)
     assert got == pytest.approx(expected, rel=1e-12)
     assert got <= s.sensitivity(k, separation) * (1 + 1e-12)
