@@ -86,8 +86,8 @@ def test_no_adversary_does_better_than_the_scalar_pair(law, signs):
 
 
 def test_absolute_values_are_needed_and_reached():
-    # With minus signs below the diagonal, gradients of alternating direction do as much as |C| says,
-    # which is more than the signed matrix itself would.
+    # With minus signs below the diagonal, gradients of alternating direction do as much as |C|
+    # says, which is more than the signed matrix itself would.
     matrix = np.array([[0.8, 0.0, 0.0], [-0.6, 0.8, 0.0], [0.0, -0.6, 1.0]])
     probabilities, vectors = np.array([0.5, 0.5]), np.array([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
 
