@@ -45,7 +45,7 @@ def changed(**fields):
     [
         ({}, "Expected a plan.*plan_to_config"),
         ({"plan": "x"}, r"keys \['plan'\]"),
-        (changed(version=2), "version=2.*same release"),
+        (changed(version=3), "version=3.*same release"),
         (changed(format="another"), "TrainingPlan"),
         (changed(unknown=1), "unknown.*'unknown'"),
         (changed(noise_multiplier=-1.0), "noise_multiplier"),
