@@ -174,7 +174,6 @@ def _plan(arguments: argparse.Namespace) -> str:
             message = f"argument --{name}: expected a file in a folder that exists, received: "
             raise _UsageError(f"{message}{str(path)!r}")
     choice, num_bands = _choice(arguments), arguments.num_bands
-    best = (choice.of_bands(num_bands) if isinstance(num_bands, int) else choice).best
     if arguments.amplification == "secret_group":
         # Bands and coefficients are chosen anew, by that accounting.
         plan = TrainingPlan.calibrate(
@@ -185,6 +184,7 @@ def _plan(arguments: argparse.Namespace) -> str:
             amplification="secret_group",
         )
     else:
+        best = (choice.of_bands(num_bands) if isinstance(num_bands, int) else choice).best
         plan = TrainingPlan.calibrate(
             **_run_of(arguments), strategy=best.strategy, sampling=best.sampling
         )

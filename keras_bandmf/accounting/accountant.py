@@ -70,10 +70,19 @@ def epsilon_of(
     if sigma < _LEAST_NOISE:
         return math.inf
     sigma = min(sigma, _MOST_NOISE)
-    delta *= 1.0 - FINITE_NOISE_SHARE
+    delta = delta_without_noise_share(delta)
     if probability == 1.0:
         return gaussian_epsilon(sigma / math.sqrt(rounds), delta)
     return sampled_gaussian_epsilon(rounds, probability, sigma, delta, accuracy)
+
+
+def delta_without_noise_share(delta: float) -> float:
+    """Returns the delta that is left for ideal noise, once its finitely many bits have their share.
+
+    Args:
+        delta: The delta of the guarantee.
+    """
+    return delta * (1.0 - FINITE_NOISE_SHARE)
 
 
 def checked_delta(delta: float) -> float:

@@ -12,6 +12,7 @@ from keras_bandmf._checks import checked_float
 from keras_bandmf.accounting.accountant import (
     FINITE_NOISE_SHARE,
     accountant_name,
+    delta_without_noise_share,
     epsilon_of,
     parts_of,
 )
@@ -66,7 +67,7 @@ def composed_epsilon(events: Sequence[Event], delta: float) -> tuple[float, str]
         try:
             for part in merged:
                 accountant.compose(dp_event(part))
-            ideal = delta * (1.0 - FINITE_NOISE_SHARE)
+            ideal = delta_without_noise_share(delta)
             return float(accountant.get_epsilon(ideal - rounds * _ROUNDING)), "PLD"
         except ValueError:  # dp_accounting's own checks fail on rounding errors of its own
             pass

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from keras_bandmf._printed import rounded_down, rounded_up
-from keras_bandmf.accounting.accountant import FINITE_NOISE_SHARE, accountant_name, epsilon_of
+from keras_bandmf.accounting.accountant import (
+    accountant_name,
+    delta_without_noise_share,
+    epsilon_of,
+)
 from keras_bandmf.accounting.amplification.certificate import Certificate
 from keras_bandmf.accounting.composition import event_parts
 from keras_bandmf.planning.statement import Statement
@@ -54,7 +58,7 @@ def planned_statement(
             batch_size=schedule.batch_size,
             num_steps=charged,
             noise_multiplier=noise_multiplier,
-            delta=delta * (1 - FINITE_NOISE_SHARE),  # as for our own epsilon
+            delta=delta_without_noise_share(delta),  # as for our own epsilon
         )
     accountant, caveats = accountant_name(event), _caveats(schedule, delta, charged)
     if certificate is not None and charged:

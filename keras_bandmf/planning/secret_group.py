@@ -14,7 +14,7 @@ import math
 import numpy as np
 
 from keras_bandmf._checks import PrivacyError
-from keras_bandmf.accounting.accountant import FINITE_NOISE_SHARE
+from keras_bandmf.accounting.accountant import delta_without_noise_share
 from keras_bandmf.accounting.amplification.certificate import (
     LEAST_SAMPLES,
     Certificate,
@@ -28,6 +28,7 @@ from keras_bandmf.planning.arguments import KnownStrategy
 from keras_bandmf.planning.band_choice import expected_rmse
 from keras_bandmf.sampling.schedule import Schedule
 from keras_bandmf.strategies import ToeplitzStrategy
+from keras_bandmf.strategies.coefficients import fractional_coefficients
 
 #: n b up to which bands and coefficients are compared: minutes.
 _MOST_COMPARED = 50_000
@@ -62,7 +63,7 @@ def certified_noise(
         OutOfReach: If nothing could be certified with as many samples as are allowed.
         ValueError: If the schedule is of another sampling law.
     """
-    share = delta * (1.0 - FINITE_NOISE_SHARE)
+    share = delta_without_noise_share(delta)
     return _certifier(schedule, strategy).noise(epsilon, share, guess)
 
 
@@ -88,7 +89,7 @@ def best_for_secret_groups(
     Returns:
         The schedule with the number of bands, and the strategy.
     """
-    share = delta * (1.0 - FINITE_NOISE_SHARE)
+    share = delta_without_noise_share(delta)
     limit = min(max_bands, schedule.num_steps, schedule.num_examples // schedule.batch_size)
     best: tuple[float, Schedule, KnownStrategy] | None = None
     # One band leaves no group to keep secret.
@@ -96,7 +97,10 @@ def best_for_secret_groups(
     while bands > 1 and schedule.num_steps * bands <= _MOST_COMPARED:
         run = dataclasses.replace(schedule, num_bands=bands)
         candidates = [strategy] if bands == schedule.num_bands else []
-        candidates += [fractional(gamma, bands, run.num_steps) for gamma in _EXPONENTS]
+        candidates += [
+            ToeplitzStrategy(fractional_coefficients(gamma, bands), run.num_steps)
+            for gamma in _EXPONENTS
+        ]
         found = []
         for candidate in candidates:
             try:
@@ -114,19 +118,6 @@ def best_for_secret_groups(
             break
         bands = min(math.ceil(1.5 * bands), limit)
     return (schedule, strategy) if best is None else best[1:]
-
-
-def fractional(gamma: float, num_bands: int, num_steps: int) -> ToeplitzStrategy:
-    """Returns the strategy of the first coefficients of (1 - x)^(-gamma); 1/2 is the square root.
-
-    Args:
-        gamma: In (0, 1).
-        num_bands: b, the number of coefficients.
-        num_steps: n.
-    """
-    lags = np.arange(1, num_bands)
-    coefficients = np.cumprod(np.concatenate([[1.0], (gamma + lags - 1.0) / lags]))
-    return ToeplitzStrategy(coefficients, num_steps)
 
 
 def check_certificate(
@@ -152,7 +143,7 @@ def check_certificate(
     if (
         schedule.sampling != "cyclic_poisson"
         or noise_multiplier < certificate.sigma
-        or certificate.delta > delta * (1.0 - FINITE_NOISE_SHARE)
+        or certificate.delta > delta_without_noise_share(delta)
     ):
         raise PrivacyError(
             "Expected the certificate of a plan to be for its sampling, and for at most its noise "
@@ -218,7 +209,8 @@ def confirmed_epsilon(
 
 @functools.lru_cache(maxsize=4)
 def _certifier(schedule: Schedule, strategy: KnownStrategy) -> Certifier:
-    if schedule.sampling != "cyclic_poisson":
+    probability = schedule.sampling_probability
+    if probability is None:
         raise ValueError(
             "Only cyclic Poisson sampling keeps groups secret. Received: "
             f"sampling={schedule.sampling!r}. Use sampling='cyclic_poisson', or leave "
@@ -232,9 +224,7 @@ def _certifier(schedule: Schedule, strategy: KnownStrategy) -> Certifier:
             f"{schedule.num_steps} steps and {schedule.num_bands} bands. Use fewer bands, or "
             "amplification='known_group'."
         )
-    law = PoissonInGroup(
-        Rounds(schedule.num_steps, schedule.num_bands), schedule.sampling_probability or 0.0
-    )
+    law = PoissonInGroup(Rounds(schedule.num_steps, schedule.num_bands), probability)
     return Certifier(Estimator(columns_of(strategy), law), max_samples=samples)
 
 

@@ -16,8 +16,21 @@ def square_root_coefficients(num_bands: int) -> np.ndarray:
     Returns:
       `(b,)` float64: 1, 1/2, 3/8, ... (Fichtenberger, Henzinger, Upadhyay, arXiv 2202.11205).
     """
+    return fractional_coefficients(0.5, num_bands)
+
+
+def fractional_coefficients(exponent: float, num_bands: int) -> np.ndarray:
+    """Returns the first coefficients of `(1 - z)^(-gamma)`, a fractional power of the prefix sum.
+
+    Args:
+      exponent: gamma, in (0, 1).
+      num_bands: b >= 1.
+
+    Returns:
+      `(b,)` float64: 1, gamma, gamma (gamma + 1) / 2, ...
+    """
     k = np.arange(1.0, num_bands)
-    return np.concatenate([[1.0], np.cumprod((2.0 * k - 1.0) / (2.0 * k))])
+    return np.concatenate([[1.0], np.cumprod((k - 1.0 + exponent) / k)])
 
 
 def checked_coefficients(coefficients: object) -> np.ndarray:

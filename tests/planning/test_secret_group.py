@@ -12,6 +12,7 @@ from keras_bandmf.planning import secret_group
 from keras_bandmf.planning.plan_report import SECRET_GROUPS
 from keras_bandmf.record.composition import compose
 from keras_bandmf.strategies import BandedStrategy, BlockDiagonalStrategy, ToeplitzStrategy
+from keras_bandmf.strategies.coefficients import fractional_coefficients
 from tests.accounting.amplification import reference
 
 RUN = {"num_examples": 400, "batch_size": 20, "num_steps": 24, "delta": 1e-4}
@@ -168,7 +169,7 @@ def test_what_has_no_secret_groups_is_refused():
     "strategy",
     [
         ToeplitzStrategy.optimize(num_steps=12, num_bands=4),
-        secret_group.fractional(0.4, 5, 12),
+        ToeplitzStrategy(fractional_coefficients(0.4, 5), 12),
         BandedStrategy.optimize(num_steps=12, num_bands=3),
         BlockDiagonalStrategy.optimize(num_steps=12, num_bands=3, block_steps=4),
     ],
@@ -181,7 +182,7 @@ def test_columns_are_those_of_the_matrix(strategy):
 
 
 def test_half_is_the_square_root():
-    found = secret_group.fractional(0.5, 6, 20)
+    found = ToeplitzStrategy(fractional_coefficients(0.5, 6), 20)
     expected = ToeplitzStrategy.square_root(num_steps=20, num_bands=6)
     np.testing.assert_allclose(found.materialize(), expected.materialize(), atol=1e-14)
 

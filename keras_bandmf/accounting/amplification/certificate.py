@@ -128,11 +128,7 @@ class Certifier:
         Raises:
             OutOfReach: if no attempt is successful.
         """
-
-        def pilot(log_sigma: float) -> float:
-            return self._pilot(math.exp(log_sigma), epsilon)
-
-        log_sigma, slope = _root(pilot, math.log(guess), math.log(delta))
+        log_sigma, slope = self._noise_root(epsilon, delta, guess, _PILOT_SAMPLES)
         return self._attempts(
             delta, lambda shift: (_on_grid(math.exp(log_sigma + shift / slope)), epsilon)
         )
@@ -145,11 +141,7 @@ class Certifier:
             delta: the target.
             guess: a noise multiplier to start at.
         """
-
-        def pilot(log_sigma: float) -> float:
-            return self._pilot(math.exp(log_sigma), epsilon, _COMPARISON_SAMPLES)
-
-        return math.exp(_root(pilot, math.log(guess), math.log(delta))[0])
+        return math.exp(self._noise_root(epsilon, delta, guess, _COMPARISON_SAMPLES)[0])
 
     def epsilon(self, sigma: float, delta: float, guess: float) -> Certificate:
         """The least epsilon of the grid that can be certified at a noise multiplier.
@@ -164,7 +156,7 @@ class Certifier:
         """
 
         def pilot(log_epsilon: float) -> float:
-            return self._pilot(sigma, math.exp(log_epsilon))
+            return self._pilot(sigma, math.exp(log_epsilon), _PILOT_SAMPLES)
 
         log_epsilon, slope = _root(pilot, math.log(guess), math.log(delta))
         return self._attempts(
@@ -192,7 +184,17 @@ class Certifier:
             )
         return found
 
-    def _pilot(self, sigma: float, epsilon: float, samples: int = _PILOT_SAMPLES) -> float:
+    def _noise_root(
+        self, epsilon: float, delta: float, guess: float, samples: int
+    ) -> tuple[float, float]:
+        """(log of the noise multiplier whose estimated delta is the target, the slope there)."""
+
+        def pilot(log_sigma: float) -> float:
+            return self._pilot(math.exp(log_sigma), epsilon, samples)
+
+        return _root(pilot, math.log(guess), math.log(delta))
+
+    def _pilot(self, sigma: float, epsilon: float, samples: int) -> float:
         """Log of an estimate of delta."""
         mean = float(self._remove(sigma, epsilon, samples, 0)[0].mean[0])
         return math.log(mean) if mean > 0.0 else -math.inf
