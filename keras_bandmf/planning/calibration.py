@@ -24,6 +24,7 @@ from keras_bandmf.planning.band_choice import (
     BandCandidate,
     BandChoice,
     choose_bands,
+    expected_rmse,
 )
 from keras_bandmf.planning.secret_group import (
     best_for_secret_groups,
@@ -209,19 +210,40 @@ def calibrated_run(
     schedule = arguments.schedule(sampling, bands)
     sigma = calibrate_noise(schedule, epsilon, delta, guess=guess)
     strategy = arguments.best_strategy(bands, max_work)
-    certificate = None
-    if amplification == "secret_group":
-        if arguments.may_choose_coefficients:
-            limit = bands if arguments.num_bands is not None else max_bands
-            schedule, strategy = best_for_secret_groups(schedule, strategy, epsilon, delta, limit)
-            sigma = calibrate_noise(schedule, epsilon, delta)
-        # With 1 band all examples are in one group: there is nothing to keep secret.
-        if schedule.num_bands > 1:
-            try:
-                found = certified_noise(schedule, strategy, epsilon, delta, sigma)
-            except OutOfReach as error:
-                warnings.warn(f"Groups are counted as known. {error}", stacklevel=3)
-            else:
-                if found.sigma < sigma:
-                    sigma, certificate = found.sigma, found
-    return CalibratedRun(schedule, sigma, strategy, certificate)
+    known = CalibratedRun(schedule, sigma, strategy)
+    if amplification == "known_group":
+        return known
+    limit = None
+    if arguments.may_choose_coefficients:
+        limit = max_bands if arguments.num_bands is None else bands
+    return _with_secret_groups(known, epsilon, delta, limit)
+
+
+def _with_secret_groups(
+    known: CalibratedRun, epsilon: float, delta: float, max_bands: int | None
+) -> CalibratedRun:
+    """Returns the certified run of lower expected error than that of known groups, or that run.
+
+    Args:
+        known: The best run where groups are known.
+        epsilon: The target.
+        delta: The target.
+        max_bands: The largest number of bands to consider; None keeps the strategy of `known`.
+    """
+    schedule, strategy = known.schedule, known.strategy
+    known_error = expected_rmse(schedule, known.noise_multiplier, strategy.loss("mean"))
+    if max_bands is not None:
+        schedule, strategy = best_for_secret_groups(
+            schedule, strategy, known_error, epsilon, delta, max_bands
+        )
+    # With 1 band all examples are in one group: there is nothing to keep secret.
+    if schedule.num_bands == 1:
+        return known
+    try:
+        found = certified_noise(schedule, strategy, epsilon, delta, known.noise_multiplier)
+    except OutOfReach as error:
+        warnings.warn(f"Groups are counted as known. {error}", stacklevel=4)
+        return known
+    if expected_rmse(schedule, found.sigma, strategy.loss("mean")) >= known_error:
+        return known
+    return CalibratedRun(schedule, found.sigma, strategy, found)

@@ -68,7 +68,12 @@ def certified_noise(
 
 
 def best_for_secret_groups(
-    schedule: Schedule, strategy: KnownStrategy, epsilon: float, delta: float, max_bands: int
+    schedule: Schedule,
+    strategy: KnownStrategy,
+    known_error: float,
+    epsilon: float,
+    delta: float,
+    max_bands: int,
 ) -> tuple[Schedule, KnownStrategy]:
     """Returns the number of bands and the Toeplitz coefficients of lowest estimated error.
 
@@ -82,6 +87,7 @@ def best_for_secret_groups(
     Args:
         schedule: The run with the best number of bands where groups are known.
         strategy: The best for it.
+        known_error: The expected RMSE of both where groups are known.
         epsilon: The target.
         delta: The target.
         max_bands: The largest number of bands to consider.
@@ -91,7 +97,7 @@ def best_for_secret_groups(
     """
     share = delta_without_noise_share(delta)
     limit = min(max_bands, schedule.num_steps, schedule.num_examples // schedule.batch_size)
-    best: tuple[float, Schedule, KnownStrategy] | None = None
+    best = known_error, schedule, strategy
     # One band leaves no group to keep secret.
     bands, guess = max(schedule.num_bands, min(2, limit)), 1.0
     while bands > 1 and schedule.num_steps * bands <= _MOST_COMPARED:
@@ -111,13 +117,13 @@ def best_for_secret_groups(
         if not found:
             break
         error, candidate = min(found, key=lambda pair: pair[0])
-        if best is not None and error >= best[0]:
+        if error >= best[0]:
             break
         best = error, run, candidate
         if bands >= limit:
             break
         bands = min(math.ceil(1.5 * bands), limit)
-    return (schedule, strategy) if best is None else best[1:]
+    return best[1:]
 
 
 def check_certificate(

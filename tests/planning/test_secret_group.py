@@ -8,7 +8,8 @@ import pytest
 
 import keras_bandmf as bandmf
 from keras_bandmf.accounting.accountant import epsilon_of
-from keras_bandmf.planning import secret_group
+from keras_bandmf.accounting.amplification.certificate import OutOfReach
+from keras_bandmf.planning import calibration, secret_group
 from keras_bandmf.planning.plan_report import SECRET_GROUPS
 from keras_bandmf.record.composition import compose
 from keras_bandmf.strategies import BandedStrategy, BlockDiagonalStrategy, ToeplitzStrategy
@@ -124,6 +125,17 @@ def test_where_nothing_can_be_certified_groups_are_known():
     assert plan.certificate is None and plan.epsilon() <= 1.0
 
 
+def test_a_failed_certificate_leaves_the_best_plan_of_known_groups(monkeypatch):
+    def out_of_reach(*arguments):
+        raise OutOfReach("out of reach")
+
+    known = bandmf.TrainingPlan.calibrate(**RUN, epsilon=2.0)
+    monkeypatch.setattr(calibration, "certified_noise", out_of_reach)
+    with pytest.warns(UserWarning, match="Groups are counted as known"):
+        plan = bandmf.TrainingPlan.calibrate(**RUN, epsilon=2.0, amplification="secret_group")
+    assert plan == known
+
+
 def test_a_certificate_must_be_one_of_the_plan(plan):
     for change in ({"delta": 1e-6}, {"noise_multiplier": 0.0}):
         with pytest.raises(bandmf.PrivacyError, match="certificate=None"):
@@ -185,6 +197,11 @@ def test_half_is_the_square_root():
     found = ToeplitzStrategy(fractional_coefficients(0.5, 6), 20)
     expected = ToeplitzStrategy.square_root(num_steps=20, num_bands=6)
     np.testing.assert_allclose(found.materialize(), expected.materialize(), atol=1e-14)
+    # The power series by itself: the square of that of 1/4 is that of 1/2.
+    quarter = fractional_coefficients(0.25, 6)
+    np.testing.assert_allclose(
+        np.convolve(quarter, quarter)[:6], fractional_coefficients(0.5, 6), rtol=1e-14
+    )
 
 
 def test_the_record_of_a_certificate_goes_through_its_config(plan):
