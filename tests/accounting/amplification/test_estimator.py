@@ -143,7 +143,15 @@ def test_a_seed_decides_all_samples():
     assert first.mean[0] > first.mean[1]
 
 
-@pytest.mark.parametrize("columns", [np.zeros((4, 2)), np.full((4, 2), 0.9), np.ones((3, 2)) / 2])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        np.zeros((4, 2)),
+        np.full((4, 2), 0.9),
+        np.ones((3, 2)) / 2,
+        np.full((4, 2), 0.5),  # the last column goes on beyond the last step
+    ],
+)
 def test_columns_that_are_not_of_the_law_are_refused(columns):
     with pytest.raises(ValueError, match="Received"):
         Estimator(columns, PoissonInGroup(Rounds(4, 2), 0.5))

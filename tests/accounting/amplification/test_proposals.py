@@ -1,0 +1,69 @@
+"""The proposals are probability laws: their norms by quadrature, and weights of mean 1."""
+
+import numpy as np
+import pytest
+
+from keras_bandmf.accounting.amplification import proposals
+from keras_bandmf.accounting.amplification.estimator import Estimator
+
+from . import reference
+from .test_laws import law_of
+
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(100)
+WEIGHTS = WEIGHTS / WEIGHTS.sum()
+
+
+@pytest.mark.parametrize("case", [("poisson", 11, 3, 0.3), ("allocation", 11, 3, 2)])
+@pytest.mark.parametrize("power", [1, 2, 5])
+def test_norms_and_mixtures_of_a_tilt(case, power):
+    sigma, q, law = 1.2, 0.3, law_of(*case)
+    tilt = proposals.tilt(law, sigma, power, q)
+    u = np.exp(NODES / sigma - 0.5 / sigma**2)
+    h = (1 - q + q * u) ** power
+    chosen, others = np.sum(WEIGHTS * u * h), np.sum(WEIGHTS * h)
+    rounds = law.rounds.of_group()
+    if case[0] == "poisson":
+        expected = rounds * np.log(q * chosen + (1 - q) * others)
+        share = q * chosen / (q * chosen + (1 - q) * others)
+        np.testing.assert_allclose(tilt.inclusion, share, rtol=1e-12)
+    else:
+        expected = 2 * np.log(chosen) + (rounds - 2) * np.log(others)
+    np.testing.assert_allclose(tilt.log_norms, expected, rtol=1e-10)
+    multiples = np.arange(power + 1)
+    for weighted, found in ((u * h, 1 + multiples @ tilt.chosen), (h, multiples @ tilt.others)):
+        mean = np.sum(WEIGHTS * weighted * NODES) / np.sum(WEIGHTS * weighted)
+        np.testing.assert_allclose(found / sigma, mean, rtol=1e-10)
+
+
+@pytest.mark.parametrize("power", [0.5, 6.0, 40.0])
+def test_what_a_dip_accepts(power):
+    sigma, q = 1.2, 0.3
+    u = np.exp(NODES / sigma - 0.5 / sigma**2)
+    chance = proposals.acceptance(q, sigma, power)
+    expected = np.sum(WEIGHTS * ((1 - q) / (1 - q + q * u)) ** power)
+    np.testing.assert_allclose(chance, expected, rtol=1e-6)
+
+
+# At epsilon = -40 every sample counts whole: the mean is the mass of P or Q, which is 1. Four
+# standard errors fail by chance with probability 6e-5 each.
+@pytest.mark.parametrize("case", [("poisson", 7, 3, 0.3), ("allocation", 7, 3, 2)])
+def test_weights_of_all_samples_have_mean_one(case):
+    law, sigma = law_of(*case), 1.5
+    estimator = Estimator(reference.square_root_columns(*case[1:3]), law)
+    found = [
+        estimator.remove(sigma, -40.0, proposals.tilt(law, sigma, power, 0.3), 60_000, 7)
+        for power in (1, 2)
+    ]
+    found.append(estimator.shift(sigma, -40.0, 1.0, 60_000, 7))
+    if case[0] == "poisson":
+        # A power of which a third of the normals is accepted by no try.
+        power = 25.0
+        chance = proposals.acceptance(0.3, sigma, power)
+        rest = (1 - chance) ** proposals.TRIES
+        assert 0.1 < rest < 0.9
+        dip = proposals.Dip(power, (1 - rest) / chance, rest)
+        found.append(estimator.dip(sigma, -40.0, dip, 60_000, 7))
+    for moments in found:
+        error = np.sqrt(moments.variance[0] / moments.samples)
+        assert error < 0.02
+        assert abs(moments.mean[0] - 1.0) < 4 * error
