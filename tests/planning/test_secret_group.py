@@ -77,6 +77,7 @@ def test_plans_without_a_certificate_are_written_as_before():
         {"certificate": {"epsilon": 1.5}},
         {"certificate": {"attempt": -20}},
         {"certificate": {"samples": [20_000, 20_000]}},
+        {"certificate": {"samples": [200_000, 200_000]}},
         {"certificate": {"failure": 1e-12}},
     ],
 )

@@ -56,6 +56,34 @@ def test_a_changed_certificate_is_not_confirmed(dp_sgd, change):
         dp_sgd.verify(dataclasses.replace(found, **change))
 
 
+class WorseAdd(Certifier):
+    """The add direction estimates a delta that is above any target."""
+
+    def _add(self, sigma, epsilon, samples, seed):
+        moments, largest = super()._add(sigma, epsilon, samples, seed)
+        return moments._replace(mean=moments.mean + 0.01), largest + 0.01
+
+
+class WrongBound(Certifier):
+    """The largest weight of the remove direction is not what it is said to be."""
+
+    def _remove(self, sigma, epsilon, samples, seed):
+        moments, largest = super()._remove(sigma, epsilon, samples, seed)
+        return moments, 0.5 * min(largest, moments.largest[0])
+
+
+def test_both_directions_are_certified(dp_sgd):
+    certificate = certified(dp_sgd)
+    with pytest.raises(ValueError, match="not confirmed"):
+        WorseAdd(dp_sgd._estimator).verify(certificate)
+
+
+def test_a_sample_above_its_proved_bound_ends_all(dp_sgd):
+    certificate = certified(dp_sgd)
+    with pytest.raises(RuntimeError, match="above its proved bound"):
+        WrongBound(dp_sgd._estimator).verify(certificate)
+
+
 def test_too_few_samples_are_out_of_reach():
     law = AllocationInGroup(Rounds(20, 1), 8)
     certifier = Certifier(Estimator(np.ones((20, 1)), law), max_samples=20_000)

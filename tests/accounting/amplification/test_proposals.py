@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from keras_bandmf.accounting.amplification import proposals
 from keras_bandmf.accounting.amplification.estimator import Estimator
@@ -67,3 +68,22 @@ def test_weights_of_all_samples_have_mean_one(case):
         error = np.sqrt(moments.variance[0] / moments.samples)
         assert error < 0.02
         assert abs(moments.mean[0] - 1.0) < 4 * error
+
+
+def test_the_shift_of_one_gaussian_is_as_tight_as_its_bound():
+    # One participation in one step: Jensen's inequality is an equality, and all is known.
+    law, sigma, epsilon = law_of("allocation", 1, 1, 1), 1.0, 4.0
+    estimator = Estimator(np.ones((1, 1)), law)
+    theta, bound = proposals.best_shift(
+        estimator.mean_square, estimator.expected_participations, sigma, epsilon
+    )
+    np.testing.assert_allclose([theta, bound], [3.5, np.exp(-(3.5**2) / 2)])
+    found = estimator.shift(sigma, epsilon, theta, 50_000, 3)
+    log_ratio = np.linspace(-2.0, 0.0, 20_001)
+    attained = bound * np.max(np.exp(theta * log_ratio) * -np.expm1(log_ratio))
+    np.testing.assert_allclose(found.largest[0], attained, rtol=1e-3)
+    exact = scipy.stats.norm.cdf(0.5 - epsilon) - np.exp(epsilon) * scipy.stats.norm.cdf(
+        -0.5 - epsilon
+    )
+    error = np.sqrt(found.variance[0] / found.samples)
+    assert abs(found.mean[0] - exact) < 4 * error
