@@ -276,13 +276,14 @@ class Certifier:
     def _add(self, sigma: float, epsilon: float, samples: int, seed: int) -> tuple[Moments, float]:
         estimator = self._estimator
         law, seed = estimator.law, SEED + 2 * seed + 1
-        if isinstance(law, PoissonInGroup) and law.probability < 1.0:
-            dip, largest = proposals.best_dip(law, sigma, epsilon)
-            return estimator.dip(sigma, epsilon, dip, samples, seed), largest
-        theta, largest = proposals.best_shift(
+        tilt, largest = proposals.best_shift(
             estimator.mean_square, estimator.expected_participations, sigma, epsilon
         )
-        return estimator.shift(sigma, epsilon, theta, samples, seed), largest
+        if isinstance(law, PoissonInGroup) and law.probability < 1.0:
+            dip, of_dip = proposals.best_dip(law, sigma, epsilon)
+            if of_dip < largest:
+                return estimator.dip(sigma, epsilon, dip, samples, seed), of_dip
+        return estimator.shift(sigma, epsilon, tilt, samples, seed), largest
 
 
 def _failure(delta: float, attempt: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -96,7 +97,8 @@ class Estimator:
             means = shares * law.participations / rounds
         self._mean = self._times(means)
         self._participations = float(means.sum())
-        self._mean_rows = tf.constant(np.pad(self._mean, (0, rows - steps)))
+        direction = self._mean / math.sqrt(self.mean_square)
+        self._direction = tf.constant(np.pad(direction, (0, rows - steps)))
 
     def _times(self, pattern: np.ndarray) -> np.ndarray:
         """C times a vector, float64, shape (n,)."""
@@ -148,16 +150,24 @@ class Estimator:
         return self._moments(run, samples, seed)
 
     def shift(
-        self, sigma: float, epsilons: _Epsilons, theta: float, samples: int, seed: int
+        self,
+        sigma: float,
+        epsilons: _Epsilons,
+        tilt: float,
+        samples: int,
+        seed: int,
     ) -> Moments:
-        """Samples of the add direction from a shift."""
+        """Samples of the add direction from a shift that covers the least of the epsilons."""
+        shift = proposals.shift(
+            self.mean_square, self._participations, sigma, float(np.min(epsilons)), tilt
+        )
         run = functools.partial(
             self._programs.shift,
             self._padded,
             tf.constant(sigma, tf.float64),
             tf.constant(np.atleast_1d(epsilons), tf.float64),
-            tf.constant(theta, tf.float64),
-            self._mean_rows,
+            *(tf.constant(value, tf.float64) for value in shift),
+            self._direction,
         )
         return self._moments(run, samples, seed)
 

@@ -204,18 +204,22 @@ class Programs:
         columns: tf.Tensor,
         sigma: tf.Tensor,
         epsilons: tf.Tensor,
-        theta: tf.Tensor,
-        mean: tf.Tensor,
+        tilt: tf.Tensor,
+        limit: tf.Tensor,
+        room: tf.Tensor,
+        direction: tf.Tensor,
         key: tf.Tensor,
         index: tf.Tensor,
     ) -> tf.Tensor:
-        """Weighted samples of the add direction: see `proposals.best_shift`."""
-        y = self._normals(key, index) - theta * mean[:, None] / sigma
+        """Weighted samples of the add direction: see `proposals.Shift`."""
+        y = self._normals(key, index)
+        # Not 0, whose quantile is infinite.
+        u = self._uniforms(key, index, [self.chunk], 2) + 2.0**-54
+        s = tf.minimum(tf.math.ndtri(u * room) - tilt, limit)
+        y += direction[:, None] * (s - tf.reduce_sum(direction[:, None] * y, axis=0))
         _, _, log_ratio = self._ratios(self._table(self._scores(columns, y)), sigma)
-        log_weight = theta * tf.reduce_sum(mean[:, None] * y, axis=0) / sigma
-        log_weight += theta**2 * tf.reduce_sum(tf.square(mean)) / (2.0 * sigma**2)
         gain = -tf.math.expm1(tf.minimum(epsilons[:, None] + log_ratio, 0.0))
-        return _sums(gain * tf.exp(log_weight))
+        return _sums(gain * room * tf.exp(tilt * s + tilt**2 / 2.0))
 
 
 def _sums(weights: tf.Tensor) -> tf.Tensor:

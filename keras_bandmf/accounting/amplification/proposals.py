@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import scipy.special
 import scipy.stats
 
 from keras_bandmf.accounting.amplification.laws import AllocationInGroup, PoissonInGroup
@@ -185,23 +186,58 @@ def acceptance(probability: float, sigma: float, power: float) -> float:
     return float(np.sum(values * np.exp(-(x**2) / 2.0)) / (64.0 * math.sqrt(2.0 * math.pi)))
 
 
+class Shift(NamedTuple):
+    """A proposal of the add direction: the noise along the mean of `C X` is another normal.
+
+    With s the noise along that direction, s is drawn from N(-tilt, 1) given `s < limit`, and all
+    directions orthogonal to it as before. So `D = exp(-tilt s - tilt^2 / 2) / room` below the
+    limit, and 0 above.
+
+    Attributes:
+        tilt: at least 0.
+        limit: above it `L` is at least `e^-epsilon`, and the weighted sample is 0 anyway.
+        room: the probability that N(-tilt, 1) is below the limit.
+    """
+
+    tilt: float
+    limit: float
+    room: float
+
+
+def shift(
+    mean_square: float, participations: float, sigma: float, epsilon: float, tilt: float
+) -> Shift:
+    """Returns the shift with this tilt: see `best_shift`."""
+    limit = (participations / (2.0 * sigma**2) - epsilon) * sigma / math.sqrt(mean_square)
+    return Shift(tilt, limit, float(scipy.stats.norm.cdf(limit + tilt)))
+
+
 def best_shift(
     mean_square: float, participations: float, sigma: float, epsilon: float
 ) -> tuple[float, float]:
-    """Returns (theta, largest weight) of the add direction by a shift of all coordinates.
+    """Returns the tilt of the shift with the smallest largest weight, and that weight.
 
-    Formal guarantees: with m the mean of `C X`, X the pattern, y is drawn from
-    N(-theta m / sigma, I). By Jensen's inequality `log L >= <m, y> / sigma - k / (2 sigma^2)`, k
-    the expected number of participations, so where `L < e^-epsilon` the weight
-    `exp(theta <m, y> / sigma + theta^2 |m|^2 / (2 sigma^2))` is at most
-    `exp(-theta (epsilon - k / (2 sigma^2)) + theta^2 |m|^2 / (2 sigma^2))`.
+    Formal guarantees: with m the mean of `C X`, X the pattern, k the expected number of
+    participations, `mu = |m| / sigma` and s the noise along m, Jensen's inequality has
+    `log L >= mu s - k / (2 sigma^2)`, which is `mu (s - limit) - epsilon`. So
+    `(1 - e^epsilon L)_+` is 0 from the limit on, and at most `1 - e^(-mu d)` at `limit - d`. The
+    weighted sample is at most the maximum over d of
+    `(1 - e^(-mu d)) e^(-tilt d) * room * exp(tilt limit + tilt^2 / 2)`; the first two factors are
+    at most `a^a / (1 + a)^(1 + a)` with `a = tilt / mu`.
+
+    Args:
+        mean_square: |m|^2, above 0.
+        participations: k.
+        sigma: the noise multiplier.
+        epsilon: of the hockey stick.
     """
-    slack = epsilon - participations / (2.0 * sigma**2)
-    if slack <= 0.0:
-        return 0.0, 1.0
-    variance = mean_square / sigma**2
-    theta = slack / variance
-    return theta, math.exp(-slack * theta / 2.0)
+    tilts = np.arange(0.0, 20.0, 1.0 / 64)
+    limit = shift(mean_square, participations, sigma, epsilon, 0.0).limit
+    a = tilts * sigma / math.sqrt(mean_square)
+    log_bounds = tilts * limit + tilts**2 / 2.0 + scipy.stats.norm.logcdf(limit + tilts)
+    log_bounds += scipy.special.xlogy(a, a) - (1.0 + a) * np.log1p(a)
+    best = int(np.argmin(log_bounds))
+    return float(tilts[best]), math.exp(log_bounds[best]) * (1.0 + 1e-9)
 
 
 def _log_sum(values: np.ndarray) -> np.ndarray:

@@ -27,10 +27,10 @@ def both_directions(law, columns, sigma, epsilon, samples=20_000, seed=5):
     if isinstance(law, PoissonInGroup) and law.probability < 1.0:
         dip, bound = proposals.best_dip(law, sigma, epsilon)
         found.append((estimator.dip(sigma, epsilon, dip, samples, seed), bound))
-    theta, bound = proposals.best_shift(
+    tilt, bound = proposals.best_shift(
         estimator.mean_square, estimator.expected_participations, sigma, epsilon
     )
-    found.append((estimator.shift(sigma, epsilon, theta, samples, seed), bound))
+    found.append((estimator.shift(sigma, epsilon, tilt, samples, seed), bound))
     return [
         (m.mean[0], np.sqrt(m.variance[0] / m.samples), m.largest[0] / bound) for m, bound in found
     ]

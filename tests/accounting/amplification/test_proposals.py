@@ -74,14 +74,18 @@ def test_the_shift_of_one_gaussian_is_as_tight_as_its_bound():
     # One participation in one step: Jensen's inequality is an equality, and all is known.
     law, sigma, epsilon = law_of("allocation", 1, 1, 1), 1.0, 4.0
     estimator = Estimator(np.ones((1, 1)), law)
-    theta, bound = proposals.best_shift(
+    tilt, bound = proposals.best_shift(
         estimator.mean_square, estimator.expected_participations, sigma, epsilon
     )
-    np.testing.assert_allclose([theta, bound], [3.5, np.exp(-(3.5**2) / 2)])
-    found = estimator.shift(sigma, epsilon, theta, 50_000, 3)
-    log_ratio = np.linspace(-2.0, 0.0, 20_001)
-    attained = bound * np.max(np.exp(theta * log_ratio) * -np.expm1(log_ratio))
-    np.testing.assert_allclose(found.largest[0], attained, rtol=1e-3)
+    # Here log L = s - 1/2 = (s - limit) - epsilon, so the bound is attained at some distance.
+    limit = 0.5 - epsilon
+    room = scipy.stats.norm.cdf(limit + tilt)
+    distance = np.linspace(0.0, 5.0, 50_001)
+    weights = -np.expm1(-distance) * np.exp(tilt * (limit - distance) + tilt**2 / 2) * room
+    np.testing.assert_allclose(bound, np.max(weights), rtol=1e-6)
+    found = estimator.shift(sigma, epsilon, tilt, 50_000, 3)
+    np.testing.assert_allclose(found.largest[0], bound, rtol=1e-3)
+    assert found.largest[0] <= bound
     exact = scipy.stats.norm.cdf(0.5 - epsilon) - np.exp(epsilon) * scipy.stats.norm.cdf(
         -0.5 - epsilon
     )
