@@ -50,10 +50,11 @@ def _parser() -> _Parser:
     plan.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the plan as JSON")
     plan.add_argument(
         "--amplification",
-        default="known_group",
-        choices=["known_group", "secret_group"],
+        default="auto",
+        choices=["auto", "known_group", "secret_group"],
         help="whether the accounting counts the random group of each example as secret, which "
-        "needs less noise and takes a minute (default: %(default)s)",
+        "needs less noise and takes a minute; 'auto' does so under random allocation, which rests "
+        "on it (default: %(default)s)",
     )
     plan.set_defaults(run=_plan)
     compare = commands.add_parser(
@@ -80,6 +81,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     length = run.add_mutually_exclusive_group(required=True)
     length.add_argument("--epochs", type=int, help="passes over the data")
     length.add_argument("--num_steps", type=int, metavar="STEPS", help="updates of the optimizer")
+    run.add_argument(
+        "--max_participations",
+        type=int,
+        metavar="K",
+        help="for --sampling=random_allocation: the steps that every row takes part in (default: "
+        "the epochs)",
+    )
     run.add_argument("--epsilon", type=float, required=True, help="target epsilon")
     run.add_argument(
         "--delta", type=float, required=True, help="target delta; choose it below 1 / num_examples"
@@ -101,10 +109,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--sampling",
         default="cyclic_poisson",
-        choices=["cyclic_poisson", "fixed_order", "auto"],
-        help="how batches are drawn (default: %(default)s). 'auto' takes the one with the lower "
-        "expected error, which also decides which data sets are neighbors (see the adjacency of "
-        "the plan)",
+        choices=["cyclic_poisson", "random_allocation", "fixed_order", "auto"],
+        help="how batches are drawn (default: %(default)s). 'auto' takes cyclic_poisson or "
+        "fixed_order, whichever has the lower expected error, which also decides which data sets "
+        "are neighbors (see the adjacency of the plan)",
     )
 
 
@@ -149,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns what `compare_bands` and `TrainingPlan.calibrate` both take."""
     names = ("num_examples", "batch_size", "epochs", "num_steps", "epsilon", "delta")
-    return {name: getattr(arguments, name) for name in names}
+    return {name: getattr(arguments, name) for name in (*names, "max_participations")}
 
 
 def _choice(arguments: argparse.Namespace) -> BandChoice:
@@ -173,8 +181,9 @@ def _plan(arguments: argparse.Namespace) -> str:
         if path is not None and not path.parent.is_dir():
             message = f"argument --{name}: expected a file in a folder that exists, received: "
             raise _UsageError(f"{message}{str(path)!r}")
-    choice, num_bands = _choice(arguments), arguments.num_bands
-    if arguments.amplification == "secret_group":
+    choice, num_bands, known = _choice(arguments), arguments.num_bands, ""
+    secret = arguments.sampling == "random_allocation" and arguments.amplification == "auto"
+    if secret or arguments.amplification == "secret_group":
         # Bands and coefficients are chosen anew, by that accounting.
         plan = TrainingPlan.calibrate(
             **_run_of(arguments),
@@ -183,12 +192,13 @@ def _plan(arguments: argparse.Namespace) -> str:
             sampling=arguments.sampling,
             amplification="secret_group",
         )
+        known = ", if the random group of a row (and its steps under random allocation) was known"
     else:
         best = (choice.of_bands(num_bands) if isinstance(num_bands, int) else choice).best
         plan = TrainingPlan.calibrate(
             **_run_of(arguments), strategy=best.strategy, sampling=best.sampling
         )
-    report = f"{plan}\n\nBands compared at this epsilon and delta:\n{choice}"
+    report = f"{plan}\n\nBands compared at this epsilon and delta{known}:\n{choice}"
     if arguments.json is not None:
         arguments.json.write_text(plan.to_json() + "\n", encoding="utf-8")
         report += f"\n\nPlan written to {arguments.json}"

@@ -20,8 +20,12 @@ if TYPE_CHECKING:  # Everything but `plot_plan` works without matplotlib.
 __all__ = ["plot_plan"]
 
 _BLUE, _GREY = "#1f5fa8", "#8a8a8a"
-_COLORS = {"cyclic_poisson": _BLUE, "fixed_order": "#3a9a5c"}
-_HOW = {"cyclic_poisson": "Poisson sampling", "fixed_order": "fixed order"}
+_COLORS = {"cyclic_poisson": _BLUE, "random_allocation": "#7b4ea3", "fixed_order": "#3a9a5c"}
+_HOW = {
+    "cyclic_poisson": "Poisson sampling",
+    "random_allocation": "random allocation",
+    "fixed_order": "fixed order",
+}
 _MAX_POINTS = 2000
 _MAX_STEPS = 10**8  # The most steps that `per_step_error` accepts.
 
@@ -140,8 +144,7 @@ def _draw_steps(axis: Axes, plan: TrainingPlan, choice: BandChoice | None) -> No
         )
     stride = max(1, plan.num_steps // _MAX_POINTS)
     steps = np.arange(1, plan.num_steps + 1)[::stride]
-    participations = plan.num_steps * plan.batch_size / plan.num_examples
-    scale = plan.sensitivity / participations
+    scale = plan.sensitivity / plan.schedule.expected_participations
     # DP-SGD under the sampling of the plan, so that `scale` holds for both.
     peer = None if choice is None else choice.curves[plan.sampling].dp_sgd
     dp_sgd = plan.noise_multiplier if peer is None else peer.noise_multiplier

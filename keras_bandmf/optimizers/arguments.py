@@ -96,7 +96,7 @@ def noise_stddev(
         plan.strategy,
         plan.noise_stddev(1.0),
         size,
-        plan.batch_size,
+        math.ceil(plan.schedule.expected_batch_size),
         float64_sums,
     )
     stddev = plan.noise_stddev(norm)

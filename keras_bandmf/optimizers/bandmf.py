@@ -284,7 +284,7 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
         Call it in a replica context, once for each batch. It counts as one step of the plan.
 
         Formal guarantees:
-            What reaches the inner optimizer is `(sum + (C^-1 Z)_i) / batch_size` plus
+            What reaches the inner optimizer is `(sum + (C^-1 Z)_i) / expected_batch_size` plus
             `penalties`, with the public batch size of the plan, whatever the batch held. Sum and
             noise are added exactly, on one lattice: see `noise.CorrelatedNoise`. If rows were
             mixed (`clipped.rows_mixed`) it is NaN.
@@ -358,7 +358,7 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
             clipped.sums,
             step,
             replica,
-            in_budget / self.plan.batch_size,
+            in_budget / self.plan.schedule.expected_batch_size,
             usable=tf.logical_not(clipped.rows_mixed),
         )
         gradients = state.carriers.gradients(gradients)

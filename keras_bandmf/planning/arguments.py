@@ -10,7 +10,7 @@ import keras
 
 from keras_bandmf._checks import checked_choice, checked_int
 from keras_bandmf.planning.keras_workload import workload_from_optimizer
-from keras_bandmf.sampling.laws import SamplingName
+from keras_bandmf.sampling.laws import LAWS, SamplingName
 from keras_bandmf.sampling.schedule import Schedule, check_batch_size
 from keras_bandmf.strategies import (
     BandedStrategy,
@@ -46,7 +46,9 @@ class PlanArguments:
         num_bands: b, or None where the best number is to be found.
         strategy: The name of a strategy, or a strategy object that fits the steps and workload.
         workload: A, of n steps, that of the strategy object if there is one; None is prefix sums.
-        max_participations: Declared for data of the user's own, or None.
+        epochs: Passes over the data, or None where `num_steps` was given.
+        max_participations: Of random allocation (None is `epochs`), declared for data of the
+            user's own, or None.
         min_separation: Declared for data of the user's own, or None.
     """
 
@@ -56,6 +58,7 @@ class PlanArguments:
     num_bands: int | None
     strategy: StrategyName | KnownStrategy
     workload: Workload | None
+    epochs: int | None
     max_participations: int | None
     min_separation: int | None
 
@@ -120,6 +123,7 @@ class PlanArguments:
             num_bands=bands,
             strategy=strategy,
             workload=resolved,
+            epochs=epochs,
             max_participations=max_participations,
             min_separation=min_separation,
         )
@@ -149,13 +153,16 @@ class PlanArguments:
             TypeError: A number is not an integer.
             ValueError: The numbers do not fit together under this law.
         """
+        law, participations = LAWS.get(sampling), self.max_participations
+        if law is not None and law.fixes_participations and participations is None:
+            participations = self.epochs
         return Schedule(
             sampling=sampling,
             num_examples=self.num_examples,
             batch_size=self.batch_size,
             num_steps=self.num_steps,
             num_bands=num_bands,
-            max_participations=self.max_participations,
+            max_participations=participations,
             min_separation=self.min_separation,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Literal
@@ -30,7 +31,7 @@ from keras_bandmf.planning.secret_group import (
     best_for_secret_groups,
     certified_noise,
 )
-from keras_bandmf.sampling.laws import SAMPLINGS, SamplingName
+from keras_bandmf.sampling.laws import LAWS, SAMPLINGS, SamplingName
 from keras_bandmf.sampling.schedule import Schedule
 from keras_bandmf.strategies import Workload
 
@@ -38,9 +39,12 @@ from keras_bandmf.strategies import Workload
 _MAX_SEARCH = 2 * 10**7
 
 
+#: The sampling laws that "auto" compares: those whose accounting takes no time.
+_AUTO: tuple[SamplingName, ...] = ("cyclic_poisson", "fixed_order")
+
 #: How the accounting counts the group that the sampler draws for each example.
-Amplification = Literal["known_group", "secret_group"]
-_AMPLIFICATIONS = ("known_group", "secret_group")
+Amplification = Literal["auto", "known_group", "secret_group"]
+_AMPLIFICATIONS = ("auto", "known_group", "secret_group")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +87,11 @@ def compare_bands(
     plan, whose strategy is optimized for the workload, has a somewhat lower RMSE than its row.
 
     Formal guarantees: looks at no data, so the choice costs no privacy. Rows of different
-    `sampling` meet the same (epsilon, delta) under different adjacencies: add-or-remove-one for
-    cyclic Poisson, zero-out for a fixed order.
+    `sampling` meet the same (epsilon, delta) under different adjacencies: zero-out for a fixed
+    order, add-or-remove-one otherwise.
+
+    Groups are counted as known; under random allocation the steps of each row too, which needs
+    far more noise than `TrainingPlan.calibrate` then finds.
 
     Args:
         num_examples: N, the number of rows of the training data.
@@ -95,9 +102,11 @@ def compare_bands(
         num_steps: n, the number of steps.
         num_bands: "auto" looks for the best number; one number, or several, are compared with 1.
         strategy: "toeplitz", "banded", or a strategy object, which is then compared with 1 band.
-        sampling: "cyclic_poisson", "fixed_order", or "auto" for both.
+        sampling: "cyclic_poisson", "random_allocation", "fixed_order", or "auto" for the first and
+            the last.
         max_bands: The largest number of bands that "auto" considers.
-        max_participations: Fixed order only: declared for data that the user feeds.
+        max_participations: Random allocation: the participations of every row; None is `epochs`.
+            Fixed order: declared for data that the user feeds.
         min_separation: Fixed order only, in steps: declared for data that the user feeds.
         workload: None for prefix sums, a `strategies.Workload`, or the `keras.optimizers.SGD` to
             train with.
@@ -151,7 +160,7 @@ def _compared(
     # Both ways of sampling compare the same strategies.
     make_strategy = functools.cache(arguments.quick_strategy)
     candidates: list[BandCandidate] = []
-    for name in SAMPLINGS if sampling == "auto" else (sampling,):
+    for name in _AUTO if sampling == "auto" else (sampling,):
         choice = choose_bands(
             arguments.schedule(name, 1),
             epsilon,
@@ -171,7 +180,7 @@ def calibrated_run(
     delta: float,
     sampling: SamplingName | Literal["auto"],
     max_bands: int,
-    amplification: Amplification = "known_group",
+    amplification: Amplification = "auto",
 ) -> CalibratedRun:
     """Returns the run of least expected error: see `TrainingPlan.calibrate`.
 
@@ -184,7 +193,7 @@ def calibrated_run(
         delta: In (0, 1).
         sampling: The name of a sampling law, or "auto" for the one of lower expected RMSE.
         max_bands: The largest number of bands to consider where `arguments` names none.
-        amplification: "known_group" or "secret_group".
+        amplification: "known_group", "secret_group", or "auto": see `TrainingPlan.calibrate`.
 
     Returns:
         Schedule, noise multiplier, strategy and certificate.
@@ -195,12 +204,18 @@ def calibrated_run(
     """
     epsilon, delta = checked_epsilon(epsilon), checked_delta(delta)
     checked_choice("amplification", amplification, _AMPLIFICATIONS)
-    if amplification == "secret_group" and sampling != "cyclic_poisson":
+    checked_choice("sampling", sampling, (*SAMPLINGS, "auto"))
+    if amplification == "auto":
+        allocates = sampling != "auto" and LAWS[sampling].fixes_participations
+        amplification = "secret_group" if allocates else "known_group"
+    if amplification == "secret_group" and sampling in ("auto", "fixed_order"):
         raise ValueError(
-            "Expected `sampling` to be 'cyclic_poisson' with amplification='secret_group': only "
-            f"there groups are secret. Received: sampling={sampling!r}. Leave `amplification` at "
-            "'known_group', or use cyclic Poisson sampling."
+            "Expected `sampling` to be 'cyclic_poisson' or 'random_allocation' with "
+            "amplification='secret_group': only there the steps of an example are secret. "
+            f"Received: sampling={sampling!r}. Use one of them, or leave `amplification` out."
         )
+    if amplification == "secret_group" and sampling == "random_allocation":
+        return _allocated(arguments, epsilon, delta, max_bands)
     bands, guess = arguments.num_bands, None
     max_work = _MAX_SEARCH if bands is None else None
     if bands is None or sampling == "auto":
@@ -217,6 +232,36 @@ def calibrated_run(
     if arguments.may_choose_coefficients:
         limit = max_bands if arguments.num_bands is None else bands
     return _with_secret_groups(known, epsilon, delta, limit)
+
+
+def _allocated(
+    arguments: PlanArguments, epsilon: float, delta: float, max_bands: int
+) -> CalibratedRun:
+    """Returns the certified run of least expected error under random allocation.
+
+    Args:
+        arguments: The resolved arguments of the plan.
+        epsilon: The target.
+        delta: The target.
+        max_bands: The largest number of bands to consider where `arguments` names none.
+
+    Raises:
+        OutOfReach: If nothing can be certified.
+    """
+    # Poisson sampling in known groups needs similar bands and noise, and is compared quickly.
+    poisson = dataclasses.replace(arguments, max_participations=None)
+    compared = _compared(poisson, epsilon, delta, "cyclic_poisson", arguments.num_bands, max_bands)
+    bands = arguments.num_bands
+    near = (compared if bands is None else compared.of_bands(bands)).best
+    schedule = arguments.schedule("random_allocation", near.num_bands)
+    strategy = arguments.best_strategy(near.num_bands, _MAX_SEARCH if bands is None else None)
+    if arguments.may_choose_coefficients:
+        limit = max_bands if bands is None else bands
+        schedule, strategy = best_for_secret_groups(
+            schedule, strategy, math.inf, epsilon, delta, limit
+        )
+    found = certified_noise(schedule, strategy, epsilon, delta, near.noise_multiplier)
+    return CalibratedRun(schedule, found.sigma, strategy, found)
 
 
 def _with_secret_groups(

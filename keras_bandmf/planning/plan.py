@@ -50,13 +50,13 @@ class TrainingPlan:
 
     Attributes:
         num_examples: N, the number of rows of the training data, a public constant.
-        batch_size: The number of rows of a step: expected (cyclic Poisson) or exact (fixed order).
+        batch_size: The number of rows of a step: see `Schedule`.
         num_steps: n, the number of steps; it is set even if `epochs` was given.
         noise_multiplier: sigma.
         delta: The delta of the guarantee.
-        sampling: "cyclic_poisson" or "fixed_order".
+        sampling: "cyclic_poisson", "random_allocation" or "fixed_order".
         strategy: The strategy; always an object, even if a name was given.
-        max_participations: Declared for data that the user feeds, or None.
+        max_participations: k of random allocation; declared for data that the user feeds; or None.
         min_separation: Declared for data that the user feeds, or None.
         certificate: What was certified about this plan while counting the group of every example
             as secret, or None. See `calibrate(amplification=...)`.
@@ -119,16 +119,17 @@ class TrainingPlan:
             epochs: Passes over the data, an integer.
             num_bands: b, the number of bands; 1 is DP-SGD. Leave it out for a strategy object.
             strategy: "toeplitz", "banded", or a strategy object.
-            sampling: "cyclic_poisson" or "fixed_order".
-            max_participations: Fixed order only: the largest number of participations of a row,
+            sampling: "cyclic_poisson", "random_allocation" or "fixed_order".
+            max_participations: Random allocation: the number of participations of every row;
+                `epochs` if left out. Fixed order: the largest number of participations of a row,
                 declared for data that the user feeds.
             min_separation: Fixed order only: the fewest steps between two participations of a
                 row, declared for data that the user feeds.
             workload: The quantity whose error the strategy minimizes: a `strategies.Workload`, or
                 that of the `keras.optimizers.SGD` to train with. None is prefix sums, or whatever
                 a strategy object was optimized for.
-            certificate: What `calibrate(amplification="secret_group")` found for a plan of these
-                very values. It is computed again before any epsilon is taken from it.
+            certificate: What `calibrate` found for a plan of these very values. It is computed
+                again before any epsilon is taken from it.
 
         Raises:
             TypeError: An argument has the wrong type.
@@ -176,13 +177,12 @@ class TrainingPlan:
         max_participations: int | None = None,
         min_separation: int | None = None,
         workload: strategies.Workload | keras.optimizers.SGD | None = None,
-        amplification: Amplification = "known_group",
+        amplification: Amplification = "auto",
     ) -> TrainingPlan:
         """Finds the plan of lowest expected error that satisfies (epsilon, delta)-DP.
 
-        Formal guarantees: the plan's `epsilon()` is at most `epsilon`, evaluated at the very
-        noise multiplier chosen, by the accounting that later reports it. Only public values are
-        looked at.
+        Formal guarantees: the plan's `epsilon()` is at most `epsilon`, at the very noise multiplier
+        chosen, by the accounting that later reports it. Only public values are looked at.
 
         Args:
             num_examples: N, the number of rows of the training data.
@@ -193,23 +193,24 @@ class TrainingPlan:
             num_steps: n, the number of steps.
             num_bands: b. "auto" takes the number with the lowest expected RMSE, up to `max_bands`.
             strategy: "toeplitz", "banded", or a strategy object (with its number of bands).
-            sampling: "cyclic_poisson", "fixed_order", or "auto" for the one of lower expected
-                RMSE. `adjacency` then says which relation the guarantee is about.
+            sampling: "cyclic_poisson", "random_allocation", "fixed_order", or "auto" for the
+                first or the last, whichever has the lower expected RMSE. `adjacency` then says
+                which relation the guarantee is about.
             max_bands: The largest number of bands that "auto" considers. The noise keeps
                 num_bands - 1 copies of the model; `keras_bandmf.max_bands_for_memory` says how
                 many fit in a given memory.
-            max_participations: Fixed order only: declared for data that the user feeds.
+            max_participations: As in the constructor.
             min_separation: Fixed order only, in steps: declared for data that the user feeds.
             workload: As in the constructor. With `num_bands="auto"`, candidates are compared by
                 their coefficients for prefix sums; the chosen one is then optimized for the
                 workload if `n * b**2 <= 2e7`. For larger problems pass `num_bands` to force that
                 optimization.
             amplification: How the secrecy of the sampler is counted. "known_group" gives the group
-                of each example away to the adversary. "secret_group" (cyclic Poisson with more
-                than 1 band) does not, and needs less noise for the same epsilon. Its epsilon is an
-                upper confidence bound from samples, which is false with probability at most
-                `delta / 1000`; it takes some tens of seconds to compute, and again in each
-                process that asks a saved plan for its epsilon. See docs/amplification.md.
+                of each example away to the adversary, and its steps under random allocation.
+                "secret_group" does not, and needs less noise for the same epsilon. Its epsilon is
+                an upper confidence bound from samples, false with probability at most
+                `delta / 1000`, and takes some tens of seconds. See docs/amplification.md. "auto"
+                is "secret_group" under random allocation, which rests on it, else "known_group".
 
         Returns:
             The plan.
@@ -276,12 +277,12 @@ class TrainingPlan:
 
     @property
     def sampling_probability(self) -> float | None:
-        """The rate q = `num_bands * batch_size / num_examples`; None in a fixed order."""
+        """Cyclic Poisson: the rate q = `num_bands * batch_size / num_examples`; else None."""
         return self.schedule.sampling_probability
 
     @property
     def participations(self) -> int | None:
-        """Fixed order: k, the largest number of participations of a row; else None."""
+        """k, the largest number of participations of a row; None where it is random."""
         return self.schedule.participations()
 
     @property
@@ -292,11 +293,11 @@ class TrainingPlan:
     @property
     def declares_participations(self) -> bool:
         """Whether the user feeds the data and declares its order (fixed order only)."""
-        return self.max_participations is not None
+        return self.min_separation is not None
 
     @property
     def adjacency(self) -> Adjacency:
-        """The adjacency: "add-or-remove-one" (cyclic Poisson) or "zero-out" (fixed order)."""
+        """The adjacency: "zero-out" in a fixed order, else "add-or-remove-one"."""
         return self.schedule.adjacency
 
     @functools.cached_property

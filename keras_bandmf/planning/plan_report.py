@@ -63,10 +63,11 @@ def planned_statement(
     accountant, caveats = accountant_name(event), _caveats(schedule, delta, charged)
     if certificate is not None and charged:
         known = epsilon_of(event, delta)
+        steps_secret = schedule.law.fixes_participations
         if epsilon < known:
             accountant = "Monte Carlo (secret groups)"
-            others["known group"] = known
-            caveats += (_of_certificate(certificate),)
+            others["known group and steps" if steps_secret else "known group"] = known
+            caveats += (_of_certificate(certificate, steps_secret),)
     return Statement(
         executed=False,
         mechanism=f"per-example clipping, {noise} Gaussian noise ({strategy_name}, "
@@ -79,7 +80,7 @@ def planned_statement(
         steps_run=0,
         num_steps=schedule.num_steps,
         num_examples=schedule.num_examples,
-        batch_size=schedule.batch_size,
+        batch_size=round(schedule.expected_batch_size),
         num_bands=bands,
         noise_multiplier=noise_multiplier,
         accountant=accountant,
@@ -100,9 +101,10 @@ def _data(schedule: Schedule) -> str:
     )
 
 
-def _of_certificate(certificate: Certificate) -> str:
+def _of_certificate(certificate: Certificate, steps_secret: bool) -> str:
+    steps = ", and its steps" if steps_secret else ""
     return (
-        f"{SECRET_GROUPS}. It is an upper confidence bound "
+        f"{SECRET_GROUPS}{steps}. It is an upper confidence bound "
         f"from {max(certificate.samples)} samples, computed again from its public seed, and "
         f"is false with probability at most {rounded_up(certificate.failure, 2)} over their random "
         "words"

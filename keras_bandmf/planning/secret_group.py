@@ -22,7 +22,6 @@ from keras_bandmf.accounting.amplification.certificate import (
     OutOfReach,
 )
 from keras_bandmf.accounting.amplification.estimator import Estimator
-from keras_bandmf.accounting.amplification.laws import PoissonInGroup, Rounds
 from keras_bandmf.noise.lattice import largest_row_norm, rounding_steps, step_exponent
 from keras_bandmf.planning.arguments import KnownStrategy
 from keras_bandmf.planning.band_choice import expected_rmse
@@ -50,7 +49,7 @@ def certified_noise(
     noise have their share. See `docs/amplification.md`.
 
     Args:
-        schedule: Of cyclic Poisson sampling.
+        schedule: Of a sampling law that keeps the steps of an example secret.
         strategy: With `schedule.num_bands` bands.
         epsilon: The target.
         delta: The target.
@@ -96,11 +95,12 @@ def best_for_secret_groups(
         The schedule with the number of bands, and the strategy.
     """
     share = delta_without_noise_share(delta)
-    limit = min(max_bands, schedule.num_steps, schedule.num_examples // schedule.batch_size)
+    limit = min(max_bands, schedule.num_steps, schedule.law.max_bands(schedule))
     best = known_error, schedule, strategy
     # One band leaves no group to keep secret.
     bands, guess = max(schedule.num_bands, min(2, limit)), 1.0
-    while bands > 1 and schedule.num_steps * bands <= _MOST_COMPARED:
+    least = 1 if schedule.law.fixes_participations else 2
+    while bands >= least and schedule.num_steps * bands <= _MOST_COMPARED:
         run = dataclasses.replace(schedule, num_bands=bands)
         candidates = [strategy] if bands == schedule.num_bands else []
         candidates += [
@@ -147,7 +147,7 @@ def check_certificate(
             f"Received: certificate={certificate!r}."
         )
     if (
-        schedule.sampling != "cyclic_poisson"
+        schedule.law.patterns(schedule) is None
         or noise_multiplier < certificate.sigma
         or certificate.delta > delta_without_noise_share(delta)
     ):
@@ -215,12 +215,12 @@ def confirmed_epsilon(
 
 @functools.lru_cache(maxsize=4)
 def _certifier(schedule: Schedule, strategy: KnownStrategy) -> Certifier:
-    probability = schedule.sampling_probability
-    if probability is None:
+    law = schedule.law.patterns(schedule)
+    if law is None:
         raise ValueError(
-            "Only cyclic Poisson sampling keeps groups secret. Received: "
-            f"sampling={schedule.sampling!r}. Use sampling='cyclic_poisson', or leave "
-            "amplification at 'known_group'."
+            "Expected a sampling law that keeps the steps of an example secret. Received: "
+            f"sampling={schedule.sampling!r}. Use sampling='cyclic_poisson' or "
+            "'random_allocation', or leave amplification at 'known_group'."
         )
     work = schedule.num_steps * schedule.num_bands
     samples = 2 ** min(19, math.floor(math.log2(_MOST_WORK / work)))
@@ -230,7 +230,6 @@ def _certifier(schedule: Schedule, strategy: KnownStrategy) -> Certifier:
             f"{schedule.num_steps} steps and {schedule.num_bands} bands. Use fewer bands, or "
             "amplification='known_group'."
         )
-    law = PoissonInGroup(Rounds(schedule.num_steps, schedule.num_bands), probability)
     return Certifier(Estimator(columns_of(strategy), law), max_samples=samples)
 
 

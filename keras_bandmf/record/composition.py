@@ -57,8 +57,8 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
     if any(caveat.startswith(SECRET_GROUPS) for caveat in caveats):
         caveats = [caveat for caveat in caveats if not caveat.startswith(SECRET_GROUPS)]
         caveats.append(
-            "epsilon is composed as if the random group of each example was known, although plans "
-            "counted it as secret"
+            "epsilon is composed as if the random group of each example was known, and its steps "
+            "under random allocation, although plans counted them as secret"
         )
     if delta > 1 / min(run.num_examples for run in runs):
         caveats.append(f"delta = {delta!r} exceeds 1 / num_examples")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import stats
+
+# Of the batch size. A larger batch is never cut: it takes the next multiple of the padded size.
+_PADDING_QUANTILE = 0.999
 
 # One stream of random bits for each purpose, so that no two of them share a Philox counter. A new
 # sampling law takes new numbers; the ones here may never change, or a restored run would regroup
 # its examples.
-GROUPS, INCLUSION, ORDER, PLACES = 1, 2, 3, 4
+GROUPS, INCLUSION, ORDER, PLACES, ALLOCATION = 1, 2, 3, 4, 5
 
 
 def bit_stream(key: np.ndarray, purpose: int, step: int = 0) -> np.random.Philox:
@@ -57,6 +61,24 @@ def arrangement(
     # Sorted last, and never among the first `count`.
     order[sentinels] = np.iinfo(np.uint64).max
     return np.argsort(order, kind="stable")[:count], words[num_replicas + size :]
+
+
+def binomial_padded_size(num_examples: int, rate: float, num_replicas: int) -> int:
+    """Returns the 99.9 % quantile of a binomial batch size, with room for masked rows.
+
+    A masked row for each replica is added, and the sum is rounded up to a multiple of
+    `8 * num_replicas`.
+
+    Args:
+        num_examples: N.
+        rate: The probability of each example to be in the batch.
+        num_replicas: Number of replicas that share a batch.
+
+    Returns:
+        P. A draw of more than `P - num_replicas` rows takes the next multiple of P.
+    """
+    quantile = int(stats.binom.ppf(_PADDING_QUANTILE, num_examples, rate))
+    return round_up(max(quantile, 1) + num_replicas, 8 * num_replicas)
 
 
 def bernoulli_positions(

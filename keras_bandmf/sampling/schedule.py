@@ -25,17 +25,19 @@ class Schedule:
     of norm at most 1 and noise of standard deviation `noise_multiplier * sensitivity`, run on
     batches that `draws` chose (or, in a fixed order, on data that keeps the declared
     participations), has the privacy of `dp_event(noise_multiplier)` under `adjacency`. The proof
-    for each law is in its docstring: `laws.cyclic_poisson.CyclicPoisson` and
-    `laws.fixed_order.FixedOrder`. `num_examples` is taken as the public constant it is declared
-    to be, never from data.
+    for each law is in its docstring: `laws.cyclic_poisson.CyclicPoisson`,
+    `laws.random_allocation.RandomAllocation` and `laws.fixed_order.FixedOrder`. `num_examples` is
+    taken as the public constant it is declared to be, never from data.
 
     Attributes:
-        sampling: The name of the law: "cyclic_poisson" or "fixed_order".
-        num_examples: N, a public constant; it alone sets the sampling rate.
-        batch_size: Number of examples of a step: expected (cyclic Poisson) or exact (fixed order).
+        sampling: The name of the law: "cyclic_poisson", "random_allocation" or "fixed_order".
+        num_examples: N, a public constant.
+        batch_size: Number of examples of a step: expected (cyclic Poisson), exact (fixed order),
+            or the number asked for (random allocation; see `expected_batch_size`).
         num_steps: n, the length of the whole run.
-        num_bands: b, the bands of the strategy, and the number of groups of cyclic Poisson.
-        max_participations: Fixed order only: a declared bound on an example's participations.
+        num_bands: b, the bands of the strategy, and the number of random groups of examples.
+        max_participations: Random allocation: k, the steps that every example takes part in.
+            Fixed order: a declared bound on them, or None.
         min_separation: Fixed order only: a declared bound, in steps, on the distance of two
             participations of an example. Declared together or not at all.
 
@@ -81,31 +83,12 @@ class Schedule:
                 "Expected `num_bands` to be at most `num_steps`. Received: "
                 f"num_bands={bands}, num_steps={self.num_steps}. Use fewer bands or train longer."
             )
-        self._check_declaration()
-        self.law.check(self)
-
-    def _check_declaration(self) -> None:
-        declared = (self.max_participations, self.min_separation)
-        if declared == (None, None):
-            return
-        received = (
-            f"Received: max_participations={self.max_participations}, "
-            f"min_separation={self.min_separation}, sampling={self.sampling!r}. "
-        )
-        if not self.law.takes_declarations:
-            raise ValueError(
-                "`max_participations` and `min_separation` describe data in a fixed order. "
-                + received
-                + "Leave them out, or use sampling='fixed_order'."
-            )
-        if None in declared:
-            raise ValueError(
-                "Expected `max_participations` and `min_separation` to be declared together. "
-                + received
-                + "Pass both. If nothing is known about the separation, use min_separation=1."
-            )
         for name in ("max_participations", "min_separation"):
-            object.__setattr__(self, name, checked_int(name, getattr(self, name)))
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, checked_int(name, value))
+        self.law.check_declaration(self)
+        self.law.check(self)
 
     @property
     def law(self) -> SamplingLaw:
@@ -124,7 +107,7 @@ class Schedule:
 
     @property
     def sampling_probability(self) -> float | None:
-        """Cyclic Poisson: q = `num_bands * batch_size / num_examples`; None in a fixed order."""
+        """Cyclic Poisson: q = `num_bands * batch_size / num_examples`; otherwise None."""
         return self.law.sampling_probability(self)
 
     @property
@@ -134,12 +117,23 @@ class Schedule:
 
     @property
     def expected_participations(self) -> float:
-        """How often an example takes part on average: `num_steps * batch_size / num_examples`."""
-        return self.num_steps * self.batch_size / self.num_examples
+        """How often an example takes part on average."""
+        return self.law.expected_participations(self)
+
+    @property
+    def expected_batch_size(self) -> float:
+        """The expected number of examples of a step, by which the sum of gradients is divided.
+
+        It is `batch_size`, or `num_examples * max_participations / num_steps` under random
+        allocation, which is a little more where `batch_size` does not divide `num_examples`.
+        """
+        if self.law.fixes_participations:
+            return self.num_examples * self.expected_participations / self.num_steps
+        return float(self.batch_size)
 
     @property
     def sensitivity(self) -> float:
-        """S of a strategy whose largest column norm is 1: 1 (cyclic Poisson) or sqrt(k)."""
+        """S of a strategy whose largest column norm is 1: sqrt(k) in a fixed order, else 1."""
         return self.law.sensitivity(self)
 
     def participations(self, steps: int | None = None) -> int | None:
@@ -149,8 +143,7 @@ class Schedule:
             steps: The number of steps that ran; None is the whole run.
 
         Returns:
-            The number of participations in a fixed order; None under cyclic Poisson, where it
-            is random.
+            The number of participations; None under cyclic Poisson, where it is random.
 
         Raises:
             TypeError: `steps` is not an integer.
@@ -197,9 +190,11 @@ class Schedule:
         """Returns the privacy event of the first `steps` steps.
 
         Formal guarantees: valid for a number of steps that was fixed in advance, or chosen
-        without looking at anything private. t steps cost ceil(t / num_bands) rounds (cyclic
-        Poisson), or one Gaussian at noise_multiplier * sqrt(k / k_t) with k_t the participations
-        possible by then (fixed order), because the noise was scaled for the whole run.
+        without looking at anything private. With k_t the participations possible by step t,
+        t steps cost ceil(t / num_bands) rounds (cyclic Poisson), one Gaussian at
+        noise_multiplier / sqrt(k_t) (random allocation, as if all was known that it keeps
+        secret), or one Gaussian at noise_multiplier * sqrt(k / k_t) (fixed order), because the
+        noise was scaled for the whole run.
 
         Args:
             noise_multiplier: sigma, at least 0.

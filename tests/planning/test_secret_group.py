@@ -168,7 +168,7 @@ def test_nothing_is_secret_with_one_band():
 
 
 def test_what_has_no_secret_groups_is_refused():
-    with pytest.raises(ValueError, match="only there groups are secret"):
+    with pytest.raises(ValueError, match="only there the steps of an example"):
         bandmf.TrainingPlan.calibrate(
             **RUN, epsilon=2.0, sampling="fixed_order", amplification="secret_group"
         )

@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 
-from keras_bandmf.sampling import PrivateBatches
-from keras_bandmf.sampling.laws import cyclic_poisson
+from keras_bandmf.sampling import PrivateBatches, draws
+from keras_bandmf.sampling.laws import LAWS
 from keras_bandmf.sampling.schedule import Schedule
 from tests import runs
 
@@ -26,7 +26,10 @@ def batches_of(x=None, y="labels", key=KEY, **changes):
     x = np.arange(N, dtype="int32") if x is None else x
     y = np.arange(N) % 5 if isinstance(y, str) else y
     options = {name: value for name, value in changes.items() if name not in numbers}
-    schedule = Schedule(**{name: changes.get(name, value) for name, value in numbers.items()})
+    numbers = {name: changes.get(name, value) for name, value in numbers.items()}
+    if numbers["sampling"] == "random_allocation":
+        numbers["max_participations"] = max(1, round(24 * numbers["batch_size"] / N))
+    schedule = Schedule(**numbers)
     made = PrivateBatches(x, y, schedule=schedule, plan_fingerprint="print", **options)
     if key is not None:
         made.bind(key)
@@ -56,7 +59,7 @@ def test_attributes():
     assert made.cursor == 0 and made.bound and made.seed is None
 
 
-@pytest.mark.parametrize("sampling", ["cyclic_poisson", "fixed_order"])
+@pytest.mark.parametrize("sampling", list(LAWS))
 def test_a_batch_holds_the_rows_of_its_step_and_copies_of_rows(sampling):
     x = np.random.default_rng(0).normal(size=(N, 4, 2)).astype("float32")
     y, weight = np.arange(N) + 1, np.linspace(1, 2, N)
@@ -100,7 +103,7 @@ def test_columns_that_are_not_given_are_absent():
 
 def test_a_large_draw_takes_the_next_multiple_and_nothing_is_cut(monkeypatch):
     """Rule 5. At rate one a batch is a whole group; P is made too small for half of them."""
-    monkeypatch.setattr(cyclic_poisson, "_PADDING_QUANTILE", 0.5)
+    monkeypatch.setattr(draws, "_PADDING_QUANTILE", 0.5)
     sizes = set()
     for seed in range(20):
         made = batches_of(batch_size=8, num_bands=7, num_steps=7, seed=seed)
@@ -230,11 +233,11 @@ def test_element_spec_matches_nested_structures():
         )
 
 
-@pytest.mark.parametrize("sampling", ["cyclic_poisson", "fixed_order"])
+@pytest.mark.parametrize("sampling", list(LAWS))
 @pytest.mark.parametrize("forced_size", [None, 4])
 def test_two_replicas_share_every_batch_evenly(sampling, forced_size, monkeypatch):
     """Every row arrives exactly once, in real rows and padding that split evenly."""
-    if forced_size and sampling == "cyclic_poisson":
+    if forced_size and sampling != "fixed_order":
         monkeypatch.setattr(PrivateBatches, "padded_size", lambda self, replicas=1: forced_size)
     made = batches_of(sampling=sampling, batch_size=9)
     strategy = runs.mirrored()

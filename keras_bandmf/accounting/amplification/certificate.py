@@ -18,7 +18,7 @@ from keras_bandmf._checks import checked_float, checked_int
 from keras_bandmf.accounting.amplification import proposals
 from keras_bandmf.accounting.amplification.concentration import upper_bound
 from keras_bandmf.accounting.amplification.estimator import Estimator, Moments, OutOfReach
-from keras_bandmf.accounting.amplification.laws import PoissonInGroup
+from keras_bandmf.sampling.patterns import PoissonInGroup
 
 #: The public seed of all samples. A certificate is computed again from it, by anybody.
 SEED = 20261126

@@ -14,12 +14,12 @@ import tensorflow as tf
 
 from keras_bandmf._environment import refuse_loose_arithmetic
 from keras_bandmf.accounting.amplification import proposals
-from keras_bandmf.accounting.amplification.laws import (
+from keras_bandmf.accounting.amplification.programs import Programs
+from keras_bandmf.noise import normals
+from keras_bandmf.sampling.patterns import (
     AllocationInGroup,
     PoissonInGroup,
 )
-from keras_bandmf.accounting.amplification.programs import Programs
-from keras_bandmf.noise import normals
 
 _Epsilons = float | Sequence[float] | np.ndarray
 _Run = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]

@@ -12,12 +12,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf.accounting.amplification import proposals
-from keras_bandmf.accounting.amplification.laws import (
+from keras_bandmf.noise import normals
+from keras_bandmf.sampling.patterns import (
     AllocationInGroup,
     PoissonInGroup,
     log_mixed,
 )
-from keras_bandmf.noise import normals
 
 #: Samples are drawn together whose arrays stay in the caches of a processor.
 _CHUNK_VALUES = 2**18

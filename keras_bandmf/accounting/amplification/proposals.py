@@ -15,7 +15,7 @@ import numpy as np
 import scipy.special
 import scipy.stats
 
-from keras_bandmf.accounting.amplification.laws import AllocationInGroup, PoissonInGroup
+from keras_bandmf.sampling.patterns import AllocationInGroup, PoissonInGroup
 
 Law = PoissonInGroup | AllocationInGroup
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 import dp_accounting
 import numpy as np
 
+from keras_bandmf.sampling.patterns import AllocationInGroup, PoissonInGroup
+
 if TYPE_CHECKING:
     from keras_bandmf.sampling.schedule import Schedule
 
 #: The names of the sampling laws: the keys of `keras_bandmf.sampling.laws.LAWS`.
-SamplingName = Literal["cyclic_poisson", "fixed_order"]
+SamplingName = Literal["cyclic_poisson", "random_allocation", "fixed_order"]
 
 #: The relation between data sets that a guarantee is about.
 Adjacency = Literal["add-or-remove-one", "zero-out"]
@@ -49,14 +51,34 @@ class SamplingLaw(abc.ABC):
         adjacency: The relation between data sets that the guarantee is about.
         takes_declarations: Whether the user may feed data of their own and declare
             `max_participations` and `min_separation` of it.
+        fixes_participations: Whether `max_participations` is the number of steps that every
+            example takes part in; in a plan of epochs it is their number.
         noise_depends_on_bands: Whether more bands need a larger noise multiplier for the same
             (epsilon, delta).
     """
 
     name: ClassVar[SamplingName]
     adjacency: ClassVar[Adjacency]
-    takes_declarations: ClassVar[bool]
+    takes_declarations: ClassVar[bool] = False
+    fixes_participations: ClassVar[bool] = False
     noise_depends_on_bands: ClassVar[bool]
+
+    def check_declaration(self, schedule: Schedule) -> None:
+        """Refuses `max_participations` and `min_separation` where the law has no use for them.
+
+        Args:
+            schedule: The numbers to check; types and ranges are checked.
+
+        Raises:
+            ValueError: A number is given that the law does not take, or one is missing.
+        """
+        if (schedule.max_participations, schedule.min_separation) != (None, None):
+            raise ValueError(
+                "`max_participations` and `min_separation` describe data in a fixed order. "
+                f"Received: max_participations={schedule.max_participations}, "
+                f"min_separation={schedule.min_separation}, sampling={schedule.sampling!r}. "
+                "Leave them out, or use sampling='fixed_order'."
+            )
 
     @abc.abstractmethod
     def check(self, schedule: Schedule) -> None:
@@ -82,6 +104,30 @@ class SamplingLaw(abc.ABC):
         Raises:
             ValueError: The declaration is stricter than what `draws` does.
         """
+
+    def expected_participations(self, schedule: Schedule) -> float:
+        """Returns how often an example takes part on average.
+
+        Args:
+            schedule: The numbers of the run.
+
+        Returns:
+            `num_steps * batch_size / num_examples`, unless the law says otherwise.
+        """
+        return schedule.num_steps * schedule.batch_size / schedule.num_examples
+
+    def patterns(self, schedule: Schedule) -> PoissonInGroup | AllocationInGroup | None:
+        """Returns the law of the steps of one example, for the accounting that keeps them secret.
+
+        Formal guarantees: it is the law that `draws` follows.
+
+        Args:
+            schedule: The numbers of the run.
+
+        Returns:
+            The law, or None where nothing about the steps of an example is secret.
+        """
+        return None
 
     @abc.abstractmethod
     def draws(self, schedule: Schedule, key: np.ndarray) -> Draws:

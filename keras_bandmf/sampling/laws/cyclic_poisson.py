@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING
 
 import dp_accounting
 import numpy as np
-from scipy import stats
 
 from keras_bandmf._printed import rounded_up
 from keras_bandmf.sampling import draws
 from keras_bandmf.sampling.laws.base import SamplingLaw
+from keras_bandmf.sampling.patterns import PoissonInGroup, Rounds
 
 if TYPE_CHECKING:
     from keras_bandmf.sampling.schedule import Schedule
-
-# Of the batch size. A larger batch is never cut: it takes the next multiple of the padded size.
-_PADDING_QUANTILE = 0.999
 
 
 class CyclicPoisson(SamplingLaw):
@@ -41,7 +38,6 @@ class CyclicPoisson(SamplingLaw):
 
     name = "cyclic_poisson"
     adjacency = "add-or-remove-one"
-    takes_declarations = False
     noise_depends_on_bands = True
 
     def check(self, schedule: Schedule) -> None:
@@ -71,6 +67,18 @@ class CyclicPoisson(SamplingLaw):
             schedule: The numbers of the run.
         """
 
+    def patterns(self, schedule: Schedule) -> PoissonInGroup:
+        """Returns independent participations in the rounds of a secret group.
+
+        Args:
+            schedule: The numbers of the run.
+
+        Returns:
+            The law, at rate `sampling_probability`.
+        """
+        rounds = Rounds(schedule.num_steps, schedule.num_bands)
+        return PoissonInGroup(rounds, self.sampling_probability(schedule))
+
     def draws(self, schedule: Schedule, key: np.ndarray) -> CyclicPoissonDraws:
         """Returns the draws of a run with this key.
 
@@ -86,19 +94,17 @@ class CyclicPoisson(SamplingLaw):
     def padded_size(self, schedule: Schedule, num_replicas: int) -> int:
         """Returns the 99.9 % quantile of the batch size, with room for masked rows.
 
-        The batch size is Binomial(num_examples, batch_size / num_examples). A masked row for each
-        replica is added, and the sum is rounded up to a multiple of `8 * num_replicas`.
+        The batch size is Binomial(num_examples, batch_size / num_examples).
 
         Args:
             schedule: The numbers of the run.
             num_replicas: Number of replicas that share a batch.
 
         Returns:
-            P. A draw of more than `P - num_replicas` rows takes the next multiple of P.
+            P: see `draws.binomial_padded_size`.
         """
         rate = schedule.batch_size / schedule.num_examples
-        quantile = int(stats.binom.ppf(_PADDING_QUANTILE, schedule.num_examples, rate))
-        return draws.round_up(max(quantile, 1) + num_replicas, 8 * num_replicas)
+        return draws.binomial_padded_size(schedule.num_examples, rate, num_replicas)
 
     def max_bands(self, schedule: Schedule) -> int:
         """Returns the number of bands at which the sampling probability reaches 1.

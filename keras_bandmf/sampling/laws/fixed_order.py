@@ -33,6 +33,24 @@ class FixedOrder(SamplingLaw):
     takes_declarations = True
     noise_depends_on_bands = False
 
+    def check_declaration(self, schedule: Schedule) -> None:
+        """Refuses half a declaration.
+
+        Args:
+            schedule: The numbers to check.
+
+        Raises:
+            ValueError: One of `max_participations` and `min_separation` is missing.
+        """
+        declared = (schedule.max_participations, schedule.min_separation)
+        if None in declared and declared != (None, None):
+            raise ValueError(
+                "Expected `max_participations` and `min_separation` to be declared together. "
+                f"Received: max_participations={schedule.max_participations}, "
+                f"min_separation={schedule.min_separation}, sampling={schedule.sampling!r}. Pass "
+                "both. If nothing is known about the separation, use min_separation=1."
+            )
+
     def check(self, schedule: Schedule) -> None:
         """Refuses more bands than steps between two participations.
 

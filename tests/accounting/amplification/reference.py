@@ -5,6 +5,14 @@ import math
 
 import numpy as np
 
+from keras_bandmf.sampling.patterns import AllocationInGroup, PoissonInGroup, Rounds
+
+
+def law_of(name, num_steps, num_bands, value):
+    """A law of the library: `value` is q or k."""
+    rounds = Rounds(num_steps, num_bands)
+    return (PoissonInGroup if name == "poisson" else AllocationInGroup)(rounds, value)
+
 
 def square_root_columns(num_steps, num_bands):
     """Coefficients of (1 - x)^(-1/2), each column scaled to norm 1: shape (n, b)."""

@@ -9,7 +9,7 @@ from dp_accounting.pld import privacy_loss_distribution
 
 from keras_bandmf.accounting.amplification.certificate import Certifier, OutOfReach
 from keras_bandmf.accounting.amplification.estimator import Estimator
-from keras_bandmf.accounting.amplification.laws import AllocationInGroup, PoissonInGroup, Rounds
+from keras_bandmf.sampling.patterns import AllocationInGroup, PoissonInGroup, Rounds
 
 from . import reference
 

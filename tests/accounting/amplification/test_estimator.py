@@ -6,10 +6,10 @@ from dp_accounting.pld import privacy_loss_distribution
 
 from keras_bandmf.accounting.amplification import proposals
 from keras_bandmf.accounting.amplification.estimator import Estimator
-from keras_bandmf.accounting.amplification.laws import AllocationInGroup, PoissonInGroup, Rounds
+from keras_bandmf.sampling.patterns import AllocationInGroup, PoissonInGroup, Rounds
 
 from . import reference
-from .test_laws import law_of
+from .reference import law_of
 
 
 def removed(law, columns, sigma, epsilon):

@@ -8,7 +8,7 @@ from keras_bandmf.accounting.amplification import proposals
 from keras_bandmf.accounting.amplification.estimator import Estimator
 
 from . import reference
-from .test_laws import law_of
+from .reference import law_of
 
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(100)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()

@@ -4,14 +4,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_bandmf.accounting.amplification.laws import (
+from keras_bandmf.sampling.patterns import (
     AllocationInGroup,
-    PoissonInGroup,
     Rounds,
     log_mixed,
 )
-
-from . import reference
+from tests.accounting.amplification import reference
 
 CASES = [
     ("poisson", 7, 3, 0.3),
@@ -22,11 +20,6 @@ CASES = [
     ("allocation", 6, 2, 3),
     ("allocation", 5, 5, 1),
 ]
-
-
-def law_of(name, num_steps, num_bands, value):
-    rounds = Rounds(num_steps, num_bands)
-    return (PoissonInGroup if name == "poisson" else AllocationInGroup)(rounds, value)
 
 
 def log_ratio(law, log_u):
@@ -44,7 +37,7 @@ def log_ratio(law, log_u):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("spread", [0.1, 2.0, 20.0])
 def test_ratios_are_those_of_enumerated_patterns(case, spread):
-    law = law_of(*case)
+    law = reference.law_of(*case)
     log_u = spread * np.random.default_rng(3).normal(size=(50, case[1]))
     probabilities, vectors = reference.patterns(*case)
     exponents = log_u @ vectors.T
