@@ -52,23 +52,13 @@ class RandomAllocation(SamplingLaw):
         Raises:
             ValueError: `max_participations` is missing, or `min_separation` is given.
         """
-        received = (
-            f"Received: max_participations={schedule.max_participations}, "
-            f"min_separation={schedule.min_separation}, sampling={schedule.sampling!r}. "
-        )
-        if schedule.max_participations is None:
-            raise ValueError(
-                "With random allocation every example takes part in exactly `max_participations` "
-                "steps. "
-                + received
-                + "Plan with `epochs`, which is then this number, or pass `max_participations`."
-            )
+        _participations(schedule)
         if schedule.min_separation is not None:
             raise ValueError(
                 "`min_separation` describes data in a fixed order; with random allocation two "
-                "participations are a multiple of `num_bands` steps apart. "
-                + received
-                + "Leave `min_separation` out."
+                "participations are a multiple of `num_bands` steps apart. Received: "
+                f"min_separation={schedule.min_separation}, sampling={schedule.sampling!r}. Leave "
+                "`min_separation` out."
             )
 
     def check(self, schedule: Schedule) -> None:
@@ -81,7 +71,7 @@ class RandomAllocation(SamplingLaw):
             ValueError: A group has fewer than k rounds, or the expected number of examples of a
                 step is not within half and twice of `batch_size`.
         """
-        k, steps, bands = schedule.max_participations, schedule.num_steps, schedule.num_bands
+        k, steps, bands = _participations(schedule), schedule.num_steps, schedule.num_bands
         if steps // bands < k:
             advice = f"Use at most {steps // k} bands" if k <= steps else "Use fewer participations"
             raise ValueError(
@@ -117,7 +107,7 @@ class RandomAllocation(SamplingLaw):
         Returns:
             `max_participations`.
         """
-        return float(schedule.max_participations)
+        return float(_participations(schedule))
 
     def patterns(self, schedule: Schedule) -> AllocationInGroup:
         """Returns the law of k secret rounds of a secret group.
@@ -129,7 +119,7 @@ class RandomAllocation(SamplingLaw):
             The law.
         """
         rounds = Rounds(schedule.num_steps, schedule.num_bands)
-        return AllocationInGroup(rounds, schedule.max_participations)
+        return AllocationInGroup(rounds, _participations(schedule))
 
     def draws(self, schedule: Schedule, key: np.ndarray) -> RandomAllocationDraws:
         """Returns the draws of a run with this key.
@@ -155,7 +145,7 @@ class RandomAllocation(SamplingLaw):
         Returns:
             P: see `draws.binomial_padded_size`.
         """
-        rate = schedule.max_participations / schedule.num_steps
+        rate = _participations(schedule) / schedule.num_steps
         return draws.binomial_padded_size(schedule.num_examples, rate, num_replicas)
 
     def max_bands(self, schedule: Schedule) -> int:
@@ -167,7 +157,7 @@ class RandomAllocation(SamplingLaw):
         Returns:
             `num_steps // max_participations`.
         """
-        return schedule.num_steps // schedule.max_participations
+        return schedule.num_steps // _participations(schedule)
 
     def sampling_probability(self, schedule: Schedule) -> None:
         """Returns None: participations are not independent of each other.
@@ -193,7 +183,7 @@ class RandomAllocation(SamplingLaw):
         Returns:
             k, or the rounds of a group by then if those are fewer.
         """
-        return min(schedule.max_participations, math.ceil(steps / schedule.num_bands))
+        return min(_participations(schedule), math.ceil(steps / schedule.num_bands))
 
     def sensitivity(self, schedule: Schedule) -> float:
         """Returns 1: the participations of an example are counted in `dp_event`.
@@ -233,7 +223,7 @@ class RandomAllocation(SamplingLaw):
         Returns:
             Participations, groups and the expected batch, in words.
         """
-        k, bands = schedule.max_participations, schedule.num_bands
+        k, bands = _participations(schedule), schedule.num_bands
         times = "once" if k == 1 else f"exactly {k} times"
         expected = rounded_up(schedule.expected_batch_size, 6)
         where = "in random steps"
@@ -246,7 +236,7 @@ class RandomAllocation(SamplingLaw):
 
 
 class RandomAllocationDraws:
-    """The draws of a run: all are made at once, in 12 bytes for each participation.
+    """The draws of a run, made at once: some 20 bytes for each participation, of which 4 are kept.
 
     Args:
         schedule: The public numbers.
@@ -254,7 +244,7 @@ class RandomAllocationDraws:
     """
 
     def __init__(self, schedule: Schedule, key: np.ndarray):
-        rows, k = schedule.num_examples, schedule.max_participations
+        rows, k = schedule.num_examples, _participations(schedule)
         steps, bands = schedule.num_steps, schedule.num_bands
 
         def uniform(use: int, sizes: int | np.ndarray) -> np.ndarray:
@@ -287,3 +277,14 @@ class RandomAllocationDraws:
         """
         members = self._examples[self._starts[step] : self._starts[step + 1]]
         return np.sort(members).astype(np.int64)
+
+
+def _participations(schedule: Schedule) -> int:
+    """Returns k; it is missing in no schedule that passed `check_declaration`."""
+    if schedule.max_participations is None:
+        raise ValueError(
+            "With random allocation every example takes part in exactly `max_participations` "
+            f"steps. Received: max_participations=None, sampling={schedule.sampling!r}. Plan with "
+            "`epochs`, which is then this number, or pass `max_participations`."
+        )
+    return schedule.max_participations
