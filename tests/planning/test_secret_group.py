@@ -212,3 +212,71 @@ def test_the_record_of_a_certificate_goes_through_its_config(plan):
         with pytest.raises(ValueError, match="Received"):
             type(plan.certificate).from_config(broken)
     assert dataclasses.replace(plan.certificate, attempt=1) != plan.certificate
+
+
+@pytest.mark.parametrize("bands", [1, 4])
+def test_random_allocation_is_certified_by_default(bands):
+    run = {**RUN, "sampling": "random_allocation", "max_participations": 2}
+    plan = bandmf.TrainingPlan.calibrate(**run, num_bands=bands, epsilon=2.0)
+    assert plan.epsilon() == 2.0 and plan.certificate is not None
+    probabilities, vectors = reference.patterns("allocation", 24, bands, 2)
+    found = reference.plain_deltas(
+        reference.dense(secret_group.columns_of(plan.strategy)),
+        probabilities,
+        vectors,
+        plan.noise_multiplier,
+        2.0,
+        200_000,
+        3,
+    )
+    # Five standard errors: it fails by chance with probability 3e-7.
+    for mean, error in found:
+        assert mean - 5 * error <= plan.delta
+    assert max(mean + 5 * error for mean, error in found) > 0.5 * plan.delta
+    # All steps known: far more noise.
+    known = bandmf.TrainingPlan.calibrate(
+        **run, num_bands=bands, epsilon=2.0, amplification="known_group"
+    )
+    assert known.certificate is None
+    assert plan.noise_multiplier < 0.7 * known.noise_multiplier
+    again = bandmf.TrainingPlan.from_json(plan.to_json())
+    assert again == plan and again.epsilon() == 2.0
+
+
+def test_the_participations_of_random_allocation_are_the_epochs():
+    run = {"num_examples": 410, "batch_size": 20, "noise_multiplier": 1.0, "delta": 1e-4}
+    plan = bandmf.TrainingPlan(**run, epochs=2, num_bands=4, sampling="random_allocation")
+    assert plan.max_participations == plan.participations == 2
+    assert plan.schedule.expected_batch_size == pytest.approx(20.5)
+    assert not plan.declares_participations
+    with pytest.raises(ValueError, match="Plan with `epochs`"):
+        bandmf.TrainingPlan(**run, num_steps=40, num_bands=4, sampling="random_allocation")
+
+
+def test_another_law_in_the_json_is_not_confirmed():
+    # The certificate of exactly two participations says nothing of Poisson sampling.
+    plan = bandmf.TrainingPlan.calibrate(
+        **RUN, num_bands=4, epsilon=2.0, sampling="random_allocation", max_participations=2
+    )
+    document = json.loads(plan.to_json()) | {
+        "sampling": "cyclic_poisson",
+        "max_participations": None,
+        "batch_size": 35,
+    }
+    changed = bandmf.TrainingPlan.from_json(json.dumps(document))
+    assert changed.schedule.expected_participations == pytest.approx(2.1)
+    with pytest.raises(ValueError, match="not confirmed"):
+        changed.statement()
+
+
+def test_what_cannot_be_certified_under_random_allocation_is_refused():
+    with pytest.raises(OutOfReach, match="hours"):
+        bandmf.TrainingPlan.calibrate(
+            num_examples=100_000,
+            batch_size=10,
+            epochs=20,
+            num_bands=100,
+            epsilon=1.0,
+            delta=1e-6,
+            sampling="random_allocation",
+        )
