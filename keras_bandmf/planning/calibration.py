@@ -208,14 +208,17 @@ def calibrated_run(
     if amplification == "auto":
         allocates = sampling != "auto" and LAWS[sampling].fixes_participations
         amplification = "secret_group" if allocates else "known_group"
-    if amplification == "secret_group" and sampling in ("auto", "fixed_order"):
-        raise ValueError(
-            "Expected `sampling` to be 'cyclic_poisson' or 'random_allocation' with "
-            "amplification='secret_group': only there the steps of an example are secret. "
-            f"Received: sampling={sampling!r}. Use one of them, or leave `amplification` out."
-        )
-    if amplification == "secret_group" and sampling == "random_allocation":
-        return _allocated(arguments, epsilon, delta, max_bands)
+    if amplification == "secret_group":
+        if sampling == "fixed_order":
+            raise ValueError(
+                "In a fixed order the steps of an example are not secret. Received: "
+                "sampling='fixed_order', amplification='secret_group'. Use another `sampling`, or "
+                "leave `amplification` out."
+            )
+        if sampling == "random_allocation":
+            return _allocated(arguments, epsilon, delta, max_bands)
+        if sampling == "auto":
+            return _best_of_all(arguments, epsilon, delta, max_bands)
     bands, guess = arguments.num_bands, None
     max_work = _MAX_SEARCH if bands is None else None
     if bands is None or sampling == "auto":
@@ -264,6 +267,40 @@ def _allocated(
     return CalibratedRun(schedule, found.sigma, strategy, found)
 
 
+def _best_of_all(
+    arguments: PlanArguments, epsilon: float, delta: float, max_bands: int
+) -> CalibratedRun:
+    """Returns the run of least expected error: by random allocation, or any law that needs no time.
+
+    Cyclic Poisson sampling in secret groups is not compared: wherever both were certified, exactly
+    k participations needed less noise than a random number of them.
+
+    Args:
+        arguments: The resolved arguments of the plan.
+        epsilon: The target.
+        delta: The target.
+        max_bands: The largest number of bands to consider where `arguments` names none.
+    """
+    known = calibrated_run(
+        arguments,
+        epsilon=epsilon,
+        delta=delta,
+        sampling="auto",
+        max_bands=max_bands,
+        amplification="known_group",
+    )
+    try:
+        allocated = _allocated(arguments, epsilon, delta, max_bands)
+    except OutOfReach as error:
+        warnings.warn(f"Random allocation is not considered. {error}", stacklevel=4)
+        return known
+    return min(known, allocated, key=_error_of)
+
+
+def _error_of(run: CalibratedRun) -> float:
+    return expected_rmse(run.schedule, run.noise_multiplier, run.strategy.loss("mean"))
+
+
 def _with_secret_groups(
     known: CalibratedRun, epsilon: float, delta: float, max_bands: int | None
 ) -> CalibratedRun:
@@ -276,7 +313,7 @@ def _with_secret_groups(
         max_bands: The largest number of bands to consider; None keeps the strategy of `known`.
     """
     schedule, strategy = known.schedule, known.strategy
-    known_error = expected_rmse(schedule, known.noise_multiplier, strategy.loss("mean"))
+    known_error = _error_of(known)
     if max_bands is not None:
         schedule, strategy = best_for_secret_groups(
             schedule, strategy, known_error, epsilon, delta, max_bands

@@ -193,9 +193,9 @@ class TrainingPlan:
             num_steps: n, the number of steps.
             num_bands: b. "auto" takes the number with the lowest expected RMSE, up to `max_bands`.
             strategy: "toeplitz", "banded", or a strategy object (with its number of bands).
-            sampling: "cyclic_poisson", "random_allocation", "fixed_order", or "auto" for the
-                first or the last, whichever has the lower expected RMSE. `adjacency` then says
-                which relation the guarantee is about.
+            sampling: "cyclic_poisson", "random_allocation", "fixed_order", or "auto" for the one of
+                lowest expected RMSE (random allocation only with amplification="secret_group").
+                `adjacency` then says which relation the guarantee is about.
             max_bands: The largest number of bands that "auto" considers. The noise keeps
                 num_bands - 1 copies of the model; `keras_bandmf.max_bands_for_memory` says how
                 many fit in a given memory.

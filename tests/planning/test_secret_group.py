@@ -168,7 +168,7 @@ def test_nothing_is_secret_with_one_band():
 
 
 def test_what_has_no_secret_groups_is_refused():
-    with pytest.raises(ValueError, match="only there the steps of an example"):
+    with pytest.raises(ValueError, match="are not secret"):
         bandmf.TrainingPlan.calibrate(
             **RUN, epsilon=2.0, sampling="fixed_order", amplification="secret_group"
         )
@@ -280,3 +280,26 @@ def test_what_cannot_be_certified_under_random_allocation_is_refused():
             delta=1e-6,
             sampling="random_allocation",
         )
+
+
+def test_auto_takes_the_law_of_lowest_error():
+    run = {"num_examples": 400, "batch_size": 20, "epochs": 2, "delta": 1e-4, "num_bands": 4}
+    arguments = {"epsilon": 2.0, "sampling": "auto", "amplification": "secret_group"}
+    found = bandmf.TrainingPlan.calibrate(**run, **arguments)
+    assert found.sampling == "random_allocation" and found.epsilon() == 2.0
+    known = bandmf.TrainingPlan.calibrate(**run, epsilon=2.0, sampling="auto")
+    assert known.sampling != "random_allocation"
+    assert found.expected_rmse < known.expected_rmse
+
+
+def test_auto_goes_on_where_nothing_can_be_certified(monkeypatch):
+    def refuse(*arguments):
+        raise OutOfReach("Too many steps.")
+
+    monkeypatch.setattr(calibration, "certified_noise", refuse)
+    run = {"num_examples": 400, "batch_size": 20, "epochs": 2, "delta": 1e-4, "num_bands": 4}
+    with pytest.warns(UserWarning, match="Random allocation is not considered. Too many steps"):
+        found = bandmf.TrainingPlan.calibrate(
+            **run, epsilon=2.0, sampling="auto", amplification="secret_group"
+        )
+    assert found == bandmf.TrainingPlan.calibrate(**run, epsilon=2.0, sampling="auto")
