@@ -45,14 +45,16 @@ def run(
     num_seeds: int,
     picture: pathlib.Path,
 ) -> None:
-    """Plans and trains DP-SGD and BandMF at one (epsilon, delta); prints a table, draws a picture.
+    """Plans and trains DP-SGD and BandMF under two sampling laws, at one (epsilon, delta).
+
+    Prints a table and draws a picture.
 
     Args:
         task: what to train.
         batch_size: expected examples a step.
         epsilon: the target.
         delta: the target.
-        learning_rates: of "DP-SGD" and "BandMF".
+        learning_rates: of "DP-SGD" and "BandMF", whatever the sampling.
         num_seeds: runs of each.
         picture: where to draw.
     """
@@ -64,13 +66,18 @@ def run(
         "epsilon": epsilon,
         "delta": delta,
     }
-    plans = {
-        "DP-SGD": bandmf.TrainingPlan.calibrate(**budget, num_bands=1),
-        "BandMF": bandmf.TrainingPlan.calibrate(**budget),
-    }
-    print(plans["BandMF"])
+    # Poisson sampling, with the group of each example given away; and exactly one participation
+    # for each epoch, in secret steps.
+    plans = {}
+    for suffix, sampling in (("", "cyclic_poisson"), (" allocated", "random_allocation")):
+        for label, bands in (("DP-SGD", 1), ("BandMF", "auto")):
+            plans[label + suffix] = bandmf.TrainingPlan.calibrate(
+                **budget, num_bands=bands, sampling=sampling
+            )
+    print(plans["BandMF allocated"])
     results = [
-        train(task, label, plan, learning_rates[label], num_seeds) for label, plan in plans.items()
+        train(task, label, plan, learning_rates[label.split()[0]], num_seeds)
+        for label, plan in plans.items()
     ]
     print(f"\n{results[-1].statement}\n\n{report(results)}")
     draw(task, results, picture)
@@ -122,14 +129,14 @@ def train(
 def report(results: list[Result]) -> str:
     """Returns a table of the final test accuracies."""
     lines = [
-        f"{'mechanism':<10} {'bands':>5} {'noise':>7} {'expected RMSE':>14} "
+        f"{'mechanism':<16} {'bands':>5} {'noise':>7} {'expected RMSE':>14} "
         f"{'epsilon':>8} {'delta':>8}   test accuracy (mean +- sd over runs)"
     ]
     for result in results:
         plan, final = result.plan, result.accuracy[:, -1]
         spread = final.std(ddof=1) if len(final) > 1 else 0.0
         lines.append(
-            f"{result.label:<10} {plan.num_bands:>5} {plan.noise_multiplier:>7.3f} "
+            f"{result.label:<16} {plan.num_bands:>5} {plan.noise_multiplier:>7.3f} "
             f"{plan.expected_rmse:>14.3f} {plan.epsilon():>8.3f} {plan.delta:>8.0e}   "
             f"{final.mean():.4f} +- {spread:.4f}"
         )
@@ -144,7 +151,8 @@ def draw(task: Task, results: list[Result], path: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (errors, accuracies) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for result, color in zip(results, ("tab:gray", "tab:blue"), strict=True):
+    colors = "tab:gray", "tab:blue", "black", "tab:red"
+    for result, color in zip(results, colors, strict=True):
         plan = result.plan
         deviation = plan.noise_stddev(1.0) * np.sqrt(plan.strategy.per_step_error())
         steps = np.arange(1, plan.num_steps + 1)
