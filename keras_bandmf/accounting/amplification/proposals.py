@@ -112,7 +112,11 @@ def _log_g(law: Law, probability: float, log_ratio: np.ndarray) -> np.ndarray:
 
 
 def best_tilt(law: Law, sigma: float, epsilon: float) -> tuple[Tilt, float]:
-    """Returns the proposal of the remove direction with the smallest largest weight, and that."""
+    """Returns a proposal of the remove direction, and its largest weight.
+
+    The smallest largest weight is attained where all groups are equally likely, which is rare. Of
+    powers whose largest weights are not twice the smallest, the largest makes the variance least.
+    """
     if isinstance(law, PoissonInGroup):
         probabilities = [law.probability]
     else:
@@ -126,7 +130,8 @@ def best_tilt(law: Law, sigma: float, epsilon: float) -> tuple[Tilt, float]:
         found.append((bounds[best], proposals[best]))
         if bounds[best] > 4.0 * min(bound for bound, _ in found):
             break
-    bound, proposal = min(found, key=lambda pair: pair[0])
+    least = min(bound for bound, _ in found)
+    bound, proposal = [pair for pair in found if pair[0] <= 2.0 * least][-1]
     return proposal, bound
 
 
