@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -26,21 +27,28 @@ from keras_bandmf.accounting.amplification.laws import PoissonInGroup, Rounds
 from keras_bandmf.noise.lattice import largest_row_norm, rounding_steps, step_exponent
 from keras_bandmf.planning.arguments import KnownStrategy
 from keras_bandmf.planning.band_choice import expected_rmse
+from keras_bandmf.planning.progress import UNWATCHED, Watch
 from keras_bandmf.sampling.schedule import Schedule
 from keras_bandmf.strategies import ToeplitzStrategy
 from keras_bandmf.strategies.coefficients import fractional_coefficients
 
 #: n b up to which bands and coefficients are compared: minutes.
 _MOST_COMPARED = 50_000
-#: n b times samples of an attempt: ten minutes on two cores.
-_MOST_WORK = 4e10
+#: Nanoseconds of one processor for the samples of an attempt: five minutes on two cores.
+_MOST_WORK = 6e11
+_MOST_SAMPLES = 20
 
 #: Of (1 - x)^(-gamma): 1/2 is best where groups are known and bands many, less overlaps less.
 _EXPONENTS = (0.5, 0.45, 0.4)
 
 
 def certified_noise(
-    schedule: Schedule, strategy: KnownStrategy, epsilon: float, delta: float, guess: float
+    schedule: Schedule,
+    strategy: KnownStrategy,
+    epsilon: float,
+    delta: float,
+    guess: float,
+    watch: Watch = UNWATCHED,
 ) -> Certificate:
     """Returns the least certified noise multiplier of the grid for (epsilon, delta).
 
@@ -55,6 +63,7 @@ def certified_noise(
         epsilon: The target.
         delta: The target.
         guess: A noise multiplier to start at: that of a known group is an upper bound.
+        watch: Told about the samples that are drawn.
 
     Returns:
         The certificate; its `delta` is the share of the ideal noise.
@@ -64,7 +73,8 @@ def certified_noise(
         ValueError: If the schedule is of another sampling law.
     """
     share = delta_without_noise_share(delta)
-    return _certifier(schedule, strategy).noise(epsilon, share, guess)
+    report = watch.at("certify", schedule.num_bands)
+    return _certifier(schedule, strategy, report).noise(epsilon, share, guess)
 
 
 def best_for_secret_groups(
@@ -74,6 +84,7 @@ def best_for_secret_groups(
     epsilon: float,
     delta: float,
     max_bands: int,
+    watch: Watch = UNWATCHED,
 ) -> tuple[Schedule, KnownStrategy]:
     """Returns the number of bands and the Toeplitz coefficients of lowest estimated error.
 
@@ -91,6 +102,7 @@ def best_for_secret_groups(
         epsilon: The target.
         delta: The target.
         max_bands: The largest number of bands to consider.
+        watch: Told about the samples that are drawn.
 
     Returns:
         The schedule with the number of bands, and the strategy.
@@ -108,9 +120,10 @@ def best_for_secret_groups(
             for gamma in _EXPONENTS
         ]
         found = []
+        report = watch.at("compare", bands)
         for candidate in candidates:
             try:
-                guess = _certifier(run, candidate).estimated_noise(epsilon, share, guess)
+                guess = _certifier(run, candidate, report).estimated_noise(epsilon, share, guess)
             except OutOfReach:
                 continue
             found.append((expected_rmse(run, guess, candidate.loss("mean")), candidate))
@@ -213,8 +226,9 @@ def confirmed_epsilon(
     return _certifier(schedule, strategy).verify(certificate).epsilon
 
 
-@functools.lru_cache(maxsize=4)
-def _certifier(schedule: Schedule, strategy: KnownStrategy) -> Certifier:
+def _certifier(
+    schedule: Schedule, strategy: KnownStrategy, report: Callable[[int], None] | None = None
+) -> Certifier:
     probability = schedule.sampling_probability
     if probability is None:
         raise ValueError(
@@ -222,8 +236,8 @@ def _certifier(schedule: Schedule, strategy: KnownStrategy) -> Certifier:
             f"sampling={schedule.sampling!r}. Use sampling='cyclic_poisson', or leave "
             "amplification at 'known_group'."
         )
-    work = schedule.num_steps * schedule.num_bands
-    samples = 2 ** min(19, math.floor(math.log2(_MOST_WORK / work)))
+    work = schedule.num_steps * (40.0 + schedule.num_bands / 5.0)
+    samples = 2 ** min(_MOST_SAMPLES, math.floor(math.log2(_MOST_WORK / work)))
     if samples < LEAST_SAMPLES:
         raise OutOfReach(
             "Certifying this run would take hours. Received: "
@@ -231,7 +245,7 @@ def _certifier(schedule: Schedule, strategy: KnownStrategy) -> Certifier:
             "amplification='known_group'."
         )
     law = PoissonInGroup(Rounds(schedule.num_steps, schedule.num_bands), probability)
-    return Certifier(Estimator(columns_of(strategy), law), max_samples=samples)
+    return Certifier(Estimator(columns_of(strategy), law, report), max_samples=samples)
 
 
 def columns_of(strategy: KnownStrategy) -> np.ndarray:

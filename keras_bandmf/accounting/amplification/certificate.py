@@ -204,24 +204,29 @@ class Certifier:
 
     def _attempts(self, delta: float, place: Callable[[float], tuple[float, float]]) -> Certificate:
         """Attempts further and further on the safe side: `place(log of a factor of delta)`."""
-        samples, shift = None, 0.0
-        for _ in range(2):  # from where the mean is delta to where the bound is
-            samples, excess = self._planned(*place(shift), delta, samples)
-            shift -= excess
-        for attempt in range(_ATTEMPTS) if math.isfinite(shift) else ():
+        samples, excess = self._planned(*place(0.0), delta)
+        shift, attempts = -excess, 0
+        if math.isfinite(excess):  # from where the mean is delta to where the bound is
+            shift -= self._planned(*place(shift), delta, samples)[1]
+            attempts = _ATTEMPTS
+        for attempt in range(attempts):
             found = self._attempt(*place(shift), delta, attempt, samples)
             if found.bound <= delta:
                 return found
             if not math.isfinite(found.bound):
                 break
-            shift -= math.log(found.bound / delta) + 0.02
+            shift -= math.log(min(found.bound, 1.0) / delta) + 0.02
         raise OutOfReach(
             f"No privacy loss could be certified with {samples} samples. Received: delta={delta}. "
             "Use a larger delta, fewer steps, or the accounting of a known group."
         )
 
     def _planned(
-        self, sigma: float, epsilon: float, delta: float, samples: tuple[int, int] | None
+        self,
+        sigma: float,
+        epsilon: float,
+        delta: float,
+        samples: tuple[int, int] | None = None,
     ) -> tuple[tuple[int, int], float]:
         """(samples of an attempt, log of the factor by which its bounds will exceed delta).
 
@@ -257,7 +262,9 @@ class Certifier:
             else:
                 counts.append(samples[number])
             worst = max(worst, bound(counts[number]))
-        return (counts[0], counts[1]), math.log(worst / delta)
+        # Of deltas above 1 only how far they are away is lost.
+        excess = math.log(min(worst, 1.0) / delta) if math.isfinite(worst) else math.inf
+        return (counts[0], counts[1]), excess
 
     def _attempt(
         self, sigma: float, epsilon: float, delta: float, attempt: int, samples: tuple[int, int]

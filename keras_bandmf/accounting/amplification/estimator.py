@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -93,9 +94,15 @@ class Estimator:
             zero beyond the last step. Absolute values are taken, and each column is scaled to norm
             1: the divergences of the pair can only grow with inner products of columns.
         law: the law of patterns.
+        report: called with the number of samples that were drawn since it was called last.
     """
 
-    def __init__(self, columns: np.ndarray, law: PoissonInGroup | AllocationInGroup):
+    def __init__(
+        self,
+        columns: np.ndarray,
+        law: PoissonInGroup | AllocationInGroup,
+        report: Callable[[int], None] | None = None,
+    ):
         columns = np.abs(np.asarray(columns, np.float64))
         steps, bands = columns.shape
         if (steps, bands) != (law.rounds.num_steps, law.rounds.num_bands):
@@ -116,6 +123,7 @@ class Estimator:
                 f"from {norms.min():.6g} to {norms.max():.6g}. Divide C by its sensitivity."
             )
         self.law = law
+        self._report = report
         self.columns = columns / norms[:, None]
         rows = law.rounds.most * law.rounds.num_bands
         self._matrix = Columns.of(self.columns, rows)
@@ -218,10 +226,14 @@ class Estimator:
                 logs = run(key, tf.constant(index, tf.int64))
             return sums_of(*(log.numpy() for log in logs))
 
-        sums = [sums_of_chunk(0)]  # traces
+        first, sums = sums_of_chunk(0), []  # traces
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            others = threads.map(sums_of_chunk, range(1, chunks))
             # In the order of the chunks, whichever thread is ready first.
-            sums += threads.map(sums_of_chunk, range(1, chunks))
+            for of_chunk in itertools.chain([first], others):
+                sums.append(of_chunk)
+                if self._report is not None:
+                    self._report(self._programs.chunk)
         table = np.asarray(sums)
         total, squares, largest = np.moveaxis(table[:, :3], 1, 0)
         if not np.all(np.isfinite(total)):
