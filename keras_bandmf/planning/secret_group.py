@@ -236,8 +236,7 @@ def _certifier(
             f"sampling={schedule.sampling!r}. Use sampling='cyclic_poisson', or leave "
             "amplification at 'known_group'."
         )
-    work = schedule.num_steps * (40.0 + schedule.num_bands / 5.0)
-    samples = 2 ** min(_MOST_SAMPLES, math.floor(math.log2(_MOST_WORK / work)))
+    samples = most_samples(schedule)
     if samples < LEAST_SAMPLES:
         raise OutOfReach(
             "Certifying this run would take hours. Received: "
@@ -246,6 +245,19 @@ def _certifier(
         )
     law = PoissonInGroup(Rounds(schedule.num_steps, schedule.num_bands), probability)
     return Certifier(Estimator(columns_of(strategy), law, report), max_samples=samples)
+
+
+def most_samples(schedule: Schedule) -> int:
+    """Returns how many samples of a run an attempt may draw in each direction.
+
+    Args:
+        schedule: The run.
+
+    Returns:
+        A power of 2; too few where a certificate would take hours.
+    """
+    work = schedule.num_steps * (40.0 + schedule.num_bands / 5.0)
+    return 2 ** max(0, min(_MOST_SAMPLES, math.floor(math.log2(_MOST_WORK / work))))
 
 
 def columns_of(strategy: KnownStrategy) -> np.ndarray:

@@ -136,15 +136,18 @@ class Certifier:
             delta, lambda shift: (_on_grid(math.exp(log_sigma + shift / slope)), epsilon)
         )
 
-    def estimated_noise(self, epsilon: float, delta: float, guess: float) -> float:
+    def estimated_noise(
+        self, epsilon: float, delta: float, guess: float, samples: int = _COMPARISON_SAMPLES
+    ) -> float:
         """The noise multiplier for (epsilon, delta), estimated: to compare plans, not to state.
 
         Args:
             epsilon: the target.
             delta: the target.
             guess: a noise multiplier to start at.
+            samples: for each noise multiplier that is tried.
         """
-        return math.exp(self._noise_root(epsilon, delta, guess, _COMPARISON_SAMPLES)[0])
+        return math.exp(self._noise_root(epsilon, delta, guess, samples)[0])
 
     def epsilon(self, sigma: float, delta: float, guess: float) -> Certificate:
         """The least epsilon of the grid that can be certified at a noise multiplier.
