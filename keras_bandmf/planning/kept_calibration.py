@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 from keras_bandmf import strategies
@@ -13,7 +14,6 @@ from keras_bandmf.planning.secret_group import check_certificate
 from keras_bandmf.sampling.laws import SamplingName
 from keras_bandmf.sampling.schedule import Schedule
 from keras_bandmf.strategies.search.cache import Record, Store
-from keras_bandmf.strategies.workload import workload_config
 
 # Must change whenever the same request may give another result, or what is certified or how.
 _VERSION = 1
@@ -73,23 +73,19 @@ class KeptCalibration:
         amplification: str,
     ):
         self._arguments, self._epsilon, self._delta = arguments, epsilon, delta
-        strategy = arguments.strategy
+        strategy, workload = arguments.strategy, arguments.workload
         request: dict[str, Any] = {
             "class_name": "TrainingPlan.calibrate",
             "algorithm": [_VERSION, SEED],
-            "num_examples": arguments.num_examples,
-            "batch_size": arguments.batch_size,
-            "num_steps": arguments.num_steps,
-            "num_bands": arguments.num_bands,
+            # All of them, those too that `PlanArguments` gets later.
+            **{field.name: getattr(arguments, field.name) for field in fields(arguments)},
             "strategy": strategy if isinstance(strategy, str) else strategy.get_config(),
-            "max_participations": arguments.max_participations,
-            "min_separation": arguments.min_separation,
+            "workload": None if workload is None else workload.get_config(),
             "epsilon": epsilon,
             "delta": delta,
             "sampling": sampling,
             "max_bands": max_bands,
             "amplification": amplification,
-            **workload_config(arguments.workload),
         }
         self._store = Store(cache_dir, request)
 
@@ -113,17 +109,17 @@ class KeptCalibration:
         Warns:
             RuntimeWarning: If it cannot be written.
         """
-        fields = {
+        found = {
             "sampling": kept.schedule.sampling,
             "strategy": kept.strategy.get_config(),
             "certificate": kept.certificate.get_config(),
         }
-        self._store.save("result", Record(fields, {}))
+        self._store.save("result", Record(found, {}))
 
-    def _checked(self, fields: dict[str, Any]) -> Kept:
-        sampling: SamplingName = fields["sampling"]
-        strategy: Any = strategies.from_config(fields["strategy"])
-        certificate = Certificate.from_config(fields["certificate"])
+    def _checked(self, found: dict[str, Any]) -> Kept:
+        sampling: SamplingName = found["sampling"]
+        strategy: Any = strategies.from_config(found["strategy"])
+        certificate = Certificate.from_config(found["certificate"])
         schedule = self._arguments.schedule(sampling, strategy.num_bands)
         check_strategy(strategy, schedule)
         check_certificate(schedule, certificate.sigma, self._delta, certificate)
