@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from keras_bandmf.planning.band_choice import BandChoice
 from keras_bandmf.planning.calibration import compare_bands
 from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.planning.progress import ProgressBar
 from keras_bandmf.plots import plot_plan
 
 #: What `main` returns: done, a run that is refused, and a mistake in the arguments.
@@ -55,6 +56,12 @@ def _parser() -> _Parser:
         help="whether the accounting counts the random group of each example as secret, which "
         "needs less noise and takes a minute; 'auto' does so under random allocation, which rests "
         "on it (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--cache_dir",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="with secret groups, keep the result there, and take it from there the next time",
     )
     plan.set_defaults(run=_plan)
     compare = commands.add_parser(
@@ -191,6 +198,9 @@ def _plan(arguments: argparse.Namespace) -> str:
             max_bands=arguments.max_bands,
             sampling=arguments.sampling,
             amplification="secret_group",
+            # A bar would be in the way of whoever reads the report by a program.
+            callback=ProgressBar(verbose=int(sys.stdout.isatty())),
+            cache_dir=arguments.cache_dir,
         )
         known = ", if the random group of a row (and its steps under random allocation) was known"
     else:

@@ -149,3 +149,19 @@ def test_clipping_of_every_model(clipping, capsys):
     assert [line.split()[0] for line in ours] == ["mlp", "cnn", "bert", "bert"]
     assert not any("failed" in line for line in lines)
     assert sum("absent" in line for line in lines) == 9
+
+
+def test_the_benchmark_of_amplification_has_a_row_for_each_law(monkeypatch):
+    path = PATH.with_name("amplification.py")
+    spec = importlib.util.spec_from_file_location("amplification_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "_ESTIMATE_SAMPLES", 2**14)
+    tiny = module.Run(400, 20, 2, 4, 0.5, 2.0, 1e-4)
+    monkeypatch.setitem(module.RUNS, "tiny", tiny)
+    records = [module.result("tiny", law) for law in module.LAWS]
+    for record in records:
+        assert 1.0 <= record["to_estimate"] < 1.1 and record["to_known"] < 1.0
+    assert module.table(records).count("| tiny |") == 2
+    del records[0]["sigma"]
+    assert module.table(records[:1]).count("out of reach") == 1

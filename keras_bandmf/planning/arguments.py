@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import keras
 
-from keras_bandmf._checks import checked_choice, checked_int
+from keras_bandmf._checks import checked_choice, checked_float, checked_int
 from keras_bandmf.planning.keras_workload import workload_from_optimizer
 from keras_bandmf.sampling.laws import LAWS, SamplingName
 from keras_bandmf.sampling.schedule import Schedule, check_batch_size
@@ -226,6 +226,27 @@ def resolve_steps(
     epochs = checked_int("epochs", epochs, hint="Use `num_steps` for part of an epoch.")
     check_batch_size(batch_size, num_examples)
     return epochs * (num_examples // batch_size)
+
+
+def checked_noise(noise_multiplier: float) -> float:
+    """Returns a noise multiplier as a float, or refuses it.
+
+    Args:
+        noise_multiplier: sigma, at least 0.
+
+    Returns:
+        sigma.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is negative or not finite.
+    """
+    return checked_float(
+        "noise_multiplier",
+        noise_multiplier,
+        minimum=0.0,
+        hint="Use `TrainingPlan.calibrate(epsilon=...)` to find one.",
+    )
 
 
 def resolve_bands(num_bands: Any, strategy: Any) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import keras
 
-from keras_bandmf._checks import checked_choice
+from keras_bandmf._checks import checked_choice, checked_function, checked_int
 from keras_bandmf.accounting.accountant import calibrate_noise, checked_delta, checked_epsilon
 from keras_bandmf.accounting.amplification.certificate import Certificate, OutOfReach
 from keras_bandmf.planning.arguments import (
@@ -27,6 +28,8 @@ from keras_bandmf.planning.band_choice import (
     choose_bands,
     expected_rmse,
 )
+from keras_bandmf.planning.kept_calibration import Kept, KeptCalibration
+from keras_bandmf.planning.progress import UNWATCHED, CalibrationProgress, Watch
 from keras_bandmf.planning.secret_group import (
     best_for_secret_groups,
     certified_noise,
@@ -181,6 +184,7 @@ def calibrated_run(
     sampling: SamplingName | Literal["auto"],
     max_bands: int,
     amplification: Amplification = "auto",
+    watch: Watch = UNWATCHED,
 ) -> CalibratedRun:
     """Returns the run of least expected error: see `TrainingPlan.calibrate`.
 
@@ -194,6 +198,7 @@ def calibrated_run(
         sampling: The name of a sampling law, or "auto" for the one of lower expected RMSE.
         max_bands: The largest number of bands to consider where `arguments` names none.
         amplification: "known_group", "secret_group", or "auto": see `TrainingPlan.calibrate`.
+        watch: Told about the samples that are drawn for secret groups.
 
     Returns:
         Schedule, noise multiplier, strategy and certificate.
@@ -216,9 +221,9 @@ def calibrated_run(
                 "leave `amplification` out."
             )
         if sampling == "random_allocation":
-            return _allocated(arguments, epsilon, delta, max_bands)
+            return _allocated(arguments, epsilon, delta, max_bands, watch)
         if sampling == "auto":
-            return _best_of_all(arguments, epsilon, delta, max_bands)
+            return _best_of_all(arguments, epsilon, delta, max_bands, watch)
     bands, guess = arguments.num_bands, None
     max_work = _MAX_SEARCH if bands is None else None
     if bands is None or sampling == "auto":
@@ -234,11 +239,78 @@ def calibrated_run(
     limit = None
     if arguments.may_choose_coefficients:
         limit = max_bands if arguments.num_bands is None else bands
-    return _with_secret_groups(known, epsilon, delta, limit)
+    return _with_secret_groups(known, epsilon, delta, limit, watch)
+
+
+def kept_run(
+    arguments: PlanArguments,
+    *,
+    epsilon: float,
+    delta: float,
+    sampling: SamplingName | Literal["auto"],
+    max_bands: int,
+    amplification: Amplification,
+    callback: Callable[[CalibrationProgress], object] | None,
+    cache_dir: str | os.PathLike[str] | None,
+) -> CalibratedRun:
+    """Returns `calibrated_run`, or that of an earlier call from the files of `cache_dir`.
+
+    Formal guarantees: see `KeptCalibration` for what is checked again. Runs without a certificate
+    are not kept: they are found in no time, or come with a warning.
+
+    Args:
+        arguments: The resolved arguments of the plan.
+        epsilon: As in `calibrated_run`.
+        delta: As in `calibrated_run`.
+        sampling: As in `calibrated_run`.
+        max_bands: As in `calibrated_run`.
+        amplification: As in `calibrated_run`.
+        callback: Called with a `CalibrationProgress` while samples are drawn, or None.
+        cache_dir: The directory of the files, or None.
+
+    Returns:
+        Schedule, noise multiplier, strategy and certificate.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: A value or a combination cannot be accounted for.
+        OSError: If `cache_dir` cannot be made.
+    """
+    epsilon, delta = checked_epsilon(epsilon), checked_delta(delta)
+    checked_function("callback", callback, "It takes a `CalibrationProgress`.")
+    checked_choice("amplification", amplification, _AMPLIFICATIONS)
+    kept = None
+    if cache_dir is not None:
+        kept = KeptCalibration(
+            cache_dir,
+            arguments,
+            epsilon=epsilon,
+            delta=delta,
+            sampling=sampling,
+            max_bands=checked_int("max_bands", max_bands),
+            amplification=amplification,
+        )
+        if (found := kept.load()) is not None:
+            sigma = found.certificate.sigma
+            return CalibratedRun(found.schedule, sigma, found.strategy, found.certificate)
+    watch = Watch(callback)
+    run = calibrated_run(
+        arguments,
+        epsilon=epsilon,
+        delta=delta,
+        sampling=sampling,
+        max_bands=max_bands,
+        amplification=amplification,
+        watch=watch,
+    )
+    watch.end()
+    if kept is not None and run.certificate is not None:
+        kept.save(Kept(run.schedule, run.strategy, run.certificate))
+    return run
 
 
 def _allocated(
-    arguments: PlanArguments, epsilon: float, delta: float, max_bands: int
+    arguments: PlanArguments, epsilon: float, delta: float, max_bands: int, watch: Watch
 ) -> CalibratedRun:
     """Returns the certified run of least expected error under random allocation.
 
@@ -247,6 +319,7 @@ def _allocated(
         epsilon: The target.
         delta: The target.
         max_bands: The largest number of bands to consider where `arguments` names none.
+        watch: Told about the samples that are drawn.
 
     Raises:
         OutOfReach: If nothing can be certified.
@@ -261,14 +334,14 @@ def _allocated(
     if arguments.may_choose_coefficients:
         limit = max_bands if bands is None else bands
         schedule, strategy = best_for_secret_groups(
-            schedule, strategy, math.inf, epsilon, delta, limit
+            schedule, strategy, math.inf, epsilon, delta, limit, watch
         )
-    found = certified_noise(schedule, strategy, epsilon, delta, near.noise_multiplier)
+    found = certified_noise(schedule, strategy, epsilon, delta, near.noise_multiplier, watch)
     return CalibratedRun(schedule, found.sigma, strategy, found)
 
 
 def _best_of_all(
-    arguments: PlanArguments, epsilon: float, delta: float, max_bands: int
+    arguments: PlanArguments, epsilon: float, delta: float, max_bands: int, watch: Watch
 ) -> CalibratedRun:
     """Returns the run of least expected error: by random allocation, or any law that needs no time.
 
@@ -280,6 +353,7 @@ def _best_of_all(
         epsilon: The target.
         delta: The target.
         max_bands: The largest number of bands to consider where `arguments` names none.
+        watch: Told about the samples that are drawn.
     """
     known = calibrated_run(
         arguments,
@@ -290,7 +364,7 @@ def _best_of_all(
         amplification="known_group",
     )
     try:
-        allocated = _allocated(arguments, epsilon, delta, max_bands)
+        allocated = _allocated(arguments, epsilon, delta, max_bands, watch)
     except OutOfReach as error:
         warnings.warn(f"Random allocation is not considered. {error}", stacklevel=4)
         return known
@@ -302,7 +376,11 @@ def _error_of(run: CalibratedRun) -> float:
 
 
 def _with_secret_groups(
-    known: CalibratedRun, epsilon: float, delta: float, max_bands: int | None
+    known: CalibratedRun,
+    epsilon: float,
+    delta: float,
+    max_bands: int | None,
+    watch: Watch,
 ) -> CalibratedRun:
     """Returns the certified run of lower expected error than that of known groups, or that run.
 
@@ -311,18 +389,19 @@ def _with_secret_groups(
         epsilon: The target.
         delta: The target.
         max_bands: The largest number of bands to consider; None keeps the strategy of `known`.
+        watch: Told about the samples that are drawn.
     """
     schedule, strategy = known.schedule, known.strategy
     known_error = _error_of(known)
     if max_bands is not None:
         schedule, strategy = best_for_secret_groups(
-            schedule, strategy, known_error, epsilon, delta, max_bands
+            schedule, strategy, known_error, epsilon, delta, max_bands, watch
         )
     # With 1 band all examples are in one group: there is nothing to keep secret.
     if schedule.num_bands == 1:
         return known
     try:
-        found = certified_noise(schedule, strategy, epsilon, delta, known.noise_multiplier)
+        found = certified_noise(schedule, strategy, epsilon, delta, known.noise_multiplier, watch)
     except OutOfReach as error:
         warnings.warn(f"Groups are counted as known. {error}", stacklevel=4)
         return known

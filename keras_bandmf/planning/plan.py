@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,11 +23,13 @@ from keras_bandmf.planning.arguments import (
     PlanArguments,
     StrategyName,
     check_strategy,
+    checked_noise,
 )
-from keras_bandmf.planning.calibration import Amplification, calibrated_run
+from keras_bandmf.planning.calibration import Amplification, kept_run
 from keras_bandmf.planning.plan_json import plan_arguments, plan_document
 from keras_bandmf.planning.plan_report import planned_statement
 from keras_bandmf.planning.plan_table import plan_table
+from keras_bandmf.planning.progress import CalibrationProgress
 from keras_bandmf.planning.secret_group import check_certificate, confirmed_epsilon
 from keras_bandmf.planning.statement import Statement
 from keras_bandmf.sampling import PrivateBatches
@@ -156,7 +159,7 @@ class TrainingPlan:
         )
         bands = arguments.bands()
         schedule = arguments.schedule(sampling, bands)
-        sigma, delta = _checked_noise(noise_multiplier), checked_delta(delta)
+        sigma, delta = checked_noise(noise_multiplier), checked_delta(delta)
         # After all checks, because the search takes time.
         _set_fields(self, schedule, sigma, delta, arguments.best_strategy(bands), certificate)
 
@@ -178,6 +181,8 @@ class TrainingPlan:
         min_separation: int | None = None,
         workload: strategies.Workload | keras.optimizers.SGD | None = None,
         amplification: Amplification = "auto",
+        callback: Callable[[CalibrationProgress], object] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> TrainingPlan:
         """Finds the plan of lowest expected error that satisfies (epsilon, delta)-DP.
 
@@ -211,6 +216,8 @@ class TrainingPlan:
                 an upper confidence bound from samples, false with probability at most
                 `delta / 1000`, and takes some tens of seconds. See docs/amplification.md. "auto"
                 is "secret_group" under random allocation, which rests on it, else "known_group".
+            callback: Called while samples are drawn; `keras_bandmf.ProgressBar()` shows them.
+            cache_dir: Your own directory of results with secret groups. None writes no files.
 
         Returns:
             The plan.
@@ -239,13 +246,15 @@ class TrainingPlan:
             max_participations=max_participations,
             min_separation=min_separation,
         )
-        run = calibrated_run(
+        run = kept_run(
             arguments,
             epsilon=epsilon,
             delta=delta,
             sampling=sampling,
             max_bands=max_bands,
             amplification=amplification,
+            callback=callback,
+            cache_dir=cache_dir,
         )
         plan = cls.__new__(cls)
         _set_fields(
@@ -256,7 +265,7 @@ class TrainingPlan:
             run.strategy,
             run.certificate,
         )
-        if run.certificate is not None:  # which was computed just now
+        if run.certificate is not None:  # computed just now, or by an earlier call
             plan.__dict__["_secret_group_epsilon"] = run.certificate.epsilon
         return plan
 
@@ -589,12 +598,3 @@ def _set_fields(
 def _names(cls: type[TrainingPlan]) -> list[str]:
     """Returns the names of the fields of a plan's JSON, in their order."""
     return [field.name for field in dataclasses.fields(cls) if field.init]
-
-
-def _checked_noise(noise_multiplier: float) -> float:
-    return checked_float(
-        "noise_multiplier",
-        noise_multiplier,
-        minimum=0.0,
-        hint="Use `TrainingPlan.calibrate(epsilon=...)` to find one.",
-    )

@@ -1,8 +1,10 @@
-"""A progress bar for the search for a strategy."""
+"""A progress bar for the search for a strategy, and for a calibration with secret groups."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import keras
 
@@ -10,11 +12,68 @@ from keras_bandmf._checks import checked_int
 from keras_bandmf.strategies.search.scipy_lbfgs import Progress
 
 
-class ProgressBar:
-    """A progress bar of Keras that shows the iterations, loss and gain of a search.
+class CalibrationProgress(NamedTuple):
+    """The state of a calibration, as the `callback` of `TrainingPlan.calibrate` receives it.
 
-    Pass it as `callback` to `optimize` of a strategy. One bar serves any number of searches, one
-    after the other.
+    Attributes:
+        stage: "compare" while bands and coefficients are compared, "certify" while the chosen ones
+            are certified, "done" at the end.
+        num_bands: The number of bands that is looked at.
+        samples: How many samples were drawn so far.
+    """
+
+    stage: Literal["compare", "certify", "done"]
+    num_bands: int
+    samples: int
+
+
+class Watch:
+    """Counts the samples of a calibration, and tells a callback.
+
+    Args:
+        callback: Called with a `CalibrationProgress`; None for nothing.
+    """
+
+    def __init__(self, callback: Callable[[CalibrationProgress], object] | None):
+        self._callback = callback
+        self._samples = 0
+        self._num_bands = 0
+
+    def at(
+        self, stage: Literal["compare", "certify"], num_bands: int
+    ) -> Callable[[int], None] | None:
+        """Returns what is to be called with each number of new samples, or None for nothing.
+
+        Args:
+            stage: What they are drawn for.
+            num_bands: The number of bands that is looked at.
+        """
+        callback = self._callback
+        if callback is None:
+            return None
+        self._num_bands = num_bands
+
+        def report(samples: int) -> None:
+            self._samples += samples
+            callback(CalibrationProgress(stage, num_bands, self._samples))
+
+        return report
+
+    def end(self) -> None:
+        """Tells that the calibration is done, if anything was told before."""
+        if self._callback is not None and self._samples:
+            self._callback(CalibrationProgress("done", self._num_bands, self._samples))
+
+
+#: Nobody is told.
+UNWATCHED = Watch(None)
+
+
+class ProgressBar:
+    """A progress bar of Keras: iterations, loss and gain of a search, or samples of a calibration.
+
+    Pass it as `callback` to `optimize` of a strategy or to `TrainingPlan.calibrate`. One bar serves
+    any number of them, one after the other.
 
     Args:
         target: The number of iterations at which the bar is full. With None the bar only counts,
@@ -44,12 +103,15 @@ class ProgressBar:
         self._bar: keras.utils.Progbar | None = None
         self._last = 0
 
-    def __call__(self, progress: Progress) -> None:
-        """Shows one iteration.
+    def __call__(self, progress: Progress | CalibrationProgress) -> None:
+        """Shows one iteration, or some more samples.
 
         Args:
             progress: What the search reports; its value is the logarithm of a loss.
         """
+        if isinstance(progress, CalibrationProgress):
+            self._show_samples(progress)
+            return
         if self._bar is None or progress.iteration <= self._last:
             self._bar = keras.utils.Progbar(
                 self._target,
@@ -67,3 +129,14 @@ class ProgressBar:
             done = min(done, self._target)
         # The last iteration is always shown, and ends the line.
         self._bar.update(done, shown, finalize=progress.gain < progress.target_gain)
+
+    def _show_samples(self, progress: CalibrationProgress) -> None:
+        if self._bar is None or progress.samples < self._last:
+            self._bar = keras.utils.Progbar(
+                None, verbose=self._verbose, stateful_metrics=("bands",), unit_name="sample"
+            )
+        self._last = progress.samples
+        done = progress.stage == "done"
+        self._bar.update(progress.samples, [("bands", progress.num_bands)], finalize=done)
+        if done:
+            self._bar, self._last = None, 0

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from keras_bandmf._checks import PrivacyError
 from keras_bandmf.accounting.accountant import delta_without_noise_share
 from keras_bandmf.accounting.amplification.certificate import (
-    LEAST_SAMPLES,
     Certificate,
     Certifier,
     OutOfReach,
@@ -25,21 +25,30 @@ from keras_bandmf.accounting.amplification.estimator import Estimator
 from keras_bandmf.noise.lattice import largest_row_norm, rounding_steps, step_exponent
 from keras_bandmf.planning.arguments import KnownStrategy
 from keras_bandmf.planning.band_choice import expected_rmse
+from keras_bandmf.planning.progress import UNWATCHED, Watch
 from keras_bandmf.sampling.schedule import Schedule
 from keras_bandmf.strategies import ToeplitzStrategy
 from keras_bandmf.strategies.coefficients import fractional_coefficients
 
 #: n b up to which bands and coefficients are compared: minutes.
 _MOST_COMPARED = 50_000
-#: n b times samples of an attempt: ten minutes on two cores.
-_MOST_WORK = 4e10
+#: Nanoseconds of one processor for the samples of an attempt: five minutes on two cores.
+_MOST_WORK = 6e11
+_MOST_SAMPLES = 20
+#: Where an attempt affords fewer, the search before it would take longer than the attempt.
+_LEAST_AFFORDABLE = 2**17
 
 #: Of (1 - x)^(-gamma): 1/2 is best where groups are known and bands many, less overlaps less.
 _EXPONENTS = (0.5, 0.45, 0.4)
 
 
 def certified_noise(
-    schedule: Schedule, strategy: KnownStrategy, epsilon: float, delta: float, guess: float
+    schedule: Schedule,
+    strategy: KnownStrategy,
+    epsilon: float,
+    delta: float,
+    guess: float,
+    watch: Watch = UNWATCHED,
 ) -> Certificate:
     """Returns the least certified noise multiplier of the grid for (epsilon, delta).
 
@@ -54,6 +63,7 @@ def certified_noise(
         epsilon: The target.
         delta: The target.
         guess: A noise multiplier to start at: that of a known group is an upper bound.
+        watch: Told about the samples that are drawn.
 
     Returns:
         The certificate; its `delta` is the share of the ideal noise.
@@ -63,7 +73,8 @@ def certified_noise(
         ValueError: If the schedule is of another sampling law.
     """
     share = delta_without_noise_share(delta)
-    return _certifier(schedule, strategy).noise(epsilon, share, guess)
+    report = watch.at("certify", schedule.num_bands)
+    return _certifier(schedule, strategy, report).noise(epsilon, share, guess)
 
 
 def best_for_secret_groups(
@@ -73,6 +84,7 @@ def best_for_secret_groups(
     epsilon: float,
     delta: float,
     max_bands: int,
+    watch: Watch = UNWATCHED,
 ) -> tuple[Schedule, KnownStrategy]:
     """Returns the number of bands and the Toeplitz coefficients of lowest estimated error.
 
@@ -90,6 +102,7 @@ def best_for_secret_groups(
         epsilon: The target.
         delta: The target.
         max_bands: The largest number of bands to consider.
+        watch: Told about the samples that are drawn.
 
     Returns:
         The schedule with the number of bands, and the strategy.
@@ -108,9 +121,10 @@ def best_for_secret_groups(
             for gamma in _EXPONENTS
         ]
         found = []
+        report = watch.at("compare", bands)
         for candidate in candidates:
             try:
-                guess = _certifier(run, candidate).estimated_noise(epsilon, share, guess)
+                guess = _certifier(run, candidate, report).estimated_noise(epsilon, share, guess)
             except OutOfReach:
                 continue
             found.append((expected_rmse(run, guess, candidate.loss("mean")), candidate))
@@ -213,8 +227,9 @@ def confirmed_epsilon(
     return _certifier(schedule, strategy).verify(certificate).epsilon
 
 
-@functools.lru_cache(maxsize=4)
-def _certifier(schedule: Schedule, strategy: KnownStrategy) -> Certifier:
+def _certifier(
+    schedule: Schedule, strategy: KnownStrategy, report: Callable[[int], None] | None = None
+) -> Certifier:
     law = schedule.law.patterns(schedule)
     if law is None:
         raise ValueError(
@@ -222,15 +237,27 @@ def _certifier(schedule: Schedule, strategy: KnownStrategy) -> Certifier:
             f"sampling={schedule.sampling!r}. Use sampling='cyclic_poisson' or "
             "'random_allocation', or leave amplification at 'known_group'."
         )
-    work = schedule.num_steps * schedule.num_bands
-    samples = 2 ** min(19, math.floor(math.log2(_MOST_WORK / work)))
-    if samples < LEAST_SAMPLES:
+    samples = most_samples(schedule)
+    if samples < _LEAST_AFFORDABLE:
         raise OutOfReach(
             "Certifying this run would take hours. Received: "
             f"{schedule.num_steps} steps and {schedule.num_bands} bands. Use fewer bands, or "
             "amplification='known_group'."
         )
-    return Certifier(Estimator(columns_of(strategy), law), max_samples=samples)
+    return Certifier(Estimator(columns_of(strategy), law, report), max_samples=samples)
+
+
+def most_samples(schedule: Schedule) -> int:
+    """Returns how many samples of a run an attempt may draw in each direction.
+
+    Args:
+        schedule: The run.
+
+    Returns:
+        A power of 2; too few where a certificate would take hours.
+    """
+    work = schedule.num_steps * (40.0 + schedule.num_bands / 5.0)
+    return 2 ** max(0, min(_MOST_SAMPLES, math.floor(math.log2(_MOST_WORK / work))))
 
 
 def columns_of(strategy: KnownStrategy) -> np.ndarray:

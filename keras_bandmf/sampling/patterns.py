@@ -9,6 +9,7 @@ ratio of the mechanism is `L = sum_j weight_j L_j`.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import tensorflow as tf
@@ -60,8 +61,15 @@ class PoissonInGroup:
 
     def log_ratio(self, log_u: tf.Tensor) -> tf.Tensor:
         """`log L_j` of each group, shape (b, samples), from `log u_i`, (rounds, b, samples)."""
-        terms = log_mixed(log_u, self.probability)
-        return tf.reduce_sum(tf.where(self.rounds.exist(), terms, 0.0), axis=0)
+        if self.probability == 1.0:
+            return tf.reduce_sum(tf.where(self.rounds.exist(), log_u, 0.0), axis=0)
+        return log_mixed_product(log_u, self.probability, self.rounds)
+
+    @property
+    def log_odds(self) -> float:
+        """log(q / (1 - q)); infinite for q = 1."""
+        q = self.probability
+        return math.log(q) - math.log1p(-q) if q < 1.0 else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +138,29 @@ class AllocationInGroup:
         return tf.math.log(mean) + k * unit
 
 
-def log_mixed(log_u: tf.Tensor, probability: float | tf.Tensor) -> tf.Tensor:
-    """log(1 - q + q u) from log u, of any shape, without overflow."""
-    up = tf.maximum(log_u, 0.0)
-    return up + tf.math.log((1.0 - probability) * tf.exp(-up) + probability * tf.exp(log_u - up))
+def log_mixed_product(
+    log_u: tf.Tensor, probability: float | tf.Tensor, rounds: Rounds
+) -> tf.Tensor:
+    """The sum over the rounds of `log(1 - q + q u)`, shape (b, samples), without overflow.
+
+    With z the log of `q u / (1 - q)`, a term is `log(1 - q) + max(z, 0) + log(1 + e^-|z|)`. The
+    product of the last factors, which are between 1 and 2, needs a single logarithm.
+
+    Args:
+        log_u: shape (rounds, b, samples).
+        probability: q, below 1.
+        rounds: the steps.
+    """
+    probability = tf.convert_to_tensor(probability, tf.float64)
+    log_none = tf.math.log1p(-probability)
+    log_odds = log_u + (tf.math.log(probability) - log_none)
+    log_odds = tf.where(rounds.exist(), log_odds, -math.inf)
+    large = tf.reduce_sum(tf.maximum(log_odds, 0.0), axis=0)
+    product = log_product(1.0 + tf.exp(-tf.abs(log_odds)), 512)
+    return large + product + log_none * rounds.of_group()[:, None]
+
+
+def log_product(factors: tf.Tensor, at_once: int) -> tf.Tensor:
+    """Log of the product over the first axis, of which `at_once` are multiplied in float64."""
+    starts = range(0, factors.shape[0], at_once)
+    return tf.add_n([tf.math.log(tf.reduce_prod(factors[i : i + at_once], axis=0)) for i in starts])

@@ -226,13 +226,13 @@ def test_random_allocation_is_certified_by_default(bands):
         vectors,
         plan.noise_multiplier,
         2.0,
-        200_000,
+        60_000,
         3,
     )
     # Five standard errors: it fails by chance with probability 3e-7.
     for mean, error in found:
         assert mean - 5 * error <= plan.delta
-    assert max(mean + 5 * error for mean, error in found) > 0.5 * plan.delta
+    assert max(mean + 5 * error for mean, error in found) > 0.4 * plan.delta
     # All steps known: far more noise.
     known = bandmf.TrainingPlan.calibrate(
         **run, num_bands=bands, epsilon=2.0, amplification="known_group"
@@ -272,7 +272,7 @@ def test_another_law_in_the_json_is_not_confirmed():
 def test_what_cannot_be_certified_under_random_allocation_is_refused():
     with pytest.raises(OutOfReach, match="hours"):
         bandmf.TrainingPlan.calibrate(
-            num_examples=100_000,
+            num_examples=1_000_000,
             batch_size=10,
             epochs=20,
             num_bands=100,

@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras_bandmf.sampling.patterns import (
     AllocationInGroup,
     Rounds,
-    log_mixed,
+    log_mixed_product,
 )
 from tests.accounting.amplification import reference
 
@@ -66,6 +66,18 @@ def test_groups_with_fewer_rounds_than_participations_are_refused():
         AllocationInGroup(Rounds(40, 11), 4)
 
 
-def test_log_mixed_at_both_ends():
-    found = log_mixed(tf.constant([-900.0, 0.0, 900.0], tf.float64), 0.25).numpy()
-    np.testing.assert_allclose(found, [np.log(0.75), 0.0, 900.0 + np.log(0.25)], atol=1e-15)
+def test_mixed_products_at_both_ends():
+    # Groups of 3 and of 2 rounds: what is no step does not count, whatever it holds.
+    log_u = np.array([[-900.0, 0.0], [0.5, 900.0], [900.0, 70.0]])[:, :, None]
+    found = log_mixed_product(tf.constant(log_u), 0.25, Rounds(5, 2)).numpy()[:, 0]
+    half = np.log(0.75 + 0.25 * np.exp(0.5))
+    expected = [np.log(0.75) + half + 900 + np.log(0.25), 900 + np.log(0.25)]
+    np.testing.assert_allclose(found, expected, rtol=1e-14)
+
+
+def test_products_of_many_rounds_neither_overflow_nor_lose_a_round():
+    random = np.random.default_rng(2)
+    log_u = random.normal(size=(1300, 1, 3)) * 4
+    found = log_mixed_product(tf.constant(log_u), 0.6, Rounds(1300, 1))
+    expected = np.sum(np.logaddexp(np.log(0.4), np.log(0.6) + log_u), axis=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)

@@ -33,10 +33,13 @@ _GRID = 256
 _LOG_SAMPLES = range(14, 22)
 LEAST_SAMPLES = 2 ** _LOG_SAMPLES[0]
 _PILOT_SAMPLES = LEAST_SAMPLES
-_COMPARISON_SAMPLES = 2**12
+_SECOND_PILOT_SAMPLES = 2**16
+_COMPARISON_SAMPLES = 2**13
 _ATTEMPTS = 8
 #: What the confidence bounds may add to delta, as a share of it, where samples are affordable.
-_SLACK = 0.15
+_SLACK = 0.1
+#: How close, as a share of delta, an estimate comes before the rest of the way is extrapolated.
+_CLOSE = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,15 +136,18 @@ class Certifier:
             delta, lambda shift: (_on_grid(math.exp(log_sigma + shift / slope)), epsilon)
         )
 
-    def estimated_noise(self, epsilon: float, delta: float, guess: float) -> float:
+    def estimated_noise(
+        self, epsilon: float, delta: float, guess: float, samples: int = _COMPARISON_SAMPLES
+    ) -> float:
         """The noise multiplier for (epsilon, delta), estimated: to compare plans, not to state.
 
         Args:
             epsilon: the target.
             delta: the target.
             guess: a noise multiplier to start at.
+            samples: for each noise multiplier that is tried.
         """
-        return math.exp(self._noise_root(epsilon, delta, guess, _COMPARISON_SAMPLES)[0])
+        return math.exp(self._noise_root(epsilon, delta, guess, samples)[0])
 
     def epsilon(self, sigma: float, delta: float, guess: float) -> Certificate:
         """The least epsilon of the grid that can be certified at a noise multiplier.
@@ -201,43 +207,67 @@ class Certifier:
 
     def _attempts(self, delta: float, place: Callable[[float], tuple[float, float]]) -> Certificate:
         """Attempts further and further on the safe side: `place(log of a factor of delta)`."""
-        shift = 0.0
-        for attempt in range(_ATTEMPTS):
-            if attempt == 0:
-                sigma, epsilon = place(0.0)
-                samples, slack = self._samples(sigma, epsilon, delta)
-                if not math.isfinite(slack):
-                    break
-                shift = -math.log1p(slack) - 0.03
+        samples, excess = self._planned(*place(0.0), delta)
+        shift, attempts = -excess, 0
+        if math.isfinite(excess):  # from where the mean is delta to where the bound is
+            shift -= self._planned(*place(shift), delta, samples)[1]
+            attempts = _ATTEMPTS
+        for attempt in range(attempts):
             found = self._attempt(*place(shift), delta, attempt, samples)
             if found.bound <= delta:
                 return found
             if not math.isfinite(found.bound):
                 break
-            shift -= math.log(found.bound / delta) + 0.02
+            shift -= math.log(min(found.bound, 1.0) / delta) + 0.02
         raise OutOfReach(
             f"No privacy loss could be certified with {samples} samples. Received: delta={delta}. "
             "Use a larger delta, fewer steps, or the accounting of a known group."
         )
 
-    def _samples(self, sigma: float, epsilon: float, delta: float) -> tuple[tuple[int, int], float]:
-        """(samples of an attempt, what the bounds will add to delta as a share of it)."""
-        failure = _failure(delta, 0)
-        log = math.log(4.0 / failure)
-        counts, slack = [], 0.0
-        for directed in (self._remove, self._add):
-            moments, largest = directed(sigma, epsilon, _PILOT_SAMPLES, 1)
-            mean, variance = float(moments.mean[0]), float(moments.variance[0])
-            room = _SLACK * delta + max(0.0, 0.85 * delta - mean)
-            # sqrt(2 v log / N) + 7 B log / (3 N) = room, for the root of N.
-            root = math.sqrt(2.0 * variance * log)
-            root = (root + math.sqrt(root**2 + room * 28.0 / 3.0 * largest * log)) / 2.0 / room
-            least = math.log2(max(root**2, 1.0)) if math.isfinite(root) else math.inf
-            fitting = [2**i for i in _LOG_SAMPLES if i >= least] + [self._max_samples]
-            count = min(fitting[0], self._max_samples)
-            counts.append(count)
-            slack = max(slack, upper_bound(count, mean, variance, largest, failure) / delta - 1.0)
-        return (counts[0], counts[1]), slack
+    def _planned(
+        self,
+        sigma: float,
+        epsilon: float,
+        delta: float,
+        samples: tuple[int, int] | None = None,
+    ) -> tuple[tuple[int, int], float]:
+        """(samples of an attempt, log of the factor by which its bounds will exceed delta).
+
+        Args:
+            sigma: the noise multiplier.
+            epsilon: of the claim.
+            delta: of the claim.
+            samples: None, or what was planned already.
+        """
+        failure, counts, worst = _failure(delta, 0), [], 0.0
+        for number, directed in enumerate((self._remove, self._add)):
+            pilots = _PILOT_SAMPLES if number else _SECOND_PILOT_SAMPLES
+            moments, largest = directed(sigma, epsilon, pilots, 1)
+            mean = float(moments.mean[0])
+            # The mean of these samples, and of those of the attempt, is off by some of its errors.
+            error = math.sqrt(float(moments.variance[0]) / moments.samples)
+
+            def bound(
+                count: int,
+                moments: Moments = moments,
+                largest: float = largest,
+                margin: float = 1.5 * error,
+            ) -> float:
+                log_sums = moments.log_sums[:, 0] * (count / moments.samples)
+                return upper_bound(count, log_sums, largest, failure) + margin
+
+            if samples is None:
+                # The bound of the add direction need only be below that of the remove direction.
+                enough = 0.9 * worst if number else (1.0 + _SLACK) * max(mean, delta / 2.0)
+                affordable = [2**i for i in _LOG_SAMPLES if 2**i < self._max_samples]
+                fitting = [count for count in affordable if bound(count) <= enough]
+                counts.append(fitting[0] if fitting else self._max_samples)
+            else:
+                counts.append(samples[number])
+            worst = max(worst, bound(counts[number]))
+        # Of deltas above 1 only how far they are away is lost.
+        excess = math.log(min(worst, 1.0) / delta) if math.isfinite(worst) else math.inf
+        return (counts[0], counts[1]), excess
 
     def _attempt(
         self, sigma: float, epsilon: float, delta: float, attempt: int, samples: tuple[int, int]
@@ -246,15 +276,14 @@ class Certifier:
         bounds, means = [], []
         for directed, count in zip((self._remove, self._add), samples, strict=True):
             moments, largest = directed(sigma, epsilon, count, 2 + attempt)
-            mean, variance = float(moments.mean[0]), float(moments.variance[0])
             if moments.largest[0] > largest * (1.0 + 1e-9):
                 raise RuntimeError(
                     f"A sample of {moments.largest[0]:.9g} is above its proved bound "
                     f"{largest:.9g}. This is an error of keras_bandmf, and no epsilon is stated: "
                     "please report it."
                 )
-            bounds.append(upper_bound(moments.samples, mean, variance, largest, failure))
-            means.append(mean)
+            bounds.append(upper_bound(moments.samples, moments.log_sums[:, 0], largest, failure))
+            means.append(float(moments.mean[0]))
         return Certificate(
             sigma,
             epsilon,
@@ -270,7 +299,9 @@ class Certifier:
         self, sigma: float, epsilon: float, samples: int, seed: int
     ) -> tuple[Moments, float]:
         proposal, largest = _best_tilt(self._estimator.law, sigma, epsilon)
-        moments = self._estimator.remove(sigma, epsilon, proposal, samples, SEED + 2 * seed)
+        moments = self._estimator.remove(
+            sigma, epsilon, proposal, samples, SEED + 2 * seed, largest
+        )
         return moments, largest
 
     def _add(self, sigma: float, epsilon: float, samples: int, seed: int) -> tuple[Moments, float]:
@@ -282,8 +313,8 @@ class Certifier:
         if isinstance(law, PoissonInGroup) and law.probability < 1.0:
             dip, of_dip = proposals.best_dip(law, sigma, epsilon)
             if of_dip < largest:
-                return estimator.dip(sigma, epsilon, dip, samples, seed), of_dip
-        return estimator.shift(sigma, epsilon, tilt, samples, seed), largest
+                return estimator.dip(sigma, epsilon, dip, samples, seed, of_dip), of_dip
+        return estimator.shift(sigma, epsilon, tilt, samples, seed, largest), largest
 
 
 def _failure(delta: float, attempt: int) -> float:
@@ -300,7 +331,7 @@ def _on_grid(value: float) -> float:
 
 
 def _root(function: Callable[[float], float], start: float, target: float) -> tuple[float, float]:
-    """(where a decreasing function meets the target within 2 %, its slope there).
+    """(where a decreasing function meets the target, its slope there).
 
     Where the function is minus infinity, because no sample counted, the root is further down.
 
@@ -317,7 +348,7 @@ def _root(function: Callable[[float], float], start: float, target: float) -> tu
             if math.isfinite(at_low) and high != low:
                 slope = min((at_high - at_low) / (high - low), -0.5)
             step = float(np.clip((target - at_high) / slope, -0.5, 0.5))
-            if abs(at_high - target) < 0.02:
+            if abs(at_high - target) < _CLOSE:
                 return high + step, slope
             low, at_low, high = high, at_high, high + step
         at_high = function(high)

@@ -4,50 +4,39 @@ from __future__ import annotations
 
 import math
 
-import scipy.optimize
+import numpy as np
+
+#: Each gives a bound of its own, with a share of the failure probability: gamma times B. Large ones
+#: suit samples that are 0 or B, small ones samples that are all far below B.
+SHARES = 0.9 * 4.0 ** -np.arange(4.0)
 
 
-def upper_bound(count: int, mean: float, variance: float, largest: float, failure: float) -> float:
-    """Returns a number that the mean of independent samples in [0, largest] does not exceed.
+def factors(largest: float) -> np.ndarray:
+    """The numbers gamma of samples that are at most `largest`, B."""
+    return SHARES / max(largest, 1e-300)
 
-    Formal guarantees: whatever the law of the samples, the true mean exceeds the number returned
-    with probability at most `failure`. The lower of two bounds is returned, each of which fails
-    with at most half of it: that of Chernoff and Hoeffding for the relative entropy (Hoeffding
-    1963, equation 2.1), and the empirical Bernstein bound of Maurer and Pontil ("Empirical
-    Bernstein bounds and sample variance penalization", COLT 2009, theorem 4).
+
+def upper_bound(count: int, log_sums: np.ndarray, largest: float, failure: float) -> float:
+    """Returns a number that the mean of independent samples of one law does not exceed.
+
+    Formal guarantees: whatever the law of the samples X in [0, B], the true mean m exceeds the
+    number returned with probability at most `failure`. For a gamma below 1 / B that was fixed in
+    advance, the product of all `1 - gamma X` is not negative and has the mean `(1 - gamma m)^N`. So
+    by Markov's inequality it exceeds `(1 - gamma m)^N / a` with probability at most a, and else
+    `m <= (1 - exp((sum of log(1 - gamma X) + log a) / N)) / gamma`. The lowest of the bounds of all
+    gammas is returned, each at its share a of `failure`. Where samples are 0 or B it is that of
+    Chernoff and Hoeffding for the best gamma; where their variance is small it is close to that of
+    Bennett.
 
     Args:
-        count: N, at least 2.
-        mean: of the samples.
-        variance: of the samples, with N - 1 in the denominator.
-        largest: B, above 0.
+        count: N.
+        log_sums: the sums of log(1 - gamma X) for the gammas of `factors`.
+        largest: B.
         failure: in (0, 1).
     """
     if not math.isfinite(largest):
         return math.inf
-    largest = max(largest, 1e-300)
-    log = math.log(2.0 / failure)
-    chernoff = largest * _entropy_bound(min(mean / largest, 1.0), log / count)
-    log = math.log(4.0 / failure)
-    bernstein = (
-        mean + math.sqrt(2.0 * variance * log / count) + 7.0 * largest * log / 3.0 / (count - 1)
-    )
-    return min(chernoff, bernstein, largest)
-
-
-def _entropy_bound(share: float, exponent: float) -> float:
-    """The largest p with p >= share and KL(share, p) <= exponent, rounded up."""
-
-    def excess(p: float) -> float:
-        value = -exponent
-        if share > 0.0:
-            value += share * math.log(share / p)
-        if share < 1.0:
-            value += (1.0 - share) * (math.log1p(-share) - math.log1p(-p))
-        return value
-
-    high = 1.0 - 1e-15
-    if share >= high or excess(high) <= 0.0:
-        return 1.0
-    low = max(share, 1e-300)
-    return min(scipy.optimize.brentq(excess, low, high, xtol=1e-300, rtol=1e-9) * (1 + 1e-8), 1.0)
+    log = math.log(failure / len(SHARES))
+    # Rounding in the sums is far below the factor.
+    bounds = -np.expm1((log_sums + log) / count) / factors(largest) * (1.0 + 1e-9)
+    return float(min(bounds.min(), max(largest, 1e-300)))

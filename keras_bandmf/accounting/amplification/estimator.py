@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -13,16 +14,13 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._environment import refuse_loose_arithmetic
-from keras_bandmf.accounting.amplification import proposals
-from keras_bandmf.accounting.amplification.programs import Programs
+from keras_bandmf.accounting.amplification import concentration, proposals
+from keras_bandmf.accounting.amplification.programs import Columns, Programs
 from keras_bandmf.noise import normals
-from keras_bandmf.sampling.patterns import (
-    AllocationInGroup,
-    PoissonInGroup,
-)
+from keras_bandmf.sampling.patterns import AllocationInGroup, PoissonInGroup
 
 _Epsilons = float | Sequence[float] | np.ndarray
-_Run = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+_Run = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
 class OutOfReach(ValueError):
@@ -37,12 +35,45 @@ class Moments(NamedTuple):
         mean: shape (epsilons,).
         variance: shape (epsilons,), with N - 1 in the denominator.
         largest: the largest sample, shape (epsilons,).
+        log_sums: the sums of log(1 - gamma times a sample), shape (gammas, epsilons), for the
+            gammas of `concentration.factors`.
     """
 
     samples: int
     mean: np.ndarray
     variance: np.ndarray
     largest: np.ndarray
+    log_sums: np.ndarray
+
+
+class _Sums:
+    """Sums over samples that weigh `(1 - e^epsilon / L)_+` or `(1 - e^epsilon L)_+` times a weight.
+
+    Args:
+        sign: of log L in the event: -1 for the remove and 1 for the add direction.
+        epsilons: one or several.
+        largest: what no weighted sample exceeds.
+    """
+
+    def __init__(self, sign: float, epsilons: _Epsilons, largest: float):
+        self._sign, self._epsilons = sign, np.atleast_1d(epsilons)[:, None]
+        self._gammas = concentration.factors(largest)[:, None, None]
+
+    def __call__(self, log_ratio: np.ndarray, log_weight: np.ndarray) -> np.ndarray:
+        """Sums of samples w, of w^2, the largest w, and sums of log(1 - gamma w) for each gamma.
+
+        Args:
+            log_ratio: log L, shape (samples,).
+            log_weight: log of the weights, shape (samples,).
+
+        Returns:
+            Shape (3 + gammas, epsilons).
+        """
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            gain = -np.expm1(np.minimum(self._epsilons + self._sign * log_ratio, 0.0))
+            weights = gain * np.exp(log_weight)
+            sums = weights.sum(axis=1), np.square(weights).sum(axis=1), weights.max(axis=1)
+            return np.concatenate([sums, np.log1p(-self._gammas * weights).sum(axis=2)])
 
 
 class Estimator:
@@ -60,9 +91,15 @@ class Estimator:
             zero beyond the last step. Absolute values are taken, and each column is scaled to norm
             1: the divergences of the pair can only grow with inner products of columns.
         law: the law of patterns.
+        report: called with the number of samples that were drawn since it was called last.
     """
 
-    def __init__(self, columns: np.ndarray, law: PoissonInGroup | AllocationInGroup):
+    def __init__(
+        self,
+        columns: np.ndarray,
+        law: PoissonInGroup | AllocationInGroup,
+        report: Callable[[int], None] | None = None,
+    ):
         columns = np.abs(np.asarray(columns, np.float64))
         steps, bands = columns.shape
         if (steps, bands) != (law.rounds.num_steps, law.rounds.num_bands):
@@ -83,11 +120,10 @@ class Estimator:
                 f"from {norms.min():.6g} to {norms.max():.6g}. Divide C by its sensitivity."
             )
         self.law = law
+        self._report = report
         self.columns = columns / norms[:, None]
         rows = law.rounds.most * law.rounds.num_bands
-        padded = np.zeros((rows, bands))
-        padded[:steps] = self.columns
-        self._padded = tf.constant(padded)
+        self._matrix = Columns.of(self.columns, rows)
         self._programs = _programs_of(law)
         shares = law.weights()[np.arange(steps) % law.rounds.num_bands]
         rounds = law.rounds.of_group()[np.arange(steps) % law.rounds.num_bands]
@@ -115,13 +151,13 @@ class Estimator:
         tilt: proposals.Tilt,
         samples: int,
         seed: int,
+        largest: float = math.inf,
     ) -> Moments:
-        """Samples of the remove direction from a tilt."""
+        """Samples of the remove direction from a tilt, `largest` being what they cannot exceed."""
         run = functools.partial(
             self._programs.remove,
-            self._padded,
+            self._matrix,
             tf.constant(sigma, tf.float64),
-            tf.constant(np.atleast_1d(epsilons), tf.float64),
             tf.constant(tilt.probability, tf.float64),
             tf.constant(float(tilt.power), tf.float64),
             _ends(tilt.chosen),
@@ -129,7 +165,7 @@ class Estimator:
             tf.constant(tilt.inclusion, tf.float64),
             tf.constant(tilt.log_norms, tf.float64),
         )
-        return self._moments(run, samples, seed)
+        return self._moments(run, _Sums(-1.0, epsilons, largest), samples, seed)
 
     def dip(
         self,
@@ -138,16 +174,16 @@ class Estimator:
         dip: proposals.Dip,
         samples: int,
         seed: int,
+        largest: float = math.inf,
     ) -> Moments:
         """Samples of the add direction from a dip."""
         run = functools.partial(
             self._programs.dip,
-            self._padded,
+            self._matrix,
             tf.constant(sigma, tf.float64),
-            tf.constant(np.atleast_1d(epsilons), tf.float64),
             *(tf.constant(value, tf.float64) for value in dip),
         )
-        return self._moments(run, samples, seed)
+        return self._moments(run, _Sums(1.0, epsilons, largest), samples, seed)
 
     def shift(
         self,
@@ -156,20 +192,23 @@ class Estimator:
         tilt: float,
         samples: int,
         seed: int,
+        largest: float = math.inf,
     ) -> Moments:
         """Samples of the add direction from a shift that covers the least of the epsilons."""
         shift = proposals.shift(
             self.mean_square, self._participations, sigma, float(np.min(epsilons)), tilt
         )
+        tilted, limit, room = (tf.constant(value, tf.float64) for value in shift)
         run = functools.partial(
             self._programs.shift,
-            self._padded,
+            self._matrix,
             tf.constant(sigma, tf.float64),
-            tf.constant(np.atleast_1d(epsilons), tf.float64),
-            *(tf.constant(value, tf.float64) for value in shift),
+            tilted,
+            limit,
+            room,
             self._direction,
         )
-        return self._moments(run, samples, seed)
+        return self._moments(run, _Sums(1.0, epsilons, largest), samples, seed)
 
     @property
     def expected_participations(self) -> float:
@@ -181,20 +220,26 @@ class Estimator:
         """|m|^2 of m = the mean of C X."""
         return float(np.sum(np.square(self._mean)))
 
-    def _moments(self, run: _Run, samples: int, seed: int) -> Moments:
+    def _moments(self, run: _Run, sums_of: _Sums, samples: int, seed: int) -> Moments:
         refuse_loose_arithmetic()
         key = tf.constant(normals.key_from_seed(seed).view(np.int64))
         chunks = -(-samples // self._programs.chunk)
 
-        def sums_of(index: int) -> np.ndarray:
+        def sums_of_chunk(index: int) -> np.ndarray:
             with tf.device("CPU:0"):
-                return run(key, tf.constant(index, tf.int64)).numpy()
+                logs = run(key, tf.constant(index, tf.int64))
+            return sums_of(*(log.numpy() for log in logs))
 
-        sums = [sums_of(0)]  # traces
+        first, sums = sums_of_chunk(0), []  # traces
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            others = threads.map(sums_of_chunk, range(1, chunks))
             # In the order of the chunks, whichever thread is ready first.
-            sums += threads.map(sums_of, range(1, chunks))
-        total, squares, largest = np.moveaxis(np.asarray(sums), 1, 0)
+            for of_chunk in itertools.chain([first], others):
+                sums.append(of_chunk)
+                if self._report is not None:
+                    self._report(self._programs.chunk)
+        table = np.asarray(sums)
+        total, squares, largest = np.moveaxis(table[:, :3], 1, 0)
         if not np.all(np.isfinite(total)):
             raise OutOfReach(
                 "Expected likelihood ratios within the range of float64. Received: "
@@ -203,7 +248,7 @@ class Estimator:
         count = chunks * self._programs.chunk
         mean = total.sum(axis=0) / count
         variance = np.maximum(squares.sum(axis=0) - count * mean**2, 0.0) / (count - 1)
-        return Moments(count, mean, variance, largest.max(axis=0))
+        return Moments(count, mean, variance, largest.max(axis=0), table[:, 3:].sum(axis=0))
 
 
 _programs_of = functools.lru_cache(maxsize=8)(Programs)

@@ -87,11 +87,11 @@ def largest_weight(law: Law, proposal: Tilt, epsilon: float) -> float:
     since x^(p+1) is convex. For exactly k of r rounds, `prod (1 - q + q u_i)` is a mean over m,
     by Binomial(r, q), of `E_m`, the mean of products over m-subsets; for m <= k Maclaurin's
     inequality has `E_m >= E_k^(m/k)`, hence `H_j >= G(L_j)^p` with
-    `G(x) = sum_{m<=k} Binomial(m) x^(m/k)`; `x G(x)^p` is convex, as log G is a convex function of
-    log x that grows. Then `D >= L G(L)^p / max Z`. The least Binomial weight of all groups is
-    taken. The weight is at most max over L > e^epsilon of `(1 - e^epsilon / L) max Z / G(L)^p`,
-    evaluated on a grid of log L, at the upper end of each cell for the first factor and at the
-    lower for the second.
+    `G(x) = sum_{m<=k} Binomial(m) x^(m/k)`. Then `x G(x)^p` is convex: it is e^h with
+    `h(t) = t + p log G(e^t)` of t = log x, which is convex and has a slope of at least 1. So
+    `D >= L G(L)^p / max Z`. The least Binomial weight of all groups is taken. The weight is at most
+    max over L > e^epsilon of `(1 - e^epsilon / L) max Z / G(L)^p`, evaluated on a grid of log L, at
+    the upper end of each cell for the first factor and at the lower for the second.
     """
     steps = np.concatenate([np.arange(0.0, 6.0, 1.0 / 256), np.geomspace(6.0, 1e4, 1024)])
     log_least = epsilon + steps
@@ -113,7 +113,11 @@ def _log_g(law: Law, probability: float, log_ratio: np.ndarray) -> np.ndarray:
 
 
 def best_tilt(law: Law, sigma: float, epsilon: float) -> tuple[Tilt, float]:
-    """Returns the proposal of the remove direction with the smallest largest weight, and that."""
+    """Returns a proposal of the remove direction, and its largest weight.
+
+    The smallest largest weight is attained where all groups are equally likely, which is rare. Of
+    powers whose largest weights are not twice the smallest, the largest makes the variance least.
+    """
     if isinstance(law, PoissonInGroup):
         probabilities = [law.probability]
     else:
@@ -127,7 +131,8 @@ def best_tilt(law: Law, sigma: float, epsilon: float) -> tuple[Tilt, float]:
         found.append((bounds[best], proposals[best]))
         if bounds[best] > 4.0 * min(bound for bound, _ in found):
             break
-    bound, proposal = min(found, key=lambda pair: pair[0])
+    least = min(bound for bound, _ in found)
+    bound, proposal = [pair for pair in found if pair[0] <= 2.0 * least][-1]
     return proposal, bound
 
 
@@ -153,7 +158,8 @@ def best_dip(law: PoissonInGroup, sigma: float, epsilon: float) -> tuple[Dip, fl
     """Returns the proposal of the add direction with the smallest largest weight, and that.
 
     Formal guarantees: `D >= sum_j weight_j prod_i accepted (1 - q)^theta (1 - q + q u_i)^-theta`,
-    at least `accepted^r (1 - q)^(r theta) L^-theta` since x^-theta is convex. So the weighted
+    at least `accepted^r (1 - q)^(r theta) L^-theta` since x^-theta is convex, with r the most
+    rounds of a group, as `accepted (1 - q)^theta` is at most 1 (Jensen). So the weighted
     sample `(1 - e^epsilon L)_+ / D` is at most the inverse of this factor times
     `max L^theta (1 - e^epsilon L) = e^(-epsilon theta) theta^theta / (1 + theta)^(1 + theta)`.
     """

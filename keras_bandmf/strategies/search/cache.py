@@ -20,7 +20,8 @@ Kind = Literal["result", "checkpoint"]
 # Must change whenever the same request may give another result, or the format of files changes.
 _VERSION = 1
 _FORMAT = "keras_bandmf search"
-_MAX_HEADER = 1 << 20
+# A banded strategy of some million numbers, as a config.
+_MAX_HEADER = 1 << 26
 
 
 class Record(NamedTuple):

@@ -8,6 +8,7 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution
 
 from keras_bandmf.accounting.amplification.certificate import Certifier, OutOfReach
+from keras_bandmf.accounting.amplification.concentration import factors
 from keras_bandmf.accounting.amplification.estimator import Estimator
 from keras_bandmf.sampling.patterns import AllocationInGroup, PoissonInGroup, Rounds
 
@@ -61,7 +62,9 @@ class WorseAdd(Certifier):
 
     def _add(self, sigma, epsilon, samples, seed):
         moments, largest = super()._add(sigma, epsilon, samples, seed)
-        return moments._replace(mean=moments.mean + 0.01), largest + 0.01
+        mean, largest = moments.mean + 0.01, largest + 0.01
+        log_sums = moments.samples * np.log1p(-factors(largest)[:, None] * mean)
+        return moments._replace(mean=mean, log_sums=log_sums), largest
 
 
 class WrongBound(Certifier):
