@@ -206,7 +206,10 @@ def _plan(arguments: argparse.Namespace) -> str:
     else:
         best = (choice.of_bands(num_bands) if isinstance(num_bands, int) else choice).best
         plan = TrainingPlan.calibrate(
-            **_run_of(arguments), strategy=best.strategy, sampling=best.sampling
+            **_run_of(arguments),
+            strategy=best.strategy,
+            sampling=best.sampling,
+            amplification="known_group",
         )
     report = f"{plan}\n\nBands compared at this epsilon and delta{known}:\n{choice}"
     if arguments.json is not None:

@@ -140,3 +140,21 @@ def test_as_a_module():
     assert run.returncode == 2
     assert "error: argument --epsilon: invalid float value: 'much'" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_random_allocation_is_certified_unless_it_is_to_be_known(capsys, tmp_path):
+    document = tmp_path / "plan.json"
+    run = {
+        "sampling": "random_allocation",
+        "max_participations": "2",
+        "num_bands": "4",
+        "json": document,
+    }
+    assert main(command(**run)) == 0
+    assert "if the random group of a row (and its steps" in capsys.readouterr().out
+    certified = TrainingPlan.from_json(document.read_text())
+    assert certified.certificate is not None
+    assert main(command(**run, amplification="known_group")) == 0
+    known = TrainingPlan.from_json(document.read_text())
+    assert known.certificate is None
+    assert known.noise_multiplier > 1.3 * certified.noise_multiplier

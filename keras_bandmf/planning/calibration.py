@@ -13,7 +13,12 @@ from typing import Literal
 import keras
 
 from keras_bandmf._checks import checked_choice, checked_function, checked_int
-from keras_bandmf.accounting.accountant import calibrate_noise, checked_delta, checked_epsilon
+from keras_bandmf.accounting.accountant import (
+    COARSE_ACCURACY,
+    calibrate_noise,
+    checked_delta,
+    checked_epsilon,
+)
 from keras_bandmf.accounting.amplification.certificate import Certificate, OutOfReach
 from keras_bandmf.planning.arguments import (
     KnownStrategy,
@@ -324,19 +329,25 @@ def _allocated(
     Raises:
         OutOfReach: If nothing can be certified.
     """
-    # Poisson sampling in known groups needs similar bands and noise, and is compared quickly.
-    poisson = dataclasses.replace(arguments, max_participations=None)
-    compared = _compared(poisson, epsilon, delta, "cyclic_poisson", arguments.num_bands, max_bands)
-    bands = arguments.num_bands
-    near = (compared if bands is None else compared.of_bands(bands)).best
-    schedule = arguments.schedule("random_allocation", near.num_bands)
-    strategy = arguments.best_strategy(near.num_bands, _MAX_SEARCH if bands is None else None)
+    most = max_bands
+    if arguments.num_bands is None:
+        # Poisson sampling in known groups needs similar bands, and is compared quickly.
+        one_band = arguments.schedule("random_allocation", 1)
+        most = min(max_bands, one_band.law.max_bands(one_band))
+        poisson = dataclasses.replace(arguments, max_participations=None)
+        compared = _compared(poisson, epsilon, delta, "cyclic_poisson", None, most)
+        bands, guess = compared.best.num_bands, compared.best.noise_multiplier
+        schedule = arguments.schedule("random_allocation", bands)
+    else:
+        bands = most = arguments.num_bands
+        schedule = arguments.schedule("random_allocation", bands)
+        guess = calibrate_noise(schedule, epsilon, delta, accuracy=COARSE_ACCURACY)
+    strategy = arguments.best_strategy(bands, None if arguments.num_bands else _MAX_SEARCH)
     if arguments.may_choose_coefficients:
-        limit = max_bands if bands is None else bands
         schedule, strategy = best_for_secret_groups(
-            schedule, strategy, math.inf, epsilon, delta, limit, watch
+            schedule, strategy, math.inf, epsilon, delta, most, watch
         )
-    found = certified_noise(schedule, strategy, epsilon, delta, near.noise_multiplier, watch)
+    found = certified_noise(schedule, strategy, epsilon, delta, guess, watch)
     return CalibratedRun(schedule, found.sigma, strategy, found)
 
 
@@ -363,6 +374,10 @@ def _best_of_all(
         max_bands=max_bands,
         amplification="known_group",
     )
+    try:
+        arguments.schedule("random_allocation", arguments.num_bands or 1)
+    except ValueError:  # such as for a number of steps without a number of participations
+        return known
     try:
         allocated = _allocated(arguments, epsilon, delta, max_bands, watch)
     except OutOfReach as error:

@@ -80,7 +80,7 @@ def planned_statement(
         steps_run=0,
         num_steps=schedule.num_steps,
         num_examples=schedule.num_examples,
-        batch_size=round(schedule.expected_batch_size),
+        batch_size=max(1, round(schedule.expected_batch_size)),
         num_bands=bands,
         noise_multiplier=noise_multiplier,
         accountant=accountant,

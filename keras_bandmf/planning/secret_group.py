@@ -90,8 +90,9 @@ def best_for_secret_groups(
 
     With secret groups, columns of different groups that overlap cost privacy, and more bands cost
     less of it than where the group is known. So numbers of bands are compared from that of
-    `schedule` on, each half as large again, while the error falls; and for each the coefficients
-    of lowest error with those of (1 - x)^(-gamma), of which the overlap is smaller.
+    `schedule` on, each half as large again, while the error falls. If it does not fall at once,
+    fewer bands are tried under random allocation. For each number the coefficients of lowest error
+    are compared with those of (1 - x)^(-gamma), of which the overlap is smaller.
 
     Formal guarantees: estimates only choose. What is stated is certified anew.
 
@@ -109,34 +110,45 @@ def best_for_secret_groups(
     """
     share = delta_without_noise_share(delta)
     limit = min(max_bands, schedule.num_steps, schedule.law.max_bands(schedule))
+    allocates = schedule.law.fixes_participations
     best = known_error, schedule, strategy
-    # One band leaves no group to keep secret.
-    bands, guess = max(schedule.num_bands, min(2, limit)), 1.0
-    least = 1 if schedule.law.fixes_participations else 2
-    while bands >= least and schedule.num_steps * bands <= _MOST_COMPARED:
+    guess = 1.0
+
+    def improved(bands: int) -> bool:
+        """Whether the best of these bands is better than the best so far, which it then is."""
+        nonlocal best, guess
+        if schedule.num_steps * bands > _MOST_COMPARED:
+            return False
         run = dataclasses.replace(schedule, num_bands=bands)
         candidates = [strategy] if bands == schedule.num_bands else []
+        # With one band all coefficients are the same.
         candidates += [
             ToeplitzStrategy(fractional_coefficients(gamma, bands), run.num_steps)
             for gamma in _EXPONENTS
+            if bands > 1
         ]
-        found = []
         report = watch.at("compare", bands)
+        before = best[0]
         for candidate in candidates:
             try:
                 guess = _certifier(run, candidate, report).estimated_noise(epsilon, share, guess)
             except OutOfReach:
                 continue
-            found.append((expected_rmse(run, guess, candidate.loss("mean")), candidate))
-        if not found:
-            break
-        error, candidate = min(found, key=lambda pair: pair[0])
-        if error >= best[0]:
-            break
-        best = error, run, candidate
-        if bands >= limit:
-            break
+            error = expected_rmse(run, guess, candidate.loss("mean"))
+            if error < best[0]:
+                best = error, run, candidate
+        return best[0] < before
+
+    # Under cyclic Poisson sampling one band leaves nothing to keep secret.
+    start = bands = max(schedule.num_bands, 1 if allocates else min(2, limit))
+    if not allocates and limit < 2:
+        return schedule, strategy
+    while improved(bands) and bands < limit:
         bands = min(math.ceil(1.5 * bands), limit)
+    if allocates and best[1].num_bands == start:
+        bands = start
+        while bands > 1 and improved(bands := math.floor(bands / 1.5)):
+            pass
     return best[1:]
 
 

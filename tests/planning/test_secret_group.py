@@ -303,3 +303,52 @@ def test_auto_goes_on_where_nothing_can_be_certified(monkeypatch):
             **run, epsilon=2.0, sampling="auto", amplification="secret_group"
         )
     assert found == bandmf.TrainingPlan.calibrate(**run, epsilon=2.0, sampling="auto")
+
+
+@pytest.mark.parametrize(
+    "changes, bands",
+    [
+        # The bands of cyclic Poisson sampling would be too many.
+        ({"num_steps": 10, "max_participations": 2}, None),
+        # These bands exist under this law only.
+        ({"num_steps": 20, "max_participations": 1, "num_bands": 20}, 20),
+        # Where the add direction is far below everything.
+        ({"num_steps": 10, "max_participations": 1, "num_bands": 1}, 1),
+    ],
+)
+def test_random_allocation_has_bands_of_its_own(changes, bands):
+    run = {"num_examples": 1_000, "batch_size": 100, "epsilon": 8.0, "delta": 1e-4}
+    plan = bandmf.TrainingPlan.calibrate(**run, **changes, sampling="random_allocation")
+    assert plan.certificate is not None and plan.epsilon() == 8.0
+    assert bands is None or plan.num_bands == bands
+
+
+def test_the_search_climbs_out_of_too_little_noise():
+    run = {**RUN, "num_bands": 4, "max_participations": 2, "sampling": "random_allocation"}
+    small, large = (
+        bandmf.TrainingPlan.calibrate(**(run | {"batch_size": size}), epsilon=50.0)
+        for size in (20, 33)
+    )
+    # The batch size that is asked for is no part of this law.
+    assert small.noise_multiplier == pytest.approx(large.noise_multiplier, rel=0.01)
+
+
+def test_auto_leaves_out_what_cannot_be_scheduled():
+    plan = bandmf.TrainingPlan.calibrate(
+        **RUN, num_bands=4, epsilon=2.0, sampling="auto", amplification="secret_group"
+    )
+    assert plan.sampling != "random_allocation" and plan.certificate is None
+
+
+def test_a_rare_batch_has_a_statement():
+    plan = bandmf.TrainingPlan(
+        num_examples=10,
+        batch_size=1,
+        num_steps=20,
+        max_participations=1,
+        num_bands=1,
+        noise_multiplier=1.0,
+        delta=1e-5,
+        sampling="random_allocation",
+    )
+    assert plan.statement().batch_size == 1 and plan.schedule.expected_batch_size == 0.5

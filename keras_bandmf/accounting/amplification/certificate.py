@@ -201,8 +201,11 @@ class Certifier:
         return _root(pilot, math.log(guess), math.log(delta))
 
     def _pilot(self, sigma: float, epsilon: float, samples: int) -> float:
-        """Log of an estimate of delta."""
-        mean = float(self._remove(sigma, epsilon, samples, 0)[0].mean[0])
+        """Log of an estimate of delta; infinite where likelihood ratios overflow."""
+        try:
+            mean = float(self._remove(sigma, epsilon, samples, 0)[0].mean[0])
+        except OutOfReach:
+            return math.inf
         return math.log(mean) if mean > 0.0 else -math.inf
 
     def _attempts(self, delta: float, place: Callable[[float], tuple[float, float]]) -> Certificate:
@@ -333,7 +336,8 @@ def _on_grid(value: float) -> float:
 def _root(function: Callable[[float], float], start: float, target: float) -> tuple[float, float]:
     """(where a decreasing function meets the target, its slope there).
 
-    Where the function is minus infinity, because no sample counted, the root is further down.
+    Where the function is minus infinity, because no sample counted, the root is further down; where
+    it is infinite, because float64 could not hold the samples, it is further up.
 
     Raises:
         OutOfReach: if it is not found.
@@ -342,7 +346,7 @@ def _root(function: Callable[[float], float], start: float, target: float) -> tu
     at_low, at_high = function(low), function(high)
     for _ in range(20):
         if not math.isfinite(at_high):
-            low, at_low, high = high, at_high, high - 0.7
+            low, at_low, high = high, at_high, high + (0.35 if at_high > 0.0 else -0.7)
         else:
             slope = -4.0
             if math.isfinite(at_low) and high != low:

@@ -367,6 +367,8 @@ class Programs:
         """(the noise with another component along the direction, log of its weight)."""
         # Not 0, whose quantile is infinite.
         s = tf.minimum(tf.math.ndtri((u + 2.0**-54) * room) - tilt, limit)
+        # A sample that is lost must not count as 0.
+        s = tf.where(tf.math.is_finite(s), s, np.nan)
         y += direction[:, None] * (s - tf.reduce_sum(direction[:, None] * y, axis=0))
         return y, tf.math.log(room) + tilt * s + tilt**2 / 2.0
 

@@ -22,6 +22,9 @@ Law = PoissonInGroup | AllocationInGroup
 #: Of a tilt.
 LARGEST_POWER = 12
 
+#: Of `room` of a shift, as a quantile: compiled by XLA, `ndtri` loses digits in its lower tail.
+_LEAST_QUANTILE = -3.0
+
 #: Tries of the rejection sampler of the add direction.
 TRIES = 16
 
@@ -223,6 +226,8 @@ def best_shift(
 ) -> tuple[float, float]:
     """Returns the tilt of the shift with the smallest largest weight, and that weight.
 
+    Only tilts are considered whose `room` is at least 1e-3: see `_LEAST_QUANTILE`.
+
     Formal guarantees: with m the mean of `C X`, X the pattern, k the expected number of
     participations, `mu = |m| / sigma` and s the noise along m, Jensen's inequality has
     `log L >= mu s - k / (2 sigma^2)`, which is `mu (s - limit) - epsilon`. So
@@ -237,8 +242,9 @@ def best_shift(
         sigma: the noise multiplier.
         epsilon: of the hockey stick.
     """
-    tilts = np.arange(0.0, 20.0, 1.0 / 64)
     limit = shift(mean_square, participations, sigma, epsilon, 0.0).limit
+    least = max(0.0, _LEAST_QUANTILE - limit)
+    tilts = np.arange(least, max(least, -limit) + 20.0, 1.0 / 64)
     a = tilts * sigma / math.sqrt(mean_square)
     log_bounds = tilts * limit + tilts**2 / 2.0 + scipy.stats.norm.logcdf(limit + tilts)
     log_bounds += scipy.special.xlogy(a, a) - (1.0 + a) * np.log1p(a)

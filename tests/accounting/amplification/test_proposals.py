@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from keras_bandmf.accounting.amplification import proposals
-from keras_bandmf.accounting.amplification.estimator import Estimator
+from keras_bandmf.accounting.amplification.estimator import Estimator, OutOfReach
 
 from . import reference
 from .reference import law_of
@@ -91,3 +91,24 @@ def test_the_shift_of_one_gaussian_is_as_tight_as_its_bound():
     )
     error = np.sqrt(found.variance[0] / found.samples)
     assert abs(found.mean[0] - exact) < 4 * error
+
+
+@pytest.mark.parametrize("epsilon", [4.0, 8.0, 15.5, 18.0, 30.0])
+def test_a_shift_far_in_the_tail_loses_no_samples(epsilon):
+    # Compiled by XLA, the quantile function has no lower tail: no proposal may need it.
+    estimator = Estimator(np.ones((1, 1)), law_of("poisson", 1, 1, 1.0))
+    tilt, bound = proposals.best_shift(1.0, 1.0, 1.0, epsilon)
+    found = estimator.shift(1.0, epsilon, tilt, 2**16, 5, bound)
+    log_far = scipy.stats.norm.logcdf(-0.5 - epsilon)
+    exact = scipy.stats.norm.cdf(0.5 - epsilon) - np.exp(epsilon + log_far)
+    error = np.sqrt(found.variance[0] / found.samples)
+    # Its square may be too small for float64.
+    assert abs(found.mean[0] - exact) < 4 * error if error else found.mean[0] <= bound
+    assert found.mean[0] == pytest.approx(exact, rel=0.02)
+    assert proposals.shift(1.0, 1.0, 1.0, epsilon, tilt).room > 1e-3
+
+
+def test_a_lost_sample_is_an_error():
+    estimator = Estimator(np.ones((1, 1)), law_of("poisson", 1, 1, 1.0))
+    with pytest.raises(OutOfReach, match="range of float64"):
+        estimator.shift(1.0, 30.0, 0.0, 1_000, 5)
