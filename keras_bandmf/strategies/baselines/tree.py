@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from keras_bandmf._checks import checked_choice
-from keras_bandmf.strategies.baselines.unbanded import UnbandedStrategy, checked_steps
+from keras_bandmf.strategies.unbanded import UnbandedStrategy, checked_steps
 from keras_bandmf.strategies.participation import (
     fixed_order_maximum,
     is_affordable,
