@@ -157,9 +157,10 @@ def finer_bits(num_replicas: int) -> int:
 def rounding_steps(strategy: NoiseRows | NoiseTaps) -> float:
     """Returns what the float64 arithmetic of a row costs, in lattice steps of a coordinate.
 
-    Where rows are drawn again, see `taps.rounding_steps`. With a ring, a row is computed from whole numbers up to 2^31. The error of its rounding depends on them, and
-    hence on the data: in a row after an example took part, it is as if another value had been added
-    there. An example is followed by b rows, and two neighbors differ by twice the bound.
+    With a ring, a row is computed from whole numbers up to 2^31. The error of its rounding depends
+    on them, and hence on the data: in a row after an example took part, it is as if another value
+    had been added there. An example is followed by b rows, and two neighbors differ by twice the
+    bound. Where rows are drawn again, see `taps.rounding_steps`.
 
     Args:
         strategy: The strategy, which defines `C`.

@@ -22,6 +22,7 @@ from keras_bandmf.planning.arguments import (
     PlanArguments,
     StrategyName,
     check_strategy,
+    strategy_in_words,
 )
 from keras_bandmf.planning.calibration import Amplification, calibrated_run
 from keras_bandmf.planning.plan_json import plan_arguments, plan_document
@@ -301,7 +302,7 @@ class TrainingPlan:
 
     @functools.cached_property
     def sensitivity(self) -> float:
-        """The sensitivity S: largest column norm, times sqrt(participations) in a fixed order."""
+        """The sensitivity S: that of the strategy under the participations of the schedule."""
         return self.schedule.sensitivity * self.strategy.sensitivity()
 
     @functools.cached_property
@@ -444,7 +445,7 @@ class TrainingPlan:
         """
         return planned_statement(
             self.schedule,
-            strategy_name=type(self.strategy).__name__,
+            strategy=strategy_in_words(self.strategy),
             noise_multiplier=self.noise_multiplier,
             epsilon=self.epsilon(steps),
             delta=self.delta,
@@ -574,7 +575,7 @@ def _set_fields(
     """Sets all fields of a new plan: the only place where they are set."""
     check_strategy(strategy, schedule)
     for field in dataclasses.fields(schedule):
-        if field.name != "num_bands":  # which is that of the strategy, as was just checked
+        if field.name in _names(type(plan)):  # the rest is that of the strategy: just checked
             object.__setattr__(plan, field.name, getattr(schedule, field.name))
     object.__setattr__(plan, "noise_multiplier", noise_multiplier)
     object.__setattr__(plan, "delta", delta)

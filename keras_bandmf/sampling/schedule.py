@@ -38,6 +38,8 @@ class Schedule:
         max_participations: Fixed order only: a declared bound on an example's participations.
         min_separation: Fixed order only: a declared bound, in steps, on the distance of two
             participations of an example. Declared together or not at all.
+        strategy_sensitivity: Fixed order only: S of a strategy with more bands than `separation`,
+            under the participations of this schedule. None where columns do not overlap.
 
     Raises:
         TypeError: A number is not an integer.
@@ -59,6 +61,7 @@ class Schedule:
     num_bands: int
     max_participations: int | None = None
     min_separation: int | None = None
+    strategy_sensitivity: float | None = None
 
     def __post_init__(self) -> None:
         checked_choice("sampling", self.sampling, SAMPLINGS)
@@ -82,6 +85,7 @@ class Schedule:
                 f"num_bands={bands}, num_steps={self.num_steps}. Use fewer bands or train longer."
             )
         self._check_declaration()
+        self._check_overlap()
         self.law.check(self)
 
     def _check_declaration(self) -> None:
@@ -106,6 +110,18 @@ class Schedule:
             )
         for name in ("max_participations", "min_separation"):
             object.__setattr__(self, name, checked_int(name, getattr(self, name)))
+
+    def _check_overlap(self) -> None:
+        if self.strategy_sensitivity is None:
+            return
+        if not self.law.takes_overlap:
+            raise ValueError(
+                "A strategy whose columns overlap is accounted for in a fixed order only. "
+                f"Received: strategy_sensitivity={self.strategy_sensitivity!r}, "
+                f"sampling={self.sampling!r}. Use 'fixed_order', or a banded strategy."
+            )
+        # Largest column norm 1, and at least one participation.
+        checked_float("strategy_sensitivity", self.strategy_sensitivity, minimum=1.0)
 
     @property
     def law(self) -> SamplingLaw:
@@ -139,7 +155,10 @@ class Schedule:
 
     @property
     def sensitivity(self) -> float:
-        """S of a strategy whose largest column norm is 1: 1 (cyclic Poisson) or sqrt(k)."""
+        """S of a strategy whose largest column norm is 1.
+
+        It is 1 (cyclic Poisson), sqrt(k) (fixed order), or `strategy_sensitivity` if there is one.
+        """
         return self.law.sensitivity(self)
 
     def participations(self, steps: int | None = None) -> int | None:

@@ -20,8 +20,7 @@ from keras_bandmf.strategies.coefficients import fractional_coefficients
 from keras_bandmf.strategies.errors import toeplitz
 from keras_bandmf.strategies.unbanded import UnbandedToeplitz, checked_steps
 
-# A rise, or a negative entry, of the first column of C that counts as rounding. It is in units of
-# the first entry; a sensitivity is right to as much.
+# How far the first column of C, of first entry 1, may be from one that does not increase.
 _ROUNDING = 1e-14
 # Where the search of `optimize` starts: gamma and lambda.
 _STARTS = ((0.5, 0.97), (0.5, 0.999), (0.85, 0.97), (0.95, 0.999))
@@ -139,17 +138,20 @@ class BandedInverseStrategy(UnbandedToeplitz):
         """
         bands = _checked_count(num_steps, num_inverse_bands)
         checked_choice("error", error, ERRORS)
-        schema = participation_schema(max_participations, min_separation)
+        participation_schema(max_participations, min_separation)
         root = cls.square_root(num_steps, bands)
         if bands == 1:
             return root
 
+        def value(strategy: BandedInverseStrategy) -> float:
+            sensitivity = strategy.sensitivity(max_participations, min_separation)
+            return 0.5 * math.log(strategy.loss(error)) + math.log(sensitivity)
+
         def objective(point: np.ndarray) -> float:
             try:
-                strategy = cls(_damped(*_from_free(point), bands), num_steps)
+                return value(cls(_damped(*_from_free(point), bands), num_steps))
             except ValueError:  # C increases somewhere
                 return _REFUSED
-            return 0.5 * math.log(strategy.loss(error)) + math.log(strategy._sensitivity(*schema))
 
         options = {"xatol": 1e-3, "fatol": 1e-6, "maxiter": 200}
         points = [np.log(start) - np.log1p(-np.array(start)) for start in _STARTS]
@@ -160,8 +162,7 @@ class BandedInverseStrategy(UnbandedToeplitz):
             ),
             key=lambda result: result.fun,
         )
-        own = 0.5 * math.log(root.loss(error)) + math.log(root._sensitivity(*schema))
-        if found.fun >= own:
+        if found.fun >= value(root):
             return root
         return cls(_damped(*_from_free(found.x), bands), num_steps)
 
@@ -233,8 +234,8 @@ def _checked_taps(taps: object) -> np.ndarray:
     ):
         raise ValueError(
             "Expected `inverse_coefficients` to be a vector of finite real numbers, the first "
-            f"above 0. Received: inverse_coefficients={taps!r}. Pass the first column of C^-1, from "
-            "its diagonal down to its last band."
+            f"above 0. Received: inverse_coefficients={taps!r}. Pass the first column of C^-1, "
+            "from its diagonal down to its last band."
         )
     vector = vector.astype(np.float64)
     vector = vector / vector[0]
@@ -244,11 +245,11 @@ def _checked_taps(taps: object) -> np.ndarray:
 
 def _falls(column: np.ndarray) -> bool:
     """Returns whether a column is finite, not negative, and does not increase, but for rounding."""
-    return bool(
-        np.all(np.isfinite(column))
-        and np.min(column) >= -_ROUNDING
-        and np.max(np.diff(column), initial=0.0) <= _ROUNDING
-    )
+    if not np.all(np.isfinite(column)):
+        return False
+    # The least sequence that does not increase and is nowhere below the absolute values.
+    above = np.maximum.accumulate(np.abs(column)[::-1])[::-1]
+    return bool(np.max(above - column) <= _ROUNDING)
 
 
 def _damped(exponent: float, damping: float, num_inverse_bands: int) -> np.ndarray:

@@ -49,6 +49,8 @@ class SamplingLaw(abc.ABC):
         adjacency: The relation between data sets that the guarantee is about.
         takes_declarations: Whether the user may feed data of their own and declare
             `max_participations` and `min_separation` of it.
+        takes_overlap: Whether participations may overlap in the noise, with a sensitivity that the
+            schedule brings (`strategy_sensitivity`).
         noise_depends_on_bands: Whether more bands need a larger noise multiplier for the same
             (epsilon, delta).
     """
@@ -56,6 +58,7 @@ class SamplingLaw(abc.ABC):
     name: ClassVar[SamplingName]
     adjacency: ClassVar[Adjacency]
     takes_declarations: ClassVar[bool]
+    takes_overlap: ClassVar[bool] = False
     noise_depends_on_bands: ClassVar[bool]
 
     @abc.abstractmethod
