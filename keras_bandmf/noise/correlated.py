@@ -239,11 +239,12 @@ class CorrelatedNoise:
         rings = [ring.numpy().view(np.int32) for ring in self._local(self._ring)]
         return self.layout.gather(_distribution.gather_parts(self._distribution, rings))
 
-    def set_ring(self, ring: np.ndarray) -> None:
+    def set_ring(self, ring: np.ndarray, position: int | None = None) -> None:
         """Restores what `get_ring` returned, on any number of replicas.
 
         Args:
             ring: Multiples of `step`, of shape (b - 1, d), int32.
+            position: The number of the next row; None leaves it as it is.
 
         Raises:
             ValueError: If the shape or dtype differs.
@@ -261,6 +262,8 @@ class CorrelatedNoise:
             local = self._local(self._ring)
             for variable, part in zip(local, parts[: len(local)], strict=True):
                 variable.assign(np.ascontiguousarray(part).view(np.int64))
+        if position is not None:
+            self.position = position
 
     def next(self) -> list[tf.Tensor]:
         """Advances by one row and returns it.

@@ -110,11 +110,12 @@ class RegeneratedNoise(CorrelatedNoise):
         keys = np.where(last[:, None] >= 0, self._step_keys.numpy()[np.maximum(last, 0)], 0)
         return np.ascontiguousarray(keys).view(np.int32).reshape(self.num_slots, 4)
 
-    def set_ring(self, ring: np.ndarray) -> None:
-        """Restores what `get_ring` returned. `position` must be restored before.
+    def set_ring(self, ring: np.ndarray, position: int | None = None) -> None:
+        """Restores what `get_ring` returned, on any number of replicas.
 
         Args:
-            ring: The keys of the last p - 1 steps, of shape (p - 1, 4), int32.
+            ring: The keys of the p - 1 steps before `position`, of shape (p - 1, 4), int32.
+            position: The number of the next row; None leaves it as it is.
 
         Raises:
             ValueError: If the shape or dtype differs.
@@ -128,6 +129,8 @@ class RegeneratedNoise(CorrelatedNoise):
                 f"{ring.shape}. It belongs to another plan, or the file is damaged. The run cannot "
                 "continue from it."
             )
+        if position is not None:
+            self.position = position
         last = self.position + np.arange(-self.num_slots, 0)
         keys = self._step_keys.numpy()
         keys[last[last >= 0]] = np.ascontiguousarray(ring).view(np.int64)[last >= 0]

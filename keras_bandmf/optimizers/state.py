@@ -242,8 +242,7 @@ class RunState:
                 "replay=True."
             )
         self.carriers.from_arrays(arrays)
-        self.noise.position = position
-        self.noise.set_ring(values["noise_ring"])
+        self.noise.set_ring(values["noise_ring"], position)
         self.sampler_key = values["sampler_key"].view(np.uint64).copy()
         replayed = replay and not finished
         noise_key, mask_key = (
