@@ -95,7 +95,7 @@ def test_rows_are_the_whole_numbers_of_the_proof(name):
         value = z[step] + np.rint(past).astype(np.int64)
         ties += np.sum(value % 2**taps.TAP_BITS == 2 ** (taps.TAP_BITS - 1))
         expected = (value + 2 ** (taps.TAP_BITS - 1)) >> taps.TAP_BITS
-        # The fine sums may differ by rounding of float64, and then a whole number may, once in 2^15.
+        # Fine sums may differ by rounding of float64, and then a whole number may, once in 2^15.
         differs = np.abs(expected - rows[-1])
         assert differs.max() <= 1 and differs.sum() <= 10
     # Half to even would differ at half of the ties.
