@@ -46,8 +46,10 @@ def dense_reference(strategy, stddev, key, size=1208):
     return np.linalg.solve(strategy.materialize(), stddev * z)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name,mode",
+    [*((name, "eager") for name in STRATEGIES), ("optimized", "graph"), ("root", "xla")],
+)
 def test_rows_equal_a_dense_solve(name, mode):
     strategy, options = STRATEGIES[name](), MODES[mode]
     noise = RegeneratedNoise(strategy, 1.5, SHAPES, seed=7)
@@ -73,10 +75,10 @@ def test_covariance_is_that_of_the_mechanism(name):
     assert statistic(rows / 2.0) > limit
 
 
-@pytest.mark.parametrize("name", ["root", "as_many_taps_as_steps"])
+@pytest.mark.parametrize("name", ["root", "optimized"])
 def test_rows_are_the_whole_numbers_of_the_proof(name):
     """floor((Z + rint(sum d Z)) / 2^16 + 1/2), in integers: half up, and nothing else is added."""
-    size, strategy = 400_000, STRATEGIES[name]()
+    size, strategy = 300_000, STRATEGIES[name]()
     noise = RegeneratedNoise(strategy, 1.5, [(size,)], seed=3)
     rows, z = [], []
     scale = strategy.noise_taps()[0] * 1.5 / noise.step * 2.0**taps.TAP_BITS
@@ -159,8 +161,10 @@ def test_two_replicas_make_the_same_stream_from_half_of_it_each(shapes, num_rows
     np.testing.assert_array_equal(noise.get_ring(), single.get_ring())
 
 
-@pytest.mark.parametrize("head", [0, 3, 10])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name,head",
+    [("optimized", 3), ("optimized", 10), ("identity", 0), ("as_many_taps_as_steps", 9)],
+)
 def test_keys_continue_a_stream_bit_for_bit(name, head):
     strategy = STRATEGIES[name]()
     original = RegeneratedNoise(strategy, 1.0, SHAPES)
@@ -193,8 +197,7 @@ def test_a_new_key_is_that_of_later_rows_of_z_only():
     np.testing.assert_array_equal(ring.view(np.int64), keys[4:10])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["identity", "optimized"])
+@pytest.mark.parametrize("name,mode", [("identity", "eager"), ("optimized", "xla")])
 def test_a_row_is_given_out_once_and_in_order(name, mode):
     """The same noise on two gradients would cancel: any other row than the next one is NaN."""
     options = MODES[mode]
