@@ -83,7 +83,7 @@ def test_rows_are_the_whole_numbers_of_the_proof(name):
     rows, z = [], []
     scale = strategy.noise_taps()[0] * 1.5 / noise.step * 2.0**taps.TAP_BITS
     ratios = strategy.inverse_coefficients
-    ties = 0
+    ties, wrong = 0, 0
     for step in range(6):
         row = noise._row(tf.constant(step, tf.int64), 0)
         rows.append(row.numpy().view(np.int32)[:size])
@@ -95,13 +95,14 @@ def test_rows_are_the_whole_numbers_of_the_proof(name):
             np.zeros(size),
         )
         value = z[step] + np.rint(past).astype(np.int64)
-        ties += np.sum(value % 2**taps.TAP_BITS == 2 ** (taps.TAP_BITS - 1))
+        tie = value % 2**taps.TAP_BITS == 2 ** (taps.TAP_BITS - 1)
         expected = (value + 2 ** (taps.TAP_BITS - 1)) >> taps.TAP_BITS
         # Fine sums may differ by rounding of float64, and then a whole number may, once in 2^15.
         differs = np.abs(expected - rows[-1])
         assert differs.max() <= 1 and differs.sum() <= 10
+        ties, wrong = ties + tie.sum(), wrong + differs[tie].sum()
     # Half to even would differ at half of the ties.
-    assert ties > 20
+    assert ties > 15 and wrong <= 2
 
 
 @pytest.mark.parametrize("mode", MODES)
