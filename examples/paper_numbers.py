@@ -190,8 +190,10 @@ def fixed_order_errors(num_steps: int, epochs: int) -> dict[str, float]:
     return {
         # "full" would look at steps to come, which training cannot.
         "tree aggregation": rmse(TreeStrategy(num_steps, "online")),
-        "square root": rmse(BandedInverseStrategy(num_steps, num_steps)),
-        "banded inverse": min(rmse(BandedInverseStrategy(num_steps, b)) for b in inverse_bands),
+        "square root": rmse(BandedInverseStrategy.square_root(num_steps, num_steps)),
+        "banded inverse": min(
+            rmse(BandedInverseStrategy.square_root(num_steps, b)) for b in inverse_bands
+        ),
         "buffered Toeplitz": min(rmse(strategy) for strategy in buffered),
         "BandMF, fixed order": rmse(toeplitz(num_steps, separation)),
     }

@@ -100,7 +100,7 @@ class CorrelatedNoise:
         if self.stddev:
             self.exponent = lattice.step_exponent(self.stddev, lattice.largest_row_norm(strategy))
         self.num_steps = strategy.num_steps
-        self.num_slots = strategy.num_bands - 1
+        self.num_slots = self._count_slots()
         distribution = tf.distribute.get_strategy()
         self.num_replicas = distribution.num_replicas_in_sync
         # Partial sums are rounded to this many more bits than the whole: see `lattice`.
@@ -134,6 +134,9 @@ class CorrelatedNoise:
         self._doubtful = tf.function(self._doubtful_pairs, jit_compile=True, autograph=False)
         self._meet = tf.function(self._keep_and_add, jit_compile=True, autograph=False)
         self.set_key(normals.fresh_key() if seed is None else normals.key_from_seed(seed))
+
+    def _count_slots(self) -> int:
+        return self.strategy.num_bands - 1
 
     def _make_variables(self) -> None:
         table = lattice.recurrence(self.strategy)
@@ -236,11 +239,12 @@ class CorrelatedNoise:
         rings = [ring.numpy().view(np.int32) for ring in self._local(self._ring)]
         return self.layout.gather(_distribution.gather_parts(self._distribution, rings))
 
-    def set_ring(self, ring: np.ndarray) -> None:
+    def set_ring(self, ring: np.ndarray, position: int | None = None) -> None:
         """Restores what `get_ring` returned, on any number of replicas.
 
         Args:
             ring: Multiples of `step`, of shape (b - 1, d), int32.
+            position: The number of the next row; None leaves it as it is.
 
         Raises:
             ValueError: If the shape or dtype differs.
@@ -258,6 +262,8 @@ class CorrelatedNoise:
             local = self._local(self._ring)
             for variable, part in zip(local, parts[: len(local)], strict=True):
                 variable.assign(np.ascontiguousarray(part).view(np.int64))
+        if position is not None:
+            self.position = position
 
     def next(self) -> list[tf.Tensor]:
         """Advances by one row and returns it.
@@ -322,7 +328,7 @@ class CorrelatedNoise:
             row = self._row(step, replica)
             if self.exact and self.exponent is not None:
                 row = self._settled(row, step, replica)
-            flat = tf.reshape(tf.bitcast(row, tf.int32), [self.layout.shard_size])
+            flat = tf.reshape(tf.bitcast(row, tf.int32), [-1])
         # A step that is not allowed makes the partial sum NaN, and with it the whole one.
         first = tf.where(allowed & usable, tf.constant(1.0, tf.float64), np.nan)
         if self.num_replicas == 1:
@@ -337,7 +343,7 @@ class CorrelatedNoise:
     def _draw_and_pass(self, step: tf.Tensor, replica: int) -> tf.Tensor:
         """Returns a replica's part of row `step`, two int32 in each int64, in one XLA program."""
         pair, coefficients, terms = self._row_parts(step, replica)
-        return _packed(*_values(pair, coefficients, terms))
+        return packed(*_values(pair, coefficients, terms))
 
     def _doubtful_pairs(self, step: tf.Tensor, replica: int) -> tf.Tensor:
         """Returns which pairs of that part to compute exactly, bool, of shape (shard_size / 2,)."""
@@ -409,7 +415,7 @@ class CorrelatedNoise:
         replica: int,
     ) -> list[tf.Tensor]:
         """Puts a row into the ring, and adds it to sums on the lattice, times `unit`."""
-        if row is not None and self.num_slots:
+        if row is not None and self._ring is not None:
             ring = self._ring_of(replica)
             # XLA drops what is scattered beyond the end.
             slot = tf.where(allowed, step % self.num_slots, self.num_slots)
@@ -438,8 +444,13 @@ def _values(
     return [v - tf.add_n(t) if t else v for v, t in zip(values, terms, strict=True)]
 
 
-def _packed(low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:
-    """Rounds two float64 tensors to int32, and returns them as the halves of int64 values."""
+def packed(low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:
+    """Rounds two float64 tensors to int32, and returns them as the halves of int64 values.
+
+    Args:
+        low: The lower halves.
+        high: The upper halves, of the same shape.
+    """
     words = []
     for value in (low, high):
         value = tf.clip_by_value(value, -_INT32, _INT32 - 1.0) + _ROUNDER

@@ -12,6 +12,9 @@ from typing import Protocol
 import numpy as np
 import scipy.signal
 
+from keras_bandmf.noise import taps
+from keras_bandmf.noise.taps import NoiseTaps
+
 #: The step is 2^-23 to 2^-22 of the standard deviation of `z`.
 STEP_BITS = 22
 
@@ -89,12 +92,14 @@ def recurrence(strategy: NoiseRows) -> np.ndarray:
     return table
 
 
-def largest_row_norm(strategy: NoiseRows) -> float:
+def largest_row_norm(strategy: NoiseRows | NoiseTaps) -> float:
     """Returns the largest norm of a row of `C^-1`: the largest deviation of a released value.
 
     Args:
         strategy: The strategy, which defines `C`.
     """
+    if isinstance(strategy, NoiseTaps):
+        return taps.largest_row_norm(strategy)
     rows = np.asarray(strategy.noise_rows(), np.float64)
     scale = max(1.0, *np.abs(strategy.tail_scale()), 1.0)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -149,16 +154,19 @@ def finer_bits(num_replicas: int) -> int:
     return 0 if num_replicas == 1 else _FINER_BITS + math.ceil(math.log2(num_replicas))
 
 
-def rounding_steps(strategy: NoiseRows) -> float:
+def rounding_steps(strategy: NoiseRows | NoiseTaps) -> float:
     """Returns what the float64 arithmetic of a row costs, in lattice steps of a coordinate.
 
-    A row is computed from whole numbers up to 2^31. The error of its rounding depends on them, and
-    hence on the data: in a row after an example took part, it is as if another value had been added
-    there. An example is followed by b rows, and two neighbors differ by twice the bound.
+    With a ring, a row is computed from whole numbers up to 2^31. The error of its rounding depends
+    on them, and hence on the data: in a row after an example took part, it is as if another value
+    had been added there. An example is followed by b rows, and two neighbors differ by twice the
+    bound. Where rows are drawn again, see `taps.rounding_steps`.
 
     Args:
         strategy: The strategy, which defines `C`.
     """
+    if isinstance(strategy, NoiseTaps):
+        return taps.rounding_steps(strategy)
     table = recurrence(strategy)
     bands = table.shape[1]
     relative = (bands + 3) * 2.0**-53
@@ -173,7 +181,7 @@ def largest_batch(batch_size: int) -> float:
 
 def charged_norm(
     norm: float,
-    strategy: NoiseRows,
+    strategy: NoiseRows | NoiseTaps,
     unit_stddev: float,
     size: int,
     batch_size: int,

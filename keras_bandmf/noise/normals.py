@@ -133,7 +133,7 @@ def fold_key(key: np.ndarray, purpose: str) -> np.ndarray:
 def standard_normals(
     key: tf.Tensor,
     step: tf.Tensor,
-    first_chunk: int,
+    first_chunk: int | tf.Tensor,
     num_chunks: int,
     series: Series = FAST,
 ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -151,7 +151,7 @@ def standard_normals(
     Args:
         key: The key, of shape (2,), int64 or uint64.
         step: The number of the row, a scalar integer.
-        first_chunk: The part starts at element `first_chunk * CHUNK`.
+        first_chunk: The part starts at element `first_chunk * CHUNK`; an int64 tensor if it is one.
         num_chunks: The number of chunks to draw.
         series: `FAST` or `FINE`.
 
@@ -163,13 +163,15 @@ def standard_normals(
     return box_muller(*_words(key, step, first_chunk, num_chunks), series)
 
 
-def _words(key: tf.Tensor, step: tf.Tensor, first_chunk: int, num_chunks: int) -> philox.Words:
+def _words(
+    key: tf.Tensor, step: tf.Tensor, first_chunk: int | tf.Tensor, num_chunks: int
+) -> philox.Words:
     """Returns the four Philox words of each pair of a part of row `step`."""
     key, offset = tf.bitcast(key, tf.uint64)[0], tf.bitcast(key, tf.int64)[1]
     # The offset also keeps compilers from embedding, as a constant, what depends on `low` alone.
     # Counters are added as int64, which gives the same bits: Grappler turns sums of uint64 into an
     # operation that GPUs do not have.
-    low = tf.constant(first_chunk * COUNTERS_PER_CHUNK, tf.int64) + offset
+    low = tf.convert_to_tensor(first_chunk * COUNTERS_PER_CHUNK, tf.int64) + offset
     counters = tf.cast(tf.range(num_chunks * COUNTERS_PER_CHUNK, dtype=tf.int32), tf.int64)
     low = tf.bitcast(counters + low, tf.uint64)
     return philox.words(low, tf.cast(step, tf.uint64), key)

@@ -16,6 +16,7 @@ from keras_bandmf.clipping import ClippedGradients, ClippingMode
 from keras_bandmf.clipping.norms import checked_clip_norm, largest_contribution
 from keras_bandmf.noise.finite import check_tail
 from keras_bandmf.noise.lattice import charged_norm
+from keras_bandmf.noise.regenerated import refuse_exact
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.secret_group import rounding_factor
 
@@ -56,6 +57,8 @@ def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any, noise: Any = "defau
         )
     checked_clip_norm(l2_norm_clip)
     checked_choice("noise", noise, ("default", "exact"))
+    if noise == "exact":
+        refuse_exact(plan.strategy)
     if seed is not None:
         checked_int("seed", seed, 0, "It is for tests; None (the default) is a private run.")
 

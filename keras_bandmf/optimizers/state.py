@@ -12,7 +12,8 @@ from keras_bandmf import _distribution
 from keras_bandmf._checks import PrivacyError
 from keras_bandmf.clipping import MaskSeeds
 from keras_bandmf.clipping.seeds import STEP_BITS
-from keras_bandmf.noise import CorrelatedNoise, NoiseRows, normals
+from keras_bandmf.noise import NoiseRows, NoiseTaps, normals
+from keras_bandmf.noise.regenerated import noise_of
 from keras_bandmf.rgp.run import RunCarriers
 
 # 2: the ring holds whole numbers.
@@ -65,7 +66,7 @@ class RunState:
 
     def __init__(
         self,
-        strategy: NoiseRows,
+        strategy: NoiseRows | NoiseTaps,
         stddev: float,
         shapes: Sequence[Sequence[int]],
         fingerprint: str,
@@ -86,7 +87,7 @@ class RunState:
         self.sampler_key = normals.fold_key(run_key, "sampler")
         self.carriers = carriers or RunCarriers([], strategy)
         self.carriers.start(normals.fold_key(run_key, "carriers"))
-        self.noise = CorrelatedNoise(strategy, stddev, shapes, exact=exact_noise)
+        self.noise = noise_of(strategy, stddev, shapes, exact=exact_noise)
         self.noise.set_key(normals.fold_key(run_key, "noise"))
         if self.noise.num_steps * self.noise.num_replicas >= 2**STEP_BITS:
             raise ValueError(
@@ -241,8 +242,7 @@ class RunState:
                 "replay=True."
             )
         self.carriers.from_arrays(arrays)
-        self.noise.set_ring(values["noise_ring"])
-        self.noise.position = position
+        self.noise.set_ring(values["noise_ring"], position)
         self.sampler_key = values["sampler_key"].view(np.uint64).copy()
         replayed = replay and not finished
         noise_key, mask_key = (

@@ -13,6 +13,7 @@ from keras_bandmf.planning.keras_workload import workload_from_optimizer
 from keras_bandmf.sampling.laws import LAWS, SamplingName
 from keras_bandmf.sampling.schedule import Schedule, check_batch_size
 from keras_bandmf.strategies import (
+    BandedInverseStrategy,
     BandedStrategy,
     BlockDiagonalStrategy,
     ToeplitzStrategy,
@@ -22,14 +23,17 @@ from keras_bandmf.strategies import (
 #: Strategies that a plan finds by itself.
 StrategyName = Literal["toeplitz", "banded"]
 
-#: Strategies that a plan takes: banded ones whose classes vouch for their bands.
-KnownStrategy: TypeAlias = ToeplitzStrategy | BandedStrategy | BlockDiagonalStrategy
+#: Strategies that a plan takes: banded ones whose classes vouch for their bands, and in a fixed
+#: order one without bands whose class vouches for its sensitivity.
+KnownStrategy: TypeAlias = (
+    ToeplitzStrategy | BandedStrategy | BlockDiagonalStrategy | BandedInverseStrategy
+)
 
 #: How many bands: a number, "auto" for the best one, or None for those of a strategy object.
 NumBands: TypeAlias = int | Literal["auto"] | None
 
 _NAMES = ("toeplitz", "banded")
-_KNOWN = (ToeplitzStrategy, BandedStrategy, BlockDiagonalStrategy)
+_KNOWN = (ToeplitzStrategy, BandedStrategy, BlockDiagonalStrategy, BandedInverseStrategy)
 _HINT = "Or pass a strategy object of `keras_bandmf.strategies`."
 
 
@@ -153,18 +157,21 @@ class PlanArguments:
             TypeError: A number is not an integer.
             ValueError: The numbers do not fit together under this law.
         """
+        refuse_overlap(self.strategy, sampling)
         law, participations = LAWS.get(sampling), self.max_participations
         if law is not None and law.fixes_participations and participations is None:
             participations = self.epochs
-        return Schedule(
+        schedule = Schedule(
             sampling=sampling,
             num_examples=self.num_examples,
             batch_size=self.batch_size,
             num_steps=self.num_steps,
-            num_bands=num_bands,
+            num_bands=1 if isinstance(self.strategy, BandedInverseStrategy) else num_bands,
             max_participations=participations,
             min_separation=self.min_separation,
         )
+        overlap = overlap_sensitivity(self.strategy, schedule)
+        return dataclasses.replace(schedule, num_bands=num_bands, strategy_sensitivity=overlap)
 
     def quick_strategy(self, num_bands: int) -> KnownStrategy:
         """Returns a strategy to compare this number of bands by, without a search.
@@ -271,8 +278,8 @@ def resolve_bands(num_bands: Any, strategy: Any) -> int:
         raise ValueError(
             "Expected `strategy` to be 'toeplitz', 'banded', or a banded strategy of "
             "`keras_bandmf.strategies` (`ToeplitzStrategy`, `BandedStrategy` or "
-            "`BlockDiagonalStrategy`), because there is no accounting for others. Received: "
-            f"strategy={strategy!r}."
+            "`BlockDiagonalStrategy`), or in a fixed order a `BandedInverseStrategy`, because "
+            f"there is no accounting for others. Received: strategy={strategy!r}."
         )
     own = strategy.num_bands
     if num_bands is not None and checked_int("num_bands", num_bands) != own:
@@ -394,6 +401,74 @@ def check_steps(strategy: KnownStrategy, num_steps: int) -> None:
         )
 
 
+def refuse_overlap(strategy: Any, sampling: str) -> None:
+    """Refuses a strategy whose columns overlap under any law but a fixed order.
+
+    Args:
+        strategy: A strategy, or the name of one.
+        sampling: The name of a law, or "auto".
+
+    Raises:
+        ValueError: There is no accounting for it.
+    """
+    if isinstance(strategy, BandedInverseStrategy) and sampling != "fixed_order":
+        raise ValueError(
+            "A strategy whose inverse is banded has no bands itself, which the accounting of "
+            f"sampled batches needs. Received: strategy={strategy!r}, sampling={sampling!r}. Use "
+            "sampling='fixed_order', or a `ToeplitzStrategy`."
+        )
+
+
+def refuse_comparison(strategy: Any) -> None:
+    """Refuses to compare a strategy without bands with numbers of bands.
+
+    Args:
+        strategy: A strategy object, or the name of one.
+
+    Raises:
+        ValueError: It has no bands.
+    """
+    if isinstance(strategy, BandedInverseStrategy):
+        raise ValueError(
+            "A strategy whose inverse is banded has no bands to compare, and runs in a fixed order "
+            f"only. Received: strategy={strategy!r}. Use `TrainingPlan.calibrate(strategy=..., "
+            "sampling='fixed_order')`, and compare `expected_rmse` of plans."
+        )
+
+
+def overlap_sensitivity(strategy: Any, schedule: Schedule) -> float | None:
+    """Returns S of a strategy whose columns overlap, under the participations of a schedule.
+
+    Args:
+        strategy: A strategy object, or the name of one.
+        schedule: The schedule; its number of bands is ignored.
+
+    Returns:
+        For a `BandedInverseStrategy` in a fixed order its sensitivity, for participations that are
+        at least `separation` apart. None for the others.
+    """
+    most, apart = schedule.participations(), schedule.separation
+    if not isinstance(strategy, BandedInverseStrategy) or most is None:
+        return None
+    return max(1.0, strategy.sensitivity(most, apart))
+
+
+def strategy_in_words(strategy: KnownStrategy) -> str:
+    """Returns the class of a strategy and its bands, or those of its inverse.
+
+    Args:
+        strategy: A strategy object.
+    """
+    name = type(strategy).__name__
+    if isinstance(strategy, BandedInverseStrategy):
+        return f"{name}, C^-1 of {_bands(strategy.num_inverse_bands)}, drawn again from its key"
+    return f"{name}, {_bands(strategy.num_bands)}"
+
+
+def _bands(count: int) -> str:
+    return f"{count} band{'s' if count > 1 else ''}"
+
+
 def check_strategy(strategy: KnownStrategy, schedule: Schedule) -> None:
     """Refuses a strategy that the accounting of a schedule does not hold for.
 
@@ -402,13 +477,23 @@ def check_strategy(strategy: KnownStrategy, schedule: Schedule) -> None:
         schedule: The schedule that epsilon is computed from.
 
     Raises:
-        ValueError: Steps or bands are not those of the schedule, or a column is too large.
+        ValueError: Steps, bands or sensitivity are not those of the schedule, or a column is too
+            large.
     """
     check_steps(strategy, schedule.num_steps)
     if strategy.num_bands != schedule.num_bands:
         raise ValueError(
             f"Expected a strategy of {schedule.num_bands} bands, as in the schedule. Received: "
             f"strategy.num_bands={strategy.num_bands}. Leave `num_bands` out."
+        )
+    refuse_overlap(strategy, schedule.sampling)
+    overlap = overlap_sensitivity(strategy, schedule)
+    if overlap != schedule.strategy_sensitivity:
+        raise ValueError(
+            f"Expected a schedule for a strategy of sensitivity {overlap} (None: it follows from "
+            "the participations). Received: strategy_sensitivity="
+            f"{schedule.strategy_sensitivity}, strategy={strategy!r}. Make the plan from the "
+            "strategy itself."
         )
     # Accounting and noise scale assume columns of norm at most 1; rounding aside.
     norm = strategy.sensitivity()

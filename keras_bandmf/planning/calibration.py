@@ -25,6 +25,7 @@ from keras_bandmf.planning.arguments import (
     NumBands,
     PlanArguments,
     StrategyName,
+    refuse_comparison,
 )
 from keras_bandmf.planning.band_choice import (
     DEFAULT_MAX_BANDS,
@@ -165,6 +166,7 @@ def _compared(
 ) -> BandChoice:
     """Returns the candidates for resolved arguments; None compares all numbers of bands."""
     checked_choice("sampling", sampling, (*SAMPLINGS, "auto"))
+    refuse_comparison(arguments.strategy)
     # Both ways of sampling compare the same strategies.
     make_strategy = functools.cache(arguments.quick_strategy)
     candidates: list[BandCandidate] = []

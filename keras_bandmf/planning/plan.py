@@ -24,6 +24,7 @@ from keras_bandmf.planning.arguments import (
     StrategyName,
     check_strategy,
     checked_noise,
+    strategy_in_words,
 )
 from keras_bandmf.planning.calibration import Amplification, kept_run
 from keras_bandmf.planning.plan_json import plan_arguments, plan_document
@@ -61,8 +62,8 @@ class TrainingPlan:
         strategy: The strategy; always an object, even if a name was given.
         max_participations: k of random allocation; declared for data that the user feeds; or None.
         min_separation: Declared for data that the user feeds, or None.
-        certificate: What was certified about this plan while counting the group of every example
-            as secret, or None. See `calibrate(amplification=...)`.
+        certificate: What was certified while counting the steps of every example as secret, or
+            None. See `calibrate(amplification=...)`.
         schedule: Who takes part when: the one record that both the sampler and the accountant are
             given.
 
@@ -311,7 +312,7 @@ class TrainingPlan:
 
     @functools.cached_property
     def sensitivity(self) -> float:
-        """The sensitivity S: largest column norm, times sqrt(participations) in a fixed order."""
+        """The sensitivity S: that of the strategy under the participations of the schedule."""
         return self.schedule.sensitivity * self.strategy.sensitivity()
 
     @functools.cached_property
@@ -454,7 +455,7 @@ class TrainingPlan:
         """
         return planned_statement(
             self.schedule,
-            strategy_name=type(self.strategy).__name__,
+            strategy=strategy_in_words(self.strategy),
             noise_multiplier=self.noise_multiplier,
             epsilon=self.epsilon(steps),
             delta=self.delta,
@@ -584,7 +585,7 @@ def _set_fields(
     """Sets all fields of a new plan: the only place where they are set."""
     check_strategy(strategy, schedule)
     for field in dataclasses.fields(schedule):
-        if field.name != "num_bands":  # which is that of the strategy, as was just checked
+        if field.name in _names(type(plan)):  # the rest is that of the strategy: just checked
             object.__setattr__(plan, field.name, getattr(schedule, field.name))
     object.__setattr__(plan, "noise_multiplier", noise_multiplier)
     object.__setattr__(plan, "delta", delta)

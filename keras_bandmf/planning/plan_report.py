@@ -21,7 +21,7 @@ SECRET_GROUPS = "epsilon counts the random group of each example as secret"
 def planned_statement(
     schedule: Schedule,
     *,
-    strategy_name: str,
+    strategy: str,
     noise_multiplier: float,
     epsilon: float,
     delta: float,
@@ -36,7 +36,7 @@ def planned_statement(
 
     Args:
         schedule: The schedule of the run.
-        strategy_name: The name of the class of the strategy.
+        strategy: The strategy in words.
         noise_multiplier: sigma.
         epsilon: The epsilon that was computed for `steps`.
         delta: In (0, 1).
@@ -70,8 +70,8 @@ def planned_statement(
             caveats += (_of_certificate(certificate, steps_secret),)
     return Statement(
         executed=False,
-        mechanism=f"per-example clipping, {noise} Gaussian noise ({strategy_name}, "
-        f"{bands} band{'s' if bands > 1 else ''}), then a Keras optimizer",
+        mechanism=f"per-example clipping, {noise} Gaussian noise ({strategy}), then a Keras "
+        "optimizer",
         epsilon=epsilon,
         delta=delta,
         adjacency=schedule.adjacency,

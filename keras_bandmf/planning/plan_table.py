@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from keras_bandmf._printed import rounded_down, rounded_up
-from keras_bandmf.strategies import Workload
+from keras_bandmf.planning.arguments import strategy_in_words
+from keras_bandmf.strategies import BandedInverseStrategy, Workload
 
 if TYPE_CHECKING:
     from keras_bandmf.planning.plan import TrainingPlan
@@ -28,7 +29,7 @@ def plan_table(plan: TrainingPlan) -> str:
         ("batch size", f"{plan.batch_size}"),
         ("steps", f"{plan.num_steps} ({rounded_up(epochs, 4)} epochs of {plan.steps_per_epoch})"),
         ("sampling", plan.schedule.in_words()),
-        ("strategy", f"{type(plan.strategy).__name__}, bands: {plan.num_bands}"),
+        ("strategy", _strategy_row(plan)),
         ("workload", workload_in_words(plan.workload)),
         ("noise multiplier", rounded_down(plan.noise_multiplier, 6)),
         ("sensitivity", rounded_up(plan.sensitivity, 6)),
@@ -58,3 +59,9 @@ def workload_in_words(workload: Workload | None) -> str:
 def rmse_unit(workload: Workload | None) -> str:
     """Returns the unit of `expected_rmse`: learning rates scale the noise in the weights."""
     return "clip norms" if workload is None else "clip norms x learning rate"
+
+
+def _strategy_row(plan: TrainingPlan) -> str:
+    if isinstance(plan.strategy, BandedInverseStrategy):
+        return strategy_in_words(plan.strategy)
+    return f"{type(plan.strategy).__name__}, bands: {plan.num_bands}"

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf.clipping.coordinates import coordinates_of, released_shape
+from keras_bandmf.noise import NoiseTaps
 from keras_bandmf.rgp.carrier import Carrier
 
 
@@ -130,7 +131,9 @@ class RunCarriers:
 def _check_blocks(strategy: Any, period: int) -> None:
     if strategy.num_bands == 1:
         return
-    rows = np.asarray(strategy.noise_rows())
+    # Taps know no blocks: noise that is drawn again is correlated across every step.
+    taps = isinstance(strategy, NoiseTaps)
+    rows = np.zeros((0, 0)) if taps else np.asarray(strategy.noise_rows())
     steps = np.arange(len(rows)) % period
     across = np.arange(rows.shape[1]) > steps[:, None]
     if len(rows) != strategy.num_steps or np.any(rows[across] != 0.0):

@@ -40,6 +40,8 @@ class Schedule:
             Fixed order: a declared bound on them, or None.
         min_separation: Fixed order only: a declared bound, in steps, on the distance of two
             participations of an example. Declared together or not at all.
+        strategy_sensitivity: Fixed order only: S of a strategy with more bands than `separation`,
+            under the participations of this schedule. None where columns do not overlap.
 
     Raises:
         TypeError: A number is not an integer.
@@ -61,6 +63,7 @@ class Schedule:
     num_bands: int
     max_participations: int | None = None
     min_separation: int | None = None
+    strategy_sensitivity: float | None = None
 
     def __post_init__(self) -> None:
         checked_choice("sampling", self.sampling, SAMPLINGS)
@@ -88,7 +91,20 @@ class Schedule:
             if value is not None:
                 object.__setattr__(self, name, checked_int(name, value))
         self.law.check_declaration(self)
+        self._check_overlap()
         self.law.check(self)
+
+    def _check_overlap(self) -> None:
+        if self.strategy_sensitivity is None:
+            return
+        if not self.law.takes_overlap:
+            raise ValueError(
+                "A strategy whose columns overlap is accounted for in a fixed order only. "
+                f"Received: strategy_sensitivity={self.strategy_sensitivity!r}, "
+                f"sampling={self.sampling!r}. Use 'fixed_order', or a banded strategy."
+            )
+        # Largest column norm 1, and at least one participation.
+        checked_float("strategy_sensitivity", self.strategy_sensitivity, minimum=1.0)
 
     @property
     def law(self) -> SamplingLaw:
@@ -133,7 +149,10 @@ class Schedule:
 
     @property
     def sensitivity(self) -> float:
-        """S of a strategy whose largest column norm is 1: sqrt(k) in a fixed order, else 1."""
+        """S of a strategy whose largest column norm is 1.
+
+        It is sqrt(k) in a fixed order, or `strategy_sensitivity` if there is one, and else 1.
+        """
         return self.law.sensitivity(self)
 
     def participations(self, steps: int | None = None) -> int | None:

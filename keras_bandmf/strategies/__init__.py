@@ -6,8 +6,8 @@ from typing import Any
 
 from keras_bandmf._checks import checked_choice
 from keras_bandmf.strategies.banded import BandedStrategy
+from keras_bandmf.strategies.banded_inverse import BandedInverseStrategy
 from keras_bandmf.strategies.base import Strategy
-from keras_bandmf.strategies.baselines.banded_inverse import BandedInverseStrategy
 from keras_bandmf.strategies.baselines.buffered import BufferedToeplitzStrategy
 from keras_bandmf.strategies.baselines.tree import TreeStrategy
 from keras_bandmf.strategies.block_diagonal import BlockDiagonalStrategy

@@ -26,10 +26,11 @@ class Strategy(abc.ABC):
     column norm 1, so one contribution of an example changes C G by at most its clip norm.
 
     Instances are immutable, compare by value, and go through JSON without a change of a single bit
-    (`get_config`, `from_config`). Training accepts only the banded classes of this package, because
-    its accounting needs `C[i, j] = 0` for `i < j` and for `i - j >= num_bands`. Strategies without
-    bands serve for comparison only: they have no `num_bands`, their `noise_rows` and `tail_scale`
-    raise `NotImplementedError`, and a `TrainingPlan` refuses them.
+    (`get_config`, `from_config`). Training accepts the banded classes of this package, because its
+    accounting needs `C[i, j] = 0` for `i < j` and for `i - j >= num_bands`; and, in a fixed order,
+    `BandedInverseStrategy`. Other strategies without bands serve for comparison only: they have no
+    `num_bands`, their `noise_rows` and `tail_scale` raise `NotImplementedError`, and a
+    `TrainingPlan` refuses them.
 
     A subclass is a frozen dataclass made with `eq=False`. It defines `per_step_error`,
     `_sensitivity`, `_matrix`, `get_config` and `from_config`, and, if it is banded, `num_bands`,

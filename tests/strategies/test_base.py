@@ -23,7 +23,7 @@ def instances():
         strategies.BlockDiagonalStrategy(
             strategies.BandedStrategy(np.tile([1.0, 0.5], (4, 1))), STEPS
         ),
-        strategies.BandedInverseStrategy(STEPS, 3),
+        strategies.BandedInverseStrategy([1.0, -0.5, -0.125], STEPS),
         strategies.BufferedToeplitzStrategy(np.array([0.5]), np.array([0.5]), STEPS),
         strategies.TreeStrategy(STEPS),
     ]

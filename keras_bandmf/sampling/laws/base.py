@@ -53,6 +53,8 @@ class SamplingLaw(abc.ABC):
             `max_participations` and `min_separation` of it.
         fixes_participations: Whether `max_participations` is the number of steps that every
             example takes part in; in a plan of epochs it is their number.
+        takes_overlap: Whether participations may overlap in the noise, with a sensitivity that the
+            schedule brings (`strategy_sensitivity`).
         noise_depends_on_bands: Whether more bands need a larger noise multiplier for the same
             (epsilon, delta).
     """
@@ -61,6 +63,7 @@ class SamplingLaw(abc.ABC):
     adjacency: ClassVar[Adjacency]
     takes_declarations: ClassVar[bool] = False
     fixes_participations: ClassVar[bool] = False
+    takes_overlap: ClassVar[bool] = False
     noise_depends_on_bands: ClassVar[bool]
 
     def check_declaration(self, schedule: Schedule) -> None:

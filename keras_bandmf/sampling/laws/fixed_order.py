@@ -25,12 +25,16 @@ class FixedOrder(SamplingLaw):
           64-bit words); the guarantee does not depend on that.
         * The accounting: one Gaussian, under zero-out. Participations at least `separation` >=
           `num_bands` steps apart touch disjoint rows of the noise, so k of them have sensitivity
-          sqrt(k).
+          sqrt(k). With more bands their columns overlap, and S is the schedule's
+          `strategy_sensitivity`: a bound for k participations at least `separation` apart, in any
+          of the steps. Any number of steps then costs what all of them do, because the columns that
+          a shorter run cuts off are not known here.
     """
 
     name = "fixed_order"
     adjacency = "zero-out"
     takes_declarations = True
+    takes_overlap = True
     noise_depends_on_bands = False
 
     def check_declaration(self, schedule: Schedule) -> None:
@@ -52,7 +56,7 @@ class FixedOrder(SamplingLaw):
             )
 
     def check(self, schedule: Schedule) -> None:
-        """Refuses more bands than steps between two participations.
+        """Refuses more bands than steps between two participations, unless S is known.
 
         Args:
             schedule: The numbers to check.
@@ -61,7 +65,7 @@ class FixedOrder(SamplingLaw):
             ValueError: `num_bands` exceeds `separation`.
         """
         separation = self.separation(schedule)
-        if schedule.num_bands > separation:
+        if schedule.num_bands > separation and schedule.strategy_sensitivity is None:
             what = "`min_separation`" if schedule.min_separation else "the steps of an epoch"
             raise ValueError(
                 "In a fixed order, two participations of an example must be at least `num_bands` "
@@ -162,14 +166,17 @@ class FixedOrder(SamplingLaw):
         return most if declared is None else min(most, declared)
 
     def sensitivity(self, schedule: Schedule) -> float:
-        """Returns the square root of the number of participations.
+        """Returns the square root of the number of participations, or S of the strategy.
 
         Args:
             schedule: The numbers of the run.
 
         Returns:
-            sqrt(k): participations at least `num_bands` steps apart touch disjoint rows.
+            sqrt(k): participations at least `num_bands` steps apart touch disjoint rows. With more
+            bands, `strategy_sensitivity`.
         """
+        if schedule.strategy_sensitivity is not None:
+            return schedule.strategy_sensitivity
         return math.sqrt(self.participations(schedule, schedule.num_steps))
 
     def dp_event(
@@ -178,7 +185,7 @@ class FixedOrder(SamplingLaw):
         """Returns one Gaussian at `noise_multiplier * sqrt(k / k_t)`.
 
         k_t is the number of participations that are possible by step t = `steps`. The noise was
-        scaled for all k of the whole run.
+        scaled for all k of the whole run. With a `strategy_sensitivity`, k_t counts as k.
 
         Args:
             schedule: The numbers of the run.
@@ -188,6 +195,8 @@ class FixedOrder(SamplingLaw):
         Returns:
             A `dp_accounting.GaussianDpEvent`.
         """
+        if schedule.strategy_sensitivity is not None:
+            return dp_accounting.GaussianDpEvent(noise_multiplier)
         whole = self.participations(schedule, schedule.num_steps)
         share = whole / self.participations(schedule, steps)
         return dp_accounting.GaussianDpEvent(noise_multiplier * math.sqrt(share))

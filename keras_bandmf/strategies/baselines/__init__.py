@@ -1,1 +1,1 @@
-"""Strategies without bands, for comparison: trees, banded inverses and buffered matrices."""
+"""Strategies without bands, for comparison: trees and buffered matrices."""

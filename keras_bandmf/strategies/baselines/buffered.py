@@ -12,9 +12,9 @@ import scipy.special
 
 from keras_bandmf._checks import checked_choice, checked_int
 from keras_bandmf.strategies.arguments import ERRORS, ErrorMeasure, participation_schema
-from keras_bandmf.strategies.baselines.unbanded import UnbandedToeplitz, checked_steps
 from keras_bandmf.strategies.participation import participations
 from keras_bandmf.strategies.search.scipy_lbfgs import Minimum, Progress, minimize
+from keras_bandmf.strategies.unbanded import UnbandedToeplitz, checked_steps
 
 MAX_BUFFERS = 8
 

@@ -10,13 +10,13 @@ from typing import Literal, get_args
 import numpy as np
 
 from keras_bandmf._checks import checked_choice
-from keras_bandmf.strategies.baselines.unbanded import UnbandedStrategy, checked_steps
 from keras_bandmf.strategies.participation import (
     fixed_order_maximum,
     is_affordable,
     participations,
     separated_maximum,
 )
+from keras_bandmf.strategies.unbanded import UnbandedStrategy, checked_steps
 
 Decoder = Literal["plain", "online", "full"]
 DECODERS: tuple[str, ...] = get_args(Decoder)

@@ -9,7 +9,6 @@ import pytest
 import keras_bandmf as bandmf
 from keras_bandmf import strategies
 from keras_bandmf.strategies import (
-    BandedInverseStrategy,
     BufferedToeplitzStrategy,
     ToeplitzStrategy,
     TreeStrategy,
@@ -23,9 +22,6 @@ DECAY, SCALE = [0.3, 0.9, 0.99], [0.3, 0.2, 0.1]
 
 def unbanded(num_steps):
     return [
-        BandedInverseStrategy(num_steps, 1),
-        BandedInverseStrategy(num_steps, min(num_steps, 3)),
-        BandedInverseStrategy(num_steps, num_steps),
         BufferedToeplitzStrategy(DECAY, SCALE, num_steps),
         BufferedToeplitzStrategy([0.0], [0.5], num_steps),
         BufferedToeplitzStrategy([0.9, 0.9], [0.1, 0.3], num_steps),
@@ -105,22 +101,7 @@ def test_a_better_decoder_of_the_tree_has_a_lower_error():
     assert full < online < plain
 
 
-def test_banded_inverse_is_banded():
-    for n, b in [(50, 1), (50, 4), (50, 50)]:
-        inverse = np.linalg.inv(BandedInverseStrategy(n, b).materialize())
-        lag = np.subtract.outer(np.arange(n), np.arange(n))
-        np.testing.assert_allclose(inverse[(lag < 0) | (lag >= b)], 0.0, atol=1e-13)
-    assert BandedInverseStrategy(50, 1).loss() == pytest.approx(25.5)
-    root = ToeplitzStrategy.square_root(50, column_normalize=False)
-    assert BandedInverseStrategy(50, 50).loss() == pytest.approx(root.loss(), rel=1e-12)
-
-
 def test_a_million_steps():
-    s = BandedInverseStrategy(10**6, 300)
-    x = np.append(np.cumsum(s.inverse_coefficients()), 0.0)
-    x = np.append(x[:300], np.full(10**6 - 300, x[299]))
-    c = s.first_column()
-    np.testing.assert_allclose(s.per_step_error()[-1], np.sum(x**2) * np.sum(c**2), rtol=1e-10)
     errors = BufferedToeplitzStrategy(DECAY, SCALE, 10**6).per_step_error()
     short = BufferedToeplitzStrategy(DECAY, SCALE, 10**5).per_step_error()
     np.testing.assert_allclose(errors[: 10**5], short, rtol=1e-10)
@@ -241,7 +222,6 @@ def test_training_refuses_what_is_not_banded():
 @pytest.mark.parametrize("bad", [0, -1, 2.0, True, None, 10**8 + 1])
 def test_bad_steps(bad):
     for make in (
-        lambda: BandedInverseStrategy(bad, 1),
         lambda: TreeStrategy(bad),
         lambda: BufferedToeplitzStrategy(DECAY, SCALE, bad),
         lambda: BufferedToeplitzStrategy.optimize(bad, 2),
@@ -251,12 +231,6 @@ def test_bad_steps(bad):
 
 
 def test_bad_arguments():
-    with pytest.raises((TypeError, ValueError), match="num_bands=6, num_steps=5"):
-        BandedInverseStrategy(5, 6)
-    with pytest.raises(
-        (TypeError, ValueError), match="Expected `num_inverse_bands` to be an integer"
-    ):
-        BandedInverseStrategy(5, 0)
     with pytest.raises(
         (TypeError, ValueError), match="Expected `decoder` to be one of 'plain', 'online', 'full'"
     ):

@@ -1,7 +1,8 @@
-"""What the strategies that are not banded share; they are for comparison only.
+"""What the strategies that are not banded share.
 
-They have no number of bands. The noise of an example's participations overlaps over the whole run,
-so the accounting of amplified sampling does not hold for them, and a `TrainingPlan` refuses them.
+The noise of an example's participations overlaps over the whole run, so the accounting of amplified
+sampling does not hold for them. A `TrainingPlan` takes only `BandedInverseStrategy`, in a fixed
+order; the others are for comparison.
 """
 
 from __future__ import annotations
