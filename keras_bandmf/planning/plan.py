@@ -127,8 +127,7 @@ class TrainingPlan:
             max_participations: Random allocation: the number of participations of every row;
                 `epochs` if left out. Fixed order: the largest number of participations of a row,
                 declared for data that the user feeds.
-            min_separation: Fixed order only: the fewest steps between two participations of a
-                row, declared for data that the user feeds.
+            min_separation: Fixed order only: the fewest steps between two of them, declared, too.
             workload: The quantity whose error the strategy minimizes: a `strategies.Workload`, or
                 that of the `keras.optimizers.SGD` to train with. None is prefix sums, or whatever
                 a strategy object was optimized for.
