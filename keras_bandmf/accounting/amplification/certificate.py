@@ -18,7 +18,8 @@ from keras_bandmf._checks import checked_float, checked_int
 from keras_bandmf.accounting.amplification import proposals
 from keras_bandmf.accounting.amplification.concentration import upper_bound
 from keras_bandmf.accounting.amplification.estimator import Estimator, Moments, OutOfReach
-from keras_bandmf.sampling.patterns import PoissonInGroup
+from keras_bandmf.accounting.amplification.one_group import add_bound
+from keras_bandmf.sampling.patterns import AllocationInGroup, PoissonInGroup
 
 #: The public seed of all samples. A certificate is computed again from it, by anybody.
 SEED = 20261126
@@ -51,7 +52,7 @@ class Certificate:
         epsilon: of the claim.
         delta: of the claim.
         failure: the probability, over the random words of the samples, that the bounds fail.
-        samples: of the bounds, of the remove and the add direction.
+        samples: of the bounds, of the remove and the add direction; 0 where none are needed.
         attempt: which of the attempts was successful, from 0; each has its own seed.
         estimate: the mean of the weighted samples, the larger of both directions.
         bound: the upper confidence bound on delta(epsilon), at most `delta`.
@@ -95,7 +96,10 @@ class Certificate:
         }
         return cls(
             **floats,
-            samples=(checked_int("samples", samples[0]), checked_int("samples", samples[1])),
+            samples=(
+                checked_int("samples", samples[0]),
+                checked_int("samples", samples[1], minimum=0),
+            ),
             attempt=checked_int("attempt", config["attempt"], minimum=0),
         )
 
@@ -176,7 +180,9 @@ class Certifier:
             ValueError: if it is not confirmed.
         """
         sizes = {2**exponent for exponent in _LOG_SAMPLES}
-        possible = claim.attempt in range(_ATTEMPTS) and sizes >= set(claim.samples)
+        of_remove, of_add = claim.samples
+        possible = claim.attempt in range(_ATTEMPTS) and of_remove in sizes
+        possible = possible and of_add in ({0} if self._add_is_bounded else sizes)
         found = None
         if possible and claim.failure == FAILURE_SHARE * claim.delta:
             found = self._attempt(
@@ -244,6 +250,10 @@ class Certifier:
         """
         failure, counts, worst = _failure(delta, 0), [], 0.0
         for number, directed in enumerate((self._remove, self._add)):
+            if number and self._add_is_bounded:
+                counts.append(0)
+                worst = max(worst, self._bound_of_add(sigma, epsilon))
+                continue
             pilots = _PILOT_SAMPLES if number else _SECOND_PILOT_SAMPLES
             moments, largest = directed(sigma, epsilon, pilots, 1)
             mean = float(moments.mean[0])
@@ -278,6 +288,10 @@ class Certifier:
         failure = _failure(delta, attempt)
         bounds, means = [], []
         for directed, count in zip((self._remove, self._add), samples, strict=True):
+            if count == 0:
+                bounds.append(self._bound_of_add(sigma, epsilon))
+                means.append(bounds[-1])
+                continue
             moments, largest = directed(sigma, epsilon, count, 2 + attempt)
             if moments.largest[0] > largest * (1.0 + 1e-9):
                 raise RuntimeError(
@@ -297,6 +311,18 @@ class Certifier:
             max(means),
             max(bounds),
         )
+
+    @property
+    def _add_is_bounded(self) -> bool:
+        """Whether the add direction has a bound that needs no samples."""
+        law = self._estimator.law
+        return isinstance(law, AllocationInGroup) and law.rounds.num_bands == 1
+
+    def _bound_of_add(self, sigma: float, epsilon: float) -> float:
+        law = self._estimator.law
+        if not isinstance(law, AllocationInGroup):
+            raise TypeError(f"There is no bound without samples for this law. Received: {law}.")
+        return add_bound(law.rounds.num_steps, law.participations, sigma, epsilon)
 
     def _remove(
         self, sigma: float, epsilon: float, samples: int, seed: int
