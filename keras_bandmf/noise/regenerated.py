@@ -39,7 +39,8 @@ class RegeneratedNoise(CorrelatedNoise):
         rows a released value is a cell of the same width. There is no `exact`.
         *Once* is as in `CorrelatedNoise`. The key of a step is a one-way fold of the noise key. A
         checkpoint has those of the last p - 1 steps, from which these rows of Z follow, and no
-        other ones.
+        other ones unless it has the noise key for a replay. A row that is computed twice within a
+        step is taken to have the same bits, as was seen in every program that was tried.
 
     Args:
         strategy: The strategy, whose `noise_taps` define `C^-1`.

@@ -190,17 +190,21 @@ class RunState:
 
         Args:
             replay: Whether to include the keys of noise and masks, from which all noise of the run
-                can be computed. They are left out once the last step is made.
+                can be computed. They are left out once the last step is made; the ring is then
+                zero.
         """
-        keeps_key = replay and self.noise.position < self.noise.num_steps
+        finished = self.noise.position == self.noise.num_steps
+        keeps_key = replay and not finished
         none = np.zeros(0, np.int64)
+        ring = self.noise.get_ring()
         return {
             "format": np.array(_FORMAT, np.int32),
             "fingerprint": np.frombuffer(self.fingerprint.encode(), np.uint8),
             "sampler_key": self.sampler_key.view(np.int64),
             "noise_key": self.noise.get_key().view(np.int64) if keeps_key else none,
             "mask_key": self.get_mask_key().view(np.int64) if keeps_key else none,
-            "noise_ring": self.noise.get_ring(),
+            # No later row needs what is in the ring of a finished run.
+            "noise_ring": np.zeros_like(ring) if finished else ring,
             "position": np.array(self.noise.position, np.int64),
             "data_digest": np.frombuffer(self._data_digest or b"", np.uint8),
             "seeded": np.array(self.seeded, np.int32),

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import keras
 
 from keras_bandmf._checks import checked_choice, checked_float, checked_int
+from keras_bandmf.noise.taps import checked_taps
 from keras_bandmf.planning.keras_workload import workload_from_optimizer
 from keras_bandmf.sampling.laws import LAWS, SamplingName
 from keras_bandmf.sampling.schedule import Schedule, check_batch_size
@@ -487,6 +488,8 @@ def check_strategy(strategy: KnownStrategy, schedule: Schedule) -> None:
             f"strategy.num_bands={strategy.num_bands}. Leave `num_bands` out."
         )
     refuse_overlap(strategy, schedule.sampling)
+    if isinstance(strategy, BandedInverseStrategy):
+        checked_taps(strategy)
     overlap = overlap_sensitivity(strategy, schedule)
     if overlap != schedule.strategy_sensitivity:
         raise ValueError(

@@ -119,7 +119,8 @@ def _caveats(schedule: Schedule, delta: float, charged: int) -> tuple[str, ...]:
             f"{rounded_down(1 / schedule.num_examples, 3)}: "
             "even publishing one random row in full would satisfy this guarantee"
         )
-    if charged < schedule.num_steps:
+    # A strategy without bands is charged in full at its first step.
+    if charged < schedule.num_steps and schedule.strategy_sensitivity is None:
         caveats.append(
             f"charging {charged} of {schedule.num_steps} steps is valid only if this number was "
             "fixed in advance, or if the decision to stop looked at nothing private"

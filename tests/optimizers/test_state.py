@@ -134,3 +134,17 @@ def test_worker_processes_must_agree_on_everything_but_the_noise_key(difference,
     WORKER_DIFFERENCES[difference](worker)
     with pytest.raises(ValueError, match="are not running the same job"):
         worker.check_workers()
+
+
+def test_a_finished_run_keeps_no_row_of_its_noise():
+    """The file of a trained model is the one that is shared: no later row needs the ring."""
+    run = state(seed=1)
+    for _ in range(run.noise.num_steps):
+        run.noise.next()
+    assert np.any(run.noise.get_ring())
+    for replay in (False, True):
+        arrays = run.to_arrays(replay=replay)
+        assert not np.any(arrays["noise_ring"])
+    again = state()
+    again.from_arrays(arrays, replay=False)
+    assert again.noise.position == again.noise.num_steps

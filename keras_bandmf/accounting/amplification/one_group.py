@@ -61,7 +61,7 @@ def add_bound(steps: int, participations: int, sigma: float, epsilon: float) -> 
 
 def _log_mean(size: int, sigma: float) -> np.ndarray:
     """The distribution of the logarithm of the mean of `size` ratios, on the grid of logarithms."""
-    # A grid of the mean, of which that of many is never far from 1. Ratios are multiples of its step
+    # A grid of the mean, which is never far from 1 for many ratios. Those are multiples of its step
     # times `size`.
     step = (16.0 if size < 16 else 4.0) / _POINTS
     edges = np.arange(_POINTS + 1) * (step * size)
