@@ -165,3 +165,13 @@ def test_the_benchmark_of_amplification_has_a_row_for_each_law(monkeypatch):
     assert module.table(records).count("| tiny |") == 2
     del records[0]["sigma"]
     assert module.table(records[:1]).count("out of reach") == 1
+
+
+def test_both_banded_solvers_are_timed(capsys):
+    path = PATH.with_name("banded_solvers.py")
+    spec = importlib.util.spec_from_file_location("banded_solvers", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(sizes=((40, 3),))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(number > 0 for number in numbers_of(lines[1]))

@@ -23,7 +23,7 @@ from keras_bandmf.strategies.arguments import (
 from keras_bandmf.strategies.base import Strategy
 from keras_bandmf.strategies.errors.banded import BandedErrors, block_size
 from keras_bandmf.strategies.long_start import is_long, long_start
-from keras_bandmf.strategies.search.banded import normalize_columns, search
+from keras_bandmf.strategies.search.banded import SOLVERS, Solver, normalize_columns, search
 from keras_bandmf.strategies.search.cache import Record, Store, digest
 from keras_bandmf.strategies.search.checkpoints import Checkpoints
 from keras_bandmf.strategies.search.scipy_lbfgs import Progress
@@ -96,6 +96,7 @@ class BandedStrategy(Strategy):
         workload: Workload | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         checkpoint_seconds: float = 300.0,
+        solver: Solver = "blocks",
     ) -> BandedStrategy:
         """Finds the columns with the lowest error, by L-BFGS.
 
@@ -131,6 +132,9 @@ class BandedStrategy(Strategy):
           cache_dir: the directory of results and checkpoints. None writes no files. A result takes
             8 n b bytes, a checkpoint up to 25 times that.
           checkpoint_seconds: the least time between two checkpoints; infinity for none.
+          solver: what computes errors and gradients: "blocks" is NumPy code, the faster one on
+            processors; "graph" is a TensorFlow graph, which runs on the device of
+            `tf.device(...)`. Both find the same strategy, up to rounding.
 
         Returns:
           The strategy. Its error is never larger than that of the start.
@@ -155,6 +159,7 @@ class BandedStrategy(Strategy):
         num_bands = checked_int("num_bands", num_bands)
         max_iterations = checked_int("max_iterations", max_iterations)
         checked_choice("error", error, ERRORS)
+        checked_choice("solver", solver, tuple(SOLVERS))
         check_shape(num_steps, num_bands)
         gain = checked_float("gain", gain, above=0.0, below=1.0)
         if checkpoint_seconds != math.inf:
@@ -174,6 +179,8 @@ class BandedStrategy(Strategy):
                 "gain": gain,
                 "start": None if first is None else digest(first),
                 **workload_config(workload),
+                # Results of the default keep the names that they always had.
+                **({} if solver == "blocks" else {"solver": solver}),
             }
             store = Store(cache_dir, request)
             if (kept := store.load("result")) is not None:
@@ -186,7 +193,7 @@ class BandedStrategy(Strategy):
             return cls(first, workload)
         blocks = blocks_of(workload, num_steps, block_size(num_bands))
         columns, converged = search(
-            first, blocks, error, gain, max_iterations, callback, checkpoints
+            first, blocks, error, gain, max_iterations, callback, checkpoints, solver
         )
         if store is not None and checkpoints is not None and converged:
             store.save("result", Record({}, {"columns": columns}))

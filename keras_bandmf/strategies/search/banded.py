@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 
 from keras_bandmf.strategies.arguments import ErrorMeasure, reduced
 from keras_bandmf.strategies.errors.banded import BandedErrors, WorkloadBlocks
+from keras_bandmf.strategies.errors.banded_graph import GraphErrors
 from keras_bandmf.strategies.search.checkpoints import Checkpoints, SearchState
 from keras_bandmf.strategies.search.lbfgs import DescentState, descend
 from keras_bandmf.strategies.search.preconditioner import Preconditioner, preconditioner_of
@@ -24,6 +26,13 @@ _MAX_ERROR_GAIN = 100.0
 FIRST_STEP = 0.3
 # How many pairs of vectors the search keeps, and how many where a vector is long.
 MEMORY, _SHORT_MEMORY, _LONG_VECTOR = 10, 5, 4_000_000
+
+#: What computes errors and gradients.
+Solver = Literal["blocks", "graph"]
+SOLVERS: dict[Solver, type[BandedErrors] | type[GraphErrors]] = {
+    "blocks": BandedErrors,
+    "graph": GraphErrors,
+}
 
 
 def normalize_columns(columns: np.ndarray) -> np.ndarray:
@@ -107,7 +116,7 @@ class LogLoss:
     def __init__(
         self,
         origin: np.ndarray,
-        errors: BandedErrors,
+        errors: BandedErrors | GraphErrors,
         mean: Callable[[np.ndarray], tuple[float, np.ndarray]],
         preconditioner: Preconditioner | None = None,
         weights: np.ndarray | None = None,
@@ -176,6 +185,7 @@ def search(
     max_iterations: int,
     callback: Callable[[Progress], object] | None = None,
     checkpoints: Checkpoints | None = None,
+    solver: Solver = "blocks",
 ) -> tuple[np.ndarray, bool]:
     """Returns columns of norm 1 with a lower error than those of the start.
 
@@ -190,6 +200,7 @@ def search(
         mean error, or of the power mean that stands in for the largest.
       checkpoints: where the state of the search is stored while it runs. If a state is there
         already, the search continues from it.
+      solver: what computes errors and gradients: a key of `SOLVERS`.
 
     Returns:
       `(n, b)` float64, the best columns that were found, never with a larger error than `start`;
@@ -199,7 +210,7 @@ def search(
       RuntimeWarning: if `max_iterations` were not enough.
     """
     n, b = start.shape
-    errors = BandedErrors(n, b, workload)
+    errors = SOLVERS[solver](n, b, workload)
     at = SearchState(0, 0, start, start, None)
     if checkpoints is not None:
         at = checkpoints.load(start) or at
