@@ -111,4 +111,4 @@ def test_a_shift_far_in_the_tail_loses_no_samples(epsilon):
 def test_a_lost_sample_is_an_error():
     estimator = Estimator(np.ones((1, 1)), law_of("poisson", 1, 1, 1.0))
     with pytest.raises(OutOfReach, match="range of float64"):
-        estimator.shift(1.0, 30.0, 0.0, 1_000, 5)
+        estimator.shift(1.0, 30.0, 0.5, 1_000, 5)
