@@ -106,3 +106,11 @@ def test_random_allocation_certified():
     law = AllocationInGroup(Rounds(240, 12), 4)
     certifier = Certifier(Estimator(reference.square_root_columns(240, 12), law))
     assert certifier.noise(4.0, 1e-5, 1.1).sigma <= 0.96
+
+
+def test_a_search_that_begins_with_too_little_noise_climbs():
+    law = reference.law_of("allocation", 24, 4, 2)
+    certifier = Certifier(Estimator(reference.square_root_columns(24, 4), law))
+    # A fifth of what is needed.
+    found = certifier.estimated_noise(2.0, 1e-4, 0.2)
+    assert found == pytest.approx(certifier.estimated_noise(2.0, 1e-4, 1.0), rel=0.05)
