@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from keras_bandmf._checks import checked_float, checked_int
-from keras_bandmf.accounting.amplification import proposals
+from keras_bandmf.accounting.amplification import one_group, proposals
 from keras_bandmf.accounting.amplification.concentration import upper_bound
 from keras_bandmf.accounting.amplification.estimator import Estimator, Moments, OutOfReach
-from keras_bandmf.accounting.amplification.one_group import add_bound
 from keras_bandmf.sampling.patterns import AllocationInGroup, PoissonInGroup
 
 #: The public seed of all samples. A certificate is computed again from it, by anybody.
@@ -32,9 +31,9 @@ _GRID = 256
 
 #: Numbers of samples lie on the grid 2^i, from 2^14 to 2^21.
 _LOG_SAMPLES = range(14, 22)
-LEAST_SAMPLES = 2 ** _LOG_SAMPLES[0]
-_PILOT_SAMPLES = LEAST_SAMPLES
-_SECOND_PILOT_SAMPLES = 2**16
+_PILOT_SAMPLES = 2 ** _LOG_SAMPLES[0]
+#: By which the samples of an attempt are planned, in the remove direction.
+_PLANNING_SAMPLES = 2**16
 _COMPARISON_SAMPLES = 2**13
 _ATTEMPTS = 8
 #: What the confidence bounds may add to delta, as a share of it, where samples are affordable.
@@ -123,6 +122,11 @@ class Certifier:
     def __init__(self, estimator: Estimator, max_samples: int = 2**19):
         self._estimator = estimator
         self._max_samples = max_samples
+        law = estimator.law
+        #: The law where the add direction has a bound that needs no samples, else None.
+        self._one_group = None
+        if isinstance(law, AllocationInGroup) and law.rounds.num_bands == 1:
+            self._one_group = law
 
     def noise(self, epsilon: float, delta: float, guess: float) -> Certificate:
         """The least noise multiplier of the grid that can be certified for (epsilon, delta).
@@ -182,7 +186,7 @@ class Certifier:
         sizes = {2**exponent for exponent in _LOG_SAMPLES}
         of_remove, of_add = claim.samples
         possible = claim.attempt in range(_ATTEMPTS) and of_remove in sizes
-        possible = possible and of_add in ({0} if self._add_is_bounded else sizes)
+        possible = possible and of_add in (sizes if self._one_group is None else {0})
         found = None
         if possible and claim.failure == FAILURE_SHARE * claim.delta:
             found = self._attempt(
@@ -250,11 +254,11 @@ class Certifier:
         """
         failure, counts, worst = _failure(delta, 0), [], 0.0
         for number, directed in enumerate((self._remove, self._add)):
-            if number and self._add_is_bounded:
+            if number and self._one_group is not None:
                 counts.append(0)
-                worst = max(worst, self._bound_of_add(sigma, epsilon))
+                worst = max(worst, one_group.add_bound(self._one_group, sigma, epsilon))
                 continue
-            pilots = _PILOT_SAMPLES if number else _SECOND_PILOT_SAMPLES
+            pilots = _PILOT_SAMPLES if number else _PLANNING_SAMPLES
             moments, largest = directed(sigma, epsilon, pilots, 1)
             mean = float(moments.mean[0])
             # The mean of these samples, and of those of the attempt, is off by some of its errors.
@@ -287,12 +291,12 @@ class Certifier:
     ) -> Certificate:
         failure = _failure(delta, attempt)
         bounds, means = [], []
-        for directed, count in zip((self._remove, self._add), samples, strict=True):
-            if count == 0:
-                bounds.append(self._bound_of_add(sigma, epsilon))
+        for number, directed in enumerate((self._remove, self._add)):
+            if number and self._one_group is not None:
+                bounds.append(one_group.add_bound(self._one_group, sigma, epsilon))
                 means.append(bounds[-1])
                 continue
-            moments, largest = directed(sigma, epsilon, count, 2 + attempt)
+            moments, largest = directed(sigma, epsilon, samples[number], 2 + attempt)
             if moments.largest[0] > largest * (1.0 + 1e-9):
                 raise RuntimeError(
                     f"A sample of {moments.largest[0]:.9g} is above its proved bound "
@@ -311,18 +315,6 @@ class Certifier:
             max(means),
             max(bounds),
         )
-
-    @property
-    def _add_is_bounded(self) -> bool:
-        """Whether the add direction has a bound that needs no samples."""
-        law = self._estimator.law
-        return isinstance(law, AllocationInGroup) and law.rounds.num_bands == 1
-
-    def _bound_of_add(self, sigma: float, epsilon: float) -> float:
-        law = self._estimator.law
-        if not isinstance(law, AllocationInGroup):
-            raise TypeError(f"There is no bound without samples for this law. Received: {law}.")
-        return add_bound(law.rounds.num_steps, law.participations, sigma, epsilon)
 
     def _remove(
         self, sigma: float, epsilon: float, samples: int, seed: int

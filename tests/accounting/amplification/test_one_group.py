@@ -4,11 +4,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from keras_bandmf.accounting.amplification import one_group
 from keras_bandmf.accounting.amplification.certificate import Certifier
 from keras_bandmf.accounting.amplification.estimator import Estimator
 from keras_bandmf.accounting.amplification.one_group import add_bound
 
 from . import reference
+
+
+def bound_of(steps, participations, sigma, epsilon):
+    return add_bound(reference.law_of("allocation", steps, 1, participations), sigma, epsilon)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +31,7 @@ def test_against_samples(steps, participations, sigma, epsilon):
     for column in u.T:
         coefficients[1:] += column * coefficients[:-1]
     allocated = coefficients[-1] / scipy.special.comb(steps, participations)
-    bound = add_bound(steps, participations, sigma, epsilon)
+    bound = bound_of(steps, participations, sigma, epsilon)
     for ratio, tight in ((blocked, True), (allocated, False)):
         samples = np.maximum(1.0 - np.exp(epsilon) * ratio, 0.0)
         mean, error = samples.mean(), samples.std() / np.sqrt(len(samples))
@@ -42,12 +47,12 @@ def test_of_one_step_it_is_that_of_a_gaussian(sigma, epsilon):
     exact = cdf(0.5 / sigma - epsilon * sigma)
     exact -= np.exp(epsilon) * cdf(-0.5 / sigma - epsilon * sigma)
     # The grid of ratios is coarse where e^-epsilon is small.
-    assert exact <= add_bound(1, 1, sigma, epsilon) <= 1.1 * exact + 1e-11
+    assert exact <= bound_of(1, 1, sigma, epsilon) <= 1.1 * exact + 1e-11
 
 
 def test_it_is_at_most_one_and_falls_with_noise_and_epsilon():
-    assert 0.99 < add_bound(10, 10, 0.05, 1.0) <= 1.0
-    assert add_bound(10, 2, 1.0, 1.0) > add_bound(10, 2, 1.1, 1.0) > add_bound(10, 2, 1.1, 1.2)
+    assert 0.99 < bound_of(10, 10, 0.05, 1.0) <= 1.0
+    assert bound_of(10, 2, 1.0, 1.0) > bound_of(10, 2, 1.1, 1.0) > bound_of(10, 2, 1.1, 1.2)
 
 
 def test_certificates_of_one_group_draw_no_samples_for_it():
@@ -61,3 +66,29 @@ def test_certificates_of_one_group_draw_no_samples_for_it():
         assert mean - 5 * error <= 1e-3
     with pytest.raises(ValueError, match="not confirmed"):
         certifier.verify(type(found)(**{**found.__dict__, "samples": (found.samples[0], 2**14)}))
+
+
+def test_several_groups_are_refused():
+    with pytest.raises(ValueError, match="Expected a law of one group"):
+        add_bound(reference.law_of("allocation", 24, 2, 2), 1.0, 1.0)
+
+
+@pytest.mark.parametrize("spread", [3.0, 300.0])
+def test_fourier_transforms_are_off_by_less_than_their_bound(spread):
+    points = np.arange(4_000)
+    first = np.exp(-(((points - 900) / spread) ** 2))
+    second = np.exp(-(((points - 1_300) / spread) ** 2))
+    first, second = first / first.sum(), second / second.sum()
+    values, off = one_group._convolved(
+        one_group._Distribution(first, 0.0), one_group._Distribution(second, 1e-12)
+    )
+    # Sums of products that are not negative: exact to some units in the last place of each.
+    assert np.abs(values - np.convolve(first, second)).sum() <= off - 1e-12
+    assert 1e-12 < off < 2e-12
+
+
+def test_what_transforms_may_hide_is_added():
+    # The divergence is below 1e-100 there.
+    law = reference.law_of("allocation", 24, 1, 2)
+    product = one_group._power(one_group._log_mean(12, 5.0), 2, one_group._product)
+    assert 0.0 < product.off <= add_bound(law, 5.0, 8.0) < 1e-9
