@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -154,17 +154,8 @@ class Estimator:
         largest: float = math.inf,
     ) -> Moments:
         """Samples of the remove direction from a tilt, `largest` being what they cannot exceed."""
-        run = functools.partial(
-            self._programs.remove,
-            self._matrix,
-            tf.constant(sigma, tf.float64),
-            tf.constant(tilt.probability, tf.float64),
-            tf.constant(float(tilt.power), tf.float64),
-            _ends(tilt.chosen),
-            _ends(tilt.others),
-            tf.constant(tilt.inclusion, tf.float64),
-            tf.constant(tilt.log_norms, tf.float64),
-        )
+        tilt = tilt._replace(chosen=_ends(tilt.chosen), others=_ends(tilt.others))
+        run = self._run(self._programs.remove, sigma, tilt)
         return self._moments(run, _Sums(-1.0, epsilons, largest), samples, seed)
 
     def dip(
@@ -177,12 +168,7 @@ class Estimator:
         largest: float = math.inf,
     ) -> Moments:
         """Samples of the add direction from a dip."""
-        run = functools.partial(
-            self._programs.dip,
-            self._matrix,
-            tf.constant(sigma, tf.float64),
-            *(tf.constant(value, tf.float64) for value in dip),
-        )
+        run = self._run(self._programs.dip, sigma, dip)
         return self._moments(run, _Sums(1.0, epsilons, largest), samples, seed)
 
     def shift(
@@ -198,17 +184,14 @@ class Estimator:
         shift = proposals.shift(
             self.mean_square, self._participations, sigma, float(np.min(epsilons)), tilt
         )
-        tilted, limit, room = (tf.constant(value, tf.float64) for value in shift)
-        run = functools.partial(
-            self._programs.shift,
-            self._matrix,
-            tf.constant(sigma, tf.float64),
-            tilted,
-            limit,
-            room,
-            self._direction,
-        )
+        run = self._run(self._programs.shift, sigma, shift, self._direction)
         return self._moments(run, _Sums(1.0, epsilons, largest), samples, seed)
+
+    def _run(self, program: Callable[..., Any], sigma: float, proposal: Any, *more: Any) -> _Run:
+        """A program of samples with all but its key and the number of its chunk."""
+        tensors = (tf.constant(value, tf.float64) for value in proposal)
+        sigma = tf.constant(sigma, tf.float64)
+        return functools.partial(program, self._matrix, sigma, type(proposal)(*tensors), *more)
 
     @property
     def expected_participations(self) -> float:
@@ -254,8 +237,8 @@ class Estimator:
 _programs_of = functools.lru_cache(maxsize=8)(Programs)
 
 
-def _ends(probabilities: np.ndarray) -> tf.Tensor:
+def _ends(probabilities: np.ndarray) -> np.ndarray:
     """Cumulated, for the most outcomes there are, so that one trace serves every power."""
     ends = np.full(proposals.LARGEST_POWER + 1, 2.0)
     ends[: len(probabilities) - 1] = np.cumsum(probabilities)[:-1]
-    return tf.constant(ends)
+    return ends

@@ -66,9 +66,9 @@ class Columns(NamedTuple):
 class Programs:
     """The graphs of one law. Tables of steps have shape (rounds, b, samples).
 
-    Each of `remove`, `dip` and `shift` takes the `Columns`, sigma and the numbers of its proposal,
-    and at last a key and the number of the chunk of samples. It returns log L and the log of the
-    weight of each sample, without what depends on epsilon: shape (samples,).
+    Each of `remove`, `dip` and `shift` takes the `Columns`, sigma and its proposal, whose numbers
+    are tensors, and at last a key and the number of the chunk of samples. It returns log L and the
+    log of the weight of each sample, without what depends on epsilon: shape (samples,).
 
     Args:
         law: the law.
@@ -161,37 +161,24 @@ class Programs:
         self,
         matrix: Columns,
         sigma: tf.Tensor,
-        probability: tf.Tensor,
-        power: tf.Tensor,
-        chosen: tf.Tensor,
-        others: tf.Tensor,
-        inclusion: tf.Tensor,
-        log_norms: tf.Tensor,
+        tilt: proposals.Tilt,
         key: tf.Tensor,
         index: tf.Tensor,
     ) -> _Logs:
-        """Weighted samples of the remove direction: see `proposals.Tilt`."""
-        numbers = sigma, probability, power, chosen, others, inclusion, log_norms
-        return self._remove(self._normals(key, index), matrix, *numbers, key, index)
+        """Weighted samples of the remove direction, of a `proposals.Tilt` of tensors."""
+        return self._remove(self._normals(key, index), matrix, sigma, tilt, key, index)
 
     def _removed(
         self,
         halves: _Halves,
         matrix: Columns,
         sigma: tf.Tensor,
-        probability: tf.Tensor,
-        power: tf.Tensor,
-        chosen: tf.Tensor,
-        others: tf.Tensor,
-        inclusion: tf.Tensor,
-        log_norms: tf.Tensor,
+        tilt: proposals.Tilt,
         key: tf.Tensor,
         index: tf.Tensor,
     ) -> _Logs:
         group, multiples = self._multiples(
-            chosen,
-            others,
-            inclusion,
+            tilt,
             sigma,
             self._uniforms(key, index, [self.chunk], 1),
             self._uniforms(key, index, self._table_shape, 2),
@@ -200,14 +187,12 @@ class Programs:
         y = _reshaped(halves, [self._rows, self.chunk])
         y = self._moved(matrix.owned, y, group, multiples)
         x = self._scores(matrix.columns, y)
-        log_ratio, log_density = self._remove_logs(x, sigma, probability, power, log_norms)
+        log_ratio, log_density = self._remove_logs(x, sigma, tilt)
         return log_ratio, log_ratio - log_density
 
     def _drawn_multiples(
         self,
-        chosen: tf.Tensor,
-        others: tf.Tensor,
-        inclusion: tf.Tensor,
+        tilt: proposals.Tilt,
         sigma: tf.Tensor,
         of_group: tf.Tensor,
         of_multiples: tf.Tensor,
@@ -215,9 +200,9 @@ class Programs:
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """(the groups, by how much each of their scores is shifted, after a row of zeros)."""
         group = self._group(of_group)
-        part = self._pattern(of_pattern, group, inclusion)
+        part = self._pattern(of_pattern, group, tilt.inclusion)
         u = of_multiples
-        multiples = tf.where(part, 1.0 + _counted(u, chosen), _counted(u, others))
+        multiples = tf.where(part, 1.0 + _counted(u, tilt.chosen), _counted(u, tilt.others))
         return group, tf.pad(multiples / sigma, [[1, 0], [0, 0]])
 
     def _pattern(self, u: tf.Tensor, group: tf.Tensor, inclusion: tf.Tensor) -> tf.Tensor:
@@ -230,38 +215,30 @@ class Programs:
         return u <= tf.sort(u, axis=0)[self.law.participations - 1]
 
     def _logs_of_remove(
-        self,
-        x: tf.Tensor,
-        sigma: tf.Tensor,
-        probability: tf.Tensor,
-        power: tf.Tensor,
-        log_norms: tf.Tensor,
+        self, x: tf.Tensor, sigma: tf.Tensor, tilt: proposals.Tilt
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """(log L, log of the density of the proposal)."""
         log_u, each, log_ratio = self._ratios(x, sigma)
         log_h = each
         if not isinstance(self.law, PoissonInGroup):  # whose tilt has the q of the law
-            log_h = log_mixed_product(log_u, probability, self.law.rounds)
-        log_density = each + self._log_weights() + power * log_h - log_norms[:, None]
+            log_h = log_mixed_product(log_u, tilt.probability, self.law.rounds)
+        log_density = each + self._log_weights() + tilt.power * log_h - tilt.log_norms[:, None]
         return log_ratio, tf.reduce_logsumexp(log_density, axis=0)
 
     def dip(
         self,
         matrix: Columns,
         sigma: tf.Tensor,
-        power: tf.Tensor,
-        accepted: tf.Tensor,
-        rest: tf.Tensor,
+        dip: proposals.Dip,
         key: tf.Tensor,
         index: tf.Tensor,
     ) -> _Logs:
-        """Weighted samples of the add direction for Poisson: see `proposals.Dip`.
+        """Weighted samples of the add direction, of a `proposals.Dip` of tensors.
 
         The own scores of the noise are the first of the tries.
         """
         tries = _normals_of(key, 2 * index + 1, self._tries_shape)
-        numbers = sigma, power, accepted, rest
-        return self._dip(self._normals(key, index), tries, matrix, *numbers, key, index)
+        return self._dip(self._normals(key, index), tries, matrix, sigma, dip, key, index)
 
     def _dipped(
         self,
@@ -269,9 +246,7 @@ class Programs:
         tries: _Halves,
         matrix: Columns,
         sigma: tf.Tensor,
-        power: tf.Tensor,
-        accepted: tf.Tensor,
-        rest: tf.Tensor,
+        dip: proposals.Dip,
         key: tf.Tensor,
         index: tf.Tensor,
     ) -> _Logs:
@@ -279,9 +254,9 @@ class Programs:
         others = _reshaped(tries, self._tries_shape)
         group, own = self._own_scores(matrix.owned, y, self._uniforms(key, index, [self.chunk], 1))
         uniforms = self._uniforms(key, index, self._tries_shape, 2)
-        change = self._accepted(sigma, power, own, others, uniforms)
+        change = self._accepted(sigma, dip.power, own, others, uniforms)
         x = self._scores(matrix.columns, self._moved(matrix.owned, y, group, change))
-        log_ratio, log_density = self._dip_logs(x, sigma, power, accepted, rest)
+        log_ratio, log_density = self._dip_logs(x, sigma, dip)
         return log_ratio, -log_density
 
     def _accepted_change(
@@ -308,16 +283,11 @@ class Programs:
         return -power * (tf.maximum(log_odds, 0.0) + tf.math.log1p(tf.exp(-tf.abs(log_odds))))
 
     def _logs_of_dip(
-        self,
-        x: tf.Tensor,
-        sigma: tf.Tensor,
-        power: tf.Tensor,
-        accepted: tf.Tensor,
-        rest: tf.Tensor,
+        self, x: tf.Tensor, sigma: tf.Tensor, dip: proposals.Dip
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """(log L, log of the density of the proposal)."""
         _, _, log_ratio = self._ratios(x, sigma)
-        terms = accepted * tf.exp(self._log_chance(x, sigma, power)) + rest
+        terms = dip.accepted * tf.exp(self._log_chance(x, sigma, dip.power)) + dip.rest
         # Between `rest` and TRIES + 1. What is too small for float64 counts as 0, which makes
         # weights larger.
         log_each = log_product(tf.where(self.law.rounds.exist(), terms, 1.0), 64)
@@ -327,44 +297,34 @@ class Programs:
         self,
         matrix: Columns,
         sigma: tf.Tensor,
-        tilt: tf.Tensor,
-        limit: tf.Tensor,
-        room: tf.Tensor,
+        shift: proposals.Shift,
         direction: tf.Tensor,
         key: tf.Tensor,
         index: tf.Tensor,
     ) -> _Logs:
-        """Weighted samples of the add direction: see `proposals.Shift`."""
-        numbers = sigma, tilt, limit, room, direction
-        return self._shift(self._normals(key, index), matrix, *numbers, key, index)
+        """Weighted samples of the add direction, of a `proposals.Shift` of tensors."""
+        return self._shift(self._normals(key, index), matrix, sigma, shift, direction, key, index)
 
     def _all_shifted(
         self,
         halves: _Halves,
         matrix: Columns,
         sigma: tf.Tensor,
-        tilt: tf.Tensor,
-        limit: tf.Tensor,
-        room: tf.Tensor,
+        shift: proposals.Shift,
         direction: tf.Tensor,
         key: tf.Tensor,
         index: tf.Tensor,
     ) -> _Logs:
         y = _reshaped(halves, [self._rows, self.chunk])
         u = self._uniforms(key, index, [self.chunk], 2)
-        y, log_weight = self._shifted(y, u, tilt, limit, room, direction)
+        y, log_weight = self._shifted(y, u, shift, direction)
         return self._shift_logs(self._scores(matrix.columns, y), sigma), log_weight
 
     def _shifted_noise(
-        self,
-        y: tf.Tensor,
-        u: tf.Tensor,
-        tilt: tf.Tensor,
-        limit: tf.Tensor,
-        room: tf.Tensor,
-        direction: tf.Tensor,
+        self, y: tf.Tensor, u: tf.Tensor, shift: proposals.Shift, direction: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """(the noise with another component along the direction, log of its weight)."""
+        tilt, limit, room = shift
         # Not 0, whose quantile is infinite.
         s = tf.minimum(tf.math.ndtri((u + 2.0**-54) * room) - tilt, limit)
         # A sample that is lost must not count as 0.
