@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from keras_bandmf.planning.band_choice import BandChoice
-from keras_bandmf.planning.calibration import compare_bands
+from keras_bandmf.planning.calibration import compare_bands, resolved_amplification
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.progress import ProgressBar
 from keras_bandmf.plots import plot_plan
@@ -117,9 +117,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--sampling",
         default="cyclic_poisson",
         choices=["cyclic_poisson", "random_allocation", "fixed_order", "auto"],
-        help="how batches are drawn (default: %(default)s). 'auto' takes cyclic_poisson or "
-        "fixed_order, whichever has the lower expected error, which also decides which data sets "
-        "are neighbors (see the adjacency of the plan)",
+        help="how batches are drawn (default: %(default)s). 'auto' takes the one of lowest "
+        "expected error, random_allocation only with --amplification secret_group; this also "
+        "decides which data sets are neighbors (see the adjacency of the plan)",
     )
 
 
@@ -189,15 +189,15 @@ def _plan(arguments: argparse.Namespace) -> str:
             message = f"argument --{name}: expected a file in a folder that exists, received: "
             raise _UsageError(f"{message}{str(path)!r}")
     choice, num_bands, known = _choice(arguments), arguments.num_bands, ""
-    secret = arguments.sampling == "random_allocation" and arguments.amplification == "auto"
-    if secret or arguments.amplification == "secret_group":
+    amplification = resolved_amplification(arguments.amplification, arguments.sampling)
+    if amplification == "secret_group":
         # Bands and coefficients are chosen anew, by that accounting.
         plan = TrainingPlan.calibrate(
             **_run_of(arguments),
             num_bands=num_bands,
             max_bands=arguments.max_bands,
             sampling=arguments.sampling,
-            amplification="secret_group",
+            amplification=amplification,
             # A bar would be in the way of whoever reads the report by a program.
             callback=ProgressBar(verbose=int(sys.stdout.isatty())),
             cache_dir=arguments.cache_dir,
@@ -209,7 +209,7 @@ def _plan(arguments: argparse.Namespace) -> str:
             **_run_of(arguments),
             strategy=best.strategy,
             sampling=best.sampling,
-            amplification="known_group",
+            amplification=amplification,
         )
     report = f"{plan}\n\nBands compared at this epsilon and delta{known}:\n{choice}"
     if arguments.json is not None:

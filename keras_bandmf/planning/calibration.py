@@ -183,6 +183,27 @@ def _compared(
     return BandChoice(tuple(candidates))
 
 
+def resolved_amplification(
+    amplification: Amplification, sampling: SamplingName | Literal["auto"]
+) -> Amplification:
+    """Returns "known_group" or "secret_group": what "auto" means under a sampling law.
+
+    Args:
+        amplification: The argument of `TrainingPlan.calibrate`.
+        sampling: The name of a sampling law, or "auto".
+
+    Raises:
+        TypeError: An argument is not a string.
+        ValueError: An argument is unknown.
+    """
+    checked_choice("amplification", amplification, _AMPLIFICATIONS)
+    checked_choice("sampling", sampling, (*SAMPLINGS, "auto"))
+    if amplification != "auto":
+        return amplification
+    allocates = sampling != "auto" and LAWS[sampling].fixes_participations
+    return "secret_group" if allocates else "known_group"
+
+
 def calibrated_run(
     arguments: PlanArguments,
     *,
@@ -215,11 +236,7 @@ def calibrated_run(
         ValueError: A value or a combination cannot be accounted for.
     """
     epsilon, delta = checked_epsilon(epsilon), checked_delta(delta)
-    checked_choice("amplification", amplification, _AMPLIFICATIONS)
-    checked_choice("sampling", sampling, (*SAMPLINGS, "auto"))
-    if amplification == "auto":
-        allocates = sampling != "auto" and LAWS[sampling].fixes_participations
-        amplification = "secret_group" if allocates else "known_group"
+    amplification = resolved_amplification(amplification, sampling)
     if amplification == "secret_group":
         if sampling == "fixed_order":
             raise ValueError(
