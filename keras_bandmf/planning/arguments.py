@@ -172,6 +172,8 @@ class PlanArguments:
             min_separation=self.min_separation,
         )
         overlap = overlap_sensitivity(self.strategy, schedule)
+        if overlap is None:
+            return schedule
         return dataclasses.replace(schedule, num_bands=num_bands, strategy_sensitivity=overlap)
 
     def quick_strategy(self, num_bands: int) -> KnownStrategy:

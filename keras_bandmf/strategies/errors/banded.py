@@ -49,6 +49,21 @@ def block_size(num_bands: int) -> int:
     return max(_MIN_BLOCK, num_bands - 1)
 
 
+def maps_of(workload: WorkloadBlocks, memory: int) -> np.ndarray:
+    """Returns what maps the noise rows of a block to the state after it and to its outputs.
+
+    Args:
+      workload: A in T blocks of m steps, with q states.
+      memory: p = b - 1, the noise rows that the state keeps.
+
+    Returns:
+      `(T, p + q + m, m)` float64.
+    """
+    count, _, m = workload.drive.shape
+    newest = np.broadcast_to(np.eye(m)[m - memory :], (count, memory, m))
+    return np.concatenate([newest, workload.drive, workload.read_input], axis=1)
+
+
 class BandedErrors:
     """The squared row norms of `A C^-1` as a function of C, with working memory for one C.
 
@@ -74,11 +89,7 @@ class BandedErrors:
         self._states = states = self._memory + workload.keep.shape[1]
         self._chunk = max(1, _CHUNK_NUMBERS // (m * m))
         self._workload = workload
-        # Maps the noise rows of a block to the state after it and to its outputs.
-        newest = np.eye(m)[m - self._memory :]
-        newest = np.broadcast_to(newest, (len(workload.drive), self._memory, m))
-        parts = [newest, workload.drive, workload.read_input]
-        self._maps = np.concatenate(parts, axis=1)
+        self._maps = maps_of(workload, self._memory)
         # The columns of C, after b - 1 columns of zeros that stand before the first step. Those
         # after the last step are of the identity; nothing depends on them.
         self._columns = np.zeros((self._memory + blocks * m, num_bands))

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._environment import refuse_loose_arithmetic
-from keras_bandmf.strategies.errors.banded import WorkloadBlocks, block_size
+from keras_bandmf.strategies.errors.banded import WorkloadBlocks, block_size, maps_of
 
 
 class GraphErrors:
@@ -28,12 +28,7 @@ class GraphErrors:
         self._num_steps, self._memory = num_steps, num_bands - 1
         self._block = m = block_size(num_bands)
         self._blocks = -(-num_steps // m)
-        newest = np.eye(m)[m - self._memory :]
-        newest = np.broadcast_to(newest, (len(workload.drive), self._memory, m))
-        # Maps the noise rows of a block to the state after it and to its outputs.
-        self._maps = tf.constant(
-            np.concatenate([newest, workload.drive, workload.read_input], axis=1)
-        )
+        self._maps = tf.constant(maps_of(workload, self._memory))
         self._keep = tf.constant(workload.keep)
         self._read_state = tf.constant(workload.read_state)
         # Columns of the identity after the last step, on which nothing depends.
