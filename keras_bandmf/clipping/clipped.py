@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import keras
 import tensorflow as tf
 
+from keras_bandmf._checks import checked_int
 from keras_bandmf.clipping.checks.refusals import (
     checked_microbatch_size,
     refuse_model,
@@ -21,13 +23,23 @@ from keras_bandmf.clipping.losses import batch_loss, build_loss
 from keras_bandmf.clipping.modes import ClippingMode, ClippingName, checked_mode
 from keras_bandmf.clipping.norms import checked_clip_norm
 from keras_bandmf.clipping.passes import in_passes, with_row_numbers
-from keras_bandmf.clipping.paths.book_keeping import clip_by_book_keeping
-from keras_bandmf.clipping.paths.chunks import clip_at_once, clip_in_chunks
+from keras_bandmf.clipping.paths.book_keeping import (
+    Clipped,
+    clip_by_book_keeping,
+    example_mask,
+)
+from keras_bandmf.clipping.paths.chunks import (
+    ChunkFunction,
+    clip_at_once,
+    clip_in_chunks,
+    in_rows,
+    with_merged_rows,
+)
 from keras_bandmf.clipping.paths.microbatches import rows_at_a_time
 from keras_bandmf.clipping.paths.per_example import clip_one_example
 from keras_bandmf.clipping.paths.routing import give_up, route_of
 from keras_bandmf.clipping.seeds import MaskSeeds
-from keras_bandmf.clipping.shapes import on_tensors
+from keras_bandmf.clipping.shapes import by_example, on_tensors
 
 
 class Origin:
@@ -61,16 +73,17 @@ class ClippedGradients:
             coordinates for a kernel with low-rank carriers). It is the sum over the examples, never
             a mean: float32, or float64 with `float64_sums=True` or if the model has float64
             variables.
-        norms: Shape (batch,). The gradient norms before clipping. Not private: for tests and
+        norms: Shape (examples,). The gradient norms before clipping. Not private: for tests and
             diagnosis.
-        losses: Shape (batch,). The loss of each example, masked examples included. Not private.
-        was_clipped: Shape (batch,), bool. Whether clipping made the gradient smaller or dropped it;
-            False for padding. Not private.
+        losses: Shape (rows,). The loss of each row, masked rows included. Not private.
+        was_clipped: Shape (examples,), bool. Whether clipping made the gradient smaller or dropped
+            it; False for padding. Not private.
         outputs: What the model returned in the training forward pass. Not private.
-        mask: Shape (batch,), bool. False marks padding, which contributes zero.
+        mask: Shape (rows,), bool. False marks padding, which contributes zero.
         rows_mixed: Scalar bool. True if the loss of one row was seen to depend on another row, so
             that clipping bounds nothing and `sums` must not be used. `apply_clipped` then makes the
             update NaN.
+        rows_per_example: The number of consecutive rows that are one example; mostly 1.
         l2_norm_clip: The largest norm of one example's contribution.
         clipping: The clipping mode.
         origin: The model, and the variables whose gradients these are.
@@ -94,13 +107,19 @@ class ClippedGradients:
     outputs: Any
     mask: tf.Tensor
     rows_mixed: tf.Tensor
+    rows_per_example: int
     l2_norm_clip: float
     clipping: ClippingMode
     origin: Origin
 
+    @property
+    def example_mask(self) -> tf.Tensor:
+        """Which examples have a row that is not padding: shape (examples,), bool."""
+        return example_mask(self.mask, self.rows_per_example)
+
     def __tf_flatten__(self) -> tuple:
         """Returns (constants, tensors), as TensorFlow's protocol for structures asks."""
-        constants = (self.l2_norm_clip, self.clipping, self.origin)
+        constants = (self.rows_per_example, self.l2_norm_clip, self.clipping, self.origin)
         rows = (self.norms, self.losses, self.was_clipped, self.outputs, self.mask)
         return constants, (list(self.sums), *rows, self.rows_mixed)
 
@@ -116,9 +135,10 @@ class ClippedGradients:
             outputs=outputs,
             mask=mask,
             rows_mixed=rows_mixed,
-            l2_norm_clip=constants[0],
-            clipping=constants[1],
-            origin=constants[2],
+            rows_per_example=constants[0],
+            l2_norm_clip=constants[1],
+            clipping=constants[2],
+            origin=constants[3],
         )
 
 
@@ -136,6 +156,7 @@ def clipped_gradients(
     loss: Any = None,
     mask_seeds: MaskSeeds | None = None,
     float64_sums: bool = False,
+    rows_per_example: int = 1,
 ) -> ClippedGradients:
     """Clips the gradient of every example to norm `l2_norm_clip` and returns their sum.
 
@@ -179,6 +200,11 @@ def clipped_gradients(
         float64_sums: Whether to compute norms and sums in float64, from the activations and
             gradients of the pass. `noise="exact"` asks for it. Products of matrices then take about
             five times as long on a CPU, and twice the memory.
+        rows_per_example: The number of consecutive rows that are one example: rows 0 to K - 1 are
+            the first, and so on. They may be augmented views of one picture, or several rows of
+            one person. The gradient of the example is the mean over those of its rows that `mask`
+            does not leave out, and is clipped once. `mask` and everything else still has an entry
+            for each row; `microbatch_size` counts examples.
 
     Returns:
         `ClippedGradients`.
@@ -230,6 +256,7 @@ def clipped_gradients(
         loss=loss,
         mask_seeds=mask_seeds,
         float64_sums=float64_sums,
+        rows_per_example=rows_per_example,
     )
     dtype = accumulation_dtype(model.trainable_variables, float64_sums)
     return dataclasses.replace(clipped, sums=[tf.cast(total, dtype) for total in clipped.sums])
@@ -249,6 +276,7 @@ def clipped_for_noise(
     loss: Any = None,
     mask_seeds: MaskSeeds | None,
     float64_sums: bool,
+    rows_per_example: int = 1,
 ) -> ClippedGradients:
     """Returns `clipped_gradients` with `sums` in the dtype in which they were added up.
 
@@ -264,6 +292,7 @@ def clipped_for_noise(
     x, y, sample_weight = on_tensors(_tensor, (x, y, sample_weight))
     rows = next(t for t in keras.tree.flatten(x) if t is not None)
     mask = _mask(mask, rows)
+    rows_per_example = _checked_rows(rows_per_example, mask)
     if not model.built:
         raise ValueError(
             "Expected `model` to be built, because its variables are needed. Call it once on data, "
@@ -274,26 +303,51 @@ def clipped_for_noise(
     general = route_of(model, x, y, sample_weight, loss).general
     clipper = Clipper.of(model, clip, mode, float64_sums)
     data = (with_row_numbers(x, mask), y, sample_weight, mask)
+    if rows_per_example > 1:
+        data = on_tensors(lambda t: by_example(t, rows_per_example), data)
+    settings = {"clipper": clipper, "loss": row_loss, "rows_per_example": rows_per_example}
+
+    def by_batch(way: Callable[..., Clipped]) -> ChunkFunction:
+        clip = in_passes(functools.partial(way, model, **settings), model, mask_seeds)
+        return clip if rows_per_example == 1 else in_rows(clip, rows_per_example)
+
     result = None
     if general is None:
-        way = functools.partial(clip_by_book_keeping, model, clipper=clipper, loss=row_loss)
-        by_batch = in_passes(way, model, mask_seeds)
         try:
             if size == "auto":
-                size = rows_at_a_time(model, x, y, sample_weight, loss)
+                most = rows_at_a_time(model, x, y, sample_weight, loss)
+                size = max(1, most // rows_per_example)
             if size is None:
-                result = clip_at_once(by_batch, *data)
+                result = clip_at_once(by_batch(clip_by_book_keeping), *data)
             else:
-                result = clip_in_chunks(by_batch, *data, size)
+                result = clip_in_chunks(by_batch(clip_by_book_keeping), *data, size)
         except Unsupported as reason:
             # Something that the trial trace could not see: other shapes, or another kind of graph.
             give_up(model, str(reason))
     if result is None:
-        way = functools.partial(clip_one_example, model, clipper=clipper, loss=row_loss)
-        result = clip_in_chunks(in_passes(way, model, mask_seeds), *data, 1)
+        result = clip_in_chunks(by_batch(clip_one_example), *data, 1)
+    if rows_per_example > 1:
+        result = with_merged_rows(result)
     return ClippedGradients(
-        **result._asdict(), mask=mask, l2_norm_clip=clip, clipping=mode, origin=Origin(model)
+        **result._asdict(),
+        mask=mask,
+        rows_per_example=rows_per_example,
+        l2_norm_clip=clip,
+        clipping=mode,
+        origin=Origin(model),
     )
+
+
+def _checked_rows(rows_per_example: Any, mask: tf.Tensor) -> int:
+    hint = "It is the number of consecutive rows that are one example."
+    checked = checked_int("rows_per_example", rows_per_example, hint=hint)
+    rows = mask.shape[0]
+    if rows is not None and rows % checked:
+        raise ValueError(
+            f"Expected a number of rows that is a multiple of rows_per_example={checked}. "
+            f"Received: {rows} rows. Pad each example to that many rows, and mask the padding."
+        )
+    return checked
 
 
 def _tensor(leaf: Any) -> tf.Tensor:

@@ -68,6 +68,17 @@ class Factor(Protocol):
             Unsupported: If another factor is of another kind or arranged in another way.
         """
 
+    def grouped(self, size: int, mask: tf.Tensor) -> Factor:
+        """Returns one factor for examples of several rows each: the sum of their gradients.
+
+        Formal guarantees: a row that is masked out adds exactly zero, whatever it holds: not even
+        a NaN of it reaches the example that it stands with.
+
+        Args:
+            size: The number of consecutive rows that are one example.
+            mask: Shape (batch,), bool, with a number of rows that is a multiple of `size`.
+        """
+
     def resolved(self) -> Factor:
         """Returns the same gradients in the form that is cheapest to use; often itself."""
 
@@ -122,6 +133,25 @@ def _kept(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
     return _weighted(values, tf.cast(weights > 0, values.dtype))
 
 
+def grouped_positions(values: tf.Tensor, size: int, mask: tf.Tensor) -> tf.Tensor:
+    """Returns the positions of rows that are one example one after another, as one row.
+
+    Args:
+        values: Shape (rows, positions, width) or (rows, groups, positions, width), floating.
+        size: The number of consecutive rows that are one example.
+        mask: Shape (rows,), bool. The positions of a row that is masked out become zeros.
+
+    Returns:
+        The same with `rows / size` rows of `size * positions` positions.
+    """
+    values = _weighted(values, tf.cast(mask, values.dtype))
+    _, *groups, count, width = dims(values)
+    if not groups or static(groups[0]) == 1:
+        return tf.reshape(values, [-1, *groups, size * count, width])
+    apart = tf.reshape(values, [-1, size, *groups, count, width])
+    return tf.reshape(tf.transpose(apart, [0, 2, 1, 3, 4]), [-1, *groups, size * count, width])
+
+
 class Rows:
     """Per-example gradients that are written out.
 
@@ -164,6 +194,12 @@ class Rows:
         if any(f.values.shape[1:] != self.values.shape[1:] for f in rows):
             raise Unsupported(_DIFFERENT_KINDS)
         return Rows(tf.add_n([f.values for f in rows]), self.layout)
+
+    def grouped(self, size: int, mask: tf.Tensor) -> Rows:
+        """Returns the sums over the rows of each example."""
+        values = _weighted(self.values, tf.cast(mask, self.values.dtype))
+        sizes = dims(values)
+        return Rows(tf.reduce_sum(tf.reshape(values, [-1, size, *sizes[1:]]), axis=1), self.layout)
 
     def resolved(self) -> Rows:
         """Returns itself: nothing is cheaper than gradients that are written out."""
@@ -231,6 +267,11 @@ class Outer:
             return self
         a = tf.concat([f.a for f in outers], axis=2)
         return Outer(a, tf.concat([f.g for f in outers], axis=2), self.layout)
+
+    def grouped(self, size: int, mask: tf.Tensor) -> Outer:
+        """Returns products over the positions of all rows of each example."""
+        a, g = (grouped_positions(part, size, mask) for part in (self.a, self.g))
+        return Outer(a, g, self.layout)
 
     def resolved(self) -> Rows | Outer:
         """Returns `Rows` if writing the product out is the cheaper way to the norm, else itself."""
@@ -321,6 +362,11 @@ class Lookup:
             return self
         ids = tf.concat([f.ids for f in lookups], axis=1)
         return Lookup(ids, tf.concat([f.g for f in lookups], axis=1), self.rows)
+
+    def grouped(self, size: int, mask: tf.Tensor) -> Lookup:
+        """Returns the look-ups of all rows of each example; a row masked out adds zeros."""
+        ids = tf.reshape(self.ids, [-1, size * dims(self.ids)[1]])
+        return Lookup(ids, grouped_positions(self.g, size, mask), self.rows)
 
     def resolved(self) -> Lookup:
         """Returns itself: the table is never written out for each example."""

@@ -36,6 +36,10 @@ class Tied:
             raise Unsupported("a look-up table is also used in another way (tied weights)")
         return self
 
+    def grouped(self, size: int, mask: tf.Tensor) -> Tied:
+        """Returns the sums over the rows of each example."""
+        return Tied(self.lookup.grouped(size, mask), self.outer.grouped(size, mask))
+
     def resolved(self) -> Rows | Tied:
         """Returns `Rows` if the product is the cheaper way to the norm, else itself."""
         a, b = self.outer.a, self.outer.g

@@ -31,6 +31,12 @@ def over_rows(row_values: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
     return tf.reshape(row_values, [-1] + [1] * (like.shape.rank - 1))
 
 
+def by_example(tensor: tf.Tensor, rows_per_example: int) -> tf.Tensor:
+    """Returns (rows, ...) as (examples, rows of an example, ...)."""
+    sizes = dims(tensor)
+    return tf.reshape(tensor, [-1, rows_per_example, *sizes[1:]])
+
+
 def positions(tensor: tf.Tensor) -> tf.Tensor:
     """Returns (batch, ..., features) as (batch, 1, positions, features): one group."""
     sizes = dims(tensor)

@@ -15,7 +15,14 @@ import tensorflow as tf
 
 from keras_bandmf._keras_internals import kernel_of, table_of
 from keras_bandmf.clipping import LayerRule
-from keras_bandmf.clipping.factors import Factor, Layout, Outer, Rows, Unsupported
+from keras_bandmf.clipping.factors import (
+    Factor,
+    Layout,
+    Outer,
+    Rows,
+    Unsupported,
+    grouped_positions,
+)
 from keras_bandmf.clipping.merge import merged
 from keras_bandmf.clipping.rules.base import DenseRule, LinearRule, constant
 from keras_bandmf.clipping.rules.conv import ConvRule
@@ -90,6 +97,11 @@ class CarrierFactor:
         whole = merged([factor.whole for factor in own])
         a, thin, g = (joined([getattr(f, name) for f in own]) for name in ("a", "thin", "g"))
         return CarrierFactor(self.carrier, whole, a, thin, g)
+
+    def grouped(self, size: int, mask: tf.Tensor) -> CarrierFactor:
+        """Returns the coordinates of the summed gradients of the rows of each example."""
+        a, thin, g = (grouped_positions(part, size, mask) for part in (self.a, self.thin, self.g))
+        return CarrierFactor(self.carrier, self.whole.grouped(size, mask), a, thin, g)
 
     def resolved(self) -> CarrierFactor:
         """Returns itself: `joined` brings its parts into the cheapest form."""

@@ -138,6 +138,34 @@ def test_clipped_sums_are_projected_gradients(name):
     assert bandmf.clipping.explain(model).route == route
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_several_rows_of_one_example_count_as_their_mean(name):
+    """Float64 to 1e-9, and a masked row adds nothing to its example, whatever it holds."""
+    keras.utils.set_random_seed(0)
+    model = MODELS[name]()
+    started(model)
+    x, y = data(model, count=6)
+    mask = np.array([1, 1, 1, 0, 0, 1], bool)
+    weights = np.where(mask, 1.0, 0.0).reshape(3, 2)
+    weights /= weights.sum(1, keepdims=True)
+    means = [
+        np.einsum("ek,ek...->e...", weights, g.reshape(3, 2, *g.shape[1:]))
+        for g in expected_coordinates(model, x, y)
+    ]
+    flat = np.concatenate([g.reshape(3, -1) for g in means], axis=1)
+    norms = np.linalg.norm(flat, axis=1)
+    clip = float(np.median(norms))
+    if x.dtype != np.int32:
+        x[~mask] = np.nan
+    got = bandmf.clipped_gradients(
+        model, x, y, l2_norm_clip=clip, loss="mse", mask=mask, rows_per_example=2
+    )
+    np.testing.assert_allclose(got.norms, norms, rtol=1e-9)
+    factors = np.minimum(1.0, clip / norms)
+    for g, total in zip(means, got.sums, strict=True):
+        np.testing.assert_allclose(total, np.tensordot(factors, g, 1), atol=1e-9 * clip)
+
+
 def test_the_head_can_be_scaled_before_clipping():
     """Its gradients count a tenth in the joint norm, and stay a tenth."""
     model = MODELS["dense"]()

@@ -25,7 +25,7 @@ from keras_bandmf.clipping.paths.declared_shapes import checked_shapes
 from keras_bandmf.clipping.row_losses import per_example_losses
 from keras_bandmf.clipping.rules.base import LayerRule
 from keras_bandmf.clipping.rules.registry import rule_of
-from keras_bandmf.clipping.shapes import over_rows
+from keras_bandmf.clipping.shapes import by_example, over_rows
 
 # The number of masked rows that are watched in each batch or chunk. More would cost time.
 _SENTINELS = 8
@@ -77,6 +77,7 @@ def clip_by_book_keeping(
     mask: tf.Tensor,
     clipper: Clipper,
     loss: BatchLoss,
+    rows_per_example: int = 1,
 ) -> Clipped:
     """Returns clipped sums of a batch by one forward and one backward pass.
 
@@ -88,9 +89,12 @@ def clip_by_book_keeping(
         mask: Shape (batch,), bool; False for padding.
         clipper: The clipper of this model.
         loss: A loss from `losses.batch_loss`.
+        rows_per_example: The number of consecutive rows that are one example: its gradient is the
+            mean over those of its rows that are not masked out.
 
     Returns:
-        `Clipped`, sums aligned with `model.trainable_variables`.
+        `Clipped`, sums aligned with `model.trainable_variables`. Norms have an entry for each
+        example, losses and outputs for each row.
 
     Raises:
         Unsupported: If the model cannot take this path. The general path is exact for it.
@@ -113,13 +117,17 @@ def clip_by_book_keeping(
         with tapped(model, tape, records), checked_shapes(model):
             y_pred = forward(model, x)
     losses, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight, values)
+    if rows_per_example > 1:
+        shares = row_shares(mask, rows_per_example)
+        slopes = [s * over_rows(tf.cast(shares, s.dtype), s) for s in slopes]
     # A masked row has no loss: whatever gradient it has at a tap is that of another row's loss.
     slopes = [tf.where(over_rows(mask, s), s, tf.zeros_like(s)) for s in slopes]
     factors, taps = example_gradients(
-        tape, records, variables, outputs, slopes, mask, clipper.dtype
+        tape, records, variables, outputs, slopes, mask, clipper.dtype, rows_per_example
     )
     squared = [factors[i].squared_norms() if i in factors else None for i in range(len(variables))]
-    weights, norms, was_clipped = clipper.factors(squared, mask)
+    examples = example_mask(mask, rows_per_example)
+    weights, norms, was_clipped = clipper.factors(squared, examples)
     sums = [
         factors[i].weighted_sum(weights[group])
         if i in factors
@@ -127,6 +135,29 @@ def clip_by_book_keeping(
         for i, (v, group) in enumerate(zip(variables, clipper.groups, strict=True))
     ]
     return Clipped(sums, norms, losses, was_clipped, y_pred, _rows_mixed(taps, mask))
+
+
+def example_mask(mask: tf.Tensor, rows_per_example: int) -> tf.Tensor:
+    """Returns which examples have a row that is not masked out, shape (examples,), bool."""
+    if rows_per_example == 1:
+        return mask
+    return tf.reduce_any(by_example(mask, rows_per_example), axis=1)
+
+
+def row_shares(mask: tf.Tensor, rows_per_example: int) -> tf.Tensor:
+    """Returns what each row counts in the mean over the rows of its example that are not masked.
+
+    Args:
+        mask: Shape (rows,), bool.
+        rows_per_example: The number of consecutive rows that are one example.
+
+    Returns:
+        Shape (rows,), float32. The shares of the rows that are not masked out add up to 1 in each
+        example that has any.
+    """
+    counted = by_example(tf.cast(mask, tf.float32), rows_per_example)
+    count = tf.reduce_sum(counted, axis=1, keepdims=True)
+    return tf.reshape(tf.math.divide_no_nan(counted, count), [-1])
 
 
 def _rows_mixed(taps: list[tf.Tensor | None], mask: tf.Tensor) -> tf.Tensor:
@@ -156,6 +187,7 @@ def example_gradients(
     slopes: list[tf.Tensor],
     mask: tf.Tensor,
     dtype: tf.DType,
+    rows_per_example: int = 1,
 ) -> tuple[dict[int, Factor], list[tf.Tensor | None]]:
     """Returns every example's gradient, as a factor for each variable, from one backward pass.
 
@@ -165,8 +197,10 @@ def example_gradients(
         variables: The variables to differentiate by.
         outputs: Tensors of that forward pass, with the example on axis 0.
         slopes: The gradients of the summed losses by `outputs`.
-        mask: Shape (batch,), for the number of examples only.
+        mask: Shape (batch,), bool. With several rows an example, a row that is masked out adds
+            nothing to its example; else it gives the number of examples only.
         dtype: The dtype of the factors, float32 or float64.
+        rows_per_example: The number of consecutive rows whose gradients are added up first.
 
     Returns:
         Position in `variables` -> factor, those without a gradient left out; and the gradients at
@@ -182,7 +216,13 @@ def example_gradients(
     leaks = [v.path for v, g in zip(variables, direct, strict=True) if g is not None]
     if leaks:
         raise Unsupported(f"used outside a layer that has a rule: {', '.join(leaks)}")
-    return _by_variable(records, taps, variables, dtype), taps
+    parts = _by_variable(records, taps, variables, dtype)
+    if rows_per_example > 1:
+        parts = {
+            i: [factor.grouped(rows_per_example, mask) for factor in of_one]
+            for i, of_one in parts.items()
+        }
+    return {i: merged(of_one) for i, of_one in parts.items()}, taps
 
 
 def _by_variable(
@@ -190,8 +230,8 @@ def _by_variable(
     taps: list[tf.Tensor | None],
     variables: list[keras.Variable],
     dtype: tf.DType,
-) -> dict[int, Factor]:
-    """Returns one factor for each trainable variable, with all its calls joined."""
+) -> dict[int, list[Factor]]:
+    """Returns the factors of each trainable variable, one for each call that uses it."""
     index = {id(v): i for i, v in enumerate(variables)}
     found: dict[int, list[Factor]] = {}
     for record, g in zip(records, taps, strict=True):
@@ -201,7 +241,7 @@ def _by_variable(
         for variable, factor in record.rule.gradients(record.layer, record.saved, g):
             if id(variable) in index:
                 found.setdefault(index[id(variable)], []).append(factor)
-    return {i: merged(parts) for i, parts in found.items()}
+    return found
 
 
 @contextlib.contextmanager

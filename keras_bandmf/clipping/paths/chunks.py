@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_bandmf._keras_internals import keras_mask, set_keras_mask
 from keras_bandmf.clipping.paths.book_keeping import Clipped
-from keras_bandmf.clipping.shapes import dims, on_tensors
+from keras_bandmf.clipping.shapes import by_example, dims, on_tensors
 
 ChunkFunction = Callable[[Any, Any, Any, tf.Tensor], Clipped]
 
@@ -56,7 +56,8 @@ def clip_in_chunks(
         if not watched:
             return clip_chunk(*rows)
         others = on_tensors(lambda t: tf.gather(t, (i + 1) % count)[:1], parts)
-        rows = keras.tree.map_structure(_appended, rows, (*others[:3], tf.constant([False])))
+        others = (*others[:3], tf.zeros_like(others[3]))
+        rows = keras.tree.map_structure(_appended, rows, others)
         clipped = clip_chunk(*rows)
         return _with_rows(clipped, [t[:-1] for t in _rows(clipped)])
 
@@ -87,6 +88,43 @@ def clip_at_once(
     extra = tf.maximum(1 - batch, 0)
     clipped = clip_batch(*on_tensors(lambda t: _padded(t, extra), data))
     return _with_rows(clipped, [t[:batch] for t in _rows(clipped)])
+
+
+def in_rows(clip: ChunkFunction, rows_per_example: int) -> ChunkFunction:
+    """Returns `clip`, a function of rows, as one of examples of several rows.
+
+    Args:
+        clip: A function (x, y, sample_weight, mask) of tensors with the row on axis 0.
+        rows_per_example: The number of rows of an example.
+
+    Returns:
+        The same of tensors of shape (examples, rows of an example, ...). What it returns has an
+        axis of examples and one of rows, too, except norms, which belong to examples.
+    """
+
+    def clip_examples(x: Any, y: Any, sample_weight: Any, mask: tf.Tensor) -> Clipped:
+        data = on_tensors(merge_rows, (x, y, sample_weight, mask))
+        return _on_row_columns(clip(*data), lambda t: by_example(t, rows_per_example))
+
+    return clip_examples
+
+
+def merge_rows(tensor: tf.Tensor) -> tf.Tensor:
+    """Returns (examples, rows of an example, ...) as (rows, ...)."""
+    first, second, *rest = dims(tensor)
+    return tf.reshape(tensor, [first * second, *rest])
+
+
+def with_merged_rows(clipped: Clipped) -> Clipped:
+    """Returns what a function of `in_rows` returned, with the row on axis 0 again."""
+    return _on_row_columns(clipped, merge_rows)
+
+
+def _on_row_columns(clipped: Clipped, function: Callable[[tf.Tensor], tf.Tensor]) -> Clipped:
+    """Applies a function to everything that belongs to rows, which norms do not."""
+    norms, losses, was_clipped, *rest = _rows(clipped)
+    changed = [norms, function(losses), was_clipped, *(function(t) for t in rest)]
+    return _with_rows(clipped, changed)
 
 
 def _with_rows(clipped: Clipped, rows: list[tf.Tensor]) -> Clipped:

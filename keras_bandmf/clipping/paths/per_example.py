@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import keras_mask, set_keras_mask
 from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.coordinates import released
 from keras_bandmf.clipping.losses import BatchLoss
-from keras_bandmf.clipping.paths.book_keeping import Clipped, forward
+from keras_bandmf.clipping.paths.book_keeping import (
+    Clipped,
+    example_mask,
+    forward,
+    row_shares,
+)
+from keras_bandmf.clipping.shapes import on_tensors
 
 
 def clip_one_example(
@@ -21,18 +29,48 @@ def clip_one_example(
     mask: tf.Tensor,
     clipper: Clipper,
     loss: BatchLoss,
+    rows_per_example: int = 1,
 ) -> Clipped:
     """Returns the clipped gradient of a batch that holds one example.
 
-    The arguments are those of `clip_by_book_keeping`, with 1 for the size of axis 0.
+    The arguments are those of `clip_by_book_keeping`, with `rows_per_example` rows on axis 0. The
+    model sees each of them in a batch of its own.
 
     Returns:
-        `Clipped`; norms and losses have shape (1,).
+        `Clipped`; norms have shape (1,), losses (rows_per_example,).
 
     Formal guarantees: each group of variables in `sums` has a norm of at most the group's clip
     norm, up to rounding, and `sums` is exactly zero if the example is masked out or its gradient is
     not finite in any variable.
     """
+    shares = row_shares(mask, rows_per_example)
+    totals: list[tf.Tensor] = []
+    losses, outputs = [], []
+    for row in range(rows_per_example):
+        # Several rows never share a pass: one of them may be padding, and layers may mix rows.
+        data = on_tensors(functools.partial(_row, row=row), (x, y, sample_weight))
+        value, y_pred, gradients = _gradients_of_row(model, *data, clipper=clipper, loss=loss)
+        if rows_per_example > 1:
+            share = tf.cast(shares[row], clipper.dtype)
+            gradients = [tf.where(mask[row], g * share, tf.zeros_like(g)) for g in gradients]
+        totals = [t + g for t, g in zip(totals, gradients, strict=True)] if totals else gradients
+        losses.append(value)
+        outputs.append(y_pred)
+    squared = [tf.reshape(tf.reduce_sum(tf.square(g)), [1]) for g in totals]
+    weights, norms, was_clipped = clipper.factors(squared, example_mask(mask, rows_per_example))
+    sums = []
+    for g, group in zip(totals, clipper.groups, strict=True):
+        weight = weights[group][0]
+        sums.append(tf.where(weight > 0, g * weight, tf.zeros_like(g)))
+    y_pred = outputs[0] if len(outputs) == 1 else keras.tree.map_structure(_stacked, *outputs)
+    # One row has none to mix with.
+    return Clipped(sums, norms, tf.stack(losses), was_clipped, y_pred, tf.constant(False))
+
+
+def _gradients_of_row(
+    model: keras.Model, x: Any, y: Any, sample_weight: Any, clipper: Clipper, loss: BatchLoss
+) -> tuple[tf.Tensor, Any, list[tf.Tensor]]:
+    """Returns loss (a scalar), outputs, and the gradient by each trainable variable."""
     variables = model.trainable_variables
     values = [v.value for v in variables]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -44,11 +82,17 @@ def clip_one_example(
         released(v, tf.cast(tf.convert_to_tensor(g), clipper.dtype))
         for v, g in zip(variables, gradients, strict=True)
     ]
-    squared = [tf.reshape(tf.reduce_sum(tf.square(g)), [1]) for g in gradients]
-    weights, norms, was_clipped = clipper.factors(squared, mask)
-    sums = []
-    for g, group in zip(gradients, clipper.groups, strict=True):
-        weight = weights[group][0]
-        sums.append(tf.where(weight > 0, g * weight, tf.zeros_like(g)))
-    # One row has none to mix with.
-    return Clipped(sums, norms, tf.reshape(value, [1]), was_clipped, y_pred, tf.constant(False))
+    return tf.reshape(value, []), y_pred, gradients
+
+
+def _row(tensor: tf.Tensor, row: int) -> tf.Tensor:
+    # A batch of one row stays the same object: a Keras mask may be attached to it.
+    return tensor if tensor.shape[0] == 1 else tensor[row : row + 1]
+
+
+def _stacked(*rows: tf.Tensor) -> tf.Tensor:
+    stacked = tf.concat(rows, axis=0)
+    masks = [keras_mask(row) for row in rows]
+    if all(mask is not None for mask in masks):
+        set_keras_mask(stacked, tf.concat(masks, axis=0))
+    return stacked
