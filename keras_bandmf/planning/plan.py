@@ -9,12 +9,10 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal
 
-import dp_accounting
 import keras
 
 from keras_bandmf import strategies
-from keras_bandmf._checks import checked_float
-from keras_bandmf.accounting.accountant import checked_delta, epsilon_of
+from keras_bandmf.accounting.accountant import checked_delta
 from keras_bandmf.accounting.amplification.certificate import Certificate
 from keras_bandmf.planning import band_choice
 from keras_bandmf.planning.arguments import (
@@ -24,22 +22,21 @@ from keras_bandmf.planning.arguments import (
     StrategyName,
     check_strategy,
     checked_noise,
-    strategy_in_words,
 )
 from keras_bandmf.planning.calibration import Amplification, kept_run
+from keras_bandmf.planning.plan_accounting import PlanAccounting
 from keras_bandmf.planning.plan_json import plan_arguments, plan_document
-from keras_bandmf.planning.plan_report import planned_statement
 from keras_bandmf.planning.plan_table import plan_table
 from keras_bandmf.planning.progress import CalibrationProgress
-from keras_bandmf.planning.secret_group import check_certificate, confirmed_epsilon
-from keras_bandmf.planning.statement import Statement
+from keras_bandmf.planning.secret_group import check_certificate
+from keras_bandmf.planning.units import ROW, check_unit_ids, checked_unit
 from keras_bandmf.sampling import PrivateBatches
 from keras_bandmf.sampling.laws import Adjacency, SamplingName
 from keras_bandmf.sampling.schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True, init=False, eq=False)
-class TrainingPlan:
+class TrainingPlan(PlanAccounting):
     """A private training run, fixed before it starts.
 
     A plan is immutable, goes through JSON without a change of a single bit (`to_json`,
@@ -50,10 +47,11 @@ class TrainingPlan:
     gradient to norm zeta, adds noise correlated by `strategy` of standard deviation
     `noise_stddev(zeta)` to their sum, and stops after at most `num_steps` updates releases
     weights that are (`epsilon()`, `delta`)-differentially private under `adjacency`, for one row
-    of the training data. `num_examples` and everything else in the plan is public.
+    of the training data, or one `unit` with all its rows. `num_examples` and everything else in the
+    plan is public.
 
     Attributes:
-        num_examples: N, the number of rows of the training data, a public constant.
+        num_examples: N, the number of rows of the training data, or of units; a public constant.
         batch_size: The number of rows of a step: see `Schedule`.
         num_steps: n, the number of steps; it is set even if `epochs` was given.
         noise_multiplier: sigma.
@@ -64,6 +62,8 @@ class TrainingPlan:
         min_separation: Declared for data that the user feeds, or None.
         certificate: What was certified while counting the steps of every example as secret, or
             None. See `calibrate(amplification=...)`.
+        unit: What the guarantee protects, and what is counted: "example" is a row of the data;
+            any other word, such as "user", is a unit to which `batches(unit=...)` maps the rows.
         schedule: Who takes part when: the one record that both the sampler and the accountant are
             given.
 
@@ -91,6 +91,7 @@ class TrainingPlan:
     max_participations: int | None
     min_separation: int | None
     certificate: Certificate | None
+    unit: str
     # Not an argument, and not in the JSON: made from the fields above.
     schedule: Schedule = dataclasses.field(init=False, repr=False)
 
@@ -110,6 +111,7 @@ class TrainingPlan:
         min_separation: int | None = None,
         workload: strategies.Workload | keras.optimizers.SGD | None = None,
         certificate: Certificate | None = None,
+        unit: str = ROW,
     ):
         """Makes a plan with a given noise multiplier; `calibrate` finds one for a given epsilon.
 
@@ -133,6 +135,8 @@ class TrainingPlan:
                 a strategy object was optimized for.
             certificate: What `calibrate` found for a plan of these very values. It is computed
                 again before any epsilon is taken from it.
+            unit: What is counted and protected: "example", a row, or another noun such as "user".
+                Then `num_examples` and `batch_size` count users, and `batches` needs their ids.
 
         Raises:
             TypeError: An argument has the wrong type.
@@ -161,7 +165,7 @@ class TrainingPlan:
         schedule = arguments.schedule(sampling, bands)
         sigma, delta = checked_noise(noise_multiplier), checked_delta(delta)
         # After all checks, because the search takes time.
-        _set_fields(self, schedule, sigma, delta, arguments.best_strategy(bands), certificate)
+        _set_fields(self, schedule, sigma, delta, arguments.best_strategy(bands), certificate, unit)
 
     @classmethod
     def calibrate(
@@ -183,6 +187,7 @@ class TrainingPlan:
         amplification: Amplification = "auto",
         callback: Callable[[CalibrationProgress], object] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        unit: str = ROW,
     ) -> TrainingPlan:
         """Finds the plan of lowest expected error that satisfies (epsilon, delta)-DP.
 
@@ -218,6 +223,7 @@ class TrainingPlan:
                 is "secret_group" under random allocation, which rests on it, else "known_group".
             callback: Called while samples are drawn; `keras_bandmf.ProgressBar()` shows them.
             cache_dir: Your own directory of results with secret groups. None writes no files.
+            unit: As in the constructor.
 
         Returns:
             The plan.
@@ -264,6 +270,7 @@ class TrainingPlan:
             checked_delta(delta),
             run.strategy,
             run.certificate,
+            unit,
         )
         if run.certificate is not None:  # computed just now, or by an earlier call
             plan.__dict__["_secret_group_epsilon"] = run.certificate.epsilon
@@ -310,11 +317,6 @@ class TrainingPlan:
         return self.schedule.adjacency
 
     @functools.cached_property
-    def sensitivity(self) -> float:
-        """The sensitivity S: that of the strategy under the participations of the schedule."""
-        return self.schedule.sensitivity * self.strategy.sensitivity()
-
-    @functools.cached_property
     def expected_rmse(self) -> float:
         """The expected error, sigma * S * sqrt(mean error) / expected participations.
 
@@ -330,139 +332,6 @@ class TrainingPlan:
         canonical = plan_document(self, _names(type(self)), indent=None)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
-    def noise_stddev(self, l2_norm_clip: float) -> float:
-        """Returns the standard deviation of z, the independent noise before correlation.
-
-        Args:
-            l2_norm_clip: zeta, the norm that each example's gradient is clipped to, above 0.
-
-        Returns:
-            sigma * S * zeta.
-
-        Raises:
-            TypeError: `l2_norm_clip` is not a number.
-            ValueError: `l2_norm_clip` is not finite and above 0.
-
-        Example:
-            >>> import keras_bandmf as bandmf
-            >>> plan = bandmf.TrainingPlan(
-            ...     num_examples=1_000, batch_size=50, epochs=3, num_bands=1,
-            ...     noise_multiplier=1.5, delta=1e-5,
-            ... )
-            >>> plan.noise_stddev(l2_norm_clip=2.0)
-            3.0
-        """
-        clip = checked_float("l2_norm_clip", l2_norm_clip, above=0.0)
-        return self.noise_multiplier * self.sensitivity * clip
-
-    def dp_event(self, steps: int | None = None) -> dp_accounting.DpEvent:
-        """Returns the `dp_accounting` event of the first `steps` steps.
-
-        Formal guarantees: `steps` must have been fixed in advance, or the stop must not have
-        looked at anything private. Otherwise the whole run is to be charged.
-
-        Args:
-            steps: t in [0, num_steps]; None charges the whole run.
-
-        Returns:
-            A `dp_accounting.DpEvent` under `adjacency`.
-
-        Raises:
-            TypeError: `steps` is not an integer.
-            ValueError: `steps` is out of range.
-
-        Example:
-            >>> import keras_bandmf as bandmf
-            >>> plan = bandmf.TrainingPlan(
-            ...     num_examples=1_000, batch_size=50, epochs=3, num_bands=4,
-            ...     noise_multiplier=1.5, delta=1e-5,
-            ... )
-            >>> plan.dp_event().count, plan.dp_event(steps=5).count
-            (15, 2)
-        """
-        return self.schedule.dp_event(self.noise_multiplier, steps)
-
-    def epsilon(self, steps: int | None = None) -> float:
-        """Returns epsilon at `delta` of the first `steps` steps.
-
-        Formal guarantees: an upper bound, valid for a number of steps that was fixed in advance
-        or chosen without looking at anything private; otherwise the whole run is to be charged.
-
-        Args:
-            steps: t in [0, num_steps]; None charges the whole run.
-
-        Returns:
-            Epsilon; `math.inf` without noise.
-
-        Raises:
-            TypeError: `steps` is not an integer.
-            ValueError: `steps` is out of range.
-
-        Example:
-            >>> import keras_bandmf as bandmf
-            >>> plan = bandmf.TrainingPlan(
-            ...     num_examples=1_000, batch_size=50, epochs=3, num_bands=4,
-            ...     noise_multiplier=1.5, delta=1e-5,
-            ... )
-            >>> plan.epsilon(steps=4) < plan.epsilon(steps=5) < plan.epsilon()
-            True
-        """
-        whole = steps is None or steps == self.num_steps
-        known = self._known_group_epsilon if whole else epsilon_of(self.dp_event(steps), self.delta)
-        if self.certificate is None or known <= self.certificate.epsilon:
-            return known
-        # The first steps of a run tell no more than all of it.
-        return min(known, self._secret_group_epsilon)
-
-    @functools.cached_property
-    def _known_group_epsilon(self) -> float:
-        return epsilon_of(self.dp_event(), self.delta)
-
-    @functools.cached_property
-    def _secret_group_epsilon(self) -> float:
-        """That of the certificate, computed again from its seed."""
-        if self.certificate is None:
-            raise ValueError("A plan without a certificate has no epsilon of secret groups.")
-        return confirmed_epsilon(
-            self.schedule, self.strategy, self.noise_multiplier, self.delta, self.certificate
-        )
-
-    def statement(self, steps: int | None = None) -> Statement:
-        """Returns what the plan would guarantee, headed "planned, not executed".
-
-        Formal guarantees: as for `epsilon`, charging fewer than all steps is valid only if their
-        number was fixed in advance.
-
-        Args:
-            steps: t in [0, num_steps]; None charges the whole run.
-
-        Returns:
-            A `Statement`. `keras_bandmf.statement(model)` returns that of a run.
-
-        Raises:
-            TypeError: `steps` is not an integer.
-            ValueError: `steps` is out of range.
-
-        Example:
-            >>> import keras_bandmf as bandmf
-            >>> plan = bandmf.TrainingPlan(
-            ...     num_examples=1_000, batch_size=50, epochs=3, num_bands=4,
-            ...     noise_multiplier=1.5, delta=1e-5,
-            ... )
-            >>> print(str(plan.statement()).splitlines()[0])
-            Privacy statement: planned, not executed
-        """
-        return planned_statement(
-            self.schedule,
-            strategy=strategy_in_words(self.strategy),
-            noise_multiplier=self.noise_multiplier,
-            epsilon=self.epsilon(steps),
-            delta=self.delta,
-            steps=steps,
-            fingerprint=self.fingerprint,
-            certificate=self.certificate,
-        )
-
     def batches(
         self,
         x: Any,
@@ -471,6 +340,11 @@ class TrainingPlan:
         class_weight: dict[int, float] | None = None,
         preprocess: Callable[..., Any] | None = None,
         seed: int | None = None,
+        *,
+        unit: Any = None,
+        rows_per_unit: int = 1,
+        augment: Callable[..., Any] | None = None,
+        augment_copies: int = 1,
     ) -> PrivateBatches:
         """Returns the batches of this plan: the data that the private `fit` takes.
 
@@ -485,6 +359,11 @@ class TrainingPlan:
             class_weight: Dict of class number to weight, multiplied into `sample_weight`.
             preprocess: Function of tensors `(x)` or `(x, y)`, applied to rows before sampling.
             seed: Fixes the sampler's key. For tests only: the run is then not private.
+            unit: For a plan with a `unit`: (rows,) ids, whose row it is.
+            rows_per_unit: The largest number of rows of a unit that take part in a step.
+            augment: Makes a random view of a row in each step: a function `(x, seed)`, or
+                `(x, y, seed)`, or a Keras layer. See docs/data.md.
+            augment_copies: The number of views of each row. Their mean gradient is clipped once.
 
         Returns:
             The batches, which `model.fit` of a privatized model takes as they are.
@@ -505,12 +384,17 @@ class TrainingPlan:
             >>> len(batches), batches.steps_per_epoch
             (20, 10)
         """
+        check_unit_ids(self.unit, unit)
         return PrivateBatches(
             x,
             y,
             sample_weight,
             schedule=self.schedule,
             plan_fingerprint=self.fingerprint,
+            unit=unit,
+            rows_per_unit=rows_per_unit,
+            augment=augment,
+            augment_copies=augment_copies,
             class_weight=class_weight,
             preprocess=preprocess,
             seed=seed,
@@ -580,9 +464,11 @@ def _set_fields(
     delta: float,
     strategy: KnownStrategy,
     certificate: Certificate | None,
+    unit: str,
 ) -> None:
     """Sets all fields of a new plan: the only place where they are set."""
     check_strategy(strategy, schedule)
+    object.__setattr__(plan, "unit", checked_unit(unit))
     for field in dataclasses.fields(schedule):
         if field.name in _names(type(plan)):  # the rest is that of the strategy: just checked
             object.__setattr__(plan, field.name, getattr(schedule, field.name))

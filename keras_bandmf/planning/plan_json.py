@@ -8,12 +8,15 @@ from typing import Any
 from keras_bandmf import strategies
 from keras_bandmf.accounting.amplification.certificate import Certificate
 from keras_bandmf.planning.documents import read_document, write_document
+from keras_bandmf.planning.units import ROW
 
 _FORMAT = "keras_bandmf.TrainingPlan"
 _VERSION = 1
 #: Of a plan with a certificate. Any other plan is written as it always was, so that its
 #: fingerprint, by which checkpoints know it, stays the same.
 _VERSION_WITH_CERTIFICATE = 2
+#: Of a plan that counts units which are not rows; it may have a certificate.
+_VERSION_WITH_UNIT = 3
 
 
 def plan_document(plan: Any, names: Sequence[str], *, indent: int | None) -> str:
@@ -26,12 +29,15 @@ def plan_document(plan: Any, names: Sequence[str], *, indent: int | None) -> str
     """
     fields = {name: getattr(plan, name) for name in names}
     fields["strategy"] = plan.strategy.get_config()
-    version = _VERSION
-    if fields["certificate"] is None:
-        del fields["certificate"]
-    else:
+    certificate = plan.certificate
+    fields["certificate"] = None if certificate is None else certificate.get_config()
+    version = _VERSION_WITH_UNIT
+    if plan.unit == ROW:
+        del fields["unit"]
         version = _VERSION_WITH_CERTIFICATE
-        fields["certificate"] = plan.certificate.get_config()
+        if certificate is None:
+            del fields["certificate"]
+            version = _VERSION
     return write_document(_FORMAT, version, fields, indent=indent)
 
 
@@ -48,9 +54,13 @@ def plan_arguments(text: str, names: Sequence[str]) -> dict[str, Any]:
             or unknown.
     """
     known = set(names)
-    versions = {_VERSION: known - {"certificate"}, _VERSION_WITH_CERTIFICATE: known}
+    versions = {
+        _VERSION: known - {"certificate", "unit"},
+        _VERSION_WITH_CERTIFICATE: known - {"unit"},
+        _VERSION_WITH_UNIT: known,
+    }
     fields = read_document(text, _FORMAT, versions)
     fields["strategy"] = strategies.from_config(fields["strategy"])
-    if "certificate" in fields:
+    if fields.get("certificate") is not None:
         fields["certificate"] = Certificate.from_config(fields["certificate"])
     return fields

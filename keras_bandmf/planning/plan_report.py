@@ -12,6 +12,7 @@ from keras_bandmf.accounting.amplification.certificate import Certificate
 from keras_bandmf.accounting.composition import event_parts
 from keras_bandmf.planning.statement import Statement
 from keras_bandmf.planning.tf_privacy import tf_privacy_epsilons
+from keras_bandmf.planning.units import ROW, unit_in_words
 from keras_bandmf.sampling.schedule import Schedule
 
 #: How the caveat of a plan with a certificate begins.
@@ -28,6 +29,7 @@ def planned_statement(
     steps: int | None,
     fingerprint: str,
     certificate: Certificate | None = None,
+    unit: str = ROW,
 ) -> Statement:
     """Returns what a schedule would guarantee if it ran with this noise.
 
@@ -43,6 +45,7 @@ def planned_statement(
         steps: The number of steps to charge; None charges all of them.
         fingerprint: The fingerprint of the plan.
         certificate: That of the plan, or None.
+        unit: The unit of the plan.
 
     Returns:
         The statement; `dataclasses.replace` makes that of a run from it.
@@ -75,6 +78,7 @@ def planned_statement(
         epsilon=epsilon,
         delta=delta,
         adjacency=schedule.adjacency,
+        unit=unit_in_words(unit),
         sampling=schedule.in_words(),
         steps_charged=charged,
         steps_run=0,

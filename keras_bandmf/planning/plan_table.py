@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_bandmf._printed import rounded_down, rounded_up
 from keras_bandmf.planning.arguments import strategy_in_words
+from keras_bandmf.planning.units import ROW
 from keras_bandmf.strategies import BandedInverseStrategy, Workload
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def plan_table(plan: TrainingPlan) -> str:
     """
     epochs = plan.num_steps / plan.steps_per_epoch
     rows = [
-        ("examples", f"{plan.num_examples}"),
+        ("examples" if plan.unit == ROW else f"units ({plan.unit})", f"{plan.num_examples}"),
         ("batch size", f"{plan.batch_size}"),
         ("steps", f"{plan.num_steps} ({rounded_up(epochs, 4)} epochs of {plan.steps_per_epoch})"),
         ("sampling", plan.schedule.in_words()),
@@ -35,7 +36,7 @@ def plan_table(plan: TrainingPlan) -> str:
         ("sensitivity", rounded_up(plan.sensitivity, 6)),
         ("epsilon", rounded_up(plan.epsilon(), 6)),
         ("delta", rounded_up(plan.delta, 6)),
-        ("adjacency", f"{plan.adjacency}, one row"),
+        ("adjacency", f"{plan.adjacency}, one {'row' if plan.unit == ROW else plan.unit}"),
         ("expected RMSE", f"{rounded_up(plan.expected_rmse, 6)} {rmse_unit(plan.workload)}"),
         ("fingerprint", plan.fingerprint[:16]),
     ]

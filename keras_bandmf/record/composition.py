@@ -15,6 +15,8 @@ _FIXED_PLANS = (
     "advance and not chosen by looking at what an earlier run produced"
 )
 
+_SAME = {"adjacency": "`sampling` ('cyclic_poisson' or 'fixed_order')", "unit": "`unit`"}
+
 
 def compose(statements: Sequence[Statement], delta: float | None = None) -> Statement:
     """Returns one statement of several runs on the same data.
@@ -109,9 +111,8 @@ def check_same(name: str, values: Iterable[str]) -> None:
     if len(found) > 1:
         raise ValueError(
             f"Expected runs on the same weights to have the same `{name}`, because they are "
-            f"composed. Received: {', '.join(found)}. Plan both with the same `sampling` "
-            "('cyclic_poisson' or 'fixed_order'), or start from weights that no private run has "
-            "trained."
+            f"composed. Received: {', '.join(found)}. Plan both with the same "
+            f"{_SAME[name]}, or start from weights that no private run has trained."
         )
 
 

@@ -19,6 +19,7 @@ from keras_bandmf.accounting.composition import delta_of_ideal_noise
 from keras_bandmf.planning.documents import read_document, write_document
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.statement import Statement
+from keras_bandmf.planning.units import unit_in_words
 from keras_bandmf.record.composition import check_same
 from keras_bandmf.record.fresh import is_fresh, is_noted, small_enough
 from keras_bandmf.record.run_record import RunRecord, steps_at_restore
@@ -186,16 +187,20 @@ def check_plan(variables: Iterable[keras.Variable], plan: TrainingPlan) -> None:
             the delta of the plan is too small for the noise of the earlier runs.
     """
     found: list[str] = [plan.adjacency]
+    units: list[str] = [unit_in_words(plan.unit)]
     deltas: list[float] = []
     for run in runs_of(variables):
         if isinstance(run, PastRun):
             found.append(run.past.adjacency)
+            units.append(run.past.unit)
             deltas += [one.delta for one in (run.past.runs or (run.past,))]
         else:
             run.check_restored()
             found += [run.plan.adjacency] * (run.steps > 0)
+            units += [unit_in_words(run.plan.unit)] * (run.steps > 0)
             deltas += [run.plan.delta] * (run.steps > 0)
     check_same("adjacency", found)
+    check_same("unit", units)
     delta_of_ideal_noise([*deltas, plan.delta], plan.delta)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,10 +11,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import checked_int
-from keras_bandmf.sampling.draws import arrangement, round_up
+from keras_bandmf.sampling.augmentation import Augmentation
+from keras_bandmf.sampling.draws import UNIT_ROWS, VIEWS, arrangement, bit_stream, round_up
 from keras_bandmf.sampling.examples import ExampleStore
 from keras_bandmf.sampling.laws import Draws, SamplingName
 from keras_bandmf.sampling.schedule import Schedule
+from keras_bandmf.sampling.units import Units
 
 _DATASET_METHODS = frozenset(
     name for name in dir(tf.data.Dataset) if not name.startswith("_") and name != "element_spec"
@@ -34,6 +37,10 @@ class PrivateBatches:
           nothing is cut. Rows where it is false are padding: copies of rows of the data, chosen
           at random. Drawn rows and padding stand in an order that the key and t decide, and
           each replica's part has at least one row of padding.
+        * With `unit`, what is drawn are units. Each stands in a batch at most once, as
+          `rows_per_example` consecutive rows, all of them its own: those that take part, and the
+          same again as padding. With `augment`, each of them is `augment_copies` views. The
+          consecutive rows are one example to `clipped_gradients`: together they count once.
         * The key is bound once. A second key would regroup the examples, and an example could
           then take part in adjacent steps, where the sensitivity does not cover it.
         * It assumes that the rows of `x` stand in the same order in every process that continues
@@ -48,6 +55,11 @@ class PrivateBatches:
         schedule: The schedule of the plan, which its epsilon is computed from, too. `x` must hold
             exactly `schedule.num_examples` rows.
         plan_fingerprint: The fingerprint of the plan, by which `fit` recognizes its own batches.
+        unit: (rows,) ids, for a plan that counts units such as persons: whose row it is. The
+            schedule's examples are then the different ids, in sorted order. See `Units`.
+        rows_per_unit: The largest number of rows of a unit in a step, chosen anew in each.
+        augment: A random function of one row, or a Keras layer. See `Augmentation`.
+        augment_copies: The number of views of each row, which count as one example together.
         class_weight: Dict of class number to weight, multiplied into `sample_weight`.
         preprocess: Called on tensors of up to 1024 rows, as `preprocess(x)` or
             `preprocess(x, y)`, once and before sampling. Returns what Keras takes: `x`,
@@ -85,23 +97,38 @@ class PrivateBatches:
         *,
         schedule: Schedule,
         plan_fingerprint: str,
+        unit: Any = None,
+        rows_per_unit: int = 1,
+        augment: Callable[..., Any] | None = None,
+        augment_copies: int = 1,
         class_weight: dict[int, float] | None = None,
         preprocess: Callable[..., Any] | None = None,
         seed: int | None = None,
     ):
         checked_schedule(schedule)
         seed_key = None if seed is None else _key_from_seed(seed)
-        store = ExampleStore.read(
-            x, y, sample_weight, schedule.num_examples, class_weight, preprocess
-        )
-        self._begin(schedule, store, plan_fingerprint, seed)
+        _refuse_alone("rows_per_unit", rows_per_unit, "unit", unit)
+        _refuse_alone("augment_copies", augment_copies, "augment", augment)
+        units = None if unit is None else Units(unit, schedule.num_examples, rows_per_unit)
+        num_rows = schedule.num_examples if units is None else units.num_rows
+        store = ExampleStore.read(x, y, sample_weight, num_rows, class_weight, preprocess)
+        views = None if augment is None else Augmentation(augment, augment_copies, store.spec())
+        self._begin(schedule, store, plan_fingerprint, seed, units, views)
         if seed_key is not None:
             self._set_key(seed_key)
 
     def _begin(
-        self, schedule: Schedule, store: ExampleStore, plan_fingerprint: str, seed: int | None
+        self,
+        schedule: Schedule,
+        store: ExampleStore,
+        plan_fingerprint: str,
+        seed: int | None,
+        units: Units | None = None,
+        augmentation: Augmentation | None = None,
     ) -> None:
         """Sets the fields of a run that has no key yet."""
+        self._units = units
+        self._augmentation = augmentation
         self._schedule = schedule
         self._store = store
         self._plan_fingerprint = plan_fingerprint
@@ -144,6 +171,12 @@ class PrivateBatches:
     def steps_per_epoch(self) -> int:
         """The number of steps of an epoch, `num_examples // batch_size`."""
         return self._schedule.steps_per_epoch
+
+    @property
+    def rows_per_example(self) -> int:
+        """The number of consecutive rows of a batch that are one example, clipped once."""
+        rows = 1 if self._units is None else self._units.rows_per_unit
+        return rows if self._augmentation is None else rows * self._augmentation.copies
 
     @property
     def seed(self) -> int | None:
@@ -238,16 +271,21 @@ class PrivateBatches:
         Raises:
             RuntimeError: No key is bound.
         """
-        return self._store.digest(self._bound_key().tobytes())
+        key = self._bound_key().tobytes()
+        rows = self._store.digest(key)
+        if self._units is None:
+            return rows
+        return hashlib.blake2b(rows + self._units.digest(key), key=key, digest_size=32).digest()
 
     def padded_size(self, num_replicas: int = 1) -> int:
-        """Returns P, the number of rows of a padded batch, summed over the replicas.
+        """Returns P, the number of examples of a padded batch, summed over the replicas.
 
         Args:
             num_replicas: Number of replicas that share a batch.
 
         Returns:
-            P, a multiple of `num_replicas`; see `Schedule.padded_size`.
+            P, a multiple of `num_replicas`; see `Schedule.padded_size`. The batch has
+            `rows_per_example` rows for each.
 
         Raises:
             TypeError: `num_replicas` is not an integer.
@@ -262,7 +300,8 @@ class PrivateBatches:
             t: The step, 0 <= t < num_steps.
 
         Returns:
-            (k,) int64 row numbers without repetition; k may be 0 under cyclic Poisson.
+            (k,) int64 without repetition: row numbers, or numbers of units; k may be 0 under
+            cyclic Poisson.
 
         Raises:
             RuntimeError: No key is bound.
@@ -281,7 +320,7 @@ class PrivateBatches:
         return t
 
     def rows(self, indices: np.ndarray) -> dict[str, Any]:
-        """Returns rows by their numbers, without padding.
+        """Returns rows by their numbers, without padding and before augmentation.
 
         Args:
             indices: (k,) integers.
@@ -295,6 +334,20 @@ class PrivateBatches:
         """
         return self._store.rows(indices)
 
+    def first_rows(self) -> dict[str, Any]:
+        """Returns the first rows as training will see them, to build and check a model on.
+
+        Returns:
+            The same as `rows` of the first `batch_size` rows, augmented with fixed seeds.
+        """
+        count = min(self.batch_size, self._store.num_examples)
+        rows = self._store.rows(np.arange(count))
+        if self._augmentation is None:
+            return rows
+        seeds = np.zeros((count, self._augmentation.copies, 2), np.int64)
+        views = self._augmented(rows | {"seeds": seeds})
+        return tf.nest.map_structure(lambda array: array[:count], views)
+
     def batch(self, t: int, num_replicas: int = 1) -> dict[str, Any]:
         """Returns the padded batch of step t.
 
@@ -304,17 +357,24 @@ class PrivateBatches:
 
         Returns:
             Dict of `"x"`, `"y"`, `"sample_weight"` (the last two when there are any) and
-            `"mask"`, (P,) bool: true for the rows of `indices(t)`, which stand at secret random
-            places. The others are copies of random rows of the data, the sentinels of
-            `clipped_gradients`: at least one for each replica. A draw of more than
-            `P - num_replicas` rows has the next multiple of P.
+            `"mask"`, (P * rows_per_example,) bool: true for the rows of `indices(t)`, which stand
+            at secret random places. The others are copies of random rows of the data, the sentinels
+            of `clipped_gradients`: at least one example for each replica. A draw of more than
+            `P - num_replicas` examples has the next multiple of P.
 
         Raises:
             RuntimeError: No key is bound.
             ValueError: t is not a step of the plan.
         """
         self._bound_draws()
-        return self._padded(self._checked_step(t), checked_int("num_replicas", num_replicas))
+        rows = self._padded(self._checked_step(t), checked_int("num_replicas", num_replicas))
+        return self._augmented(rows)
+
+    def _augmented(self, rows: dict[str, Any]) -> dict[str, Any]:
+        if self._augmentation is None:
+            return rows
+        tensors = tf.nest.map_structure(tf.convert_to_tensor, rows)
+        return tf.nest.map_structure(np.asarray, self._augmentation(tensors))
 
     def _padded(self, t: int, num_replicas: int) -> dict[str, Any]:
         return self._arranged(self._store, self.indices(t), t, num_replicas)
@@ -325,14 +385,35 @@ class PrivateBatches:
         """Returns rows of a store and copies of others, at the places that step t has for them."""
         # Never cut: an example that is dropped leaves the law the accounting assumes.
         padded_size = self.padded_size(num_replicas)
-        size = round_up(max(len(indices) + num_replicas, padded_size), padded_size)
-        places, words = arrangement(self._bound_key(), t, len(indices), size, num_replicas)
+        count = len(indices)
+        size = round_up(max(count + num_replicas, padded_size), padded_size)
+        places, words = arrangement(self._bound_key(), t, count, size, num_replicas)
         mask = np.zeros(size, bool)
         mask[places] = True
-        rows = np.empty(size, np.int64)
-        rows[places] = indices
-        rows[~mask] = words % np.uint64(store.num_examples)
-        return store.rows(rows) | {"mask": mask}
+        examples = np.empty(size, np.int64)
+        examples[places] = indices
+        total = store.num_examples if self._units is None else self.num_examples
+        examples[~mask] = words % np.uint64(total)
+        rows = examples
+        if self._units is not None:
+            of_units = self._words(UNIT_ROWS, t, places, size, self._units.rows_per_unit)
+            chosen = self._units.choose(examples, of_units)
+            rows, mask = chosen.numbers.reshape(-1), (mask[:, None] & chosen.valid).reshape(-1)
+        batch = store.rows(rows) | {"mask": mask}
+        if self._augmentation is not None:
+            seeds = self._words(VIEWS, t, places, size, 2 * self.rows_per_example)
+            batch["seeds"] = seeds.view(np.int64).reshape(len(rows), -1, 2)
+        return batch
+
+    def _words(self, purpose: int, t: int, places: np.ndarray, size: int, width: int) -> np.ndarray:
+        """Returns (size, width) random uint64: those of the i-th drawn example at its place.
+
+        They depend on the key, the step and i, and so are the same for any number of replicas.
+        """
+        words = np.zeros((size, width), np.uint64)
+        drawn = bit_stream(self._bound_key(), purpose, t).random_raw(len(places) * width)
+        words[places] = np.reshape(drawn, (-1, width))
+        return words
 
     def element_spec(self, num_replicas: int = 1) -> dict[str, Any]:
         """Returns the specs of the elements of `dataset(num_replicas)`.
@@ -345,7 +426,8 @@ class PrivateBatches:
             dimension is None.
         """
         checked_int("num_replicas", num_replicas)
-        return self._store.spec() | {"mask": tf.TensorSpec((None,), tf.bool)}
+        spec = self._store.spec() if self._augmentation is None else self._augmentation.spec()
+        return spec | {"mask": tf.TensorSpec((None,), tf.bool)}
 
     def dataset(self, num_replicas: int = 1) -> tf.data.Dataset:
         """Returns the batches from `cursor` on, as a dataset that ends after the last step.
@@ -361,10 +443,15 @@ class PrivateBatches:
             A prefetched dataset of dicts; see `batch`.
         """
         num_replicas = checked_int("num_replicas", num_replicas)
+        spec = self._store.spec() | {"mask": tf.TensorSpec((None,), tf.bool)}
+        if self._augmentation is not None:
+            copies = self._augmentation.copies
+            spec["seeds"] = tf.TensorSpec((None, copies, 2), tf.int64)
         dataset = tf.data.Dataset.from_generator(
-            lambda: self._from_cursor(num_replicas),
-            output_signature=self.element_spec(num_replicas),
+            lambda: self._from_cursor(num_replicas), output_signature=spec
         )
+        if self._augmentation is not None:
+            dataset = dataset.map(self._augmentation)
         options = tf.data.Options()
         options.deterministic = True
         options.experimental_distribute.auto_shard_policy = (
@@ -439,6 +526,15 @@ def checked_schedule(schedule: Schedule) -> Schedule:
         )
     schedule.check_own_batches()
     return schedule
+
+
+def _refuse_alone(name: str, value: Any, needed: str, given: Any) -> None:
+    """Refuses a number of rows or views without what it counts."""
+    if value != 1 and given is None:
+        raise ValueError(
+            f"Expected `{needed}` together with `{name}`. Received: {name}={value!r} and "
+            f"{needed}=None."
+        )
 
 
 def _checked_key(key: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ _PADDING_QUANTILE = 0.999
 # One stream of random bits for each purpose, so that no two of them share a Philox counter. A new
 # sampling law takes new numbers; the ones here may never change, or a restored run would regroup
 # its examples.
-GROUPS, INCLUSION, ORDER, PLACES, ALLOCATION = 1, 2, 3, 4, 5
+GROUPS, INCLUSION, ORDER, PLACES, ALLOCATION, UNIT_ROWS, VIEWS = 1, 2, 3, 4, 5, 6, 7
 
 
 def bit_stream(key: np.ndarray, purpose: int, step: int = 0) -> np.random.Philox:

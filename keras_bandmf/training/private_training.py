@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_bandmf import clipping
@@ -172,6 +171,7 @@ class _PrivateTraining:
         self._mixed_rows = MixedRows(model.distribute_strategy)
         self._checked: tuple[BandMFOptimizer, tuple[int, ...]] | None = None
         self._needs_mask = False
+        self._rows_per_example = 1
         self._gate = StepGate()
         self.lock = threading.Lock()
         self._train_function: Callable | None = None
@@ -298,6 +298,7 @@ class _PrivateTraining:
             microbatch_size=self._microbatch_size,
             mask_seeds=optimizer.run_state.mask_seeds(optimizer.iterations),
             float64_sums=optimizer.float64_sums,
+            rows_per_example=self._rows_per_example,
         )
 
     def _metrics(
@@ -317,7 +318,8 @@ class _PrivateTraining:
             )
 
         if self._report is not None:
-            self._report.metric.update_state(tf.cast(unpadded(clipped.was_clipped), tf.float32))
+            was_clipped = tf.boolean_mask(clipped.was_clipped, clipped.example_mask)
+            self._report.metric.update_state(tf.cast(was_clipped, tf.float32))
         losses = unpadded(clipped.losses)
         count = tf.shape(losses)[0]
         mean = tf.reduce_sum(losses) / tf.cast(tf.maximum(count, 1), losses.dtype)
@@ -393,7 +395,7 @@ class _PrivateTraining:
             )
             source = f"plan.batches of plan {batches.plan_fingerprint[:12]}"
             steps_per_epoch = steps_per_epoch or batches.steps_per_epoch
-            self._prepare(batches.rows(np.arange(batches.batch_size)))
+            self._prepare(batches.first_rows())
         else:
             batch_size, array_steps = fit_arguments.check_foreign_data(
                 x, optimizer.plan, batch_size, steps_per_epoch
@@ -401,9 +403,11 @@ class _PrivateTraining:
             sample, x = fit_arguments.first_rows(x, y, sample_weight, optimizer.plan.batch_size)
             self._prepare(sample)
             source = "data supplied by the user, in an order declared by the user"
-        if self._needs_mask != (batches is not None):
+        rows_per_example = 1 if batches is None else batches.rows_per_example
+        if (self._needs_mask, self._rows_per_example) != (batches is not None, rows_per_example):
             # A step traced for one kind of batch must not take the other for it.
-            self._needs_mask, model.train_function = batches is not None, None
+            self._needs_mask, self._rows_per_example = batches is not None, rows_per_example
+            model.train_function = None
         optimizer.check_ready(model.distribute_strategy.num_replicas_in_sync)
         epochs = fit_arguments.checked_epochs(
             epochs,

@@ -48,8 +48,9 @@ def clip_one_example(
     losses, outputs = [], []
     for row in range(rows_per_example):
         # Several rows never share a pass: one of them may be padding, and layers may mix rows.
-        data = on_tensors(functools.partial(_row, row=row), (x, y, sample_weight))
-        value, y_pred, gradients = _gradients_of_row(model, *data, clipper=clipper, loss=loss)
+        of_row = functools.partial(_row, row=row)
+        data = (on_tensors(of_row, part) for part in (x, y, sample_weight))
+        value, y_pred, gradients = _gradients_of_row(model, clipper, loss, *data)
         if rows_per_example > 1:
             share = tf.cast(shares[row], clipper.dtype)
             gradients = [tf.where(mask[row], g * share, tf.zeros_like(g)) for g in gradients]
@@ -68,7 +69,7 @@ def clip_one_example(
 
 
 def _gradients_of_row(
-    model: keras.Model, x: Any, y: Any, sample_weight: Any, clipper: Clipper, loss: BatchLoss
+    model: keras.Model, clipper: Clipper, loss: BatchLoss, x: Any, y: Any, sample_weight: Any
 ) -> tuple[tf.Tensor, Any, list[tf.Tensor]]:
     """Returns loss (a scalar), outputs, and the gradient by each trainable variable."""
     variables = model.trainable_variables

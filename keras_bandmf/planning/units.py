@@ -1,0 +1,61 @@
+"""The unit of privacy of a plan: a row of the data, or whoever several rows belong to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: The unit of a plan that counts rows.
+ROW = "example"
+
+
+def checked_unit(unit: Any) -> str:
+    """Returns the name of a unit.
+
+    Args:
+        unit: A noun in the singular: letters, digits, spaces, hyphens and underscores.
+
+    Raises:
+        TypeError: It is not a string.
+        ValueError: It is empty, or holds other characters.
+    """
+    if not isinstance(unit, str):
+        raise TypeError(
+            "Expected `unit` to be a word for what the guarantee protects, such as 'example' or "
+            f"'user'. Received: unit of type {type(unit).__name__}. The ids of the rows are an "
+            "argument of `plan.batches(unit=...)`."
+        )
+    if not unit.strip() or not unit.replace("-", "").replace("_", "").replace(" ", "").isalnum():
+        raise ValueError(
+            "Expected `unit` to be a word for what the guarantee protects, such as 'example' or "
+            f"'user'. Received: unit={unit!r}."
+        )
+    return unit
+
+
+def unit_in_words(unit: str) -> str:
+    """Returns what one unit is, as a privacy statement says it after "one"."""
+    return "row of the training data" if unit == ROW else f"{unit}, with all rows of that {unit}"
+
+
+def check_unit_ids(unit: str, ids: Any) -> None:
+    """Refuses ids of rows for a plan that counts rows, and no ids for one that counts units.
+
+    Args:
+        unit: The unit of the plan.
+        ids: The argument `unit` of `plan.batches`.
+
+    Raises:
+        ValueError: One is given without the other.
+    """
+    if (unit == ROW) == (ids is None):
+        return
+    if ids is None:
+        raise ValueError(
+            f"Expected `unit` to hold an id for each row, because the plan counts units of the "
+            f"kind {unit!r}. Received: unit=None. Pass `plan.batches(x, y, unit=ids)`."
+        )
+    raise ValueError(
+        "Expected `unit` to be None, because the plan counts rows. Received: unit of type "
+        f"{type(ids).__name__}. Make the plan with `TrainingPlan(unit='user', ...)`, and count "
+        "users in `num_examples` and `batch_size`."
+    )

@@ -1,0 +1,218 @@
+"""Random views of examples, made after sampling with random numbers of their own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf._checks import PrivacyError, checked_int
+from keras_bandmf._keras_internals import operation_definition
+from keras_bandmf.clipping.seeds import drawing
+from keras_bandmf.sampling.sources import map_leaves
+
+# Stateful operations that keep nothing for the next row and draw no random numbers.
+_HARMLESS = {
+    "Assert",
+    "LookupTableFindV2",
+    "LookupTableSizeV2",
+    "PartitionedCall",
+    "ReadVariableOp",
+    "StatefulPartitionedCall",
+    "StatelessIf",
+    "StatelessWhile",
+    "If",
+    "While",
+    "VarHandleOp",
+    "HashTableV2",
+}
+_DRAW_BITS = 10  # of a seed: they number the draws of one view, as in `clipping.seeds`
+
+
+class Augmentation:
+    """Makes `copies` random views of each row of a batch, row by row.
+
+    Formal guarantees: the function is given one row at a time and the random numbers of that row,
+    is traced once, and its graph keeps nothing from one row to the next and draws no other random
+    numbers. So a view depends on its own row, its seed, and nothing else. Seeds are independent of
+    the data, so all other rows have views of one joint law whether or not a row is there.
+
+    Args:
+        function: Called as `function(x, seed=seed)` on the tensors of one row, without the axis of
+            rows, or as `function(x, y=y, seed=seed)` if it has a parameter `y`; it then returns
+            `(x, y)`. `seed` has shape (2,), int64, as `tf.image.stateless_random_*` take it. Or a
+            Keras layer or model, which is called on `x` with `training=True`.
+        copies: K, the number of views of each row.
+        spec: Specs of the columns, by `ExampleStore.spec()`.
+
+    Raises:
+        TypeError: `function` cannot be called.
+        ValueError: It changes the shape or type of targets, or gives views without one known shape.
+        PrivacyError: It draws random numbers that do not come from `seed`, calls Python code while
+            it runs, or keeps something between rows.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_bandmf.sampling.augmentation import Augmentation
+        >>> spec = {"x": tf.TensorSpec((None, 4), tf.float32)}
+        >>> augment = Augmentation(lambda x, seed: x + tf.cast(seed[0], x.dtype), 2, spec)
+        >>> seeds = tf.constant([[[1, 0], [2, 0]]], tf.int64)
+        >>> augment({"x": tf.zeros((1, 4)), "seeds": seeds})["x"].numpy()[:, 0]
+        array([1., 2.], dtype=float32)
+    """
+
+    def __init__(self, function: Any, copies: int, spec: dict[str, Any]):
+        self._copies = checked_int("augment_copies", copies, hint="It counts views of an example.")
+        if not callable(function):
+            raise TypeError(
+                "Expected `augment` to be a function of a row and a seed, or a Keras layer. "
+                f"Received: augment={function!r}."
+            )
+        self._layer = function if isinstance(function, keras.layers.Layer) else None
+        self._with_y = self._layer is None and "y" in _parameters(function)
+        if self._with_y and "y" not in spec:
+            raise ValueError(
+                "Expected targets, because `augment` has a parameter `y`. Received: y=None."
+            )
+        self._function = function
+        self._spec = spec
+        signature = {name: map_leaves(_row_spec, spec[name], name) for name in self._inputs}
+        seed = tf.TensorSpec((2,), tf.int64)
+        self._view = tf.function(self._view_of).get_concrete_function(signature, seed)
+        self._view_spec = self._checked_view_spec()
+        _check_graph(self._view.graph)
+
+    @property
+    def copies(self) -> int:
+        """The number of views of each row."""
+        return self._copies
+
+    @property
+    def _inputs(self) -> tuple[str, ...]:
+        """The columns that the function is given and returns."""
+        return ("x", "y") if self._with_y else ("x",)
+
+    def spec(self) -> dict[str, Any]:
+        """Returns the specs of the columns after augmentation."""
+
+        def of_rows(leaf: tf.TensorSpec, name: str) -> tf.TensorSpec:
+            return tf.TensorSpec((None, *leaf.shape), leaf.dtype)
+
+        views = {name: map_leaves(of_rows, view, name) for name, view in self._view_spec.items()}
+        return self._spec | views
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns the views of a batch: those of row 0 first, and so on.
+
+        Args:
+            batch: Dict of tensors: `x`, and `y` and others where there are any; and `seeds`, (rows,
+                copies, 2) int64.
+
+        Returns:
+            The same without `seeds`, with `copies` times as many rows.
+        """
+        given = {name: batch[name] for name in self._inputs}
+        rows = tf.data.Dataset.from_tensor_slices((given, batch["seeds"]))
+        # Rows side by side, on all threads of the machine; a map over the axis would use one.
+        views = rows.map(self._views_of, tf.data.AUTOTUNE, deterministic=True)
+        count = tf.shape(batch["seeds"], tf.int64)[0]
+        columns = views.batch(count).get_single_element()
+        repeated = {name: part for name, part in batch.items() if name not in (*given, "seeds")}
+        return tf.nest.map_structure(_merged, columns) | tf.nest.map_structure(
+            lambda t: tf.repeat(t, self._copies, axis=0), repeated
+        )
+
+    def _views_of(self, given: dict[str, Any], seeds: tf.Tensor) -> dict[str, Any]:
+        """Returns the views of one row, stacked."""
+        views = [self._view(given, seed) for seed in tf.unstack(seeds, self._copies)]
+        return tf.nest.map_structure(lambda *parts: tf.stack(parts), *views)
+
+    def _view_of(self, given: dict[str, Any], seed: tf.Tensor) -> dict[str, Any]:
+        x = given["x"]
+        if self._layer is not None:
+            return {"x": _by_layer(self._layer, x, seed)}
+        if not self._with_y:
+            return {"x": self._function(x, seed=seed)}
+        result = self._function(x, y=given["y"], seed=seed)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ValueError(
+                "Expected `augment` to return (x, y), because it has a parameter `y`. Received: "
+                f"{type(result).__name__}."
+            )
+        return {"x": result[0], "y": result[1]}
+
+    def _checked_view_spec(self) -> dict[str, Any]:
+        """Returns the specs of a view, which must be dense, of known shape, and keep targets."""
+
+        def checked(leaf: Any, name: str) -> tf.TensorSpec:
+            if not isinstance(leaf, tf.Tensor) or not leaf.shape.is_fully_defined():
+                received = leaf.shape if isinstance(leaf, tf.Tensor) else type(leaf).__name__
+                raise ValueError(
+                    f"Expected `augment` to return dense views of one shape. Received: {name} of "
+                    f"{received}. Crop or pad to a fixed size, and end with `tf.ensure_shape`."
+                )
+            return tf.TensorSpec(leaf.shape, leaf.dtype)
+
+        found = {
+            name: map_leaves(checked, column, name)
+            for name, column in self._view.structured_outputs.items()
+        }
+        if self._with_y:
+            given = map_leaves(_row_spec, self._spec["y"], "y")
+            if found["y"] != given:
+                raise ValueError(
+                    "Expected `augment` to keep the shape and dtype of the targets. Received: "
+                    f"y={found['y']} in place of {given}."
+                )
+        return found
+
+
+def _by_layer(layer: keras.layers.Layer, x: Any, seed: tf.Tensor) -> Any:
+    """Returns the view of one row that a Keras layer makes with the seed of that view."""
+    one = tf.nest.map_structure(lambda t: t[tf.newaxis], x)
+    word = tf.bitcast(seed[0], tf.uint64)
+    first = tf.bitwise.left_shift(word, tf.constant(_DRAW_BITS, tf.uint64))
+    with drawing(layer, first):
+        views = layer(one, training=True)
+    return tf.nest.map_structure(lambda t: tf.convert_to_tensor(t)[0], views)
+
+
+def _row_spec(leaf: tf.TensorSpec, name: str) -> tf.TensorSpec:
+    """Returns the spec of one row of a column."""
+    return tf.TensorSpec(leaf.shape[1:], leaf.dtype)
+
+
+def _merged(views: tf.Tensor) -> tf.Tensor:
+    """Returns (rows, copies, ...) as (rows * copies, ...)."""
+    return tf.reshape(views, tf.concat([[-1], tf.shape(views)[2:]], axis=0))
+
+
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(function).parameters)
+    except ValueError:  # some functions that are written in C
+        return frozenset()
+
+
+def _check_graph(graph: tf.Graph) -> None:
+    """Refuses operations that keep something between rows, or random numbers of their own.
+
+    Raises:
+        ValueError: There is such an operation.
+    """
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+    for node in nodes:
+        kind = operation_definition(node.op)
+        if node.op in _HARMLESS or (kind is not None and not kind.is_stateful):
+            continue
+        raise PrivacyError(
+            "Expected `augment` to make a view from its row and its seed alone. Received: an "
+            f"operation of type {node.op} ('{node.name}'), which draws other random numbers, "
+            "writes a variable, or calls Python. Use `tf.image.stateless_random_*` and "
+            "`tf.random.stateless_*` with the `seed` that is passed, or Keras layers such as "
+            "`keras.layers.RandomTranslation`."
+        )

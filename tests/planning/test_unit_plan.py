@@ -1,0 +1,74 @@
+"""Plans that count units: JSON, fingerprints, statements, and what they refuse."""
+
+import json
+
+import numpy as np
+import pytest
+
+from keras_bandmf.planning.plan import TrainingPlan
+from tests.plans import make_plan
+
+
+def test_a_plan_of_rows_is_written_as_ever():
+    fields = json.loads(make_plan().to_json())
+    assert "unit" not in fields and fields["version"] == 1
+    assert make_plan(unit="example").fingerprint == make_plan().fingerprint
+
+
+def test_the_unit_goes_through_json_and_changes_the_fingerprint():
+    plan = make_plan(unit="user")
+    again = TrainingPlan.from_json(plan.to_json())
+    assert again == plan and again.unit == "user"
+    assert plan.fingerprint != make_plan().fingerprint
+    assert plan.fingerprint != make_plan(unit="patient").fingerprint
+
+
+def test_calibrate_takes_a_unit_and_nothing_else_changes():
+    numbers = dict(num_examples=1_000, batch_size=50, epochs=2, epsilon=2.0, delta=1e-5)
+    users = TrainingPlan.calibrate(**numbers, num_bands=2, unit="user")
+    rows = TrainingPlan.calibrate(**numbers, num_bands=2)
+    assert users.unit == "user"
+    assert users.noise_multiplier == rows.noise_multiplier
+    assert users.epsilon() == rows.epsilon()
+
+
+def test_a_secret_group_of_users_goes_through_json():
+    plan = TrainingPlan.calibrate(
+        num_examples=1_000,
+        batch_size=100,
+        epochs=2,
+        epsilon=4.0,
+        delta=1e-4,
+        num_bands=2,
+        amplification="secret_group",
+        unit="user",
+    )
+    again = TrainingPlan.from_json(plan.to_json())
+    assert again == plan and again.certificate == plan.certificate
+
+
+def test_statement_and_table_speak_of_the_unit():
+    statement = make_plan(unit="user").statement()
+    assert statement.unit == "user, with all rows of that user"
+    assert "one user, with all rows of that user" in str(statement)
+    table = str(make_plan(unit="user"))
+    assert "units (user)" in table and "one user" in table
+    assert "one row" in str(make_plan())
+
+
+@pytest.mark.parametrize(
+    ("unit", "error"),
+    [(np.arange(3), TypeError), (None, TypeError), ("", ValueError), ("a\nb", ValueError)],
+)
+def test_refuses_what_is_no_word(unit, error):
+    with pytest.raises(error, match="`unit` to be a word"):
+        make_plan(unit=unit)
+
+
+def test_ids_and_unit_are_needed_together():
+    x = np.zeros(1_000)
+    with pytest.raises(ValueError, match="units of the kind 'user'"):
+        make_plan(unit="user").batches(x)
+    with pytest.raises(ValueError, match="the plan counts rows"):
+        make_plan().batches(x, unit=np.arange(1_000))
+    assert make_plan(unit="user").batches(x, unit=np.arange(1_000)).num_examples == 1_000
