@@ -6,6 +6,7 @@ from keras_bandmf.clipping import ClippedGradients, clipped_gradients
 from keras_bandmf.optimizers import BandMFOptimizer
 from keras_bandmf.planning.band_choice import BandChoice, max_bands_for_memory
 from keras_bandmf.planning.calibration import compare_bands
+from keras_bandmf.planning.group_privacy import group_epsilon
 from keras_bandmf.planning.keras_workload import workload_from_optimizer
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.progress import ProgressBar
@@ -37,6 +38,7 @@ __all__ = [
     "compare_bands",
     "enable_rgp",
     "export",
+    "group_epsilon",
     "layers",
     "make_private",
     "max_bands_for_memory",

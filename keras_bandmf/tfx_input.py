@@ -22,6 +22,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.planning.units import check_unit_ids
 from keras_bandmf.sampling import PrivateBatches, StreamedBatches
 
 __all__ = [
@@ -204,8 +205,8 @@ def streamed_batches(stream: tf.data.Dataset, plan: TrainingPlan) -> StreamedBat
 
     Raises:
         TypeError: If `stream` is not a dataset of dense tensors.
-        ValueError: If the plan is of another kind, or the stream is endless, shuffled, cut short,
-            or does not have the plan's `num_examples`.
+        ValueError: If the plan is of another kind or counts units other than rows, or the stream is
+            endless, shuffled, cut short, or does not have the plan's `num_examples`.
 
     Example:
         >>> import numpy as np
@@ -228,6 +229,7 @@ def streamed_batches(stream: tf.data.Dataset, plan: TrainingPlan) -> StreamedBat
             f"sampling={plan.sampling!r}, max_participations={plan.max_participations}. For "
             "Poisson sampling use `private_batches`."
         )
+    check_unit_ids(plan.unit, None)
     return StreamedBatches(stream, schedule=plan.schedule, plan_fingerprint=plan.fingerprint)
 
 

@@ -468,7 +468,7 @@ def _set_fields(
 ) -> None:
     """Sets all fields of a new plan: the only place where they are set."""
     check_strategy(strategy, schedule)
-    object.__setattr__(plan, "unit", checked_unit(unit))
+    object.__setattr__(plan, "unit", checked_unit(unit, schedule))
     for field in dataclasses.fields(schedule):
         if field.name in _names(type(plan)):  # the rest is that of the strategy: just checked
             object.__setattr__(plan, field.name, getattr(schedule, field.name))

@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
+from keras_bandmf import tfx_input
 from keras_bandmf.planning.plan import TrainingPlan
 from tests.plans import make_plan
 
@@ -63,6 +65,18 @@ def test_statement_and_table_speak_of_the_unit():
 def test_refuses_what_is_no_word(unit, error):
     with pytest.raises(error, match="`unit` to be a word"):
         make_plan(unit=unit)
+
+
+def test_data_that_the_user_feeds_has_no_units():
+    with pytest.raises(ValueError, match="clipped one by one"):
+        make_plan(unit="user", sampling="fixed_order", max_participations=3, min_separation=20)
+
+
+def test_a_stream_has_no_units():
+    plan = make_plan(unit="user", sampling="fixed_order")
+    stream = tf.data.Dataset.from_tensor_slices(np.zeros(1_000)).batch(50)
+    with pytest.raises(ValueError, match="units of the kind 'user'"):
+        tfx_input.streamed_batches(stream, plan)
 
 
 def test_ids_and_unit_are_needed_together():
