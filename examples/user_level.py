@@ -1,0 +1,170 @@
+"""Privacy of users who bring several rows each: a plan that counts users, and its baseline.
+
+    python examples/user_level.py
+
+The users are made up from MNIST: each writes a few of the ten digits, at a slant of their own, from
+one digit to a few hundred. Two models are trained to the same epsilon for a whole user:
+
+1. `TrainingPlan(unit="user")` samples users; the mean gradient of up to 8 of their rows is clipped
+   once.
+2. The baseline samples rows, clips each of them, and accounts for all rows of a user at once
+   (`group_epsilon`). Every user may keep 8 rows at most.
+
+Fetches MNIST through `keras.datasets.mnist`; `--data` reads a file instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import pathlib
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import scipy.optimize
+
+import keras_bandmf as bandmf
+from mnist import make_model
+
+ROWS_PER_USER = 8
+
+
+def slanted(x: np.ndarray, slant: np.ndarray) -> np.ndarray:
+    """Moves line r of each picture by slant * (r - 14) pixels."""
+    lines = np.round(slant[:, None] * (np.arange(28) - 14)).astype(int)
+    columns = (np.arange(28) - lines[..., None]) % 28
+    return np.take_along_axis(x, columns[..., None], axis=2)
+
+
+def made_up_users(x: np.ndarray, y: np.ndarray, count: int, seed: int):
+    """Returns pictures, labels and the number of the user who wrote each.
+
+    A user writes 1 to 10 kinds of digits; how many digits in all has a heavy tail.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = np.minimum(1 + rng.pareto(1.2, count) * 4, 400).astype(int)
+    of_class = [rng.permutation(np.flatnonzero(y == digit)) for digit in range(10)]
+    rows, users = [], []
+    for user, size in enumerate(sizes):
+        kinds = rng.choice(10, rng.integers(1, 11), replace=False)
+        digits = rng.choice(kinds, size)
+        rows += [rng.choice(of_class[digit]) for digit in digits]
+        users += [user] * size
+    slant = rng.normal(0, 0.25, count)[users]
+    return slanted(x[rows], slant), y[rows], np.array(users)
+
+
+def trained(plan, batches, test, learning_rate: float, seed: int) -> float:
+    """Returns the test accuracy of one run."""
+    keras.utils.set_random_seed(seed)
+    model = bandmf.privatize(make_model())
+    model.compile(
+        optimizer=bandmf.BandMFOptimizer(
+            keras.optimizers.SGD(learning_rate, momentum=0.9), plan, l2_norm_clip=1.0
+        ),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    model.fit(batches, verbose=0)
+    if plan.unit == "user" and seed == 0:
+        print(bandmf.statement(model))
+    return model.evaluate(*test, batch_size=1000, verbose=0)[1]
+
+
+def baseline_plan(num_rows: int, batch_size: int, num_steps: int, epsilon: float, delta: float):
+    """Returns the DP-SGD plan of rows whose `group_epsilon` for a user is epsilon at most."""
+
+    def plan_of(log_sigma: float) -> bandmf.TrainingPlan:
+        return bandmf.TrainingPlan(
+            num_examples=num_rows,
+            batch_size=batch_size,
+            num_steps=num_steps,
+            num_bands=1,
+            noise_multiplier=math.exp(log_sigma),
+            delta=delta,
+        )
+
+    def excess(log_sigma: float) -> float:
+        return bandmf.group_epsilon(plan_of(log_sigma), ROWS_PER_USER) - epsilon
+
+    root = scipy.optimize.brentq(excess, math.log(2.0), math.log(50.0), xtol=1e-3)
+    while excess(root) > 0:
+        root += 1e-3
+    return plan_of(root)
+
+
+def main() -> None:
+    """Makes users, plans, trains, prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--users", type=int, default=3_000)
+    parser.add_argument("--epsilon", type=float, default=4.0)
+    parser.add_argument("--delta", type=float, default=1e-4)
+    parser.add_argument("--users_in_batch", type=int, default=150)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each")
+    parser.add_argument("--learning_rate", type=float, default=0.25)
+    parser.add_argument("--data", type=pathlib.Path, help="x_train, y_train, x_test, y_test")
+    options = parser.parse_args()
+
+    if options.data is None:
+        (x, y), (x_test, y_test) = keras.datasets.mnist.load_data()
+    else:
+        with np.load(options.data) as data:
+            x, y, x_test, y_test = (
+                data[name] for name in ("x_train", "y_train", "x_test", "y_test")
+            )
+    x, x_test = ((part[..., None] / 255.0 - 0.5).astype("float32") for part in (x, x_test))
+    x, y, users = made_up_users(x, y, options.users, seed=0)
+    slant = np.random.default_rng(1).normal(0, 0.25, len(x_test))
+    test = slanted(x_test, slant), y_test
+    sizes = np.bincount(users)
+    print(
+        f"{len(x)} rows of {options.users} users: {sizes.min()} to {sizes.max()} each, "
+        f"median {np.median(sizes):g}"
+    )
+
+    by_user = bandmf.TrainingPlan.calibrate(
+        unit="user",
+        num_examples=options.users,
+        batch_size=options.users_in_batch,
+        epochs=options.epochs,
+        epsilon=options.epsilon,
+        delta=options.delta,
+    )
+    print(by_user)
+    # The baseline: at most 8 rows of each user, chosen once; as many rows a step.
+    order = np.random.default_rng(2).permutation(len(x))
+    rank = np.empty(len(x), int)
+    seen = np.zeros(options.users, int)
+    for row in order:
+        rank[row] = seen[users[row]]
+        seen[users[row]] += 1
+    kept = np.flatnonzero(rank < ROWS_PER_USER)
+    rows_in_batch = round(options.users_in_batch * len(kept) / options.users)
+    by_row = baseline_plan(
+        len(kept), rows_in_batch, by_user.num_steps, options.epsilon, options.delta
+    )
+    accuracy: dict[str, list[float]] = {"users": [], "rows": []}
+    for seed in range(options.seeds):
+        batches = by_user.batches(x, y, unit=users, rows_per_unit=ROWS_PER_USER)
+        accuracy["users"].append(trained(by_user, batches, test, options.learning_rate, seed))
+        batches = by_row.batches(x[kept], y[kept])
+        accuracy["rows"].append(trained(by_row, batches, test, options.learning_rate, seed))
+    print(f"\nSame epsilon {options.epsilon:g} for a whole user, {by_user.num_steps} steps")
+    print(f"{'what is sampled':<18}{'bands':>6}{'noise':>8}{'in a step':>12}   test accuracy")
+    for label, plan, name in (
+        ("users", by_user, "users"),
+        (f"rows, {ROWS_PER_USER} at most", by_row, "rows"),
+    ):
+        runs = ", ".join(f"{value:.3f}" for value in accuracy[name])
+        print(
+            f"{label:<18}{plan.num_bands:>6}{plan.noise_multiplier:>8.2f}"
+            f"{plan.batch_size:>6} {name:<5}   {runs}"
+        )
+
+
+if __name__ == "__main__":
+    main()
