@@ -63,6 +63,13 @@ def _parser() -> _Parser:
         metavar="FOLDER",
         help="with secret groups, keep the result there, and take it from there the next time",
     )
+    plan.add_argument(
+        "--unit",
+        default="example",
+        metavar="WORD",
+        help="what is counted and protected: 'example' is a row of the data (the default), "
+        "'user' or another word a unit with several rows",
+    )
     plan.set_defaults(run=_plan)
     compare = commands.add_parser(
         "compare-bands",
@@ -201,6 +208,7 @@ def _plan(arguments: argparse.Namespace) -> str:
             # A bar would be in the way of whoever reads the report by a program.
             callback=ProgressBar(verbose=int(sys.stdout.isatty())),
             cache_dir=arguments.cache_dir,
+            unit=arguments.unit,
         )
         known = ", if the random group of a row (and its steps under random allocation) was known"
     else:
@@ -210,6 +218,7 @@ def _plan(arguments: argparse.Namespace) -> str:
             strategy=best.strategy,
             sampling=best.sampling,
             amplification=amplification,
+            unit=arguments.unit,
         )
     report = f"{plan}\n\nBands compared at this epsilon and delta{known}:\n{choice}"
     if arguments.json is not None:

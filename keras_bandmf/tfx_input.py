@@ -19,11 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.units import check_unit_ids
 from keras_bandmf.sampling import PrivateBatches, StreamedBatches
+from keras_bandmf.sampling.sources import refuse_composites, unpacked
 
 __all__ = [
     "PLAN_KEY",
@@ -145,6 +147,10 @@ def private_batches(
     class_weight: dict[int, float] | None = None,
     preprocess: Callable[..., Any] | None = None,
     seed: int | None = None,
+    unit_key: str | None = None,
+    rows_per_unit: int = 1,
+    augment: Callable[..., Any] | None = None,
+    augment_copies: int = 1,
 ) -> PrivateBatches:
     """Returns `plan.batches` of a stream of batches, which is read once into memory.
 
@@ -160,13 +166,18 @@ def private_batches(
         class_weight: See `plan.batches`.
         preprocess: See `plan.batches`. It may, for example, turn a dict of features into an array.
         seed: For tests only: the run is then not private.
+        unit_key: For a plan with a `unit`: the feature of x that holds whose row it is. It is taken
+            out of x; see the argument `unit` of `plan.batches`.
+        rows_per_unit: See `plan.batches`.
+        augment: See `plan.batches`.
+        augment_copies: See `plan.batches`.
 
     Returns:
         The batches, which the private `fit` takes.
 
     Raises:
         TypeError: If `stream` is not a dataset of dense tensors.
-        ValueError: If it is endless or has another number of rows.
+        ValueError: If it is endless, has another number of rows, or has no feature `unit_key`.
 
     Example:
         >>> import numpy as np
@@ -183,9 +194,38 @@ def private_batches(
         10
     """
     _refuse_other_streams(stream)
-    return plan.batches(
-        stream.unbatch(), class_weight=class_weight, preprocess=preprocess, seed=seed
-    )
+    options: dict[str, Any] = {
+        "class_weight": class_weight,
+        "preprocess": preprocess,
+        "seed": seed,
+        "rows_per_unit": rows_per_unit,
+        "augment": augment,
+        "augment_copies": augment_copies,
+    }
+    check_unit_ids(plan.unit, unit_key)
+    if unit_key is None:
+        return plan.batches(stream.unbatch(), **options)
+    columns, ids = _with_ids(stream, unit_key)
+    return plan.batches(**columns, unit=ids, **options)
+
+
+def _with_ids(stream: tf.data.Dataset, unit_key: str) -> tuple[dict[str, Any], np.ndarray]:
+    """Reads a stream, and returns its columns and the ids that one feature of x holds.
+
+    Both come from one reading: a second one might have another order.
+    """
+    refuse_composites(stream.element_spec, "the stream")
+    batches = [unpacked(batch, "the stream") for batch in stream]
+    columns = tf.nest.map_structure(lambda *parts: np.concatenate(parts), *batches)
+    features = columns["x"]
+    if not isinstance(features, dict) or unit_key not in features:
+        received = sorted(features) if isinstance(features, dict) else type(features).__name__
+        raise ValueError(
+            "Expected `unit_key` to name a feature of x, which holds whose row it is. Received: "
+            f"unit_key={unit_key!r} and x with {received}."
+        )
+    ids = features.pop(unit_key)
+    return columns, ids.reshape(-1) if ids.ndim == 2 and ids.shape[1] == 1 else ids
 
 
 def streamed_batches(stream: tf.data.Dataset, plan: TrainingPlan) -> StreamedBatches:

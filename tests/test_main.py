@@ -158,3 +158,12 @@ def test_random_allocation_is_certified_unless_it_is_to_be_known(capsys, tmp_pat
     known = TrainingPlan.from_json(document.read_text())
     assert known.certificate is None
     assert known.noise_multiplier > 1.3 * certified.noise_multiplier
+
+
+def test_a_plan_of_users(capsys, tmp_path):
+    document = tmp_path / "plan.json"
+    assert main(command(num_bands="2", unit="user", json=document)) == 0
+    assert TrainingPlan.from_json(document.read_text()).unit == "user"
+    assert "one user" in capsys.readouterr().out
+    assert main(command(num_bands="2", unit="a\nb")) == 1
+    assert "`unit` to be a word" in capsys.readouterr().err

@@ -45,7 +45,7 @@ def changed(**fields):
     [
         ({}, "Expected a plan.*plan_to_config"),
         ({"plan": "x"}, r"keys \['plan'\]"),
-        (changed(version=3), "version=3.*same release"),
+        (changed(version=4), "version=4.*same release"),
         (changed(format="another"), "TrainingPlan"),
         (changed(unknown=1), "unknown.*'unknown'"),
         (changed(noise_multiplier=-1.0), "noise_multiplier"),
@@ -188,3 +188,45 @@ def test_the_library_does_not_import_tfx():
     assert "keras_bandmf" in found.stdout, found.stderr
     for package in ("tfx", "tfx_bsl", "tensorflow_transform", "tf_keras", "apache_beam"):
         assert f"'{package}'" not in found.stdout
+
+
+def stream_of_users(shape=()):
+    """Rows 0 to 191 of 96 users, whose ids are a feature."""
+    ids = np.repeat(np.arange(96), 2)[::-1].reshape(192, *shape)
+    x = {"a": np.arange(192.0, dtype=np.float32)[:, None], "user": ids.copy()}
+    return tf.data.Dataset.from_tensor_slices((x, np.zeros(192))).batch(40)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_users_are_named_by_a_feature(shape):
+    plan = runs.make_plan(unit="user")
+    batches = tfx_input.private_batches(
+        stream_of_users(shape), plan, unit_key="user", rows_per_unit=2, seed=0
+    )
+    assert set(batches.rows(np.arange(2))["x"]) == {"a"}
+    batch = batches.batch(3)
+    rows = batch["x"]["a"][batch["mask"]].astype(int).reshape(-1, 2)
+    whose = np.repeat(np.arange(96), 2)[::-1][rows]
+    assert (whose[:, 0] == whose[:, 1]).all()
+    assert sorted(whose[:, 0]) == sorted(batches.indices(3))
+
+
+def test_users_without_a_feature_are_refused():
+    with pytest.raises(ValueError, match="unit_key"):
+        tfx_input.private_batches(stream_of_users(), runs.make_plan(unit="user"))
+    with pytest.raises(ValueError, match="unit_key='who'"):
+        tfx_input.private_batches(stream_of_users(), runs.make_plan(unit="user"), unit_key="who")
+    with pytest.raises(ValueError, match="counts rows"):
+        tfx_input.private_batches(stream(), runs.make_plan(), unit_key="a")
+
+
+def test_streams_can_be_augmented():
+    batches = tfx_input.private_batches(
+        stream(),
+        runs.make_plan(),
+        augment=lambda x, seed: {"a": x["a"] + tf.random.stateless_uniform([1], seed)},
+        augment_copies=2,
+        seed=0,
+    )
+    assert batches.rows_per_example == 2
+    assert set(batches.batch(0)["x"]) == {"a"}

@@ -12,7 +12,7 @@ from keras_bandmf.accounting.amplification.certificate import Certificate
 from keras_bandmf.accounting.composition import event_parts
 from keras_bandmf.planning.statement import Statement
 from keras_bandmf.planning.tf_privacy import tf_privacy_epsilons
-from keras_bandmf.planning.units import ROW, unit_in_words
+from keras_bandmf.planning.units import ROW, not_covered, unit_in_words
 from keras_bandmf.sampling.schedule import Schedule
 
 #: How the caveat of a plan with a certificate begins.
@@ -79,6 +79,7 @@ def planned_statement(
         delta=delta,
         adjacency=schedule.adjacency,
         unit=unit_in_words(unit),
+        not_covered=not_covered(unit),
         sampling=schedule.in_words(),
         steps_charged=charged,
         steps_run=0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from keras_bandmf.planning.statement import NOT_COVERED
 from keras_bandmf.sampling.schedule import Schedule
 
 #: The unit of a plan that counts rows.
@@ -50,6 +51,30 @@ def unit_in_words(unit: str) -> str:
     return "row of the training data" if unit == ROW else f"{unit}, with all rows of that {unit}"
 
 
+def not_covered(unit: str) -> tuple[str, ...]:
+    """Returns what the guarantee of a plan says nothing about.
+
+    Args:
+        unit: The unit of the plan.
+    """
+    if unit == ROW:
+        return NOT_COVERED
+    in_units = {
+        "the number of rows,": f"the number of different ids, num_examples: treated as public. "
+        f"Under add-or-remove-one, a neighboring data set has one {unit} more or fewer. The "
+        "mechanism samples at the same rate, and epsilon compares the two; but a run on any number "
+        "of ids other than num_examples is refused, which reveals the number",
+        "several rows of one person": f"two ids of one {unit}: the guarantee is for all rows with "
+        "one id",
+    }
+
+    def text_of(text: str) -> str:
+        changed = [new for start, new in in_units.items() if text.startswith(start)]
+        return changed[0] if changed else text
+
+    return tuple(text_of(text) for text in NOT_COVERED)
+
+
 def check_unit_ids(unit: str, ids: Any) -> None:
     """Refuses ids of rows for a plan that counts rows, and no ids for one that counts units.
 
@@ -65,7 +90,8 @@ def check_unit_ids(unit: str, ids: Any) -> None:
     if ids is None:
         raise ValueError(
             f"Expected `unit` to hold an id for each row, because the plan counts units of the "
-            f"kind {unit!r}. Received: unit=None. Pass `plan.batches(x, y, unit=ids)`."
+            f"kind {unit!r}. Received: unit=None. Pass `plan.batches(x, y, unit=ids)`; to "
+            "`tfx_input.private_batches`, `unit_key`."
         )
     raise ValueError(
         "Expected `unit` to be None, because the plan counts rows. Received: unit of type "

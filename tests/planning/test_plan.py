@@ -182,7 +182,7 @@ def test_json_refuses_the_unknown(default):
     document = json.loads(default.to_json())
     strategy = document["strategy"]
     for change in (
-        {"version": 3},
+        {"version": 4},
         {"format": "keras_bandmf.Statement"},
         {"seed": 1},
         {"strategy": {**strategy, "class_name": "DenseStrategy"}},

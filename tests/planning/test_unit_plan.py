@@ -53,6 +53,9 @@ def test_statement_and_table_speak_of_the_unit():
     statement = make_plan(unit="user").statement()
     assert statement.unit == "user, with all rows of that user"
     assert "one user, with all rows of that user" in str(statement)
+    assert "several rows of one person" not in str(statement)
+    assert "two ids of one user" in str(statement) and "one user more or fewer" in str(statement)
+    assert len(statement.not_covered) == len(make_plan().statement().not_covered)
     table = str(make_plan(unit="user"))
     assert "units (user)" in table and "one user" in table
     assert "one row" in str(make_plan())
