@@ -145,11 +145,12 @@ def grouped_positions(values: tf.Tensor, size: int, mask: tf.Tensor) -> tf.Tenso
         The same with `rows / size` rows of `size * positions` positions.
     """
     values = _weighted(values, tf.cast(mask, values.dtype))
-    _, *groups, count, width = dims(values)
+    rows, *groups, count, width = dims(values)
+    shape = [rows // size, *groups, size * count, width]
     if not groups or static(groups[0]) == 1:
-        return tf.reshape(values, [-1, *groups, size * count, width])
-    apart = tf.reshape(values, [-1, size, *groups, count, width])
-    return tf.reshape(tf.transpose(apart, [0, 2, 1, 3, 4]), [-1, *groups, size * count, width])
+        return tf.reshape(values, shape)
+    apart = tf.reshape(values, [rows // size, size, *groups, count, width])
+    return tf.reshape(tf.transpose(apart, [0, 2, 1, 3, 4]), shape)
 
 
 class Rows:
@@ -199,7 +200,8 @@ class Rows:
         """Returns the sums over the rows of each example."""
         values = _weighted(self.values, tf.cast(mask, self.values.dtype))
         sizes = dims(values)
-        return Rows(tf.reduce_sum(tf.reshape(values, [-1, size, *sizes[1:]]), axis=1), self.layout)
+        apart = tf.reshape(values, [sizes[0] // size, size, *sizes[1:]])
+        return Rows(tf.reduce_sum(apart, axis=1), self.layout)
 
     def resolved(self) -> Rows:
         """Returns itself: nothing is cheaper than gradients that are written out."""
@@ -365,7 +367,8 @@ class Lookup:
 
     def grouped(self, size: int, mask: tf.Tensor) -> Lookup:
         """Returns the look-ups of all rows of each example; a row masked out adds zeros."""
-        ids = tf.reshape(self.ids, [-1, size * dims(self.ids)[1]])
+        rows, count = dims(self.ids)
+        ids = tf.reshape(self.ids, [rows // size, size * count])
         return Lookup(ids, grouped_positions(self.g, size, mask), self.rows)
 
     def resolved(self) -> Lookup:
@@ -373,7 +376,12 @@ class Lookup:
         return self
 
     def squared_norms(self) -> tf.Tensor:
-        """Returns squared norms, (batch,); positions that read the same row are added up first."""
+        """Returns squared norms, (batch,); positions that read the same row are added up first.
+
+        Formal guarantees: positions are added up in float64, as in `weighted_sum`. In float32 a
+        thousand small gradients beside a large one are lost one by one, and the norm that is
+        clipped by would miss what the sum then adds.
+        """
         count = dims(self.ids)[1]
         known = static(count)
         if known == 1:
@@ -390,9 +398,10 @@ class Lookup:
 
     def _by_pairs(self) -> tf.Tensor:
         """Adds up, at every position, all that read its row; c of them count that row once."""
-        same = tf.cast(self.ids[:, :, None] == self.ids[:, None, :], self.g.dtype)
-        added = tf.reduce_sum(tf.square(tf.matmul(same, self.g)), axis=2)
-        return tf.reduce_sum(added / tf.reduce_sum(same, axis=2), axis=1)
+        same = tf.cast(self.ids[:, :, None] == self.ids[:, None, :], tf.float64)
+        added = tf.reduce_sum(tf.square(tf.matmul(same, tf.cast(self.g, tf.float64))), axis=2)
+        squared = tf.reduce_sum(added / tf.reduce_sum(same, axis=2), axis=1)
+        return tf.cast(squared, self.g.dtype)
 
     def _by_order(self) -> tf.Tensor:
         """Sorts positions by row, and adds up neighbors."""
@@ -407,19 +416,21 @@ class Lookup:
         back = tf.math.invert_permutation(tf.reshape(order + starts, [batch * count]))
         segments = tf.gather(tf.reshape(segments + starts, [batch * count]), back)
         width = dims(self.g)[-1]
-        added = tf.math.unsorted_segment_sum(
-            tf.reshape(self.g, [batch * count, width]), segments, batch * count
-        )
-        return tf.reduce_sum(tf.square(tf.reshape(added, [batch, count, width])), axis=[1, 2])
+        g = tf.cast(tf.reshape(self.g, [batch * count, width]), tf.float64)
+        added = tf.math.unsorted_segment_sum(g, segments, batch * count)
+        squared = tf.reduce_sum(tf.square(tf.reshape(added, [batch, count, width])), axis=[1, 2])
+        return tf.cast(squared, self.g.dtype)
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Returns the sum over examples of weight times gradient, dense: (rows, width), float64."""
         _check_chain(self.g)
         sizes = dims(self.g)
-        flat = tf.reshape(_weighted(self.g, weights), [sizes[0] * sizes[1], sizes[2]])
+        # In float64, because a row that many positions read is a long chain of additions; weights
+        # too, because what rounding adds to each of them adds up.
+        g, weights = tf.cast(self.g, tf.float64), tf.cast(weights, tf.float64)
+        flat = tf.reshape(_weighted(g, weights), [sizes[0] * sizes[1], sizes[2]])
         ids = tf.reshape(self.ids, [sizes[0] * sizes[1]])
-        # In float64, because a row that many positions read is a long chain of additions.
-        return tf.math.unsorted_segment_sum(tf.cast(flat, tf.float64), ids, self.rows)
+        return tf.math.unsorted_segment_sum(flat, ids, self.rows)
 
 
 def _check_chain(stacked: tf.Tensor) -> None:

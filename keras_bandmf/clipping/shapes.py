@@ -34,7 +34,7 @@ def over_rows(row_values: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
 def by_example(tensor: tf.Tensor, rows_per_example: int) -> tf.Tensor:
     """Returns (rows, ...) as (examples, rows of an example, ...)."""
     sizes = dims(tensor)
-    return tf.reshape(tensor, [-1, rows_per_example, *sizes[1:]])
+    return tf.reshape(tensor, [sizes[0] // rows_per_example, rows_per_example, *sizes[1:]])
 
 
 def positions(tensor: tf.Tensor) -> tf.Tensor:

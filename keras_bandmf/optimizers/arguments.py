@@ -174,16 +174,25 @@ def check_clipped(
         )
 
 
-def check_accounted(plan: TrainingPlan, source: str | None) -> None:
+def check_accounted(plan: TrainingPlan, source: str | None, rows_per_example: int) -> None:
     """Refuses gradients of a batch whose sampling is unknown.
 
     Args:
         plan: The plan of the run.
         source: The batches of the private `fit` that makes this step. None outside a `fit`.
+        rows_per_example: The number of rows that were clipped together as one example.
 
     Raises:
-        PrivacyError: If there is no `fit`, and the plan declares no participations.
+        PrivacyError: If there is no `fit`, and the plan declares no participations, or several rows
+            were clipped as one: nobody would know that they belong to one person.
     """
+    if source is None and rows_per_example != 1:
+        raise PrivacyError(
+            "Outside of `fit` every example has one row, because nothing shows that several rows "
+            f"belong to one. Received: gradients with rows_per_example={rows_per_example}. Train "
+            "with `model.fit(plan.batches(x, y, augment=..., augment_copies=...))`, or with "
+            "`unit=` for users with several rows."
+        )
     if source is None and not plan.declares_participations:
         raise PrivacyError(
             "The sampling of these gradients is not accounted for. Train with "

@@ -323,7 +323,7 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
         """
         check_clipped(clipped, self.l2_norm_clip, self.clipping, self.float64_sums)
         source = self._accepted_source()
-        check_accounted(self.plan, source)
+        check_accounted(self.plan, source, clipped.rows_per_example)
         if trainable_variables is None:
             trainable_variables = optimized_variables(self)
         trainable_variables = list(trainable_variables)

@@ -252,6 +252,7 @@ class TrainingPlan(PlanAccounting):
             max_participations=max_participations,
             min_separation=min_separation,
         )
+        checked_unit(unit, min_separation)  # before the search, which takes time
         run = kept_run(
             arguments,
             epsilon=epsilon,
@@ -468,7 +469,7 @@ def _set_fields(
 ) -> None:
     """Sets all fields of a new plan: the only place where they are set."""
     check_strategy(strategy, schedule)
-    object.__setattr__(plan, "unit", checked_unit(unit, schedule))
+    object.__setattr__(plan, "unit", checked_unit(unit, schedule.min_separation))
     for field in dataclasses.fields(schedule):
         if field.name in _names(type(plan)):  # the rest is that of the strategy: just checked
             object.__setattr__(plan, field.name, getattr(schedule, field.name))

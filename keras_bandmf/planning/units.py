@@ -5,25 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from keras_bandmf.planning.statement import NOT_COVERED
-from keras_bandmf.sampling.schedule import Schedule
 
 #: The unit of a plan that counts rows.
 ROW = "example"
 
 
-def checked_unit(unit: Any, schedule: Schedule) -> str:
+def checked_unit(unit: Any, min_separation: int | None) -> str:
     """Returns the name of the unit of a plan.
 
     Formal guarantees: a plan that counts units other than rows draws its batches itself. Nobody
     would clip the rows of one unit together in data that the user feeds.
 
     Args:
-        unit: A noun in the singular: letters, digits, spaces, hyphens and underscores.
-        schedule: The schedule of the plan.
+        unit: A noun in the singular: letters, digits, spaces, hyphens and underscores; "example"
+            for a row, and no other spelling of that.
+        min_separation: That of the plan: not None if the user feeds the data.
 
     Raises:
         TypeError: It is not a string.
-        ValueError: It is empty, or holds other characters; or the user feeds the data.
+        ValueError: It is no such word; or the user feeds the data.
     """
     if not isinstance(unit, str):
         raise TypeError(
@@ -31,16 +31,17 @@ def checked_unit(unit: Any, schedule: Schedule) -> str:
             f"'user'. Received: unit of type {type(unit).__name__}. The ids of the rows are an "
             "argument of `plan.batches(unit=...)`."
         )
-    if not unit.strip() or not unit.replace("-", "").replace("_", "").replace(" ", "").isalnum():
+    hidden = unit != unit.strip() or (unit != ROW and unit.casefold() in (ROW, "row"))
+    if not unit or hidden or not unit.replace("-", "").replace("_", "").replace(" ", "").isalnum():
         raise ValueError(
             "Expected `unit` to be a word for what the guarantee protects, such as 'example' or "
             f"'user'. Received: unit={unit!r}."
         )
-    if unit != ROW and schedule.min_separation is not None:
+    if unit != ROW and min_separation is not None:
         raise ValueError(
             "Expected no declared participations, because rows of one unit that the user feeds "
             f"would be clipped one by one. Received: unit={unit!r}, "
-            f"min_separation={schedule.min_separation}. Leave `min_separation` and "
+            f"min_separation={min_separation}. Leave `min_separation` and "
             "`max_participations` out, and train on `plan.batches(x, y, unit=ids)`."
         )
     return unit

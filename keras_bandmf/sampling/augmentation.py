@@ -14,20 +14,22 @@ from keras_bandmf._keras_internals import operation_definition
 from keras_bandmf.clipping.seeds import drawing
 from keras_bandmf.sampling.sources import map_leaves
 
-# Stateful operations that keep nothing for the next row and draw no random numbers.
-_HARMLESS = {
-    "Assert",
-    "LookupTableFindV2",
-    "LookupTableSizeV2",
-    "PartitionedCall",
-    "ReadVariableOp",
-    "StatefulPartitionedCall",
-    "StatelessIf",
-    "StatelessWhile",
-    "If",
-    "While",
-    "VarHandleOp",
-    "HashTableV2",
+# Operations that TensorFlow calls stateful, for what may be in them: what is in them is looked at.
+_HARMLESS = {"Assert", "If", "PartitionedCall", "StatefulPartitionedCall", "While"}
+# Operations that it calls stateless although they run Python, read files, gather rows of several
+# calls, or draw random numbers.
+_REFUSED = {
+    "Batch",
+    "BatchFunction",
+    "FractionalAvgPool",
+    "FractionalMaxPool",
+    "KMC2ChainInitialization",
+    "KmeansPlusPlusInitialization",
+    "MatchingFiles",
+    "PyFuncStateless",
+    "ReadFile",
+    "Unbatch",
+    "UnbatchGrad",
 }
 _DRAW_BITS = 10  # of a seed: they number the draws of one view, as in `clipping.seeds`
 
@@ -36,9 +38,12 @@ class Augmentation:
     """Makes `copies` random views of each row of a batch, row by row.
 
     Formal guarantees: the function is given one row at a time and the random numbers of that row,
-    is traced once, and its graph keeps nothing from one row to the next and draws no other random
-    numbers. So a view depends on its own row, its seed, and nothing else. Seeds are independent of
-    the data, so all other rows have views of one joint law whether or not a row is there.
+    and is traced once. Its graph holds no operation that TensorFlow calls stateful, and none of
+    those that it wrongly calls stateless: it reads no variable, table, file or data set, keeps
+    nothing for the next row, runs no Python, and draws no other random numbers. So a view depends
+    on its own row, its seed, and on constants. Seeds are independent of the data, so all other rows
+    have views of one joint law whether or not a row is there. It assumes that the constants, which
+    the function closes over, were not computed from the training data.
 
     Args:
         function: Called as `function(x, seed=seed)` on the tensors of one row, without the axis of
@@ -52,7 +57,7 @@ class Augmentation:
         TypeError: `function` cannot be called.
         ValueError: It changes the shape or type of targets, or gives views without one known shape.
         PrivacyError: It draws random numbers that do not come from `seed`, calls Python code while
-            it runs, or keeps something between rows.
+            it runs, or reads or keeps something besides its row.
 
     Example:
         >>> import tensorflow as tf
@@ -79,11 +84,23 @@ class Augmentation:
             )
         self._function = function
         self._spec = spec
-        signature = {name: map_leaves(_row_spec, spec[name], name) for name in self._inputs}
+        self._trace()
+
+    def _trace(self) -> None:
+        signature = {name: map_leaves(_row_spec, self._spec[name], name) for name in self._inputs}
         seed = tf.TensorSpec((2,), tf.int64)
         self._view = tf.function(self._view_of).get_concrete_function(signature, seed)
-        self._view_spec = self._checked_view_spec()
         _check_graph(self._view.graph)
+        self._view_spec = self._checked_view_spec()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the traced function out, which cannot be pickled."""
+        return {name: value for name, value in self.__dict__.items() if name != "_view"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Traces and checks the function again."""
+        self.__dict__.update(state)
+        self._trace()
 
     @property
     def copies(self) -> int:
@@ -207,12 +224,15 @@ def _check_graph(graph: tf.Graph) -> None:
     nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
     for node in nodes:
         kind = operation_definition(node.op)
-        if node.op in _HARMLESS or (kind is not None and not kind.is_stateful):
+        stateless = kind is not None and not kind.is_stateful
+        refused = node.op in _REFUSED or "Dataset" in node.op or "Iterator" in node.op
+        if node.op in _HARMLESS or (stateless and not refused):
             continue
         raise PrivacyError(
             "Expected `augment` to make a view from its row and its seed alone. Received: an "
             f"operation of type {node.op} ('{node.name}'), which draws other random numbers, "
-            "writes a variable, or calls Python. Use `tf.image.stateless_random_*` and "
-            "`tf.random.stateless_*` with the `seed` that is passed, or Keras layers such as "
-            "`keras.layers.RandomTranslation`."
+            "reads or writes a variable, a table or a file, or calls Python. Put layers with "
+            "weights into the model, and tables into `preprocess=`. Use "
+            "`tf.image.stateless_random_*` and `tf.random.stateless_*` with the `seed` that is "
+            "passed, or Keras layers such as `keras.layers.RandomTranslation`."
         )

@@ -56,7 +56,8 @@ class PrivateBatches:
             exactly `schedule.num_examples` rows.
         plan_fingerprint: The fingerprint of the plan, by which `fit` recognizes its own batches.
         unit: (rows,) ids, for a plan that counts units such as persons: whose row it is. The
-            schedule's examples are then the different ids, in sorted order. See `Units`.
+            schedule's examples are then the different ids, in sorted order. Ids stand in the order
+            of the rows of `x`, which nobody can check. See `Units`.
         rows_per_unit: The largest number of rows of a unit in a step, chosen anew in each.
         augment: A random function of one row, or a Keras layer. See `Augmentation`.
         augment_copies: The number of views of each row, which count as one example together.
@@ -109,6 +110,13 @@ class PrivateBatches:
         seed_key = None if seed is None else _key_from_seed(seed)
         _refuse_alone("rows_per_unit", rows_per_unit, "unit", unit)
         _refuse_alone("augment_copies", augment_copies, "augment", augment)
+        if schedule.min_separation is not None and (unit is not None or augment_copies != 1):
+            raise ValueError(
+                "Expected one row for each example, because a schedule that declares "
+                "participations may be used in a loop that clips row by row. Received: "
+                f"unit of type {type(unit).__name__}, augment_copies={augment_copies!r}. Make the "
+                "plan without `min_separation` and `max_participations`."
+            )
         units = None if unit is None else Units(unit, schedule.num_examples, rows_per_unit)
         num_rows = schedule.num_examples if units is None else units.num_rows
         store = ExampleStore.read(x, y, sample_weight, num_rows, class_weight, preprocess)
@@ -171,6 +179,11 @@ class PrivateBatches:
     def steps_per_epoch(self) -> int:
         """The number of steps of an epoch, `num_examples // batch_size`."""
         return self._schedule.steps_per_epoch
+
+    @property
+    def counts_units(self) -> bool:
+        """Whether units of several rows are drawn, and not rows."""
+        return self._units is not None
 
     @property
     def rows_per_example(self) -> int:
@@ -322,6 +335,8 @@ class PrivateBatches:
     def rows(self, indices: np.ndarray) -> dict[str, Any]:
         """Returns rows by their numbers, without padding and before augmentation.
 
+        With `unit`, these are still numbers of rows, and not those of units, as `indices` returns.
+
         Args:
             indices: (k,) integers.
 
@@ -338,15 +353,17 @@ class PrivateBatches:
         """Returns the first rows as training will see them, to build and check a model on.
 
         Returns:
-            The same as `rows` of the first `batch_size` rows, augmented with fixed seeds.
+            The same as `rows` of as many rows as a batch has, or all there are, each of them
+            augmented once, with random numbers that are the same for all runs.
         """
-        count = min(self.batch_size, self._store.num_examples)
+        count = min(self.batch_size * self.rows_per_example, self._store.num_examples)
         rows = self._store.rows(np.arange(count))
         if self._augmentation is None:
             return rows
-        seeds = np.zeros((count, self._augmentation.copies, 2), np.int64)
-        views = self._augmented(rows | {"seeds": seeds})
-        return tf.nest.map_structure(lambda array: array[:count], views)
+        copies = self._augmentation.copies
+        words = np.random.Philox(0).random_raw(count * copies * 2)
+        views = self._augmented(rows | {"seeds": words.view(np.int64).reshape(count, copies, 2)})
+        return tf.nest.map_structure(lambda array: array[::copies], views)
 
     def batch(self, t: int, num_replicas: int = 1) -> dict[str, Any]:
         """Returns the padded batch of step t.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,8 +32,9 @@ class Units:
     a batch in which each unit stands once holds at most `rows_per_unit` rows of it.
 
     Args:
-        ids: (rows,) integers, at least 0, or strings that are not empty: whose row it is. No two
-            units may share an id.
+        ids: (rows,) integers, at least 0, or strings that are not empty: whose row it is. All
+            rows of a person must carry the same id, byte for byte: under two ids a person is two
+            units, and protected half as well.
         num_units: The plan's public number of units, all of which have rows.
         rows_per_unit: The largest number of rows of a unit that take part in a step.
 
@@ -134,14 +136,32 @@ def _checked_ids(ids: Any) -> np.ndarray:
             "Expected `unit` to hold integers or strings. Received: "
             f"unit.dtype={array.dtype}. {way_out}"
         )
-    missing = array < 0 if array.dtype.kind in "iu" else np.char.str_len(array) == 0
+    is_number = array.dtype.kind in "iu"
+    missing = array < 0 if is_number else np.char.str_len(np.char.strip(array)) == 0
     if missing.any():
         row = int(np.argmax(missing))
         raise ValueError(
             f"Expected no id of `unit` to be negative or missing. Received: unit[{row}]="
             f"{array[row]!r}. {way_out} A row whose unit is unknown has to be left out."
         )
+    if not is_number:
+        _refuse_spellings(array)
     return array
+
+
+def _refuse_spellings(ids: np.ndarray) -> None:
+    """Refuses ids that differ only in what nobody sees: space around them, or Unicode forms."""
+    if ids.dtype.kind == "S":
+        return
+    spellings: dict[str, str] = {}
+    for each in np.unique(ids).tolist():
+        first = spellings.setdefault(unicodedata.normalize("NFKC", each).strip(), each)
+        if first != each:
+            raise ValueError(
+                "Expected all rows of a unit to carry the same id, character for character. "
+                f"Received: {first!r} and {each!r} in `unit`, which look alike. Normalize them "
+                "with `unicodedata.normalize('NFKC', id).strip()`."
+            )
 
 
 def _strings(array: np.ndarray, way_out: str) -> np.ndarray:

@@ -12,7 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf import _distribution
+from keras_bandmf._checks import PrivacyError
 from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.planning.units import ROW
 from keras_bandmf.sampling import PrivateBatches
 
 _LOGGER = logging.getLogger(__name__)
@@ -117,6 +119,12 @@ def check_batches(
             "The batches must come from the optimizer's plan. Received: batches of plan "
             f"{batches.plan_fingerprint[:12]} with an optimizer of plan "
             f"{plan.fingerprint[:12]}. Use `plan.batches` of the plan that the optimizer was given."
+        )
+    if batches.counts_units != (plan.unit != ROW):
+        raise PrivacyError(
+            f"The batches must count what the plan counts, which is one {plan.unit}. Received: "
+            f"batches of {'units' if batches.counts_units else 'rows'}. Make them by "
+            "`plan.batches`."
         )
     refused = {
         "y": y,

@@ -151,6 +151,41 @@ def test_a_bad_row_drops_its_example_only():
     np.testing.assert_array_equal(rest.example_mask, [False, True, True])
 
 
+@pytest.mark.parametrize(
+    ("rows", "positions"), [(1, 30), (1, 256), (1, 2048), (8, 256), (16, 4), (512, 1)]
+)
+def test_small_gradients_that_read_one_entry_of_a_table_are_not_lost(rows, positions):
+    """In float32 each of them vanishes beside the large one, which then cancels."""
+    ids, scale = keras.Input((positions,), dtype="int32"), keras.Input((positions, 1))
+    read = keras.layers.Embedding(3, 1, embeddings_initializer="zeros")(ids)
+    mean = keras.layers.GlobalAveragePooling1D()(keras.layers.Multiply()([read, scale]))
+    model = keras.Model([ids, scale], mean)
+    model.compile("sgd", loss="mse")
+    factors = np.full(rows * positions, 2.0**-24 * 0.99, np.float32)
+    factors[0], factors[-1] = 1.0, -1.0
+    x = [np.ones((rows, positions), np.int32), factors.reshape(rows, positions, 1)]
+    y = np.full((rows, 1), 2.0**30, np.float32)
+    found = clipped_gradients(model, x, y, l2_norm_clip=1.0, rows_per_example=rows)
+    assert clipping.explain(model).route == "book-keeping"
+    assert float(tf.norm(found.sums[0])) <= 1.0 + 1e-5
+
+
+def test_a_sequence_of_length_zero():
+    model = keras.Sequential([keras.Input((None, 3)), keras.layers.Dense(2), SumOfPositions()])
+    clipping.declare_row_wise(SumOfPositions)
+    model.compile(loss="mse")
+    found = clipped_gradients(model, np.zeros((4, 0, 3)), np.ones((4, 2)), rows_per_example=2)
+    assert all(not np.any(s) for s in found.sums) and found.norms.shape == (2,)
+
+
+@keras.saving.register_keras_serializable(package="keras_bandmf_tests")
+class SumOfPositions(keras.layers.Layer):
+    """The sum over positions, which may be none."""
+
+    def call(self, x):
+        return keras.ops.sum(x, axis=1)
+
+
 class Centered(keras.layers.Layer):
     """Mixes the rows of a batch, so that the model takes the general path."""
 

@@ -63,7 +63,15 @@ def test_statement_and_table_speak_of_the_unit():
 
 @pytest.mark.parametrize(
     ("unit", "error"),
-    [(np.arange(3), TypeError), (None, TypeError), ("", ValueError), ("a\nb", ValueError)],
+    [
+        (np.arange(3), TypeError),
+        (None, TypeError),
+        ("", ValueError),
+        ("a\nb", ValueError),
+        (" user", ValueError),
+        ("Example", ValueError),
+        ("row", ValueError),
+    ],
 )
 def test_refuses_what_is_no_word(unit, error):
     with pytest.raises(error, match="`unit` to be a word"):

@@ -1,5 +1,7 @@
 """Random views: made row by row from seeds of their own, the same wherever and whenever."""
 
+import pickle
+
 import keras
 import numpy as np
 import pytest
@@ -85,6 +87,63 @@ def counted():
         return x + count.assign_add(1.0)
 
     return function
+
+
+def stateless_python(x, seed):
+    """Calls Python, and says that it does not matter."""
+    y = tf.numpy_function(lambda v: v, [x], tf.float32, stateful=False)
+    return tf.ensure_shape(y, x.shape)
+
+
+@tf.nondifferentiable_batch_function(2, 2, 1000, autograph=False)
+def of_several_calls(x):
+    """Sums what several calls bring."""
+    return x + tf.reduce_sum(x)
+
+
+def several_calls(x, seed):
+    """Looks across rows."""
+    return tf.ensure_shape(of_several_calls(x[None])[0], x.shape)
+
+
+def from_a_file(x, seed):
+    """Reads a file in each step."""
+    return x + tf.cast(tf.strings.length(tf.io.read_file("/dev/null")), x.dtype)
+
+
+def from_a_variable():
+    """Reads a variable that something may change."""
+    strength = tf.Variable(1.0)
+    return lambda x, seed: x * strength
+
+
+def from_a_table():
+    """Reads a table that something may change."""
+    table = tf.lookup.experimental.MutableHashTable(tf.int64, tf.float32, 0.0)
+    return lambda x, seed: x + table.lookup(tf.constant([1], tf.int64))
+
+
+def from_the_data():
+    """Reads other rows from a data set."""
+    rows = tf.data.Dataset.from_tensor_slices(np.ones((3, 6, 6, 1), np.float32))
+    return lambda x, seed: x + rows.batch(3).get_single_element()[0]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        stateless_python,
+        several_calls,
+        from_a_file,
+        from_a_variable(),
+        from_a_table(),
+        from_the_data(),
+        keras.Sequential([keras.layers.Rescaling(2.0), keras.layers.BatchNormalization()]),
+    ],
+)
+def test_refuses_what_reads_more_than_a_row(function):
+    with pytest.raises(PrivacyError, match="from its row and its seed alone"):
+        Augmentation(function, 1, SPEC)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +233,21 @@ def test_units_of_several_rows_have_views_of_each():
     assert (rows[drawn, 0, 0] != rows[drawn, 1, 0]).all()
 
 
+def test_batches_with_a_function_can_be_copied():
+    made = batches_of(augment=plus_noise, augment_copies=2, key=None)
+    again = pickle.loads(pickle.dumps(made))
+    for each in (made, again):
+        each.bind(np.array([11, 12], np.uint64))
+    same(made.batch(4), again.batch(4))
+
+
+def test_the_first_rows_are_as_many_as_a_batch_and_all_different():
+    first = batches_of(augment=plus_noise, augment_copies=3).first_rows()["x"]
+    assert np.floor(first).tolist() == list(range(30))
+    assert len(np.unique(first - np.floor(first))) == 30
+
+
 def test_the_first_rows_look_like_those_of_training():
     made = batches_of(augment=lambda x, seed: tf.one_hot(x, 3), augment_copies=2)
-    assert made.first_rows()["x"].shape == (10, 3)
+    assert made.first_rows()["x"].shape == (20, 3)
     assert batches_of().first_rows()["x"].shape == (10,)

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from keras_bandmf.sampling import PrivateBatches
+from keras_bandmf.sampling.schedule import Schedule
 from keras_bandmf.sampling.units import Units
 from tests.sampling.test_batches import batches_of, same
 
@@ -66,6 +68,9 @@ def test_the_digest_sees_which_row_is_whose():
         (np.ma.masked_array([0, 1, 2], [0, 0, 1]), TypeError, "array of ids"),
         (np.array([0, 1, 1]), ValueError, "2 different ids"),
         (np.array([], int), ValueError, "0 different ids"),
+        (np.array(["a", " ", "b"]), ValueError, r"unit\[1\]"),
+        (np.array(["a", "a ", "b"]), ValueError, "look alike"),
+        (np.array(["\u00e9", "e\u0301", "b"]), ValueError, "look alike"),
     ],
 )
 def test_refuses_ids_that_are_missing_or_do_not_fit(ids, error, message):
@@ -119,6 +124,18 @@ def test_rows_are_chosen_anew_in_each_step_and_alike_for_any_number_of_replicas(
     assert sorted(UNIT_IDS[rows(0, 1)]) == sorted(UNIT_IDS[rows(6, 1)])  # the same units
     assert rows(0, 1) != rows(6, 1)  # but other rows
     same(made.batch(3), unit_batches(sampling="fixed_order").batch(3))
+
+
+def test_a_schedule_that_a_loop_may_use_has_one_row_an_example():
+    declared = dict(sampling="fixed_order", batch_size=10, max_participations=4, min_separation=6)
+    for options in ({"unit": np.arange(60)}, {"augment": lambda x, seed: x, "augment_copies": 2}):
+        with pytest.raises(ValueError, match="clips row by row"):
+            PrivateBatches(
+                np.arange(60.0),
+                schedule=Schedule(num_examples=60, num_steps=24, num_bands=3, **declared),
+                plan_fingerprint="print",
+                **options,
+            )
 
 
 def test_rows_and_ids_must_agree():

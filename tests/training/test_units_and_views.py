@@ -69,6 +69,46 @@ def test_a_second_run_about_another_unit_is_refused():
         runs.fit(model, rows_plan.batches(*rows_data()))
 
 
+def test_batches_of_rows_do_not_train_a_plan_of_users():
+    plan = user_plan(noise_multiplier=1.0)
+    rows = bandmf.PrivateBatches(
+        *runs.counting_data(), schedule=plan.schedule, plan_fingerprint=plan.fingerprint
+    )
+    model = runs.compiled(runs.counting_model(), plan)
+    with pytest.raises(bandmf.PrivacyError, match="count what the plan counts"):
+        runs.fit(model, rows)
+
+
+def test_a_loop_clips_one_row_an_example():
+    plan = runs.make_plan(sampling="fixed_order", max_participations=2, min_separation=12)
+    model = runs.compiled(runs.counting_model(), plan)
+    x, y = runs.counting_data()
+    clipped = bandmf.clipped_gradients(model, x[:8], y[:8], rows_per_example=2)
+    with pytest.raises(bandmf.PrivacyError, match="rows_per_example=2"):
+        model.optimizer.apply_clipped(clipped, model.trainable_variables)
+
+
+@keras.saving.register_keras_serializable(package="keras_bandmf_tests")
+class MixesManyRows(keras.layers.Layer):
+    """Subtracts the mean where a batch is large."""
+
+    def call(self, x):
+        mean = keras.ops.mean(x, axis=0, keepdims=True)
+        return tf.where(tf.shape(x)[0] > 32, x - mean, x)
+
+
+def test_the_check_of_declared_layers_sees_as_many_rows_as_training():
+    bandmf.clipping.declare_row_wise(MixesManyRows)
+    plan = runs.make_plan()
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(1)(MixesManyRows()(inputs)))
+    runs.compiled(bandmf.privatize(model), plan)
+    x = np.random.default_rng(0).integers(0, 9, (96, 4)).astype("float32")
+    batches = plan.batches(x, np.zeros(96), augment=lambda x, seed: x, augment_copies=8)
+    with pytest.raises(bandmf.PrivacyError):
+        runs.fit(model, batches)
+
+
 @REPLICAS
 def test_views_of_one_example_count_as_one(replicas):
     """Four views of row i are that row, scaled: their mean gradient is clipped once to norm 1."""

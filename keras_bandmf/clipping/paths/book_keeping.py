@@ -218,6 +218,9 @@ def example_gradients(
         raise Unsupported(f"used outside a layer that has a rule: {', '.join(leaks)}")
     parts = _by_variable(records, taps, variables, dtype)
     if rows_per_example > 1:
+        for of_one in parts.values():
+            if any(not hasattr(factor, "grouped") for factor in of_one):
+                raise Unsupported("a factor of a rule has no method `grouped`")
         parts = {
             i: [factor.grouped(rows_per_example, mask) for factor in of_one]
             for i, of_one in parts.items()
