@@ -141,8 +141,8 @@ class RegeneratedNoise(CorrelatedNoise):
     def _draw_and_pass(self, step: tf.Tensor, replica: int) -> tf.Tensor:
         """Returns a replica's part of row `step`, two int32 in each int64, in one XLA program.
 
-        It is drawn in blocks, so that no more than one row is ever in memory; the last block may be
-        longer than the part.
+        It is drawn in blocks, so that no more than one row, and of rows of Z no more than a block,
+        is ever in memory; the last block may be longer than the part.
         """
         chunks = self.layout.chunks_per_shard
         blocks = -(-chunks // largest_block(self._local(self._position)[0].device))
