@@ -328,7 +328,8 @@ class CorrelatedNoise:
             row = self._row(step, replica)
             if self.exact and self.exponent is not None:
                 row = self._settled(row, step, replica)
-            flat = tf.reshape(tf.bitcast(row, tf.int32), [-1])
+            # The bits alone: TensorFlow keeps int32 in the memory of the host, also beside a GPU.
+            flat = tf.reshape(tf.bitcast(row, tf.float32), [-1])
         # A step that is not allowed makes the partial sum NaN, and with it the whole one.
         first = tf.where(allowed & usable, tf.constant(1.0, tf.float64), np.nan)
         if self.num_replicas == 1:
@@ -414,13 +415,18 @@ class CorrelatedNoise:
         unit: tf.Tensor,
         replica: int,
     ) -> list[tf.Tensor]:
-        """Puts a row into the ring, and adds it to sums on the lattice, times `unit`."""
+        """Puts a row into the ring, and adds it to sums on the lattice, times `unit`.
+
+        `flat` has the bits of the same row: an int32 in each float32.
+        """
         if row is not None and self._ring is not None:
             ring = self._ring_of(replica)
             # XLA drops what is scattered beyond the end.
             slot = tf.where(allowed, step % self.num_slots, self.num_slots)
             ring.scatter_nd_update([[slot]], row[tf.newaxis])
-        shares = [None] * len(sums) if flat is None else self.layout.split(flat, replica)
+        shares: list[tf.Tensor | None] = [None] * len(sums)
+        if flat is not None:
+            shares = self.layout.split(tf.bitcast(flat, tf.int32), replica)
         found = []
         for total, share in zip(sums, shares, strict=True):
             total = tf.cast(total, tf.float64)

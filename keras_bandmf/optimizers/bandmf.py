@@ -64,13 +64,14 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
             the noise is the rounding of an exact normal (see `noise.CorrelatedNoise`), and norms
             and sums of gradients are computed in float64 (see `noise.lattice.charged_norm`). The
             noise costs four to six times as much, the clipped sums about five times on a processor;
-            with a GPU the noise costs 30 to 160 times as much (docs/distributed.md). `fit` works
+            with a GPU the noise costs 30 to 160 times as much (docs/gpu.md). `fit` works
             with `jit_compile=True`; a loop of your own that calls `apply_clipped` in a program of
             XLA is refused.
         seed: An integer, for tests only: anyone can then recompute the noise, and the statement
             says "not private". By default keys come from the operating system.
         replay: Whether to keep the noise key when a checkpoint is restored, which repeats, bit for
-            bit, steps that were never released. By default a new key is drawn.
+            bit where the device's kernels repeat (docs/gpu.md), steps that were never released. By
+            default a new key is drawn.
         name: The name of the optimizer.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from keras_bandmf._checks import PrivacyError
+from keras_bandmf.clipping.checks.refusals import refuse_short_products
 from keras_bandmf.optimizers.bandmf import BandMFOptimizer
 
 
@@ -44,7 +45,8 @@ class StepGate(keras.callbacks.Callback):
         taken out during a `fit` and is called later) and `keras.Model.fit(model, ...)` raise before
         a gradient is computed; so does a callback that calls them during a `fit`. `check_running`
         refuses to run or trace the step elsewhere, so a `tf.function` of the user cannot hold it.
-        The optimizer accepts gradients only during such a call.
+        The optimizer accepts gradients only during such a call. Each call also reads the settings
+        of the process that make float32 products shorter (`refuse_short_products`).
     """
 
     def __init__(self) -> None:
@@ -82,6 +84,8 @@ class StepGate(keras.callbacks.Callback):
             self._is_open = False
             optimizer, source = self._fit
             optimizer.check_process()
+            # Kernels of a graph read these settings when they run, long after it was traced.
+            refuse_short_products()
             self._is_running = True
             try:
                 with optimizer.accepting(source):

@@ -46,6 +46,8 @@ def test_gradients_of_single_examples_add_up_within_what_is_charged(jit_compile)
     charged = lattice.largest_batch(COUNT) * lattice.FLOAT32_ROUNDING
     assert abs(found - 1) <= charged
     # Added in a row, as a product of matrices adds them, they do not.
+    if tf.config.get_visible_devices("GPU"):
+        return  # It adds in another order, for which these rows were not chosen.
     plain = change(lambda rows: tf.linalg.matvec(tf.constant(rows), tf.ones(len(rows)), True))
     assert plain - 1 > 10 * charged
 
@@ -109,7 +111,8 @@ def test_float64_sums_change_by_the_row_alone(jit_compile, microbatch_size):
     assert sums.dtype == norms.dtype == tf.float64
     found = change(lambda rows: compiled(tf.constant(rows), True)[0])
     assert abs(found - 1) <= lattice.largest_batch(COUNT) * lattice.FLOAT64_ROUNDING
-    if microbatch_size is None and not jit_compile:
+    gpu = bool(tf.config.get_visible_devices("GPU"))  # adds float32 in another order
+    if microbatch_size is None and not jit_compile and not gpu:
         assert change(lambda rows: compiled(tf.constant(rows), False)[0]) > 1.01
 
 

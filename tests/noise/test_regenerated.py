@@ -8,7 +8,15 @@ import scipy.signal
 import scipy.stats
 import tensorflow as tf
 
-from keras_bandmf.noise import CorrelatedNoise, NoiseTaps, RegeneratedNoise, lattice, normals, taps
+from keras_bandmf.noise import (
+    CorrelatedNoise,
+    NoiseTaps,
+    RegeneratedNoise,
+    lattice,
+    normals,
+    regenerated,
+    taps,
+)
 from keras_bandmf.noise.regenerated import noise_of, refuse_exact
 from keras_bandmf.strategies import BandedInverseStrategy, ToeplitzStrategy
 from tests.noise.test_correlated import SHAPES, whole_stream
@@ -162,6 +170,24 @@ def test_two_replicas_make_the_same_stream_from_half_of_it_each(shapes, num_rows
     np.testing.assert_array_equal(noise.get_ring(), single.get_ring())
 
 
+@pytest.mark.parametrize("block", [1, 3, 8192])
+def test_blocks_of_any_size_give_the_same_bits(monkeypatch, block):
+    """A GPU draws larger ones than a processor."""
+    shapes = [(9, 613), (4_983,)]
+    strategy = STRATEGIES["optimized"]()
+    expected = whole_stream(RegeneratedNoise(strategy, 1.5, shapes, seed=7))
+    monkeypatch.setattr(regenerated, "_BLOCK", block)
+    found = whole_stream(RegeneratedNoise(strategy, 1.5, shapes, seed=7))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_gpu_draws_larger_blocks():
+    """Each block is launched by the processor: small ones took two to three times as long."""
+    cpu = regenerated.largest_block("/job:localhost/replica:0/task:0/device:CPU:0")
+    gpu = regenerated.largest_block("/job:localhost/replica:0/task:0/device:GPU:1")
+    assert gpu > cpu == regenerated.largest_block("")
+
+
 @pytest.mark.parametrize(
     "name,head",
     [("optimized", 3), ("optimized", 10), ("identity", 0), ("as_many_taps_as_steps", 9)],
@@ -221,7 +247,8 @@ def test_a_row_is_given_out_once_and_in_order(name, mode):
             assert np.isnan(row).all()
 
 
-def test_it_keeps_nothing_and_never_has_a_row_of_z_in_memory():
+def test_it_keeps_nothing_and_never_has_a_row_of_z_in_memory(monkeypatch):
+    monkeypatch.setattr(regenerated, "_GPU_BLOCK", regenerated._BLOCK)
     size = 3_000_000
     noise = RegeneratedNoise(BandedInverseStrategy.square_root(100, 16), 1.0, [(size,)])
     assert noise.state_bytes == 0 and noise._ring is None

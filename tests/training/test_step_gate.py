@@ -1,5 +1,6 @@
 """The private step runs for the batches of a private fit, whoever holds the train function."""
 
+import contextlib
 import threading
 
 import keras
@@ -193,3 +194,41 @@ def test_a_loop_takes_no_gradients_of_another_model():
     with pytest.raises(ValueError, match="at their values"):
         model.optimizer.apply_clipped(gradients, model.trainable_variables)
     assert not model.get_weights()[0].any()
+
+
+class SwitchesTensorFloatOn(keras.callbacks.Callback):
+    """As a user may for a validation, say after the second step."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Does it once."""
+        if batch == 1:
+            tf.config.experimental.enable_tensor_float_32_execution(True)
+
+
+@pytest.mark.parametrize(("options", "replicas"), MODES)
+@pytest.mark.parametrize("when", ["between fits", "between steps"])
+def test_tensor_float_that_is_switched_on_later_is_refused(monkeypatch, options, replicas, when):
+    """Kernels read the switch when they run: nothing is traced again, and products are short."""
+    gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
+    plan = runs.make_plan()
+    model = runs.compiled_in_scope(replicas, runs.counting_model, plan, **options)
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind=None: [gpu])
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda device: {})
+    callbacks = [SwitchesTensorFloatOn()] if when == "between steps" else []
+    done = 2 if callbacks else 12
+    try:
+        with contextlib.ExitStack() as stack:
+            if callbacks:
+                stack.enter_context(pytest.raises(ValueError, match="TensorFloat-32"))
+            model.fit(plan.batches(*DATA), epochs=1, verbose=0, callbacks=callbacks)
+        assert model.optimizer.steps_done == done
+        weights = model.get_weights()
+        tf.config.experimental.enable_tensor_float_32_execution(True)
+        with pytest.raises(ValueError, match="TensorFloat-32"):
+            model.fit(plan.batches(*DATA), epochs=1, verbose=0)
+        assert model.optimizer.steps_done == done
+        np.testing.assert_array_equal(model.get_weights()[0], weights[0])
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+    model.fit(plan.batches(*DATA), verbose=0)
+    assert model.optimizer.steps_done == 24

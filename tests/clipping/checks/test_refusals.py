@@ -86,6 +86,7 @@ def test_recurrent_kernels_of_cudnn_in_bfloat16(monkeypatch, kind, wrapped):
         layer = keras.layers.Bidirectional(layer, dtype=dtype) if wrapped else layer
         return keras.Sequential([keras.Input((4, 2)), layer])
 
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [])
     refuse_model(model("mixed_bfloat16"))
     gpu = tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")
     monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [gpu])
