@@ -311,6 +311,50 @@ def operation_definition(kind: str) -> Any:
     return op_def_registry.get(kind)
 
 
+# TensorFlow calls these stateless although they run Python, read files, gather what several calls
+# bring, or draw random numbers.
+_WRONGLY_STATELESS = frozenset(
+    {
+        "Batch",
+        "BatchFunction",
+        "FractionalAvgPool",
+        "FractionalMaxPool",
+        "KMC2ChainInitialization",
+        "KmeansPlusPlusInitialization",
+        "MatchingFiles",
+        "PyFuncStateless",
+        "ReadFile",
+        "Unbatch",
+        "UnbatchGrad",
+    }
+)
+
+
+def wrongly_stateless(kind: str) -> bool:
+    """Returns whether TensorFlow calls a type of operation stateless that is not.
+
+    It may run Python, read a file or a data set, gather what several calls bring, or draw random
+    numbers. The list was made by reading the names of the operations of TensorFlow 2.21.
+
+    Args:
+        kind: The type of an operation.
+    """
+    return kind in _WRONGLY_STATELESS or "Dataset" in kind or "Iterator" in kind
+
+
+def is_stateful(kind: str) -> bool:
+    """Returns whether a type of operation may read, keep or draw more than its inputs say.
+
+    Formal guarantees: True for all that TensorFlow calls stateful, for unknown types, and for what
+    it wrongly calls stateless (`wrongly_stateless`).
+
+    Args:
+        kind: The type of an operation.
+    """
+    definition = operation_definition(kind)
+    return wrongly_stateless(kind) or definition is None or definition.is_stateful
+
+
 def watched_variables(graph: tf.Graph) -> list[tf.Variable]:
     """Returns the variables that a graph has read so far, while it is traced; for messages only."""
     return list(getattr(graph, "_watched_variables", []))

@@ -10,27 +10,12 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf._checks import PrivacyError, checked_int
-from keras_bandmf._keras_internals import operation_definition
+from keras_bandmf._keras_internals import is_stateful
 from keras_bandmf.clipping.seeds import drawing
 from keras_bandmf.sampling.sources import map_leaves
 
 # Operations that TensorFlow calls stateful, for what may be in them: what is in them is looked at.
 _HARMLESS = {"Assert", "If", "PartitionedCall", "StatefulPartitionedCall", "While"}
-# Operations that it calls stateless although they run Python, read files, gather rows of several
-# calls, or draw random numbers.
-_REFUSED = {
-    "Batch",
-    "BatchFunction",
-    "FractionalAvgPool",
-    "FractionalMaxPool",
-    "KMC2ChainInitialization",
-    "KmeansPlusPlusInitialization",
-    "MatchingFiles",
-    "PyFuncStateless",
-    "ReadFile",
-    "Unbatch",
-    "UnbatchGrad",
-}
 _DRAW_BITS = 10  # of a seed: they number the draws of one view, as in `clipping.seeds`
 
 
@@ -38,12 +23,12 @@ class Augmentation:
     """Makes `copies` random views of each row of a batch, row by row.
 
     Formal guarantees: the function is given one row at a time and the random numbers of that row,
-    and is traced once. Its graph holds no operation that TensorFlow calls stateful, and none of
-    those that it wrongly calls stateless: it reads no variable, table, file or data set, keeps
-    nothing for the next row, runs no Python, and draws no other random numbers. So a view depends
-    on its own row, its seed, and on constants. Seeds are independent of the data, so all other rows
-    have views of one joint law whether or not a row is there. It assumes that the constants, which
-    the function closes over, were not computed from the training data.
+    and is traced once. Its graph holds no operation that may be stateful (`is_stateful`): it reads
+    no variable, table, file or data set, keeps nothing for the next row, runs no Python, and draws
+    no other random numbers. So a view depends on its own row, its seed, and on constants. Seeds are
+    independent of the data, so all other rows have views of one joint law whether or not a row is
+    there. It assumes that the constants, which the function closes over, were not computed from the
+    training data.
 
     Args:
         function: Called as `function(x, seed=seed)` on the tensors of one row, without the axis of
@@ -223,10 +208,7 @@ def _check_graph(graph: tf.Graph) -> None:
     definition = graph.as_graph_def()
     nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
     for node in nodes:
-        kind = operation_definition(node.op)
-        stateless = kind is not None and not kind.is_stateful
-        refused = node.op in _REFUSED or "Dataset" in node.op or "Iterator" in node.op
-        if node.op in _HARMLESS or (stateless and not refused):
+        if node.op in _HARMLESS or not is_stateful(node.op):
             continue
         raise PrivacyError(
             "Expected `augment` to make a view from its row and its seed alone. Received: an "

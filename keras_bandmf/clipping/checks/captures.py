@@ -18,6 +18,7 @@ from keras_bandmf._keras_internals import (
     operation_definition,
     own_metrics,
     watched_variables,
+    wrongly_stateless,
 )
 
 _KEY = "the mask key"
@@ -258,6 +259,8 @@ class _Walk:
         union = Labels().union(*node.inputs)
         kept = union if node.forwards or node.kind in _FORWARDS else union & self._followed
         bodies = _bodies(node)
+        if wrongly_stateless(node.kind):
+            self._check_stateful(node)
         if bodies:
             results = [self._body(body, node.inputs) for body in bodies]
             if node.kind in _CALLS and not node.forwards:

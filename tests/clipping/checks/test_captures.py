@@ -181,8 +181,24 @@ def queue_op(x):
         return tf.identity(x)
 
 
+def stateless_python_op(x):
+    """Calls Python, and says that it does not matter."""
+    y = tf.numpy_function(lambda a: a, [x], tf.float32, stateful=False)
+    return tf.ensure_shape(y, x.shape)
+
+
+@tf.nondifferentiable_batch_function(2, 2, 1000, autograph=False)
+def _of_several_calls(x):
+    return x + tf.reduce_sum(x)
+
+
+def several_calls_op(x):
+    """Sums what several calls bring."""
+    return x + tf.ensure_shape(_of_several_calls(tf.stop_gradient(x)), x.shape)
+
+
 @BOTH
-@pytest.mark.parametrize("function", [python_op, queue_op])
+@pytest.mark.parametrize("function", [python_op, queue_op, stateless_python_op, several_calls_op])
 def test_operations_that_hide_a_state_are_refused(call, function):
     with pytest.raises(ValueError, match="out of sight"):
         call(model_of(layers.Lambda(function)))
