@@ -12,7 +12,7 @@ from keras_bandmf.accounting.amplification.certificate import Certificate
 from keras_bandmf.accounting.composition import event_parts
 from keras_bandmf.planning.statement import Statement
 from keras_bandmf.planning.tf_privacy import tf_privacy_epsilons
-from keras_bandmf.planning.units import ROW, not_covered, unit_in_words
+from keras_bandmf.planning.units import ROW, not_covered, sampling_in_words, unit_in_words
 from keras_bandmf.sampling.schedule import Schedule
 
 #: How the caveat of a plan with a certificate begins.
@@ -63,7 +63,7 @@ def planned_statement(
             noise_multiplier=noise_multiplier,
             delta=delta_without_noise_share(delta),  # as for our own epsilon
         )
-    accountant, caveats = accountant_name(event), _caveats(schedule, delta, charged)
+    accountant, caveats = accountant_name(event), _caveats(schedule, delta, charged, unit)
     if certificate is not None and charged:
         known = epsilon_of(event, delta)
         steps_secret = schedule.law.fixes_participations
@@ -80,7 +80,7 @@ def planned_statement(
         adjacency=schedule.adjacency,
         unit=unit_in_words(unit),
         not_covered=not_covered(unit),
-        sampling=schedule.in_words(),
+        sampling=sampling_in_words(schedule, unit),
         steps_charged=charged,
         steps_run=0,
         num_steps=schedule.num_steps,
@@ -116,13 +116,14 @@ def _of_certificate(certificate: Certificate, steps_secret: bool) -> str:
     )
 
 
-def _caveats(schedule: Schedule, delta: float, charged: int) -> tuple[str, ...]:
+def _caveats(schedule: Schedule, delta: float, charged: int, unit: str) -> tuple[str, ...]:
     caveats = []
     if delta > 1 / schedule.num_examples:
         caveats.append(
             f"delta = {rounded_up(delta, 3)} exceeds 1 / num_examples = "
             f"{rounded_down(1 / schedule.num_examples, 3)}: "
-            "even publishing one random row in full would satisfy this guarantee"
+            f"even publishing one random {'row' if unit == ROW else unit} in full would satisfy "
+            "this guarantee"
         )
     # A strategy without bands is charged in full at its first step.
     if charged < schedule.num_steps and schedule.strategy_sensitivity is None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_bandmf._printed import rounded_down, rounded_up
 from keras_bandmf.planning.arguments import strategy_in_words
-from keras_bandmf.planning.units import ROW
+from keras_bandmf.planning.units import ROW, sampling_in_words
 from keras_bandmf.strategies import BandedInverseStrategy, Workload
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def plan_table(plan: TrainingPlan) -> str:
         ("examples" if plan.unit == ROW else f"units ({plan.unit})", f"{plan.num_examples}"),
         ("batch size", f"{plan.batch_size}"),
         ("steps", f"{plan.num_steps} ({rounded_up(epochs, 4)} epochs of {plan.steps_per_epoch})"),
-        ("sampling", plan.schedule.in_words()),
+        ("sampling", sampling_in_words(plan.schedule, plan.unit)),
         ("strategy", _strategy_row(plan)),
         ("workload", workload_in_words(plan.workload)),
         ("noise multiplier", rounded_down(plan.noise_multiplier, 6)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from keras_bandmf.planning.statement import NOT_COVERED
+from keras_bandmf.sampling.schedule import Schedule
 
 #: The unit of a plan that counts rows.
 ROW = "example"
@@ -50,6 +51,19 @@ def checked_unit(unit: Any, min_separation: int | None) -> str:
 def unit_in_words(unit: str) -> str:
     """Returns what one unit is, as a privacy statement says it after "one"."""
     return "row of the training data" if unit == ROW else f"{unit}, with all rows of that {unit}"
+
+
+def sampling_in_words(schedule: Schedule, unit: str) -> str:
+    """Returns how batches are drawn, in words for what the plan counts.
+
+    Args:
+        schedule: The schedule of the plan.
+        unit: The unit of the plan.
+    """
+    words = schedule.in_words()
+    if unit == ROW:
+        return words
+    return words.replace("an example", f"one {unit}").replace("example", unit)
 
 
 def not_covered(unit: str) -> tuple[str, ...]:

@@ -49,14 +49,21 @@ def test_a_secret_group_of_users_goes_through_json():
     assert again == plan and again.certificate == plan.certificate
 
 
+def table_of_users():
+    """The plan as a table."""
+    return str(make_plan(unit="user"))
+
+
 def test_statement_and_table_speak_of_the_unit():
     statement = make_plan(unit="user").statement()
     assert statement.unit == "user, with all rows of that user"
     assert "one user, with all rows of that user" in str(statement)
     assert "several rows of one person" not in str(statement)
     assert "two ids of one user" in str(statement) and "one user more or fewer" in str(statement)
+    assert "one user is in one of 4 random groups" in statement.sampling
+    assert "example" not in statement.sampling and "example" not in table_of_users()
     assert len(statement.not_covered) == len(make_plan().statement().not_covered)
-    table = str(make_plan(unit="user"))
+    table = table_of_users()
     assert "units (user)" in table and "one user" in table
     assert "one row" in str(make_plan())
 
