@@ -135,7 +135,8 @@ class PlanTarget:
             batch_size: The expected number of rows of a step.
             epochs: Passes over the rows. Give this or `num_steps`.
             num_steps: n, the number of steps.
-            optimizer: The optimizer that gets the noisy gradients, for its workload.
+            optimizer: The optimizer that gets the noisy gradients. Where groups are counted as
+                known, the noise is made for the momentum, weight decay and schedule of an SGD.
             callback: Called while samples are drawn, or None.
 
         Returns:

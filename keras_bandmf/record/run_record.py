@@ -288,7 +288,7 @@ class RunRecord:
             caveats.append(
                 f"the plan was made in the first `fit`: num_examples = {self.plan.num_examples} is "
                 "the number of rows that were given to it, and is taken as public, as are its "
-                "batch size and its epochs"
+                "batch size and its epochs; the guarantee compares data sets under this one plan"
             )
         caveats += [remark for fit in self.fits for remark in fit.remarks]
         if self.looped:

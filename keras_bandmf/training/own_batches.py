@@ -296,7 +296,7 @@ def _split(asked: Asked, total: int) -> tuple[int, tuple[Any, Any, Any], Any, li
 
     def part(where: slice) -> tuple[Any, Any, Any]:
         def cut(leaf: Any) -> Any:
-            return None if leaf is None else getattr(leaf, "iloc", leaf)[where]
+            return None if leaf is None else leaf[where]
 
         return keras.tree.map_structure(cut, rows)
 

@@ -42,8 +42,9 @@ def privatize(
     """Makes the training of a model private, in place.
 
     It replaces `train_step`, `fit` and `save` on this instance, and leaves the class untouched.
-    Call it before or after `compile`. A model that is loaded or cloned is not private, and
-    `BandMFOptimizer` then refuses to train it. `make_private` is the same function.
+    Call it before or after `compile`. `fit` then takes rows as in Keras, or `plan.batches` of them.
+    A model that is loaded or cloned is not private, and `BandMFOptimizer` refuses to train it.
+    `make_private` is the same function.
 
     Formal guarantees:
         `fit` trains on batches of the optimizer's own plan only, clips the gradient of each
