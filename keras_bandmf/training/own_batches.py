@@ -15,6 +15,7 @@ from keras_bandmf.optimizers import BandMFOptimizer
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.plan_target import PlanTarget
 from keras_bandmf.planning.progress import ProgressBar, show
+from keras_bandmf.planning.units import ROW
 from keras_bandmf.sampling import PrivateBatches
 from keras_bandmf.sampling.sources import leaves, unpacked
 
@@ -199,6 +200,11 @@ def _check_numbers(
 ) -> None:
     """Refuses rows, batch size or epochs that are not those of the plan."""
     plan, made = optimizer.plan, optimizer.plan_of_run.target is not None
+    if plan.unit != ROW:
+        raise ValueError(
+            f"The plan counts units of the kind {plan.unit!r}, and rows alone do not say whose they "
+            "are. Received: rows in `fit`. Pass `plan.batches(x, y, unit=ids)`."
+        )
     if count != plan.num_examples:
         way_out = "Make the plan for the number of rows you have."
         if made:

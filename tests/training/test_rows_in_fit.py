@@ -179,6 +179,13 @@ def test_numbers_that_do_not_agree_with_the_plan_are_named(name):
     assert model.optimizer.steps_done == 0
 
 
+def test_rows_do_not_say_whose_they_are():
+    """A plan of users needs ids, which only `plan.batches` takes."""
+    model = model_of(runs.make_plan(unit="user"))
+    with pytest.raises(ValueError, match="'user'.*unit=ids"):
+        model.fit(X, Y, verbose=0)
+
+
 def test_fewer_epochs_are_trained_with_a_warning(caplog):
     model = model_of(run_eagerly=True)
     model.fit(X, Y, epochs=1, steps_per_epoch=2, verbose=0)
