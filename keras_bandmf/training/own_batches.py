@@ -202,8 +202,8 @@ def _check_numbers(
     plan, made = optimizer.plan, optimizer.plan_of_run.target is not None
     if plan.unit != ROW:
         raise ValueError(
-            f"The plan counts units of the kind {plan.unit!r}, and rows alone do not say whose they "
-            "are. Received: rows in `fit`. Pass `plan.batches(x, y, unit=ids)`."
+            f"The plan counts units of the kind {plan.unit!r}, and rows alone do not say whose they"
+            " are. Received: rows in `fit`. Pass `plan.batches(x, y, unit=ids)`."
         )
     if count != plan.num_examples:
         way_out = "Make the plan for the number of rows you have."
