@@ -32,7 +32,7 @@ def regression_data():
     return x, x[:, :1].copy()
 
 
-def regression_model():
+def regression_model(optimizer=None):
     """3501 weights, four chunks: each of two replicas owns half of them."""
     keras.utils.set_random_seed(4)
     model = keras.Sequential(
@@ -42,9 +42,18 @@ def regression_model():
             keras.layers.Dense(1),
         ]
     )
+    if optimizer is not None:
+        bandmf.privatize(model).compile(optimizer, loss="mse")
+        return model
     return runs.compiled(
         bandmf.privatize(model), regression_plan(), inner="adam", loss="mse", metrics=["mae"]
     )
+
+
+def planning_model():
+    """The same without a plan, which its first `fit` makes."""
+    target = {"epsilon": 4.0, "delta": 1e-5, "num_bands": 3, "seed": 3}
+    return regression_model(bandmf.BandMFOptimizer("sgd", **target))
 
 
 def carriers_plan():
@@ -140,6 +149,14 @@ def train(strategy, folder, worker):
     }
 
 
+def rows(strategy, folder, worker):
+    """Every worker makes the plan from its rows, and passes all of them."""
+    with strategy.scope():
+        model = planning_model()
+    model.fit(*regression_data(), batch_size=8, epochs=2, validation_split=0.25, verbose=0)
+    return {"plan": model.optimizer.plan.fingerprint, **weights_of(model)}
+
+
 def carriers(strategy, folder, worker):
     """A run in low-rank coordinates: its weights and its carriers."""
     with strategy.scope():
@@ -202,7 +219,7 @@ def dies(strategy, folder, worker):
 
 
 JOBS = {
-    "together": (keras_alone, train, carriers, covariance, save, refusals),
+    "together": (keras_alone, train, rows, carriers, covariance, save, refusals),
     "three": (train, covariance),
     "dies": (dies,),
     "resumed": (resumed,),

@@ -41,7 +41,7 @@ def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any, noise: Any = "defau
     """Refuses arguments of `BandMFOptimizer` of the wrong type or out of range.
 
     Args:
-        plan: See `BandMFOptimizer`, as for the other arguments.
+        plan: See `BandMFOptimizer`, as for the other arguments. None where it is made later.
         l2_norm_clip: See `plan`.
         seed: See `plan`.
         noise: See `plan`.
@@ -50,14 +50,14 @@ def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any, noise: Any = "defau
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument is out of range.
     """
-    if not isinstance(plan, TrainingPlan):
+    if plan is not None and not isinstance(plan, TrainingPlan):
         raise TypeError(
             "Expected `plan` to be a keras_bandmf.TrainingPlan, for example from "
             f"`TrainingPlan.calibrate(...)`. Received: plan={plan!r}"
         )
     checked_clip_norm(l2_norm_clip)
     checked_choice("noise", noise, ("default", "exact"))
-    if noise == "exact":
+    if noise == "exact" and plan is not None:  # one that is made later has bands
         refuse_exact(plan.strategy)
     if seed is not None:
         checked_int("seed", seed, 0, "It is for tests; None (the default) is a private run.")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 import numpy as np
@@ -25,15 +25,20 @@ from keras_bandmf.optimizers.arguments import (
     fingerprint,
     noise_stddev,
 )
-from keras_bandmf.optimizers.state import RunState
+from keras_bandmf.optimizers.plain_gradients import RefusesPlainGradients
+from keras_bandmf.optimizers.state import RunState, is_of_no_run, state_of_no_run
 from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.planning.plan_target import CalibrationOptions, PlanOfRun, PlanTarget
 from keras_bandmf.record import fresh, history
 from keras_bandmf.record.run_record import RunRecord
 from keras_bandmf.rgp.run import RunCarriers
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 @keras.saving.register_keras_serializable(package="keras_bandmf")
-class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
+class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.Optimizer):
     """Wraps another optimizer and adds correlated noise to the clipped gradients (DP-BandMF).
 
     Each step takes the sum of the clipped gradients of a batch, adds the next row of the correlated
@@ -55,7 +60,10 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
 
     Args:
         optimizer: The inner optimizer: a name, a config, or a `keras.optimizers.Optimizer`.
-        plan: The `TrainingPlan` of the run.
+        plan: The `TrainingPlan` of the run. Leave it out to have the first `fit` on arrays make one
+            for `epsilon` and `delta`, with `TrainingPlan.calibrate`, from the number of rows, the
+            batch size and the epochs: see `PlanTarget.plan_for`. It is then part of the config and
+            of checkpoints, and serves every later `fit`.
         l2_norm_clip: The bound on the L2 norm of the gradient of an example, the same for the whole
             run.
         clipping: "flat" (the default), "per_layer", "automatic", or a `keras_bandmf.clipping` mode
@@ -73,6 +81,11 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
             bit where the device's kernels repeat (docs/gpu.md), steps that were never released. By
             default a new key is drawn.
         name: The name of the optimizer.
+        epsilon: The target of a plan that is to be made; only without `plan`.
+        delta: See `epsilon`. Use a value below 1 / (number of rows).
+        **calibration: With `epsilon`, any of `num_bands`, `sampling`, `max_bands` and
+            `amplification` of `TrainingPlan.calibrate`, and `epochs`: those of all calls of `fit`
+            together, which are those of the first `fit` if left out.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -91,12 +104,20 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
         >>> history = model.fit(plan.batches(x, y), epochs=2, verbose=0)
         >>> optimizer.steps_done
         20
+
+        Without a plan, the first `fit` makes it:
+
+        >>> optimizer = bandmf.BandMFOptimizer("adam", epsilon=2.0, delta=1e-5, num_bands=2)
+        >>> model.compile(optimizer, loss="mse")
+        >>> history = model.fit(x, y, batch_size=10, epochs=2, verbose=0)
+        >>> optimizer.plan == plan
+        True
     """
 
     def __init__(
         self,
         optimizer: str | dict | keras.optimizers.Optimizer,
-        plan: TrainingPlan,
+        plan: TrainingPlan | None = None,
         l2_norm_clip: float = 1.0,
         *,
         clipping: Literal["flat", "per_layer", "automatic"] | ClippingMode = "flat",
@@ -104,19 +125,24 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
         seed: int | None = None,
         replay: bool = False,
         name: str | None = None,
+        epsilon: float | None = None,
+        delta: float | None = None,
+        **calibration: Unpack[CalibrationOptions],
     ):
         check_arguments(plan, l2_norm_clip, seed, noise)
+        target = PlanTarget.of_arguments(plan, epsilon, delta, calibration)
         super().__init__(learning_rate=0.0, name=name or "bandmf")
         self._inner_optimizer = checked_inner(optimizer)
-        self._plan = plan
+        self._plan_of_run = PlanOfRun(plan, target)
         self._l2_norm_clip = float(l2_norm_clip)
         self._clipping = checked_mode(clipping)
         self._noise: NoiseMode = noise
         self._seed = seed
         self._replay = bool(replay)
         words = self._clipping.describe(self._l2_norm_clip)
-        self._record = RunRecord(plan, self._l2_norm_clip, words, seed is not None)
+        self._record = RunRecord(self._plan_of_run, self._l2_norm_clip, words, seed is not None)
         self._run_state: RunState | None = None
+        self._build_later: Callable[[], None] | None = None
         self._data_source: tuple[str, int] | None = None
         self._noised_variables: tuple[int, ...] = ()
 
@@ -128,8 +154,17 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
 
     @property
     def plan(self) -> TrainingPlan:
-        """The plan of the run."""
-        return self._plan
+        """The plan of the run.
+
+        Raises:
+            ValueError: If the first `fit` is to make it.
+        """
+        return self._plan_of_run.plan
+
+    @property
+    def plan_of_run(self) -> PlanOfRun:
+        """Holds the plan, or the target for which the first `fit` makes it."""
+        return self._plan_of_run
 
     @property
     def l2_norm_clip(self) -> float:
@@ -169,7 +204,8 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Creates the keys, the ring of noise, and the slots of the inner optimizer.
 
-        From then on the variables keep the record of the run.
+        From then on the variables keep the record of the run. While there is no plan, only the
+        slots are made: the rest follows in the first `fit`, or with a checkpoint.
 
         Args:
             variables: The trainable variables of the model.
@@ -182,9 +218,13 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
         variables = list(variables)
         if not variables:
             raise ValueError("The model has no trainable variable. Received: variables=[]")
+        if not self._plan_of_run.known:
+            self._wait(variables)
+            return
         history.check_plan(variables, self.plan)
         with tf.init_scope():
-            self.inner_optimizer.build(variables)
+            if self._build_later is None:
+                self.inner_optimizer.build(variables)
             super().build(variables)
             self._noised_variables = tuple(id(variable) for variable in variables)
             carriers = RunCarriers(variables, self.plan.strategy)
@@ -202,6 +242,19 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
             self._record.follow(self)
             history.begin(variables, self._record)
 
+    def _wait(self, variables: list[keras.Variable]) -> None:
+        """Makes the slots, into which Keras may load values, and keeps the rest for later."""
+        if self._build_later is None:
+            with tf.init_scope():
+                self.inner_optimizer.build(variables)
+        distribution = tf.distribute.get_strategy()
+
+        def build() -> None:
+            with distribution.scope():
+                self.build(variables)
+
+        self._build_later = build
+
     @property
     def run_state(self) -> RunState:
         """The keys and the noise of the run.
@@ -210,6 +263,7 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
             ValueError: If the optimizer is not built.
         """
         if self._run_state is None:
+            self._plan_of_run.plan  # noqa: B018 - says what to do if it is not made yet
             raise ValueError(
                 "BandMFOptimizer has no state before it is built. Call `model.fit`, or "
                 "`optimizer.build(model.trainable_variables)`, first."
@@ -272,7 +326,7 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
                 "the whole optimizer."
             )
         if step >= self.plan.num_steps:
-            raise PrivacyError(self.budget_message())
+            raise PrivacyError(self._plan_of_run.spent_message())
 
     def apply_clipped(
         self,
@@ -400,45 +454,6 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
                 history.observe(model.weights)
             history.inherit(model.weights, trainable_variables)
 
-    def budget_message(self) -> str:
-        """Returns the error message for a step beyond the plan."""
-        return (
-            f"The plan has {self.plan.num_steps} steps and all of them are spent. Another step "
-            "would exceed the stated epsilon. Make a plan with more steps and train a new model."
-        )
-
-    def apply(self, grads: Any, trainable_variables: Any = None) -> NoReturn:
-        """Always raises an error, because plain gradients were not clipped per example.
-
-        Args:
-            grads: Gradients, which are not looked at.
-            trainable_variables: Variables, which are not looked at.
-
-        Raises:
-            PrivacyError: Always. Use `apply_clipped`.
-        """
-        raise PrivacyError(
-            "BandMFOptimizer received plain gradients, which carry no privacy. The model is not "
-            "private: call `keras_bandmf.privatize(model)` before `fit`, also after loading or "
-            "cloning a model. In a loop of your own, call `keras_bandmf.clipped_gradients` and "
-            "`optimizer.apply_clipped`."
-        )
-
-    def stateless_apply(
-        self, optimizer_variables: Any, grads: Any, trainable_variables: Any
-    ) -> NoReturn:
-        """Always raises an error, as `apply` does.
-
-        Args:
-            optimizer_variables: Variables, which are not looked at.
-            grads: Gradients, which are not looked at.
-            trainable_variables: Variables, which are not looked at.
-
-        Raises:
-            PrivacyError: Always.
-        """
-        self.apply(grads, trainable_variables)
-
     @property
     def variables(self) -> list[keras.Variable]:
         """The variables of the inner optimizer. Keys and ring are not among them."""
@@ -499,6 +514,9 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
     def _restore(self, arrays: dict[str, np.ndarray]) -> None:
         # Keras may continue after the error, with weights that are no longer those of this run.
         self._record.restore_failed = True
+        if self._build_later is not None and not self.built:
+            self._plan_of_run.take_over(history.planned_in_fit(arrays.get("history")))
+            self._build_later()
         if not self.built:
             raise ValueError(
                 "BandMFOptimizer must be built before a checkpoint can be restored into it. Call "
@@ -519,10 +537,16 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
                 "A SavedModel of a model compiled with BandMFOptimizer would hold the key and "
                 "the state of its noise. Use `keras_bandmf.export(model, path)`."
             )
-        return {name: tf.constant(value) for name, value in self._saved_arrays().items()}
+        # Without a plan there is no run yet. TensorFlow asks for the names when it restores, too.
+        waits = self._run_state is None and not self._plan_of_run.known
+        arrays = state_of_no_run() if waits else self._saved_arrays()
+        return {name: tf.constant(value) for name, value in arrays.items()}
 
     def _restore_checkpoint_tensors(self, tensors: Mapping[str, tf.Tensor]) -> None:
-        self._restore({name: value.numpy() for name, value in tensors.items()})
+        arrays = {name: value.numpy() for name, value in tensors.items()}
+        if is_of_no_run(arrays) and not self.steps_done:
+            return  # saved before there was a plan
+        self._restore(arrays)
 
     def __reduce__(self) -> tuple:
         """Copies an optimizer by its config. One that is built has secrets, and is refused."""
@@ -540,7 +564,8 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
         return {
             "name": self.name,
             "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
-            "plan": self.plan.to_json(),
+            # Of a plan to be made, the target too.
+            **(self._plan_of_run.to_facts() or {"plan": self.plan.to_json()}),
             "l2_norm_clip": self.l2_norm_clip,
             "clipping": keras.saving.serialize_keras_object(self.clipping),
             "noise": self.noise,
@@ -563,5 +588,11 @@ class BandMFOptimizer(CheckpointHooks, keras.optimizers.Optimizer):
             config.pop("optimizer"), custom_objects=custom_objects
         )
         clipping = keras.saving.deserialize_keras_object(config.pop("clipping"))
-        plan = TrainingPlan.from_json(config.pop("plan"))
-        return cls(inner, plan, clipping=clipping, **config)
+        text, target = config.pop("plan"), config.pop("target", None)
+        plan = None if text is None else TrainingPlan.from_json(text)
+        if target is None:
+            return cls(inner, plan, clipping=clipping, **config)
+        optimizer = cls(inner, clipping=clipping, **target, **config)
+        if plan is not None:
+            optimizer.plan_of_run.settle(plan)
+        return optimizer

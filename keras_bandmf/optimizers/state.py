@@ -262,6 +262,26 @@ class RunState:
         self.replayed = replayed
 
 
+def state_of_no_run() -> dict[str, np.ndarray]:
+    """Returns what a checkpoint holds of an optimizer whose run has not begun: names and types."""
+    empty = {"history": np.zeros(0, np.uint8)}
+    for name, (dtype, shape) in _FIELDS.items():
+        empty[name] = np.zeros(0 if shape is None else shape, dtype)
+    return empty
+
+
+def is_of_no_run(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Returns whether a checkpoint was written before the run began.
+
+    Args:
+        arrays: What it holds of the optimizer.
+    """
+    empty = state_of_no_run()
+    return arrays.keys() == empty.keys() and all(
+        np.array_equal(arrays[name], value) for name, value in empty.items()
+    )
+
+
 def _checked_fields(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     missing = [name for name in _FIELDS if name not in arrays]
     if missing:

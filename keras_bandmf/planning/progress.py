@@ -1,15 +1,37 @@
-"""A progress bar for the search for a strategy, and for a calibration with secret groups."""
+"""A progress bar for the search for a strategy, and for a calibration with secret groups.
+
+What is shown goes where Keras writes: see `show`.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import keras
 
 from keras_bandmf._checks import checked_int
 from keras_bandmf.strategies.search.scipy_lbfgs import Progress
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def show(text: str, verbose: Any = 1) -> None:
+    """Shows a text where Keras shows its progress: on standard output, or in the log.
+
+    Args:
+        text: The text.
+        verbose: As in `keras.Model.fit`. 0 writes to the log only, and so does
+            `keras.config.disable_interactive_logging()`.
+    """
+    if verbose == 0 or not keras.config.is_interactive_logging_enabled():
+        _LOGGER.info("%s", text)
+        return
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 class CalibrationProgress(NamedTuple):

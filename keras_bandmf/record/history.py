@@ -10,6 +10,7 @@ import os
 import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -396,6 +397,18 @@ def to_array(variables: Sequence[keras.Variable], record: RunRecord) -> np.ndarr
         "digests": [_digest(v).hex() if small_enough(variables) else "" for v in variables],
     }
     return np.frombuffer(json.dumps(facts).encode(), np.uint8)
+
+
+def planned_in_fit(array: np.ndarray | None) -> Any:
+    """Returns what the history of a checkpoint says of a plan that a `fit` made; None for nothing.
+
+    Args:
+        array: What `to_array` wrote; None if the file has none.
+    """
+    try:
+        return json.loads(np.asarray(array, np.uint8).tobytes())["run"]["planned_in_fit"]
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def from_array(

@@ -16,6 +16,7 @@ import keras
 from keras_bandmf._checks import checked_int
 from keras_bandmf.noise.finite import affords_tail
 from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.planning.plan_target import PlanOfRun
 from keras_bandmf.planning.statement import Statement
 
 _LOOP = "a custom training loop, in an order declared by the user"
@@ -64,16 +65,17 @@ class RunRecord:
     It holds neither data nor keys, and does not keep the optimizer alive.
 
     Args:
-        plan: The plan of the run.
+        plan_of_run: The plan of the run, which may only be made later.
         l2_norm_clip: The clip norm.
         clipping: The clipping mode, in words.
         seeded: Whether the noise was drawn from a fixed seed.
     """
 
-    def __init__(self, plan: TrainingPlan, l2_norm_clip: float, clipping: str, seeded: bool):
+    def __init__(self, plan_of_run: PlanOfRun, l2_norm_clip: float, clipping: str, seeded: bool):
         self.run_id = uuid.uuid4().hex
         self.started = time.time_ns()
-        self.plan = plan
+        self._plan_of_run = plan_of_run
+        self._planned_before: Any = None  # by the `fit` of another process
         self.fits: list[Fit] = []
         self.looped = False
         self.restore_failed = False
@@ -90,6 +92,15 @@ class RunRecord:
         self._iterations: Any = None
         self._counters: list[Any] = []
         self._optimizer: Any = lambda: None
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """The plan of the run.
+
+        Raises:
+            ValueError: If it is not made yet.
+        """
+        return self._plan_of_run.plan
 
     def __deepcopy__(self, memo: dict) -> RunRecord:
         """A run is one: copies of its variables share its record."""
@@ -273,6 +284,12 @@ class RunRecord:
                 f"the plan is not used up: {steps_run} of its {self.plan.num_steps} steps ran, "
                 "with noise that was scaled for all of them"
             )
+        if self._plan_of_run.target is not None or self._planned_before is not None:
+            caveats.append(
+                f"the plan was made in the first `fit`: num_examples = {self.plan.num_examples} is "
+                "the number of rows that were given to it, and is taken as public, as are its "
+                "batch size and its epochs; the guarantee compares data sets under this one plan"
+            )
         caveats += [remark for fit in self.fits for remark in fit.remarks]
         if self.looped:
             caveats.append(
@@ -299,7 +316,10 @@ class RunRecord:
         return caveats
 
     def to_facts(self) -> dict[str, Any]:
-        """Returns what a file keeps of the run, as JSON values, without its plan and keys."""
+        """Returns what a file keeps of the run, as JSON values, without its keys.
+
+        A plan that was given is left out: whoever restores the file gives it again.
+        """
         self.update()
         return {
             "run_id": self.run_id,
@@ -308,6 +328,7 @@ class RunRecord:
             "looped": self.looped,
             "exact_noise": self._exact_noise,
             "broken": self.broken,
+            "planned_in_fit": self._plan_of_run.to_facts() or self._planned_before,
             "fits": [dataclasses.asdict(fit) for fit in self.fits],
         }
 
@@ -342,6 +363,7 @@ class RunRecord:
         self.looped = self.looped or looped
         self._exact_before = self._exact_before and facts.get("exact_noise") is True
         self.broken = self.broken or broken
+        self._planned_before = facts.get("planned_in_fit") or self._planned_before
         self._steps = max(self._steps, steps)
         self.fits = list(dict.fromkeys([*fits, *self.fits]))
 

@@ -35,16 +35,16 @@ _REFUSED = {
 }
 
 
-def check_distribution(model: keras.Model, x: Any) -> None:
+def check_distribution(model: keras.Model, own_order: bool) -> None:
     """Refuses distributions under which noise or batches are not known to be right.
 
     Args:
         model: The model.
-        x: The data given to `fit`.
+        own_order: Whether the data comes in an order of the user's own.
 
     Raises:
-        ValueError: If the distribution is not supported, or not together with `x` or the settings
-            of the model.
+        ValueError: If the distribution is not supported, or not together with such data or the
+            settings of the model.
     """
     distribution = model.distribute_strategy
     name = type(distribution).__name__
@@ -60,16 +60,16 @@ def check_distribution(model: keras.Model, x: Any) -> None:
             "Keras fails on several replicas unless `steps_per_execution` is 1. "
             f"Received: steps_per_execution={model.steps_per_execution}"
         )
-    if _distribution.is_multi_worker(distribution) and not isinstance(x, PrivateBatches):
+    if own_order and _distribution.is_multi_worker(distribution):
         raise ValueError(
-            "With several worker processes a private `fit` takes `plan.batches(x, y)`: it splits "
-            "each global batch over the workers, so that each row is used once. "
-            f"Received: x of {type(x).__name__}"
+            "With several worker processes a private `fit` trains on batches that the plan draws, "
+            "`plan.batches(x, y)`: they are split over the workers, so that each row is used once. "
+            "Received: data in an order of your own, as the plan declares"
         )
 
 
 def refuse_changed_data(class_weight: dict | None, validation_split: float) -> None:
-    """Refuses arguments by which Keras would change the training data.
+    """Refuses arguments by which Keras would change batches, or data in the user's own order.
 
     Args:
         class_weight: The argument of `fit`.
@@ -80,7 +80,8 @@ def refuse_changed_data(class_weight: dict | None, validation_split: float) -> N
     """
     if class_weight is not None:
         raise ValueError(
-            "Pass `class_weight` to the batches: `plan.batches(x, y, class_weight=...)`. "
+            "Pass `class_weight` to the batches: `plan.batches(x, y, class_weight=...)`, or arrays "
+            "to `fit` of a plan that declares no participations. "
             f"Received: class_weight={class_weight}"
         )
     if validation_split:
@@ -171,11 +172,9 @@ def check_foreign_data(
     separation, participations = plan.min_separation, plan.max_participations
     if separation is None or participations is None:  # the plan declares both or neither
         raise ValueError(
-            "A private `fit` takes what `plan.batches(x, y)` of the optimizer's plan returns, so "
-            "that sampler, noise and accounting come from one plan. "
-            f"Received: x of type {type(x).__name__}. For data in a fixed order of your own, "
-            "make the plan with sampling='fixed_order' and declare `max_participations` and "
-            "`min_separation`."
+            "Data in an order of the user's own needs a plan with sampling='fixed_order' that "
+            f"declares `max_participations` and `min_separation`. Received: x of type "
+            f"{type(x).__name__} with a plan that declares neither."
         )
     leaves = keras.tree.flatten(x)
     if not all(hasattr(leaf, "shape") for leaf in leaves):

@@ -22,7 +22,7 @@ from keras_bandmf.planning.statement import Statement
 from keras_bandmf.record import fresh
 from keras_bandmf.record import history as variable_history
 from keras_bandmf.sampling import PrivateBatches
-from keras_bandmf.training import callback_policy, fit_arguments, keras_faults
+from keras_bandmf.training import callback_policy, fit_arguments, keras_faults, own_batches
 from keras_bandmf.training.callback_policy import Callbacks
 from keras_bandmf.training.mixed_rows import MixedRows
 from keras_bandmf.training.regularizers import regularization
@@ -42,8 +42,9 @@ def privatize(
     """Makes the training of a model private, in place.
 
     It replaces `train_step`, `fit` and `save` on this instance, and leaves the class untouched.
-    Call it before or after `compile`. A model that is loaded or cloned is not private, and
-    `BandMFOptimizer` then refuses to train it. `make_private` is the same function.
+    Call it before or after `compile`. `fit` then takes rows as in Keras, or `plan.batches` of them.
+    A model that is loaded or cloned is not private, and `BandMFOptimizer` refuses to train it.
+    `make_private` is the same function.
 
     Formal guarantees:
         `fit` trains on batches of the optimizer's own plan only, clips the gradient of each
@@ -154,7 +155,9 @@ def _alone(fit: Callable) -> Callable:
 
     @functools.wraps(fit)
     def alone(self: _PrivateTraining, *args: Any, **kwargs: Any) -> keras.callbacks.History:
-        with held(self.lock), held(self.optimizer.record.lock):
+        optimizer = self.optimizer
+        planning = optimizer.plan_of_run.kept_if(lambda: optimizer.built)
+        with held(self.lock), held(optimizer.record.lock), planning:
             return fit(self, *args, **kwargs)
 
     return alone
@@ -353,23 +356,30 @@ class _PrivateTraining:
     ) -> keras.callbacks.History:
         """Trains on the batches of the optimizer's plan, and is otherwise like `keras.Model.fit`.
 
-        With batches of a plan, the arguments `y`, `batch_size`, `validation_split`, `shuffle`,
-        `class_weight` and `sample_weight` are refused: they belong to `plan.batches`.
+        Rows, as arrays or as a `tf.data.Dataset` of single examples, become `plan.batches`. If the
+        optimizer has `epsilon` in place of a plan, its first `fit` makes the plan from the number
+        of rows to train on, `batch_size` and `epochs`, as in Keras 32 and 1 by default. Later calls
+        with the same rows in the same order go on with the run. With batches of a plan, `y`,
+        `batch_size`, `validation_split`, `shuffle`, `class_weight` and `sample_weight` are refused:
+        they belong to `plan.batches`.
 
         Args:
-            x: What `plan.batches` of the same plan returned. If the plan declares participations,
-                any data in an order that keeps to them.
-            y: Belongs to `plan.batches`, or is the target of data in the user's own order.
-            batch_size: See `y`. For arrays it is the plan's.
+            x: Rows, or what `plan.batches` of the optimizer's plan returned. If the plan declares
+                participations, everything else is data in the user's own order, which must keep to
+                them.
+            y: See Keras.
+            batch_size: None, or that of the plan.
             epochs: See Keras. None, the default, trains what is left of the plan, or one epoch of
-                data whose number of steps is unknown.
-            verbose: See Keras.
+                data whose number of steps is unknown. For rows, more than what is left is refused.
+            verbose: See Keras. Unless it is 0, a plan that is made here is shown, once.
             callbacks: See Keras. Callbacks that act on a training metric are refused.
-            validation_split: Always refused.
+            validation_split: See Keras: the last rows of arrays, by their number alone, are not
+                trained on. Refused for data in the user's own order.
             validation_data: See Keras. It must be public or disjoint from the training data.
-            shuffle: See `y`. Data in the user's own order is never shuffled.
-            class_weight: Always refused.
-            sample_weight: See `y`.
+            shuffle: None or True: the plan draws the rows at random. Data in the user's own order
+                is never shuffled.
+            class_weight: See Keras. Refused for data in the user's own order.
+            sample_weight: See Keras.
             initial_epoch: See Keras.
             steps_per_epoch: At most that of the plan, and by default equal to it.
             validation_steps: See Keras.
@@ -384,10 +394,33 @@ class _PrivateTraining:
         """
         model, optimizer = self.model, self.optimizer
         optimizer.check_process()
-        fit_arguments.check_distribution(model, x)
-        fit_arguments.refuse_changed_data(class_weight, validation_split)
+        way = own_batches.way_of(x, optimizer)
+        fit_arguments.check_distribution(model, way == "own order")
         listed = callback_policy.flat_callbacks(callbacks)
-        monitored = callback_policy.check_callbacks(listed, validation_data is not None)
+        validates = validation_data is not None or bool(validation_split and way == "rows")
+        monitored = callback_policy.check_callbacks(listed, validates)
+        of_rows: list[str] = []
+        if way == "rows":
+            asked = own_batches.Asked(
+                x=x,
+                y=y,
+                sample_weight=sample_weight,
+                class_weight=class_weight,
+                validation_split=validation_split,
+                validation_data=validation_data,
+                batch_size=batch_size,
+                shuffle=shuffle,
+                epochs=epochs,
+                initial_epoch=initial_epoch,
+                steps_per_epoch=steps_per_epoch,
+                verbose=verbose,
+            )
+            x, validation_data, of_rows = own_batches.batches_of_rows(
+                asked, model, optimizer, listed
+            )
+            y = sample_weight = batch_size = shuffle = None
+        else:
+            fit_arguments.refuse_changed_data(class_weight, validation_split)
         batches, array_steps = x if isinstance(x, PrivateBatches) else None, None
         if batches is not None:
             fit_arguments.check_batches(
@@ -417,7 +450,7 @@ class _PrivateTraining:
         )
         guard = StepGuard(optimizer, batches, array_steps)
         report = [] if self._report is None else [self._report]
-        remarks = callback_policy.remarks([*report, *listed], monitored)
+        remarks = [*of_rows, *callback_policy.remarks([*report, *listed], monitored)]
         data = (
             x
             if batches is None

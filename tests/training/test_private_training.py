@@ -230,7 +230,7 @@ def refusals():
     x, y = runs.counting_data()
     plan = runs.make_plan()
     return {
-        "arrays": (lambda b: ((x, y), {}), "plan.batches"),
+        "generator": (lambda b: ((iter([(x, y)]),), {}), "plan.batches"),
         "dataset": (lambda b: ((tf.data.Dataset.from_tensor_slices((x, y)).batch(8),), {}), "plan"),
         "dataset_of_batches": (lambda b: ((b.dataset(),), {}), "plan.batches"),
         "other_plan": (

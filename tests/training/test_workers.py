@@ -34,6 +34,18 @@ def check_weights_and_metrics(results):
         assert result["train.ring_bytes"] == whole_ring * chunks // 4
 
 
+def check_rows(results):
+    """Every worker makes the plan of one device from its rows, and trains to the same weights."""
+    model = worker_job.planning_model()
+    data = worker_job.regression_data()
+    model.fit(*data, batch_size=8, epochs=2, validation_split=0.25, verbose=0)
+    for result in results:
+        assert str(result["rows.plan"]) == model.optimizer.plan.fingerprint
+        for name, value in worker_job.weights_of(model).items():
+            np.testing.assert_allclose(result[f"rows.{name}"], value, atol=1e-4)
+            np.testing.assert_array_equal(result[f"rows.{name}"], results[0][f"rows.{name}"])
+
+
 def check_carriers(results):
     """Every worker has the carriers, and takes the steps, of one device."""
     model = worker_job.carriers_model()
@@ -89,6 +101,7 @@ def test_two_workers_do_what_one_device_does(tmp_path):
     """One job for all checks: the processes take longer to start than to train."""
     results = results_of("together", tmp_path, 2)
     check_weights_and_metrics(results)
+    check_rows(results)
     check_carriers(results)
     check_covariance(results)
     check_keras_needs_the_workarounds(results)
