@@ -13,13 +13,14 @@ from keras_bandmf._checks import checked_function, checked_int
 from keras_bandmf.sampling.sources import leaves
 from keras_bandmf.sampling.stores.base import Store
 from keras_bandmf.sampling.stores.columns import Columns, is_lazy
+from keras_bandmf.sampling.stores.files import StoredRows
 from keras_bandmf.sampling.stores.memory import MemoryStore
 from keras_bandmf.sampling.stores.random_access import RandomAccessStore
 from keras_bandmf.sampling.stores.rows import Rows
 from keras_bandmf.sampling.stores.workers import default_workers
 
 # Grain reads its sources with several threads by itself.
-_SHARED_LIBRARIES = frozenset({"array_record", "grain"})
+_SHARED_LIBRARIES = frozenset({"array_record", "grain", "keras_bandmf"})
 
 
 def open_store(
@@ -65,6 +66,15 @@ def open_store(
                     f"of type {type(given).__name__}. Let its elements, or `decode`, be (x, y) or "
                     "(x, y, sample_weight)."
                 )
+        if isinstance(x, StoredRows) and decode is None and x.columns is not None:
+            columns = {"y": None, "sample_weight": None} | x.columns
+            return open_store(
+                **columns,
+                num_examples=num_examples,
+                class_weight=class_weight,
+                preprocess=preprocess,
+                workers=workers,
+            )
         library = type(x).__module__.partition(".")[0]
         shared = workers is not None or library in _SHARED_LIBRARIES
         source = Rows(x, num_examples, decode, shared)

@@ -54,7 +54,7 @@ class Rows:
         first, again = self._columns_of(0), self._columns_of(0)
         self._leaves: list[_Leaf] = []
         self._template = {
-            name: _mapped(self._new_leaf, column, name) for name, column in first.items()
+            name: mapped(self._new_leaf, column, name) for name, column in first.items()
         }
         buffers = self._buffers(2)
         self._put(0, first, buffers, 0)
@@ -112,7 +112,7 @@ class Rows:
         # In the order of the source, where neighbors are often read together.
         workers.each(fill, workers.split(np.argsort(indices, kind="stable")))
         return {
-            name: _mapped(lambda leaf, _: buffers[leaf.place], column, name)
+            name: mapped(lambda leaf, _: buffers[leaf.place], column, name)
             for name, column in self._template.items()
         }
 
@@ -226,16 +226,25 @@ class Rows:
         )
 
 
-def _mapped(function: Callable[[Any, str], Any], structure: Any, name: str) -> Any:
+def mapped(function: Callable[[Any, str], Any], structure: Any, name: str) -> Any:
     """As `map_leaves`, where a list or a `_Leaf` is a leaf."""
     if isinstance(structure, (list, _Leaf)) or not isinstance(structure, (dict, tuple)):
         return function(structure, name)
     if isinstance(structure, dict):
         return {
-            key: _mapped(function, value, f"{name}[{key!r}]") for key, value in structure.items()
+            key: mapped(function, value, f"{name}[{key!r}]") for key, value in structure.items()
         }
-    items = [_mapped(function, value, f"{name}[{i}]") for i, value in enumerate(structure)]
+    items = [mapped(function, value, f"{name}[{i}]") for i, value in enumerate(structure)]
     return type(structure)(*items) if hasattr(structure, "_fields") else tuple(items)
+
+
+def plain_array(value: Any) -> np.ndarray:
+    """Returns numbers, lists and strings as arrays; strings keep zeros at their end."""
+    if not isinstance(value, (str, bytes)):
+        return np.asarray(value)
+    array = np.empty((), object)
+    array[()] = value
+    return array
 
 
 def _leaf_array(value: Any, name: str, number: int) -> np.ndarray:
@@ -249,7 +258,7 @@ def _leaf_array(value: Any, name: str, number: int) -> np.ndarray:
     plain = isinstance(value, (list, int, float, complex, str, bytes))
     if plain or hasattr(value, "__array_interface__"):  # the last are images of PIL
         try:
-            value = np.asarray(value)
+            value = plain_array(value)
         except ValueError as error:
             raise ValueError(
                 f"Expected `{name}` to be an array of one shape. Received: a list that NumPy "
