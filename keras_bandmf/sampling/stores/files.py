@@ -39,6 +39,16 @@ class ConversionProgress(NamedTuple):
         rows: How many rows were written so far.
         total: How many there will be; None if that is not known.
         done: Whether the file is complete.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> import os, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> reports = []
+        >>> _ = bandmf.sources.convert(
+        ...     range(300), os.path.join(folder.name, "rows"), callback=reports.append)
+        >>> [report.rows for report in reports]
+        [256, 300]
     """
 
     rows: int

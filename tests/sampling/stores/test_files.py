@@ -67,7 +67,7 @@ def test_bfloat16_keeps_its_type(tmp_path):
 
 def test_records_of_a_tfrecord_file_are_decoded_when_they_are_drawn(tmp_path):
     path = os.fspath(tmp_path / "data.tfrecord")
-    records = [tf.io.serialize_tensor(tf.range(i % 3, i % 3 + 2)).numpy() * 1 for i in range(N)]
+    records = [tf.io.serialize_tensor(tf.range(i % 3, i % 3 + 2)).numpy() for i in range(N)]
     with tf.io.TFRecordWriter(path) as writer:
         for record in records:
             writer.write(record)
