@@ -3,5 +3,6 @@
 from keras_bandmf.sampling.stores.base import Store
 from keras_bandmf.sampling.stores.choice import open_store
 from keras_bandmf.sampling.stores.memory import MemoryStore
+from keras_bandmf.sampling.stores.random_access import RandomAccessStore
 
-__all__ = ["MemoryStore", "Store", "open_store"]
+__all__ = ["MemoryStore", "RandomAccessStore", "Store", "open_store"]
