@@ -70,7 +70,10 @@ def test_eager_compiled_and_two_replicas(options, tmp_path):
     np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", ["mapped", "hdf5", "hugging_face", "array_record", "converted"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("mapped", "converted")]
+
+
+@pytest.mark.parametrize("kind", ["hdf5", "hugging_face", "array_record", *SLOW])
 def test_a_killed_run_goes_on_bit_for_bit(kind, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "run").mkdir()
