@@ -1,6 +1,6 @@
 """Differentially private training of Keras models with correlated noise."""
 
-from keras_bandmf import callbacks, clipping, layers, noise, strategies, tfx_input
+from keras_bandmf import callbacks, clipping, layers, noise, sources, strategies, tfx_input
 from keras_bandmf._checks import PrivacyError
 from keras_bandmf.clipping import ClippedGradients, clipped_gradients
 from keras_bandmf.optimizers import BandMFOptimizer
@@ -45,6 +45,7 @@ __all__ = [
     "merge_rgp",
     "noise",
     "privatize",
+    "sources",
     "statement",
     "strategies",
     "tfx_input",

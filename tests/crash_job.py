@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 import keras_bandmf as bandmf
-from tests import runs
+from tests import data_kinds, runs
 
 STEPS = 96
 # Backups take longer than these epochs: a random moment is likely inside one.
@@ -36,8 +36,11 @@ class Progress(keras.callbacks.Callback):
         self._counter.value += 1
 
 
-def train(folder, replay, counter):
-    """Trains to the end of the plan, from the last backup if there is one."""
+def train(folder, replay, counter, kind=None):
+    """Trains to the end of the plan, from the last backup if there is one.
+
+    `kind` names a kind of `data_kinds`, and the folder of its files.
+    """
     folder = pathlib.Path(folder)
     metadata = folder / "backup" / "training_metadata.json"
     try:
@@ -52,10 +55,13 @@ def train(folder, replay, counter):
         if replay
         else (runs.noise_model, runs.noise_data())
     )
+    options = {}
+    if kind is not None:
+        data, options = data_kinds.KINDS[kind[0]](pathlib.Path(kind[1]))
     model = runs.compiled(make_model(), make_plan(), seed=3 if replay else None, replay=replay)
     model.optimizer.build(model.trainable_variables)
     model.fit(
-        make_plan().batches(*data),
+        make_plan().batches(*data, **options),
         epochs=STEPS // STEPS_PER_EPOCH,
         steps_per_epoch=STEPS_PER_EPOCH,
         verbose=0,
@@ -74,7 +80,7 @@ def train(folder, replay, counter):
     )
 
 
-def run_with_kills(folder, replay, kills, rng):
+def run_with_kills(folder, replay, kills, rng, kind=None):
     """Runs `train` until it ends by itself, killed `kills` times at random moments before.
 
     Returns:
@@ -85,7 +91,7 @@ def run_with_kills(folder, replay, kills, rng):
     context.set_forkserver_preload(["tests.crash_job"])
     for attempt in range(kills + 1):
         counter = context.Value("i", 0)
-        process = context.Process(target=train, args=(os.fspath(folder), replay, counter))
+        process = context.Process(target=train, args=(os.fspath(folder), replay, counter, kind))
         process.start()
         if attempt < kills:
             last = rng.integers(1, 2 * STEPS_PER_EPOCH + 1)

@@ -175,3 +175,20 @@ def test_both_banded_solvers_are_timed(capsys):
     module.main(sizes=((40, 3),))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(number > 0 for number in numbers_of(lines[1]))
+
+
+def test_sources_prints_draws_formats_and_a_memory_map(capsys, monkeypatch):
+    from keras_bandmf.sampling.stores import columns
+
+    monkeypatch.setattr(columns, "MAPPED_BYTES", 0)
+    path = PATH.with_name("sources.py")
+    spec = importlib.util.spec_from_file_location("sources_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(["draws", "--rows", "20000"])
+    assert capsys.readouterr().out.count("MiB stay") == len(module.LAWS)
+    module.main(["formats", "--rows", "300"])
+    assert capsys.readouterr().out.count("rows a second") >= 2
+    module.main(["memmap", "--gibibytes", "0.002", "--steps", "3"])
+    printed = capsys.readouterr().out
+    assert "699 rows of 3072 bytes" in printed and "MiB more memory" in printed

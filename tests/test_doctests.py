@@ -13,7 +13,17 @@ import pytest
 import keras_bandmf
 
 PACKAGE = pathlib.Path(keras_bandmf.__file__).parent
-ROOMS = ("callbacks", "clipping", "layers", "noise", "rgp", "sampling", "strategies", "tfx_input")
+ROOMS = (
+    "callbacks",
+    "clipping",
+    "layers",
+    "noise",
+    "rgp",
+    "sampling",
+    "sources",
+    "strategies",
+    "tfx_input",
+)
 
 
 def module_names():

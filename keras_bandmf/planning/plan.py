@@ -346,6 +346,8 @@ class TrainingPlan(PlanAccounting):
         rows_per_unit: int = 1,
         augment: Callable[..., Any] | None = None,
         augment_copies: int = 1,
+        decode: Callable[[Any], Any] | None = None,
+        workers: int | None = None,
     ) -> PrivateBatches:
         """Returns the batches of this plan: the data that the private `fit` takes.
 
@@ -353,9 +355,10 @@ class TrainingPlan(PlanAccounting):
         assumes; see `PrivateBatches`.
 
         Args:
-            x: A NumPy array or tensor with one row for each example, a nested dict, tuple or list
-                of them, or a `tf.data.Dataset` of single examples.
-            y: Targets, as `x`; None when there are none (or when the dataset brings them).
+            x: An array or tensor with one row for each example, in memory or on disk (memory map,
+                HDF5, Zarr); a nested dict, tuple or list of them; a `tf.data.Dataset` of single
+                examples; or a source of rows, with `__len__` and `__getitem__`.
+            y: Targets, as `x`; None when there are none (or when `x` brings them).
             sample_weight: Non-negative weights, one for each row.
             class_weight: Dict of class number to weight, multiplied into `sample_weight`.
             preprocess: Function of tensors `(x)` or `(x, y)`, applied to rows before sampling.
@@ -365,6 +368,9 @@ class TrainingPlan(PlanAccounting):
             augment: Makes a random view of a row in each step: a function `(x, seed)`, or
                 `(x, y, seed)`, or a Keras layer. See docs/data.md.
             augment_copies: The number of views of each row. Their mean gradient is clipped once.
+            decode: Function of one element of a source; returns `x`, `(x, y)` or
+                `(x, y, sample_weight)`.
+            workers: How many threads read from disk or from a source; see `PrivateBatches`.
 
         Returns:
             The batches, which `model.fit` of a privatized model takes as they are.
@@ -373,6 +379,7 @@ class TrainingPlan(PlanAccounting):
             TypeError: The data or an argument has the wrong type.
             ValueError: The number of rows is not `num_examples`, or the declared participations
                 are stricter than what this sampler does.
+            RuntimeError: The first or the last row of a source cannot be read.
 
         Example:
             >>> import keras_bandmf as bandmf
@@ -399,6 +406,8 @@ class TrainingPlan(PlanAccounting):
             class_weight=class_weight,
             preprocess=preprocess,
             seed=seed,
+            decode=decode,
+            workers=workers,
         )
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""A progress bar for the search for a strategy, and for a calibration with secret groups.
+"""A progress bar for a search for a strategy, a calibration, and the conversion of a stream.
 
 What is shown goes where Keras writes: see `show`.
 """
@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import keras
 
 from keras_bandmf._checks import checked_int
+from keras_bandmf.sampling.stores.files import ConversionProgress
 from keras_bandmf.strategies.search.scipy_lbfgs import Progress
 
 _LOGGER = logging.getLogger(__name__)
@@ -92,10 +93,12 @@ UNWATCHED = Watch(None)
 
 
 class ProgressBar:
-    """A progress bar of Keras: iterations, loss and gain of a search, or samples of a calibration.
+    """A progress bar of Keras, for a search, a calibration, or the conversion of a stream.
 
-    Pass it as `callback` to `optimize` of a strategy or to `TrainingPlan.calibrate`. One bar serves
-    any number of them, one after the other.
+    It shows iterations, loss and gain; samples; or rows.
+
+    Pass it as `callback` to `optimize` of a strategy, to `TrainingPlan.calibrate` or to
+    `sources.convert`. One bar serves any number of them, one after the other.
 
     Args:
         target: The number of iterations at which the bar is full. With None the bar only counts,
@@ -125,14 +128,17 @@ class ProgressBar:
         self._bar: keras.utils.Progbar | None = None
         self._last = 0
 
-    def __call__(self, progress: Progress | CalibrationProgress) -> None:
-        """Shows one iteration, or some more samples.
+    def __call__(self, progress: Progress | CalibrationProgress | ConversionProgress) -> None:
+        """Shows one iteration, or some more samples or rows.
 
         Args:
             progress: What the search reports; its value is the logarithm of a loss.
         """
         if isinstance(progress, CalibrationProgress):
             self._show_samples(progress)
+            return
+        if isinstance(progress, ConversionProgress):
+            self._show_rows(progress)
             return
         if self._bar is None or progress.iteration <= self._last:
             self._bar = keras.utils.Progbar(
@@ -161,4 +167,12 @@ class ProgressBar:
         done = progress.stage == "done"
         self._bar.update(progress.samples, [("bands", progress.num_bands)], finalize=done)
         if done:
+            self._bar, self._last = None, 0
+
+    def _show_rows(self, progress: ConversionProgress) -> None:
+        if self._bar is None or progress.rows < self._last:
+            self._bar = keras.utils.Progbar(progress.total, verbose=self._verbose, unit_name="row")
+        self._last = progress.rows
+        self._bar.update(progress.rows, finalize=progress.done)
+        if progress.done:
             self._bar, self._last = None, 0

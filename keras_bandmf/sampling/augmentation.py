@@ -36,7 +36,7 @@ class Augmentation:
             `(x, y)`. `seed` has shape (2,), int64, as `tf.image.stateless_random_*` take it. Or a
             Keras layer or model, which is called on `x` with `training=True`.
         copies: K, the number of views of each row.
-        spec: Specs of the columns, by `ExampleStore.spec()`.
+        spec: Specs of the columns, by `Store.spec()`.
 
     Raises:
         TypeError: `function` cannot be called.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,9 +14,9 @@ import tensorflow as tf
 from keras_bandmf._checks import checked_int
 from keras_bandmf.sampling.augmentation import Augmentation
 from keras_bandmf.sampling.draws import UNIT_ROWS, VIEWS, arrangement, bit_stream, round_up
-from keras_bandmf.sampling.examples import ExampleStore
 from keras_bandmf.sampling.laws import Draws, SamplingName
 from keras_bandmf.sampling.schedule import Schedule
+from keras_bandmf.sampling.stores import Store, open_store
 from keras_bandmf.sampling.units import Units
 
 _DATASET_METHODS = frozenset(
@@ -44,13 +45,20 @@ class PrivateBatches:
         * The key is bound once. A second key would regroup the examples, and an example could
           then take part in adjacent steps, where the sensitivity does not cover it.
         * It assumes that the rows of `x` stand in the same order in every process that continues
-          the run (an example is its row number), and that `preprocess` treats each row by itself.
+          the run (an example is its row number), and that `preprocess` and `decode` treat each row
+          by itself, always in the same way. `digest` compares the rows with those the run began
+          with: every byte of what is in memory, and 1,024 secret positions of what is read from
+          disk or a source (`stores.random_access.RandomAccessStore` says what that can miss).
 
     Args:
         x: NumPy array, tensor, or nested dict, tuple or list of them, one row an example; or a
             `tf.data.Dataset` of single examples `x`, `(x, y)` or `(x, y, sample_weight)` in a
-            repeatable order. It is read once into memory.
-        y: Targets, as `x`; None when there are none (or when the dataset brings them).
+            repeatable order, which is read once into memory. Read row by row, when a step draws
+            them: memory-mapped files of 256 MiB or more, arrays of HDF5 and Zarr; and, as `x`
+            alone, a source: any object with `__len__` and `__getitem__(int)` (and perhaps
+            `__getitems__(list)`) that returns single rows, as those of Hugging Face, Grain and
+            ArrayRecord. A list in such a row is an array.
+        y: Targets, as `x`; None when there are none (or when `x` brings them).
         sample_weight: Non-negative weights, one a row; a structure for several outputs.
         schedule: The schedule of the plan, which its epsilon is computed from, too. `x` must hold
             exactly `schedule.num_examples` rows.
@@ -63,13 +71,21 @@ class PrivateBatches:
         augment_copies: The number of views of each row, which count as one example together.
         class_weight: Dict of class number to weight, multiplied into `sample_weight`.
         preprocess: Called on tensors of up to 1024 rows, as `preprocess(x)` or
-            `preprocess(x, y)`, once and before sampling. Returns what Keras takes: `x`,
+            `preprocess(x, y)`, before augmentation: once where the data is in memory, and else on
+            the rows of each batch. Returns what Keras takes: `x`,
             `(x, y)` or `(x, y, sample_weight)`, with the same number of rows.
         seed: Fixes the sampler's key. For tests only: the statement then says "not private".
+        decode: For a source: called on each element, in the threads that read it. Returns `x`,
+            `(x, y)` or `(x, y, sample_weight)` of arrays, numbers, or structures of them.
+        workers: How many threads read and decode for an iterator, when rows are not in memory.
+            With a number the source must bear calls from several threads at a time. None takes
+            the number of processors, at most 8, and calls a source that is not known to bear it
+            (Grain's and ArrayRecord's are) from one thread at a time; `decode` runs in all.
 
     Raises:
         TypeError: The data or an argument has the wrong type.
         ValueError: The number of rows is not `num_examples`, or a value is out of range.
+        RuntimeError: The first or the last row of a source cannot be read.
 
     Example:
         >>> import keras_bandmf as bandmf
@@ -105,6 +121,8 @@ class PrivateBatches:
         class_weight: dict[int, float] | None = None,
         preprocess: Callable[..., Any] | None = None,
         seed: int | None = None,
+        decode: Callable[[Any], Any] | None = None,
+        workers: int | None = None,
     ):
         checked_schedule(schedule)
         seed_key = None if seed is None else _key_from_seed(seed)
@@ -119,7 +137,7 @@ class PrivateBatches:
             )
         units = None if unit is None else Units(unit, schedule.num_examples, rows_per_unit)
         num_rows = schedule.num_examples if units is None else units.num_rows
-        store = ExampleStore.read(x, y, sample_weight, num_rows, class_weight, preprocess)
+        store = open_store(x, y, sample_weight, num_rows, class_weight, preprocess, decode, workers)
         views = None if augment is None else Augmentation(augment, augment_copies, store.spec())
         self._begin(schedule, store, plan_fingerprint, seed, units, views)
         if seed_key is not None:
@@ -128,7 +146,7 @@ class PrivateBatches:
     def _begin(
         self,
         schedule: Schedule,
-        store: ExampleStore,
+        store: Store,
         plan_fingerprint: str,
         seed: int | None,
         units: Units | None = None,
@@ -276,7 +294,8 @@ class PrivateBatches:
 
         A run that is continued must find the same digest: an example is its row number, and
         another order or key would let it take part in adjacent steps. The digest is keyed, and
-        must be kept as secret as the key.
+        must be kept as secret as the key. Of rows that are not in memory it takes those at 1,024
+        positions that the key chooses.
 
         Returns:
             The digest.
@@ -384,7 +403,8 @@ class PrivateBatches:
             ValueError: t is not a step of the plan.
         """
         self._bound_draws()
-        rows = self._padded(self._checked_step(t), checked_int("num_replicas", num_replicas))
+        num_replicas = checked_int("num_replicas", num_replicas)
+        rows = self._padded(self._store, self._checked_step(t), num_replicas)
         return self._augmented(rows)
 
     def _augmented(self, rows: dict[str, Any]) -> dict[str, Any]:
@@ -393,11 +413,11 @@ class PrivateBatches:
         tensors = tf.nest.map_structure(tf.convert_to_tensor, rows)
         return tf.nest.map_structure(np.asarray, self._augmentation(tensors))
 
-    def _padded(self, t: int, num_replicas: int) -> dict[str, Any]:
-        return self._arranged(self._store, self.indices(t), t, num_replicas)
+    def _padded(self, store: Store, t: int, num_replicas: int) -> dict[str, Any]:
+        return self._arranged(store, self.indices(t), t, num_replicas)
 
     def _arranged(
-        self, store: ExampleStore, indices: np.ndarray, t: int, num_replicas: int
+        self, store: Store, indices: np.ndarray, t: int, num_replicas: int
     ) -> dict[str, Any]:
         """Returns rows of a store and copies of others, at the places that step t has for them."""
         # Never cut: an example that is dropped leaves the law the accounting assumes.
@@ -477,8 +497,19 @@ class PrivateBatches:
         return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
 
     def _from_cursor(self, num_replicas: int) -> Iterator[dict[str, Any]]:
-        for t in range(self._cursor, self.num_steps):
-            yield self._padded(t, num_replicas)
+        # The threads of the reader end with this generator, which `tf.data` closes.
+        with self._store.reader() as store:
+            for t in range(self._cursor, self.num_steps):
+                yield self._padded(store, t, num_replicas)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Ends the threads of all iterators made within, at the end of the context.
+
+        `fit` uses it, so that no thread is left where an exception still holds an iterator.
+        """
+        with self._store.closing_readers():
+            yield
 
     def __iter__(self) -> Iterator[dict[str, tf.Tensor]]:
         self._bound_draws()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+
 import numpy as np
 from scipy import stats
 
 # Of the batch size. A larger batch is never cut: it takes the next multiple of the padded size.
 _PADDING_QUANTILE = 0.999
+
+# Words that are drawn at a time: 8 MiB.
+_CHUNK = 1 << 20
 
 # One stream of random bits for each purpose, so that no two of them share a Philox counter. A new
 # sampling law takes new numbers; the ones here may never change, or a restored run would regroup
@@ -102,12 +107,61 @@ def bernoulli_positions(
     if threshold == 1 << 64:
         return np.arange(count)
     high, low = threshold >> 48, threshold & ((1 << 48) - 1)
-    words = bits.random_raw(-(-count // 4))
-    heads = words.astype("<u8", copy=False).view("<u2")[:count]
-    success = heads < np.uint16(high)
-    ties = np.flatnonzero(heads == np.uint16(high))
-    success[ties] = (bits.random_raw(len(ties)) >> np.uint64(16)) < np.uint64(low)
-    return np.flatnonzero(success)
+    sure, tied = [], []
+    for start, stop in chunks(count):
+        words = bits.random_raw(-(-(stop - start) // 4))
+        heads = words.astype("<u8", copy=False).view("<u2")[: stop - start]
+        sure.append(np.flatnonzero(heads < np.uint16(high)) + start)
+        tied.append(np.flatnonzero(heads == np.uint16(high)) + start)
+    ties = np.concatenate([*tied, np.empty(0, np.int64)])
+    won = ties[(bits.random_raw(len(ties)) >> np.uint64(16)) < np.uint64(low)]
+    return np.sort(np.concatenate([*sure, won]))
+
+
+def chunks(count: int) -> Iterator[tuple[int, int]]:
+    """Yields bounds that cut `count` words into pieces of which a few fit into a cache.
+
+    The pieces are a multiple of four words long, for those that serve four trials each.
+    """
+    for start in range(0, count, _CHUNK):
+        yield start, min(start + _CHUNK, count)
+
+
+class Blocks:
+    """Examples sorted by small numbers, such as their groups: 4 bytes an example.
+
+    Args:
+        count: Number of blocks.
+        numbers: Called as often as needed; yields (first example, numbers) of pieces of the
+            examples, in their order. `numbers` is an array of integers below `count`, of one or
+            several rows, whose last axis are examples.
+        num_examples: N.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        numbers: Callable[[], Iterable[tuple[int, np.ndarray]]],
+        num_examples: int,
+    ):
+        sizes = np.zeros(count, np.int64)
+        for _, piece in numbers():
+            sizes += np.bincount(piece.ravel(), minlength=count)
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+        self._examples = np.empty(self._starts[-1], np.min_scalar_type(max(num_examples - 1, 0)))
+        filled = self._starts[:-1].copy()
+        for first, piece in numbers():
+            order = np.argsort(piece, axis=None, kind="stable")
+            found = np.bincount(piece.ravel(), minlength=count)
+            # Where the members of each block go: behind those of earlier pieces.
+            before = np.concatenate([[0], np.cumsum(found)[:-1]])
+            places = np.arange(len(order)) + np.repeat(filled - before, found)
+            self._examples[places] = order % piece.shape[-1] + first
+            filled += found
+
+    def __getitem__(self, block: int) -> np.ndarray:
+        """Returns the examples of a block, in the order of the pieces; a view."""
+        return self._examples[self._starts[block] : self._starts[block + 1]]
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -57,26 +57,45 @@ def checked_columns(columns: dict[str, Any], num_examples: int) -> dict[str, Any
         TypeError: A leaf does not hold dense numbers or strings.
         ValueError: A leaf has another number of rows.
     """
-
-    def checked(leaf: Any, name: str) -> np.ndarray:
-        hint = (
-            f"num_examples={num_examples} is a public constant of the plan and not taken from the "
-            "data: make the plan for the number of rows you have."
-        )
-        return _array_of_rows(leaf, name, num_examples, hint)
-
     present = {name: column for name, column in columns.items() if column is not None}
     for name, column in present.items():
         if not leaves(column):
             raise ValueError(f"Expected `{name}` to hold an array. Received: {name}={column!r}.")
     if "x" not in present:
         raise TypeError("Expected `x` to hold the examples. Received: x=None.")
-    return {name: map_leaves(checked, column, name) for name, column in present.items()}
+    return {
+        name: map_leaves(
+            lambda leaf, name: array_of_examples(leaf, name, num_examples), column, name
+        )
+        for name, column in present.items()
+    }
+
+
+def array_of_examples(leaf: Any, name: str, num_examples: int) -> np.ndarray:
+    """Returns a leaf as an array of exactly `num_examples` rows; see `as_array`.
+
+    Args:
+        leaf: An array, a tensor, or another object that NumPy can turn into one.
+        name: Its name, for the message.
+        num_examples: The number of rows that it must have.
+
+    Returns:
+        A contiguous array.
+
+    Raises:
+        TypeError: The leaf does not hold dense numbers or strings.
+        ValueError: It has another number of rows.
+    """
+    hint = (
+        f"num_examples={num_examples} is a public constant of the plan and not taken from the "
+        "data: make the plan for the number of rows you have."
+    )
+    return _array_of_rows(leaf, name, num_examples, hint)
 
 
 def _array_of_rows(leaf: Any, name: str, rows: int, hint: str) -> np.ndarray:
     """Returns the array of a leaf, which must have this number of rows."""
-    array = _as_array(leaf, name)
+    array = as_array(leaf, name)
     if array.ndim == 0 or len(array) != rows:
         raise ValueError(
             f"Expected `{name}` to have {rows} rows, one for each example. Received: "
@@ -85,8 +104,19 @@ def _array_of_rows(leaf: Any, name: str, rows: int, hint: str) -> np.ndarray:
     return array
 
 
-def _as_array(leaf: Any, name: str) -> np.ndarray:
-    """Returns a contiguous array; float64 becomes Keras's float, as in Keras, and strings bytes."""
+def as_array(leaf: Any, name: str) -> np.ndarray:
+    """Returns a contiguous array; float64 becomes Keras's float, as in Keras, and strings bytes.
+
+    Args:
+        leaf: An array, a tensor, or another object that NumPy can turn into one.
+        name: Its name, for the message.
+
+    Returns:
+        The array itself where nothing has to change.
+
+    Raises:
+        TypeError: It does not hold dense numbers or strings.
+    """
     if isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor, tf.IndexedSlices)) or (
         type(leaf).__module__.startswith("scipy.sparse")
     ):
@@ -98,9 +128,10 @@ def _as_array(leaf: Any, name: str) -> np.ndarray:
     if isinstance(leaf, np.ma.MaskedArray) or not hasattr(leaf, "__array__"):
         raise TypeError(
             f"Expected `{name}` to be a NumPy array, a tensor, a nested dict, tuple or list of "
-            f"them, or (for x) a tf.data.Dataset. Received: {name} of type {type(leaf).__name__}. "
-            "Use `np.asarray(...)` for plain numbers; a generator, PyDataset or DataLoader has no "
-            "row numbers to sample from."
+            f"them, or (for x) a tf.data.Dataset or a source of rows, with `__len__` and "
+            f"`__getitem__`. Received: {name} of type {type(leaf).__name__}. Use "
+            "`np.asarray(...)` for plain numbers; a generator or DataLoader has no row numbers to "
+            "sample from."
         )
     try:
         array = np.asarray(leaf)
@@ -196,8 +227,9 @@ def read_dataset(dataset: tf.data.Dataset, num_examples: int) -> dict[str, Any]:
         return _stacked(elements, num_examples, "the dataset", advice)
     except tf.errors.InvalidArgumentError as error:
         raise ValueError(
-            "Expected `x` to yield examples of one shape, padded to one length. Received: a "
-            f"dataset that could not be read: {error.message}"
+            "Expected `x` to yield single examples of one shape, padded to one length. Received: "
+            "a dataset that could not be read. Use `dataset.unbatch()` if it yields batches. "
+            f"TensorFlow says: {error.message}"
         ) from error
 
 
@@ -224,12 +256,15 @@ def refuse_composites(element_spec: Any, source: str) -> None:
         map_leaves(refuse, column, name)
 
 
-def preprocessed(columns: dict[str, Any], preprocess: Callable[..., Any]) -> dict[str, Any]:
+def preprocessed(
+    columns: dict[str, Any], preprocess: Callable[..., Any], check: bool = True
+) -> dict[str, Any]:
     """Applies `preprocess` in chunks of rows, and keeps the user's sample weights.
 
     Args:
         columns: Checked columns.
         preprocess: Function of `(x)` or `(x, y)`; see `PrivateBatches`.
+        check: Whether to try the first row by itself, too.
 
     Returns:
         The columns that it returned, not yet checked.
@@ -268,7 +303,8 @@ def preprocessed(columns: dict[str, Any], preprocess: Callable[..., Any]) -> dic
     num_examples = len(leaves(columns["x"])[0])
     starts = range(0, num_examples, _CHUNK_ROWS)
     first = outputs(0, min(_CHUNK_ROWS, num_examples))
-    _check_first_row(first, outputs(0, 1))
+    if check:
+        _check_first_row(first, outputs(0, 1))
     rest = (outputs(start, min(start + _CHUNK_ROWS, num_examples)) for start in starts[1:])
     result = _stacked(itertools.chain([first], rest), num_examples, "`preprocess`", "")
     if "sample_weight" in columns:

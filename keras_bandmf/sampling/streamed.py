@@ -11,9 +11,9 @@ import tensorflow as tf
 
 from keras_bandmf._checks import checked_int
 from keras_bandmf.sampling.batches import PrivateBatches, checked_schedule
-from keras_bandmf.sampling.examples import ExampleStore
 from keras_bandmf.sampling.schedule import Schedule
 from keras_bandmf.sampling.sources import leaves, refuse_composites, unpacked
+from keras_bandmf.sampling.stores import MemoryStore
 
 _PROBED_BATCHES = 8
 
@@ -93,9 +93,9 @@ class StreamedBatches(PrivateBatches):
         self._begin(schedule, first, plan_fingerprint, None)
         self._probe()
 
-    def _read(self, schedule: Schedule) -> tuple[ExampleStore, list[bytes]]:
+    def _read(self, schedule: Schedule) -> tuple[MemoryStore, list[bytes]]:
         """Returns the first batch, and the digests of all full ones."""
-        first: ExampleStore | None = None
+        first: MemoryStore | None = None
         digests: list[bytes] = []
         found = 0
         for batch in self._batches_from(0):
@@ -135,14 +135,14 @@ class StreamedBatches(PrivateBatches):
                     "`tfx_input.stream_options` returns them."
                 )
 
-    def _batches_from(self, position: int) -> Iterator[ExampleStore]:
+    def _batches_from(self, position: int) -> Iterator[MemoryStore]:
         """Yields the batches of one pass, from a position on."""
         for element in self._stream.skip(position):
             columns = unpacked(element, "the stream")
             shape = leaves(columns)[0].shape
             rows = shape[0] if shape.rank else 0
             x, y, weight = (columns.get(name) for name in ("x", "y", "sample_weight"))
-            yield ExampleStore.read(x, y, weight, rows)
+            yield MemoryStore.read(x, y, weight, rows)
 
     def _from_cursor(self, num_replicas: int) -> Iterator[dict[str, Any]]:
         step = self.cursor
@@ -161,7 +161,7 @@ class StreamedBatches(PrivateBatches):
                 yield self._padded_batch(batch, step, num_replicas)
                 step += 1
 
-    def _padded_batch(self, batch: ExampleStore, t: int, num_replicas: int) -> dict[str, Any]:
+    def _padded_batch(self, batch: MemoryStore, t: int, num_replicas: int) -> dict[str, Any]:
         self._bound_draws()
         return self._arranged(batch, np.arange(self.batch_size), t, num_replicas)
 

@@ -10,6 +10,26 @@ from keras_bandmf._checks import checked_float, checked_int
 from keras_bandmf.sampling.sources import map_leaves
 
 
+def weighted(columns: dict[str, Any], class_weight: dict[int, float] | None) -> dict[str, Any]:
+    """Returns columns whose sample weights are checked, and multiplied by those of the classes.
+
+    Args:
+        columns: Dict of structures of arrays with as many rows each.
+        class_weight: Dict of class number to weight, or None.
+
+    Returns:
+        The columns, with a new `"sample_weight"` in float32 where there are weights of any kind.
+
+    Raises:
+        TypeError: `class_weight` is not a dict of numbers, or `y` is not a single array.
+        ValueError: A weight is negative or not finite, or `y` holds no class numbers.
+    """
+    weights = [columns["sample_weight"]] if "sample_weight" in columns else []
+    if class_weight is not None:
+        weights.append(weights_of_classes(columns.get("y"), class_weight))
+    return columns | {"sample_weight": product_of_weights(*weights)} if weights else columns
+
+
 def weights_of_classes(y: Any, class_weight: dict[int, float]) -> np.ndarray:
     """Returns the weight of each row's class; a class that is not named weighs 1, as in Keras.
 

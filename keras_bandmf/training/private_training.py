@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -461,6 +462,7 @@ class _PrivateTraining:
             variable_history.remembering(model.weights),
             optimizer.record.fit(source, remarks, epochs - initial_epoch, steps_per_epoch),
             keras_faults.worked_around(model, symbolic_build=batches is None),
+            contextlib.nullcontext() if batches is None else batches.reading(),
         ):
             return keras.Model.fit(
                 model,

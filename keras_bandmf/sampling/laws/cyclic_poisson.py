@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import dp_accounting
@@ -193,6 +194,8 @@ class CyclicPoisson(SamplingLaw):
 class CyclicPoissonDraws:
     """The draws of a run (https://arxiv.org/abs/2306.08153, algorithm 2).
 
+    They keep 4 bytes an example (8 above 2^32 examples), and none with one group.
+
     Here the groups are independent uniform draws, not a partition into equal parts, because the
     add-or-remove-one adjacency of the statement needs that.
 
@@ -204,13 +207,17 @@ class CyclicPoissonDraws:
     def __init__(self, schedule: Schedule, key: np.ndarray):
         self._schedule = schedule
         self._key = key
-        bands = schedule.num_bands
-        words = draws.bit_stream(key, draws.GROUPS).random_raw(schedule.num_examples)
-        # The smallest integer type: NumPy sorts 8 and 16 bits by counting, in O(num_examples).
-        group_of = (words % np.uint64(bands)).astype(np.min_scalar_type(bands))
-        sizes = np.bincount(group_of, minlength=bands)
-        self._members = np.argsort(group_of, kind="stable")
-        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+        bands, rows = schedule.num_bands, schedule.num_examples
+
+        def groups() -> Iterator[tuple[int, np.ndarray]]:
+            bits = draws.bit_stream(key, draws.GROUPS)
+            for start, stop in draws.chunks(rows):
+                words = bits.random_raw(stop - start)
+                # The smallest integer type: NumPy sorts 8 and 16 bits by counting.
+                yield start, (words % np.uint64(bands)).astype(np.min_scalar_type(bands))
+
+        # With one group an example is its own number.
+        self._members = draws.Blocks(bands, groups, rows) if bands > 1 else None
 
     def indices(self, step: int) -> np.ndarray:
         """Returns the examples of a step.
@@ -222,9 +229,9 @@ class CyclicPoissonDraws:
             (k,) int64, increasing; k is random and may be 0.
         """
         schedule = self._schedule
-        group = step % schedule.num_bands
-        members = self._members[self._starts[group] : self._starts[group + 1]]
+        members = None if self._members is None else self._members[step % schedule.num_bands]
+        count = schedule.num_examples if members is None else len(members)
         bits = draws.bit_stream(self._key, draws.INCLUSION, step)
         numerator = schedule.num_bands * schedule.batch_size
-        chosen = draws.bernoulli_positions(bits, len(members), numerator, schedule.num_examples)
-        return members[chosen]
+        chosen = draws.bernoulli_positions(bits, count, numerator, schedule.num_examples)
+        return chosen if members is None else members[chosen].astype(np.int64)

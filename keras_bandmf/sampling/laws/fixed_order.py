@@ -228,7 +228,10 @@ class FixedOrderDraws:
     def __init__(self, schedule: Schedule, key: np.ndarray):
         self._schedule = schedule
         words = draws.bit_stream(key, draws.ORDER).random_raw(schedule.num_examples)
-        self._order = np.argsort(words, kind="stable")
+        order = np.argsort(words)
+        if any(np.any(np.diff(words[order[a : b + 1]]) == 0) for a, b in draws.chunks(len(words))):
+            order = np.argsort(words, kind="stable")  # slower, and needed for ties alone
+        self._order = order.astype(np.min_scalar_type(len(words)))
 
     def indices(self, step: int) -> np.ndarray:
         """Returns the examples of a step.
@@ -241,4 +244,4 @@ class FixedOrderDraws:
         """
         batch_size = self._schedule.batch_size
         start = (step % self._schedule.steps_per_epoch) * batch_size
-        return self._order[start : start + batch_size]
+        return self._order[start : start + batch_size].astype(np.int64)

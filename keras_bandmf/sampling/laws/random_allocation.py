@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import dp_accounting
@@ -236,7 +237,7 @@ class RandomAllocation(SamplingLaw):
 
 
 class RandomAllocationDraws:
-    """The draws of a run, made at once: some 20 bytes for each participation, of which 4 are kept.
+    """The draws of a run, made at once: 4 bytes for each participation.
 
     Args:
         schedule: The public numbers.
@@ -247,24 +248,29 @@ class RandomAllocationDraws:
         rows, k = schedule.num_examples, _participations(schedule)
         steps, bands = schedule.num_steps, schedule.num_bands
 
-        def uniform(use: int, sizes: int | np.ndarray) -> np.ndarray:
-            words = draws.bit_stream(key, draws.ALLOCATION, use).random_raw(rows)
-            return (words % np.asarray(sizes, np.uint64)).astype(np.int64)
+        def steps_of() -> Iterator[tuple[int, np.ndarray]]:
+            streams = [draws.bit_stream(key, draws.ALLOCATION, use) for use in range(k + 1)]
+            for start, stop in draws.chunks(rows):
 
-        group = uniform(0, steps) % bands
-        rounds = (steps - 1 - group) // bands + 1
-        chosen = np.empty((k, rows), np.min_scalar_type(-(-steps // bands)))
-        for count in range(k):
-            # Floyd: one more round is open for each draw, and is taken if the draw is taken.
-            newest = rounds - k + count
-            drawn = uniform(1 + count, newest + 1)
-            taken = np.any(chosen[:count] == drawn.astype(chosen.dtype), axis=0)
-            chosen[count] = np.where(taken, newest, drawn)
-        step_of = (group + bands * chosen.astype(np.int64)).astype(np.min_scalar_type(steps))
-        counts = np.bincount(step_of.ravel(), minlength=steps)
-        self._starts = np.concatenate([[0], np.cumsum(counts)])
-        order = np.argsort(step_of, axis=None, kind="stable")
-        self._examples = (order % rows).astype(np.min_scalar_type(rows))
+                def uniform(use: int, sizes: int | np.ndarray, count: int) -> np.ndarray:
+                    words = streams[use].random_raw(count)
+                    return (words % np.asarray(sizes, np.uint64)).astype(np.int64)
+
+                size = stop - start
+                group = uniform(0, steps, size) % bands
+                rounds = (steps - 1 - group) // bands + 1
+                chosen = np.empty((k, size), np.min_scalar_type(-(-steps // bands)))
+                for count in range(k):
+                    # Floyd: one more round is open for each draw, and is taken if the draw is
+                    # taken.
+                    newest = rounds - k + count
+                    drawn = uniform(1 + count, newest + 1, size)
+                    taken = np.any(chosen[:count] == drawn.astype(chosen.dtype), axis=0)
+                    chosen[count] = np.where(taken, newest, drawn)
+                step_of = group + bands * chosen.astype(np.int64)
+                yield start, step_of.astype(np.min_scalar_type(steps))
+
+        self._examples = draws.Blocks(steps, steps_of, rows)
 
     def indices(self, step: int) -> np.ndarray:
         """Returns the examples of a step.
@@ -275,8 +281,7 @@ class RandomAllocationDraws:
         Returns:
             (k,) int64, increasing; k is random and may be 0.
         """
-        members = self._examples[self._starts[step] : self._starts[step + 1]]
-        return np.sort(members).astype(np.int64)
+        return np.sort(self._examples[step]).astype(np.int64)
 
 
 def _participations(schedule: Schedule) -> int:

@@ -8,14 +8,14 @@ import pytest
 import tensorflow as tf
 
 from keras_bandmf.sampling import sources
-from keras_bandmf.sampling.examples import ExampleStore
+from keras_bandmf.sampling.stores.memory import MemoryStore
 
 N = 50
 
 
 def read(x=None, y=None, sample_weight=None, num_examples=N, **options):
     x = np.arange(N) if x is None else x
-    return ExampleStore.read(x, y, sample_weight, num_examples, **options)
+    return MemoryStore.read(x, y, sample_weight, num_examples, **options)
 
 
 def everything(store):
@@ -227,7 +227,7 @@ def test_arrays_of_bad_types(change, match):
 
 def test_no_x_and_scipy_sparse():
     with pytest.raises(TypeError, match="`x`"):
-        ExampleStore.read(None, np.ones(N), None, N)
+        MemoryStore.read(None, np.ones(N), None, N)
     sparse = pytest.importorskip("scipy.sparse")
     for kind in (sparse.csr_matrix, sparse.coo_array):
         with pytest.raises(TypeError, match="dense"):

@@ -1,4 +1,4 @@
-"""The examples of a run, held in memory and gathered by row number."""
+"""Examples that are held in memory, and gathered by row number."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from keras_bandmf.sampling.sources import (
     read_dataset,
     refuse_strings,
 )
-from keras_bandmf.sampling.weights import product_of_weights, weights_of_classes
+from keras_bandmf.sampling.stores.base import Store, checked_indices
+from keras_bandmf.sampling.weights import weighted
 
 
-class ExampleStore:
+class MemoryStore(Store):
     """The columns `x`, `y` and `sample_weight` of the data; an example is its row number.
 
     NumPy arrays are kept, not copied, unless their type or layout has to change.
@@ -42,7 +43,7 @@ class ExampleStore:
         num_examples: int,
         class_weight: dict[int, float] | None = None,
         preprocess: Callable[..., Any] | None = None,
-    ) -> ExampleStore:
+    ) -> MemoryStore:
         """Reads, preprocesses and checks the examples; see `PrivateBatches` for the arguments.
 
         Raises:
@@ -65,12 +66,7 @@ class ExampleStore:
             columns = checked_columns(preprocessed(columns, preprocess), num_examples)
         for name, column in columns.items():
             map_leaves(refuse_strings, column, name)
-        weights = [columns["sample_weight"]] if "sample_weight" in columns else []
-        if class_weight is not None:
-            weights.append(weights_of_classes(columns.get("y"), class_weight))
-        if weights:
-            columns["sample_weight"] = product_of_weights(*weights)
-        return cls(columns, num_examples)
+        return cls(weighted(columns, class_weight), num_examples)
 
     @property
     def num_examples(self) -> int:
@@ -78,30 +74,8 @@ class ExampleStore:
         return self._num_examples
 
     def rows(self, indices: np.ndarray) -> dict[str, Any]:
-        """Returns copies of rows.
-
-        Args:
-            indices: (k,) integers.
-
-        Returns:
-            Dict of the columns there are, as structures of new arrays of k rows.
-
-        Raises:
-            TypeError: `indices` is not a vector of integers.
-            ValueError: A number is not that of a row.
-        """
-        indices = np.asarray(indices)
-        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
-            raise TypeError(
-                "Expected `indices` to be a vector of integers. Received: "
-                f"indices.shape={indices.shape}, indices.dtype={indices.dtype}."
-            )
-        indices = indices.astype(np.int64, copy=False)
-        if indices.size and not 0 <= indices.min() <= indices.max() < self._num_examples:
-            raise ValueError(
-                f"Expected `indices` to lie in [0, {self._num_examples}). Received: indices from "
-                f"{indices.min()} to {indices.max()}."
-            )
+        """Returns copies of rows; see `Store.rows`."""
+        indices = checked_indices(indices, self._num_examples)
 
         def gather(array: np.ndarray, name: str) -> np.ndarray:
             rows = np.empty((len(indices), *array.shape[1:]), array.dtype)
@@ -120,20 +94,35 @@ class ExampleStore:
             32 bytes.
         """
         hasher = hashlib.blake2b(key=key, digest_size=32)
-
-        def add(array: np.ndarray, name: str) -> np.ndarray:
-            hasher.update(f"{name} {array.dtype.str} {array.shape}".encode())
-            hasher.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            return array
-
-        for name, column in self._columns.items():
-            map_leaves(add, column, name)
+        add_arrays(hasher, self._columns)
         return hasher.digest()
 
     def spec(self) -> dict[str, Any]:
         """Returns the `tf.TensorSpec`s of the columns, with None for the number of rows."""
+        return spec_of(self._columns)
 
-        def leaf_spec(array: np.ndarray, name: str) -> tf.TensorSpec:
-            return tf.TensorSpec((None, *array.shape[1:]), tf.as_dtype(array.dtype))
 
-        return {name: map_leaves(leaf_spec, column, name) for name, column in self._columns.items()}
+def add_arrays(hasher: Any, columns: dict[str, Any]) -> None:
+    """Adds names, dtypes, shapes and bytes of columns to a hash, in the order of their rows.
+
+    Args:
+        hasher: A hash of `hashlib`.
+        columns: Dict of structures of arrays.
+    """
+
+    def add(array: np.ndarray, name: str) -> np.ndarray:
+        hasher.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        hasher.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        return array
+
+    for name, column in columns.items():
+        map_leaves(add, column, name)
+
+
+def spec_of(columns: dict[str, Any]) -> dict[str, Any]:
+    """Returns the `tf.TensorSpec`s of columns, with None for the number of rows."""
+
+    def leaf_spec(array: np.ndarray, name: str) -> tf.TensorSpec:
+        return tf.TensorSpec((None, *array.shape[1:]), tf.as_dtype(array.dtype))
+
+    return {name: map_leaves(leaf_spec, column, name) for name, column in columns.items()}

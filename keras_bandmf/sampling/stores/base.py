@@ -1,0 +1,93 @@
+"""What batches ask of the examples of a run, wherever those are kept."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+
+class Store(abc.ABC):
+    """The examples of a run, found by their numbers: an example is its row number.
+
+    Formal guarantees: `rows` of the same number returns the same values each time, with the shapes
+    and dtypes of `spec`, or raises an error. `digest` says how far that is checked across runs.
+    """
+
+    @property
+    @abc.abstractmethod
+    def num_examples(self) -> int:
+        """The number of rows."""
+
+    @abc.abstractmethod
+    def rows(self, indices: np.ndarray) -> dict[str, Any]:
+        """Returns copies of rows.
+
+        Args:
+            indices: (k,) integers.
+
+        Returns:
+            Dict of the columns there are (`"x"`, `"y"`, `"sample_weight"`), as structures of new
+            arrays of k rows.
+
+        Raises:
+            TypeError: `indices` is not a vector of integers.
+            ValueError: A number is not that of a row.
+        """
+
+    @abc.abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """Returns the `tf.TensorSpec`s of the columns, with None for the number of rows."""
+
+    @abc.abstractmethod
+    def digest(self, key: bytes) -> bytes:
+        """Returns a keyed hash by which a run that goes on recognizes its rows.
+
+        Args:
+            key: At most 64 bytes.
+
+        Returns:
+            32 bytes, to be kept as secret as the key.
+        """
+
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[Store]:
+        """Yields this store for one iterator, with what that needs to read fast (threads)."""
+        yield self
+
+    @contextlib.contextmanager
+    def closing_readers(self) -> Iterator[None]:
+        """Closes at its end every reader that was opened within, whoever still refers to it."""
+        yield
+
+
+def checked_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
+    """Returns row numbers as int64.
+
+    Args:
+        indices: (k,) integers.
+        num_examples: The number of rows there are.
+
+    Returns:
+        (k,) int64.
+
+    Raises:
+        TypeError: `indices` is not a vector of integers.
+        ValueError: A number is not that of a row.
+    """
+    indices = np.asarray(indices)
+    if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
+        raise TypeError(
+            "Expected `indices` to be a vector of integers. Received: "
+            f"indices.shape={indices.shape}, indices.dtype={indices.dtype}."
+        )
+    indices = indices.astype(np.int64, copy=False)
+    if indices.size and not 0 <= indices.min() <= indices.max() < num_examples:
+        raise ValueError(
+            f"Expected `indices` to lie in [0, {num_examples}). Received: indices from "
+            f"{indices.min()} to {indices.max()}."
+        )
+    return indices

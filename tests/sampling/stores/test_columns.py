@@ -1,0 +1,268 @@
+"""Arrays on disk: only rows that are drawn are read, and the digest finds what moved."""
+
+import os
+
+import h5py
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_bandmf.sampling.stores import MemoryStore, columns, open_store, random_access
+from keras_bandmf.sampling.stores.random_access import RandomAccessStore, digest_positions
+from keras_bandmf.sampling.stores.workers import Pace
+from tests.sampling.stores.test_rows import assert_same
+
+N = 50
+INDICES = np.array([7, 3, 3, 49, 0])
+
+
+@pytest.fixture(autouse=True)
+def _every_memory_map_is_large(monkeypatch):
+    monkeypatch.setattr(columns, "MAPPED_BYTES", 0)
+
+
+def arrays(dtype="float64"):
+    rng = np.random.default_rng(2)
+    return rng.normal(size=(N, 4, 3)).astype(dtype), rng.integers(0, 3, N), rng.random(N)
+
+
+def mapped(path, array):
+    np.save(path, array)
+    return np.load(path, mmap_mode="r")
+
+
+class Lazy:
+    """An array that NumPy cannot read, which records what is read."""
+
+    def __init__(self, array):
+        self.array, self.read = array, []
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __getitem__(self, number):
+        self.read.append(number)
+        return self.array[number]
+
+
+def in_hdf5(path, array):
+    file = h5py.File(path, "w")
+    return file.create_dataset("x", data=array, chunks=(7, *array.shape[1:]))
+
+
+def in_zarr(path, array):
+    zarr = pytest.importorskip("zarr")
+    stored = zarr.create_array(os.fspath(path), shape=array.shape, dtype=array.dtype)
+    stored[...] = array
+    return stored
+
+
+KINDS = {
+    "mapped": mapped,
+    "view": lambda path, array: np.asarray(mapped(path, array))[:],
+    "hdf5": in_hdf5,
+    "zarr": in_zarr,
+    "lazy": lambda path, array: Lazy(array),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float64", "uint8"])
+def test_rows_are_those_of_the_same_array_in_memory(kind, dtype, tmp_path):
+    x, y, weight = arrays(dtype)
+    on_disk = KINDS[kind](tmp_path / "x.npy", x)
+    store = open_store({"a": on_disk, "b": [y]}, y, weight, N, class_weight={1: 3.0}, workers=2)
+    memory = MemoryStore.read({"a": x, "b": [y]}, y, weight, N, class_weight={1: 3.0})
+    assert isinstance(store, RandomAccessStore)
+    assert store.spec() == memory.spec()
+    for indices in (INDICES, np.arange(N), np.array([], int)):
+        assert_same(store.rows(indices), memory.rows(indices))
+
+
+def test_preprocess_gets_the_rows_of_a_batch():
+    x, y, _ = arrays()
+    sizes = []
+
+    def preprocess(x, y):
+        sizes.append(len(x))
+        return x / 2, y + 1
+
+    store = open_store(Lazy(x), y, None, N, preprocess=preprocess)
+    memory = MemoryStore.read(x, y, None, N, preprocess=preprocess)
+    sizes.clear()
+    assert_same(store.rows(INDICES), memory.rows(INDICES))
+    assert sizes == [5]
+    with pytest.raises(ValueError, match="each row by itself"):
+        open_store(Lazy(x), None, None, N, preprocess=lambda x: x - tf.reduce_mean(x, axis=0))
+
+
+def test_only_drawn_rows_are_read():
+    lazy = Lazy(arrays()[0])
+    store = open_store(lazy, None, None, N)
+    assert set(lazy.read) == {0, N - 1}
+    lazy.read.clear()
+    store.rows(INDICES)
+    assert set(lazy.read) == set(INDICES.tolist())
+
+
+def test_small_memory_maps_are_as_arrays_in_memory(tmp_path, monkeypatch):
+    x = mapped(tmp_path / "x.npy", arrays("float32")[0])
+    monkeypatch.setattr(columns, "MAPPED_BYTES", x.nbytes + 1)
+    store = open_store(x, None, None, N)
+    assert isinstance(store, MemoryStore)
+    assert store.digest(b"k") == MemoryStore.read(np.array(x), None, None, N).digest(b"k")
+
+
+@pytest.mark.parametrize("rows", [N - 1, N + 1, 0])
+def test_another_number_of_rows(rows):
+    with pytest.raises(ValueError, match=r"`x`.*50 rows.*public constant"):
+        open_store(Lazy(np.zeros((rows, 2))), None, None, N)
+    with pytest.raises(ValueError, match=r"`y`.*50 rows"):
+        open_store(Lazy(np.zeros((N, 2))), np.zeros(rows), None, N)
+
+
+def test_an_array_that_grows_is_noticed_when_reading_begins(tmp_path):
+    file = h5py.File(tmp_path / "x.h5", "w")
+    x = file.create_dataset("x", data=np.zeros((N, 2)), maxshape=(None, 2))
+    store = open_store(x, None, None, N)
+    x.resize(N + 1, axis=0)
+    with pytest.raises(ValueError, match=r"x.shape=\(51, 2\)"), store.reader():
+        pass
+
+
+def test_a_file_that_became_shorter_is_noticed_and_a_removed_one_goes_on(tmp_path):
+    path = tmp_path / "x.npy"
+    store = open_store(mapped(path, np.ones((N, 2000))), None, None, N)
+    with open(path, "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match="file of `x`.*Received: 1000 bytes"):
+        store.rows(INDICES)
+    path = tmp_path / "y.npy"
+    store = open_store(mapped(path, np.ones((N, 2000))), None, None, N)
+    path.unlink()
+    assert store.rows(INDICES)["x"].all()
+
+
+def failing(number):
+    if number == 23:
+        raise OSError("cannot read")
+    return np.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("row", "error", "match"),
+    [
+        (failing, RuntimeError, "Row 23 of `x` cannot be read: OSError: cannot read"),
+        (lambda i: np.zeros(3 if i == 23 else 2), ValueError, r"row 23 of `x`.*\(3,\)"),
+        (lambda i: np.zeros(2, int if i == 23 else float), TypeError, "row 23 of `x`.*int64"),
+        (lambda i: 0.0 if i == 23 else np.zeros(2), ValueError, r"row 23 of `x`.*\(\)"),
+    ],
+)
+def test_a_bad_row_is_named(row, error, match):
+    class Bad(Lazy):
+        def __getitem__(self, number):
+            return row(number)
+
+    store = open_store(Bad(np.zeros((N, 2))), None, None, N)
+    with pytest.raises(error, match=match):
+        store.rows(np.arange(N))
+
+
+def test_weights_on_disk_are_checked_when_they_are_drawn():
+    weight = np.ones(N)
+    weight[17] = np.inf
+    store = open_store(np.zeros(N), None, Lazy(weight), N)
+    assert store.rows(np.arange(17))["sample_weight"].dtype == np.float32
+    with pytest.raises(ValueError, match="finite"):
+        store.rows(np.array([17]))
+
+
+def test_a_digest_of_few_rows_takes_them_all():
+    x, y, _ = arrays()
+    key = b"k" * 16
+    first = open_store(Lazy(x), y, None, N).digest(key)
+    assert first == open_store(Lazy(x.copy()), y, None, N).digest(key) and len(first) == 32
+    swapped, label = x.copy(), y.copy()
+    swapped[[3, 7]] = swapped[[7, 3]]
+    label[5] += 1
+    others = [
+        open_store(Lazy(swapped), y, None, N).digest(key),
+        open_store(Lazy(x), label, None, N).digest(key),
+        open_store(Lazy(x.astype("float32")), y, None, N).digest(b"l" * 16),
+        open_store(Lazy(x[:-1]), y[:-1], None, N - 1).digest(key),
+        open_store(Lazy(x), None, None, N).digest(key),
+        MemoryStore.read(x, y, None, N).digest(key),
+    ]
+    assert len({first, *others}) == 1 + len(others)
+
+
+def test_positions_of_a_digest_are_secret_uniform_and_few():
+    positions = digest_positions(b"k" * 16, 10**8)
+    assert positions.shape == (1024,) and (np.diff(positions) >= 0).all()
+    assert len(set(positions.tolist()) & set(digest_positions(b"l" * 16, 10**8).tolist())) < 5
+    np.testing.assert_array_equal(positions, digest_positions(b"k" * 16, 10**8))
+    # Uniform: chi-square over ten tenths, false-alarm rate below 1e-6 (bound 45 at 9 degrees).
+    counts = np.bincount(positions // 10**7, minlength=10)
+    assert ((counts - 102.4) ** 2 / 102.4).sum() < 45
+
+
+def test_the_digest_misses_what_moved_as_rarely_as_it_says(monkeypatch):
+    """With 32 positions and a tenth of the rows changed: (1 - 0.1)^32 = 3.4 %."""
+    monkeypatch.setattr(random_access, "DIGEST_ROWS", 32)
+    x = np.arange(1000.0)
+    changed = x.copy()
+    changed[100:200] = x[100:200][::-1]
+    one, other = open_store(Lazy(x), None, None, 1000), open_store(Lazy(changed), None, None, 1000)
+    keys = [bytes([i, j]) for i in range(20) for j in range(20)]
+    missed = sum(one.digest(key) == other.digest(key) for key in keys)
+    # Binomial(400, 0.034): mean 13.7; 38 and more have probability 1e-8.
+    assert 0 < missed < 38
+    shuffled = open_store(Lazy(np.roll(x, 1)), None, None, 1000)
+    assert all(one.digest(key) != shuffled.digest(key) for key in keys)
+
+
+def test_strings_in_memory_beside_an_array_on_disk_are_part_of_the_digest():
+    x, y, _ = arrays()
+
+    def preprocess(x):
+        return x["a"]
+
+    def digest(words):
+        store = open_store({"a": Lazy(x), "w": words}, None, None, N, preprocess=preprocess)
+        return store.digest(b"k")
+
+    words = np.array(["a", "bc"] * 25)
+    assert digest(words) == digest(words.copy()) != digest(words[::-1].copy())
+
+
+class Clock:
+    """Seconds that the test sets."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def let(self, seconds):
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("reading", "waiting", "slow"), [(1.0, 0.01, True), (1.0, 0.5, False)])
+def test_a_warning_with_numbers_where_training_waits_for_rows(reading, waiting, slow, recwarn):
+    clock = Clock()
+    pace = Pace(clock)
+    for _ in range(50):
+        assert pace.timed(lambda: clock.let(reading), rows=8, workers=2) is None
+        clock.let(waiting)
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == slow
+    if slow:
+        assert "99 %" in messages[0] and "1000 ms a batch or 8 rows a second" in messages[0]
+        assert "2 threads" in messages[0] and "workers=" in messages[0]
+
+
+def test_a_quick_start_is_no_reason_to_warn(recwarn):
+    clock = Clock()
+    pace = Pace(clock)
+    for _ in range(4):
+        pace.timed(lambda: clock.let(9.0), rows=8, workers=1)
+    assert not list(recwarn)
