@@ -421,7 +421,11 @@ class _PrivateTraining:
         data = (
             x
             if batches is None
-            else batches.dataset(model.distribute_strategy.num_replicas_in_sync)
+            else batches.dataset(
+                model.distribute_strategy.num_replicas_in_sync,
+                # XLA compiles clipping for each size; TensorFlow takes any.
+                few_sizes=bool(model.jit_compile and not model.run_eagerly),
+            )
         )
         with (
             self._gate.during_fit(optimizer, source),
