@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-IMAGES = {"mlp": (784,), "wide": (784,), "cnn": (28, 28, 1)}
+IMAGES = {"mlp": (784,), "wide": (784,), "cnn": (28, 28, 1), "lstm": (28, 28)}
 Step = Callable[[], Any]
 
 

@@ -88,7 +88,21 @@ def wide(sizes: Sizes = FULL) -> keras.Model:
     )
 
 
-BUILDERS = {"mlp": mlp, "wide": wide, "cnn": cnn, "bert": bert, "embedding": embedding}
+def lstm(sizes: Sizes = FULL) -> keras.Model:
+    """An LSTM over the rows of an image, and a dense layer: no clipping rule, so row by row."""
+    return keras.Sequential(
+        [keras.Input((28, 28)), layers.LSTM(4 * sizes.filters), layers.Dense(10)]
+    )
+
+
+BUILDERS = {
+    "mlp": mlp,
+    "wide": wide,
+    "cnn": cnn,
+    "bert": bert,
+    "embedding": embedding,
+    "lstm": lstm,
+}
 
 
 def compiled(name: str, sizes: Sizes = FULL) -> keras.Model:

@@ -192,3 +192,52 @@ def test_sources_prints_draws_formats_and_a_memory_map(capsys, monkeypatch):
     module.main(["memmap", "--gibibytes", "0.002", "--steps", "3"])
     printed = capsys.readouterr().out
     assert "699 rows of 3072 bytes" in printed and "MiB more memory" in printed
+
+
+@pytest.fixture
+def fitting(monkeypatch):
+    """The benchmark of `fit`, its tasks done in this process but for starts, which are made up."""
+    monkeypatch.syspath_prepend(str(PATH.parent))
+    names = ("fit", "clipping_measure", "clipping_models")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    module, measure = (importlib.import_module(name) for name in names[:2])
+    starts = {"plain": [0.5, 0.25], "private": [1.25, 2.0]}
+    monkeypatch.setattr(
+        module, "in_a_process", lambda task: starts.get(task["what"]) or module.answered(task)
+    )
+    yield module, measure.Sizes(units=4, filters=2)
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_fit_is_timed_by_the_epoch_its_start_and_its_pieces(fitting, capsys):
+    module, sizes = fitting
+    tiny = ["--models", "mlp", "--batch", "8", "--steps", "3", "--epochs", "2"]
+    tiny += ["--laws", "random_allocation"]
+    module.main([*tiny, "--starts", "1", "--pieces", "1"], sizes)
+    epochs, starts, parts = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
+    for lines in (epochs, starts):
+        assert [line.split()[2] for line in lines[1:]] == ["random_allocation"]
+        assert "yes  auto" in lines[1]
+    plain, private, ratio = (float(text) for text in epochs[1].split()[6:9])
+    assert min(plain, private, ratio) >= 0 and epochs[1].split()[-1] == "1.3"
+    assert starts[1].split()[6:] == [
+        "0.50",
+        "1.25",
+        "0.75",
+        "0.75-0.75",
+        "1.75",
+        "1.75-1.75",
+        "1.0",
+    ]
+    names = ("draw", "next batch", "plain gradient", "clip, padded", "noise", "update", "metrics")
+    assert all(any(line.startswith(f"  {name} ") for line in parts) for name in names)
+
+
+def test_a_fit_that_fails_ends_the_other_ones_turn(fitting):
+    module, sizes = fitting
+    task = dict(model="mlp", batch=8, law="fixed_order", metrics=True, replicas=1, jit="auto")
+    task |= dict(bands=9, steps=3, epochs=1, rounds=0, sizes=vars(sizes))
+    with pytest.raises(ValueError, match="num_bands"):
+        module.epochs_in_turns(task)

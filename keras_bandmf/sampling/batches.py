@@ -38,6 +38,11 @@ class PrivateBatches:
           nothing is cut. Rows where it is false are padding: copies of rows of the data, chosen
           at random. Drawn rows and padding stand in an order that the key and t decide, and
           each replica's part has at least one row of padding.
+        * The number of rows of a batch tells how many examples were drawn, up to rounding (with
+          `few_sizes`: in which of a few ranges that lies). It is as secret as the mask. Nothing
+          that is released depends on it: padding adds exact zeros, the sum is divided by the
+          expected size, and what places and padding do to the rounding of sums is charged
+          (`noise.lattice.charged_norm`). Who can time the steps of a run may learn it.
         * With `unit`, what is drawn are units. Each stands in a batch at most once, as
           `rows_per_example` consecutive rows, all of them its own: those that take part, and the
           same again as padding. With `augment`, each of them is `augment_copies` views. The
@@ -162,6 +167,7 @@ class PrivateBatches:
         self._key: np.ndarray | None = None
         self._draws: Draws | None = None
         self._cursor = 0
+        self._few_sizes: dict[int, tuple[int, ...]] = {}
 
     @property
     def plan_fingerprint(self) -> str:
@@ -310,13 +316,13 @@ class PrivateBatches:
         return hashlib.blake2b(rows + self._units.digest(key), key=key, digest_size=32).digest()
 
     def padded_size(self, num_replicas: int = 1) -> int:
-        """Returns P, the number of examples of a padded batch, summed over the replicas.
+        """Returns P, the largest usual number of examples of a padded batch, over all replicas.
 
         Args:
             num_replicas: Number of replicas that share a batch.
 
         Returns:
-            P, a multiple of `num_replicas`; see `Schedule.padded_size`. The batch has
+            P, a multiple of `num_replicas`; see `Schedule.padded_sizes`. A batch has
             `rows_per_example` rows for each.
 
         Raises:
@@ -384,19 +390,22 @@ class PrivateBatches:
         views = self._augmented(rows | {"seeds": words.view(np.int64).reshape(count, copies, 2)})
         return tf.nest.map_structure(lambda array: array[::copies], views)
 
-    def batch(self, t: int, num_replicas: int = 1) -> dict[str, Any]:
+    def batch(self, t: int, num_replicas: int = 1, few_sizes: bool = True) -> dict[str, Any]:
         """Returns the padded batch of step t.
 
         Args:
             t: The step, 0 <= t < num_steps.
             num_replicas: Number of replicas that share it.
+            few_sizes: Whether batches have one of the `padded_sizes` of the schedule, or a multiple
+                of the last one, because something is compiled for each size. If not, there is no
+                more padding than what rounds the draw up to a multiple of `8 * num_replicas` (of
+                `num_replicas`, in a fixed order).
 
         Returns:
             Dict of `"x"`, `"y"`, `"sample_weight"` (the last two when there are any) and
-            `"mask"`, (P * rows_per_example,) bool: true for the rows of `indices(t)`, which stand
-            at secret random places. The others are copies of random rows of the data, the sentinels
-            of `clipped_gradients`: at least one example for each replica. A draw of more than
-            `P - num_replicas` examples has the next multiple of P.
+            `"mask"`, (size * rows_per_example,) bool: true for the rows of `indices(t)`, which
+            stand at secret random places. The others are copies of random rows of the data, the
+            sentinels of `clipped_gradients`: at least one example for each replica.
 
         Raises:
             RuntimeError: No key is bound.
@@ -404,8 +413,8 @@ class PrivateBatches:
         """
         self._bound_draws()
         num_replicas = checked_int("num_replicas", num_replicas)
-        rows = self._padded(self._store, self._checked_step(t), num_replicas)
-        return self._augmented(rows)
+        step = self._checked_step(t)
+        return self._augmented(self._padded(self._store, step, num_replicas, few_sizes))
 
     def _augmented(self, rows: dict[str, Any]) -> dict[str, Any]:
         if self._augmentation is None:
@@ -413,17 +422,31 @@ class PrivateBatches:
         tensors = tf.nest.map_structure(tf.convert_to_tensor, rows)
         return tf.nest.map_structure(np.asarray, self._augmentation(tensors))
 
-    def _padded(self, store: Store, t: int, num_replicas: int) -> dict[str, Any]:
-        return self._arranged(store, self.indices(t), t, num_replicas)
+    def _padded(self, store: Store, t: int, num_replicas: int, few_sizes: bool) -> dict[str, Any]:
+        return self._arranged(store, self.indices(t), t, num_replicas, few_sizes)
+
+    def _size(self, count: int, num_replicas: int, few_sizes: bool) -> int:
+        """Returns the examples of the padded batch of a draw of `count`: more than were drawn."""
+        if not few_sizes:
+            return self._schedule.law.fitted_size(count, num_replicas)
+        # Never cut: an example that is dropped leaves the law the accounting assumes.
+        sizes = self._few_sizes.get(num_replicas)
+        if sizes is None:  # quantiles take a while
+            sizes = self._few_sizes[num_replicas] = self._schedule.padded_sizes(num_replicas)
+        needed = count + num_replicas
+        return next((size for size in sizes if size >= needed), round_up(needed, sizes[-1]))
 
     def _arranged(
-        self, store: Store, indices: np.ndarray, t: int, num_replicas: int
+        self,
+        store: Store,
+        indices: np.ndarray,
+        t: int,
+        num_replicas: int,
+        few_sizes: bool = True,
     ) -> dict[str, Any]:
         """Returns rows of a store and copies of others, at the places that step t has for them."""
-        # Never cut: an example that is dropped leaves the law the accounting assumes.
-        padded_size = self.padded_size(num_replicas)
         count = len(indices)
-        size = round_up(max(count + num_replicas, padded_size), padded_size)
+        size = self._size(count, num_replicas, few_sizes)
         places, words = arrangement(self._bound_key(), t, count, size, num_replicas)
         mask = np.zeros(size, bool)
         mask[places] = True
@@ -466,7 +489,7 @@ class PrivateBatches:
         spec = self._store.spec() if self._augmentation is None else self._augmentation.spec()
         return spec | {"mask": tf.TensorSpec((None,), tf.bool)}
 
-    def dataset(self, num_replicas: int = 1) -> tf.data.Dataset:
+    def dataset(self, num_replicas: int = 1, few_sizes: bool = True) -> tf.data.Dataset:
         """Returns the batches from `cursor` on, as a dataset that ends after the last step.
 
         A new iterator reads `cursor` when it is asked for its first batch, and nothing after
@@ -475,6 +498,7 @@ class PrivateBatches:
 
         Args:
             num_replicas: Number of replicas that share a batch.
+            few_sizes: See `batch`.
 
         Returns:
             A prefetched dataset of dicts; see `batch`.
@@ -485,7 +509,7 @@ class PrivateBatches:
             copies = self._augmentation.copies
             spec["seeds"] = tf.TensorSpec((None, copies, 2), tf.int64)
         dataset = tf.data.Dataset.from_generator(
-            lambda: self._from_cursor(num_replicas), output_signature=spec
+            lambda: self._from_cursor(num_replicas, few_sizes), output_signature=spec
         )
         if self._augmentation is not None:
             dataset = dataset.map(self._augmentation)
@@ -496,11 +520,11 @@ class PrivateBatches:
         )
         return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
 
-    def _from_cursor(self, num_replicas: int) -> Iterator[dict[str, Any]]:
+    def _from_cursor(self, num_replicas: int, few_sizes: bool) -> Iterator[dict[str, Any]]:
         # The threads of the reader end with this generator, which `tf.data` closes.
         with self._store.reader() as store:
             for t in range(self._cursor, self.num_steps):
-                yield self._padded(store, t, num_replicas)
+                yield self._padded(store, t, num_replicas, few_sizes)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

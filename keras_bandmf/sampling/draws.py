@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from scipy import stats
 
-# Of the batch size. A larger batch is never cut: it takes the next multiple of the padded size.
-_PADDING_QUANTILE = 0.999
+# Of the batch size: what the sizes of a padded batch have room for. A larger draw than the last one
+# holds is never cut: it takes the next multiple of that size.
+_PADDING_QUANTILES = (0.7, 0.999)
 
 # Words that are drawn at a time: 8 MiB.
 _CHUNK = 1 << 20
@@ -68,8 +69,8 @@ def arrangement(
     return np.argsort(order, kind="stable")[:count], words[num_replicas + size :]
 
 
-def binomial_padded_size(num_examples: int, rate: float, num_replicas: int) -> int:
-    """Returns the 99.9 % quantile of a binomial batch size, with room for masked rows.
+def binomial_padded_sizes(num_examples: int, rate: float, num_replicas: int) -> tuple[int, ...]:
+    """Returns the 70 % and the 99.9 % quantile of a binomial batch size, with room for masked rows.
 
     A masked row for each replica is added, and the sum is rounded up to a multiple of
     `8 * num_replicas`.
@@ -80,10 +81,11 @@ def binomial_padded_size(num_examples: int, rate: float, num_replicas: int) -> i
         num_replicas: Number of replicas that share a batch.
 
     Returns:
-        P. A draw of more than `P - num_replicas` rows takes the next multiple of P.
+        One or two increasing sizes, the last one P.
     """
-    quantile = int(stats.binom.ppf(_PADDING_QUANTILE, num_examples, rate))
-    return round_up(max(quantile, 1) + num_replicas, 8 * num_replicas)
+    quantiles = stats.binom.ppf(_PADDING_QUANTILES, num_examples, rate)
+    sizes = {round_up(max(int(q), 1) + num_replicas, 8 * num_replicas) for q in quantiles}
+    return tuple(sorted(sizes))
 
 
 def bernoulli_positions(

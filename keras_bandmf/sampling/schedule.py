@@ -190,20 +190,37 @@ class Schedule:
         return self.law.draws(self, key)
 
     def padded_size(self, num_replicas: int = 1) -> int:
-        """Returns P, the number of rows of a padded batch, summed over the replicas.
+        """Returns P, the largest usual number of examples of a padded batch, over all replicas.
 
         Args:
             num_replicas: Number of replicas that share a batch.
 
         Returns:
-            P, a multiple of `num_replicas`. A draw of more than `P - num_replicas` rows takes the
-            next multiple of P.
+            P, a multiple of `num_replicas`: the last of `padded_sizes`.
 
         Raises:
             TypeError: `num_replicas` is not an integer.
             ValueError: `num_replicas` is below 1.
         """
-        return self.law.padded_size(self, checked_int("num_replicas", num_replicas))
+        return self.padded_sizes(num_replicas)[-1]
+
+    def padded_sizes(self, num_replicas: int = 1) -> tuple[int, ...]:
+        """Returns the sizes that padded batches have where there should be few of them.
+
+        A batch has the smallest that leaves a masked example to each replica. A draw of more than
+        `P - num_replicas` examples takes the next multiple of P, the last one.
+
+        Args:
+            num_replicas: Number of replicas that share a batch.
+
+        Returns:
+            Increasing multiples of `num_replicas`.
+
+        Raises:
+            TypeError: `num_replicas` is not an integer.
+            ValueError: `num_replicas` is below 1.
+        """
+        return self.law.padded_sizes(self, checked_int("num_replicas", num_replicas))
 
     def dp_event(self, noise_multiplier: float, steps: int | None = None) -> dp_accounting.DpEvent:
         """Returns the privacy event of the first `steps` steps.

@@ -144,7 +144,7 @@ class StreamedBatches(PrivateBatches):
             x, y, weight = (columns.get(name) for name in ("x", "y", "sample_weight"))
             yield MemoryStore.read(x, y, weight, rows)
 
-    def _from_cursor(self, num_replicas: int) -> Iterator[dict[str, Any]]:
+    def _from_cursor(self, num_replicas: int, few_sizes: bool) -> Iterator[dict[str, Any]]:
         step = self.cursor
         while step < self.num_steps:
             position = step % self.steps_per_epoch
@@ -180,12 +180,13 @@ class StreamedBatches(PrivateBatches):
         start = (self._checked_step(t) % self.steps_per_epoch) * self.batch_size
         return np.arange(start, start + self.batch_size)
 
-    def batch(self, t: int, num_replicas: int = 1) -> dict[str, Any]:
+    def batch(self, t: int, num_replicas: int = 1, few_sizes: bool = True) -> dict[str, Any]:
         """Returns the padded batch of step t, and reads the stream up to it.
 
         Args:
             t: The step, 0 <= t < num_steps.
             num_replicas: Number of replicas that share it.
+            few_sizes: Of no effect: in a fixed order all batches have one size.
 
         Returns:
             The same as `PrivateBatches.batch`.

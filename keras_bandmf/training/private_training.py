@@ -331,8 +331,11 @@ class _PrivateTraining:
             if metric.name == "loss":
                 metric.update_state(mean + tf.cast(penalty, mean.dtype), sample_weight=count)
                 break
+        # Keras's own `compute_metrics` reads no inputs, and no class may override it. A function
+        # set on this instance may.
+        inputs = unpadded(x) if "compute_metrics" in vars(self.model) else None
         return self.model.compute_metrics(
-            unpadded(x), unpadded(y), unpadded(clipped.outputs), unpadded(sample_weight)
+            inputs, unpadded(y), unpadded(clipped.outputs), unpadded(sample_weight)
         )
 
     @_alone
@@ -455,7 +458,11 @@ class _PrivateTraining:
         data = (
             x
             if batches is None
-            else batches.dataset(model.distribute_strategy.num_replicas_in_sync)
+            else batches.dataset(
+                model.distribute_strategy.num_replicas_in_sync,
+                # XLA compiles clipping for each size; TensorFlow takes any.
+                few_sizes=bool(model.jit_compile and not model.run_eagerly),
+            )
         )
         with (
             self._gate.during_fit(optimizer, source),

@@ -66,7 +66,9 @@ def test_a_batch_holds_the_rows_of_its_step_and_copies_of_rows(sampling):
     made = batches_of(x, y, sample_weight=weight, sampling=sampling)
     for t in range(made.num_steps):
         indices, batch = made.indices(t), made.batch(t, num_replicas=2)
-        count, size = len(indices), made.padded_size(2)
+        count = len(indices)
+        sizes = made._schedule.padded_sizes(2)
+        size = min(size for size in sizes if size >= count + 2)
         assert {leaf.shape[0] for leaf in batch.values()} == {size}
         assert batch["mask"].dtype == bool
         assert batch["mask"].sum() == count
@@ -79,7 +81,7 @@ def test_a_batch_holds_the_rows_of_its_step_and_copies_of_rows(sampling):
 
 def test_places_and_copies_change_with_key_and_step_and_are_uniform():
     """Chi-square over 24 steps of 40 keys; false alarm rate 1e-4."""
-    counts = np.zeros(24)
+    counts = np.zeros(16)  # of batches of the smaller size
     copies = np.zeros(N)
     masks = set()
     for seed in range(40):
@@ -87,11 +89,12 @@ def test_places_and_copies_change_with_key_and_step_and_are_uniform():
         for t in range(24):
             batch = made.batch(t)
             same(batch, made.batch(t))
-            counts[: len(batch["mask"])] += ~batch["mask"][:24]
+            if len(batch["mask"]) == 16:
+                counts += ~batch["mask"]
             copies += np.bincount(batch["x"][~batch["mask"]].astype(int), minlength=N)
             masks.add(batch["mask"].tobytes())
     assert len(masks) > 900
-    assert stats.chisquare(counts[counts > 0]).pvalue > 1e-4
+    assert counts.sum() > 2_000 and stats.chisquare(counts).pvalue > 1e-4
     assert stats.chisquare(copies).pvalue > 1e-4
 
 
@@ -103,7 +106,7 @@ def test_columns_that_are_not_given_are_absent():
 
 def test_a_large_draw_takes_the_next_multiple_and_nothing_is_cut(monkeypatch):
     """Rule 5. At rate one a batch is a whole group; P is made too small for half of them."""
-    monkeypatch.setattr(draws, "_PADDING_QUANTILE", 0.5)
+    monkeypatch.setattr(draws, "_PADDING_QUANTILES", (0.5,))
     sizes = set()
     for seed in range(20):
         made = batches_of(batch_size=8, num_bands=7, num_steps=7, seed=seed)
@@ -118,7 +121,7 @@ def test_a_large_draw_takes_the_next_multiple_and_nothing_is_cut(monkeypatch):
 
 def test_forced_overflow(monkeypatch):
     """Rule 5: with P = 4 every batch comes whole, in multiples of P, through tf.data too."""
-    monkeypatch.setattr(PrivateBatches, "padded_size", lambda self, num_replicas=1: 4)
+    monkeypatch.setattr(Schedule, "padded_sizes", lambda self, num_replicas=1: (4,))
     made = batches_of()
     sizes = set()
     for t, batch in enumerate(made.dataset()):
@@ -127,6 +130,30 @@ def test_forced_overflow(monkeypatch):
         assert len(batch["mask"]) == max(4, -(-(len(indices) + 1) // 4) * 4)
         sizes.add(len(batch["mask"]))
     assert max(sizes) >= 12
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("sampling", list(LAWS))
+def test_without_few_sizes_padding_only_rounds_up(sampling, replicas):
+    """Rule 5: every drawn row is there, and a masked one for each replica."""
+    multiple = replicas if sampling == "fixed_order" else 8 * replicas
+    made = batches_of(sampling=sampling, batch_size=12)
+    for t, batch in enumerate(made.dataset(replicas, few_sizes=False)):
+        mask, indices = batch["mask"].numpy(), made.indices(t)
+        assert ids(batch) == sorted(indices.tolist())
+        assert 0 <= len(mask) - len(indices) - replicas < multiple
+        assert len(mask) % multiple == 0
+        assert not mask.reshape(replicas, -1).all(axis=1).any()
+        same(batch, made.batch(t, replicas, few_sizes=False))
+
+
+def test_few_sizes_are_two_and_multiples_of_the_larger():
+    found = set()
+    made = batches_of(np.zeros(4_000), None, num_examples=4_000, batch_size=100, num_steps=300)
+    for t in range(300):
+        found.add(len(made.batch(t)["mask"]))
+    assert found - {max(found)} <= set(made._schedule.padded_sizes())
+    assert 2 <= len(found) <= 3 and made.padded_size() in found
 
 
 def test_an_empty_draw_is_a_batch_of_padding():
@@ -238,7 +265,7 @@ def test_element_spec_matches_nested_structures():
 def test_two_replicas_share_every_batch_evenly(sampling, forced_size, monkeypatch):
     """Every row arrives exactly once, in real rows and padding that split evenly."""
     if forced_size and sampling != "fixed_order":
-        monkeypatch.setattr(PrivateBatches, "padded_size", lambda self, replicas=1: forced_size)
+        monkeypatch.setattr(Schedule, "padded_sizes", lambda self, replicas=1: (forced_size,))
     made = batches_of(sampling=sampling, batch_size=9)
     strategy = runs.mirrored()
     dataset = made.dataset(strategy.num_replicas_in_sync)

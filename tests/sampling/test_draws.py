@@ -246,6 +246,9 @@ def test_padded_size(replicas):
     assert size % (8 * replicas) == 0
     assert stats.binom.cdf(size - replicas, 60_000, 0.01) >= 0.999
     assert stats.binom.cdf(size - 9 * replicas, 60_000, 0.01) < 0.999
+    few = rule.padded_sizes(replicas)
+    assert len(few) == 2 and few[-1] == size and few[0] % (8 * replicas) == 0
+    assert 0.7 <= stats.binom.cdf(few[0] - replicas, 60_000, 0.01) < 0.9
     fixed = rule_of(batch_size=20, sampling="fixed_order").padded_size(replicas)
     assert fixed == round_up(20 + replicas, replicas) and replicas <= fixed - 20 < 2 * replicas
 

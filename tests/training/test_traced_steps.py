@@ -44,3 +44,25 @@ def test_a_traced_step_takes_no_batch_of_its_own_form(call, options, replicas):
         call(model, replicas)
     np.testing.assert_array_equal(model.get_weights()[0], before)
     assert bandmf.statement(model).steps_run == steps
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_batches_of_other_sizes_are_not_traced_again(jit_compile):
+    traced = []
+
+    def loss(y_true, y_pred):
+        traced.append(y_pred.shape)
+        return runs.prediction_loss(y_true, y_pred)
+
+    plan = runs.make_plan(num_bands=1, num_steps=16, batch_size=12, noise_multiplier=0.0)
+    model = runs.compiled(runs.counting_model(), plan, loss=loss, jit_compile=jit_compile)
+    batches = plan.batches(*runs.counting_data(), seed=2)
+    model.fit(batches, epochs=1, verbose=0)
+    before = len(traced)
+    model.fit(batches, epochs=2, initial_epoch=1, verbose=0)
+    sizes = [len(batches.batch(t, few_sizes=jit_compile)["mask"]) for t in range(16)]
+    assert not set(sizes[8:]) <= set(sizes[:8])
+    assert len(traced) == before
+    drawn = np.concatenate([batches.indices(t) for t in range(16)])
+    counts = np.bincount(drawn, minlength=96)
+    np.testing.assert_allclose(-12.0 * model.get_weights()[0][:, 0], counts, atol=1e-5)

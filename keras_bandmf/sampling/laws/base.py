@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 import dp_accounting
 import numpy as np
 
+from keras_bandmf.sampling.draws import round_up
 from keras_bandmf.sampling.patterns import AllocationInGroup, PoissonInGroup
 
 if TYPE_CHECKING:
@@ -146,16 +147,30 @@ class SamplingLaw(abc.ABC):
         """
 
     @abc.abstractmethod
-    def padded_size(self, schedule: Schedule, num_replicas: int) -> int:
-        """Returns P, the number of rows of a padded batch, summed over the replicas.
+    def padded_sizes(self, schedule: Schedule, num_replicas: int) -> tuple[int, ...]:
+        """Returns the sizes that padded batches have where there should be few of them.
 
         Args:
             schedule: The numbers of the run.
             num_replicas: Number of replicas that share a batch, at least 1.
 
         Returns:
-            P, a multiple of `num_replicas`, with room for a masked row on each replica.
+            Increasing multiples of `num_replicas`, with room for a masked row on each replica. The
+            last one is P.
         """
+
+    def fitted_size(self, count: int, num_replicas: int) -> int:
+        """Returns the size of a padded batch that is as small as it may be.
+
+        Args:
+            count: Examples that were drawn.
+            num_replicas: Number of replicas that share the batch, at least 1.
+
+        Returns:
+            `count`, and a masked row for each replica, rounded up to a multiple of
+            `8 * num_replicas`.
+        """
+        return round_up(count + num_replicas, 8 * num_replicas)
 
     @abc.abstractmethod
     def max_bands(self, schedule: Schedule) -> int:

@@ -92,8 +92,8 @@ class CyclicPoisson(SamplingLaw):
         """
         return CyclicPoissonDraws(schedule, key)
 
-    def padded_size(self, schedule: Schedule, num_replicas: int) -> int:
-        """Returns the 99.9 % quantile of the batch size, with room for masked rows.
+    def padded_sizes(self, schedule: Schedule, num_replicas: int) -> tuple[int, ...]:
+        """Returns the 70 % and the 99.9 % quantile of the batch size, with room for masked rows.
 
         The batch size is Binomial(num_examples, batch_size / num_examples).
 
@@ -102,10 +102,10 @@ class CyclicPoisson(SamplingLaw):
             num_replicas: Number of replicas that share a batch.
 
         Returns:
-            P: see `draws.binomial_padded_size`.
+            The sizes: see `draws.binomial_padded_sizes`.
         """
         rate = schedule.batch_size / schedule.num_examples
-        return draws.binomial_padded_size(schedule.num_examples, rate, num_replicas)
+        return draws.binomial_padded_sizes(schedule.num_examples, rate, num_replicas)
 
     def max_bands(self, schedule: Schedule) -> int:
         """Returns the number of bands at which the sampling probability reaches 1.

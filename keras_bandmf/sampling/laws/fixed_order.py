@@ -109,17 +109,29 @@ class FixedOrder(SamplingLaw):
         """
         return FixedOrderDraws(schedule, key)
 
-    def padded_size(self, schedule: Schedule, num_replicas: int) -> int:
-        """Returns the batch size and a masked row for each replica.
+    def padded_sizes(self, schedule: Schedule, num_replicas: int) -> tuple[int, ...]:
+        """Returns the size that every batch has: `batch_size` and a masked row for each replica.
 
         Args:
             schedule: The numbers of the run.
             num_replicas: Number of replicas that share a batch.
 
         Returns:
-            P, the sum rounded up to a multiple of `num_replicas`.
+            P alone, the sum rounded up to a multiple of `num_replicas`.
         """
-        return draws.round_up(schedule.batch_size + num_replicas, num_replicas)
+        return (self.fitted_size(schedule.batch_size, num_replicas),)
+
+    def fitted_size(self, count: int, num_replicas: int) -> int:
+        """Returns `count` and a masked row for each replica, rounded up to a multiple of them.
+
+        Args:
+            count: Examples that were drawn.
+            num_replicas: Number of replicas that share the batch.
+
+        Returns:
+            The size: the same in every step, for `count` is.
+        """
+        return draws.round_up(count + num_replicas, num_replicas)
 
     def max_bands(self, schedule: Schedule) -> int:
         """Returns the separation of two participations.
