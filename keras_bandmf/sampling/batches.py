@@ -13,6 +13,13 @@ import tensorflow as tf
 
 from keras_bandmf._checks import checked_int
 from keras_bandmf.sampling.augmentation import Augmentation
+from keras_bandmf.sampling.batch_arguments import (
+    checked_key,
+    checked_schedule,
+    key_from_seed,
+    refuse_alone,
+    refuse_rows_that_count_as_one,
+)
 from keras_bandmf.sampling.draws import UNIT_ROWS, VIEWS, arrangement, bit_stream, round_up
 from keras_bandmf.sampling.laws import Draws, SamplingName
 from keras_bandmf.sampling.schedule import Schedule
@@ -130,16 +137,10 @@ class PrivateBatches:
         workers: int | None = None,
     ):
         checked_schedule(schedule)
-        seed_key = None if seed is None else _key_from_seed(seed)
-        _refuse_alone("rows_per_unit", rows_per_unit, "unit", unit)
-        _refuse_alone("augment_copies", augment_copies, "augment", augment)
-        if schedule.min_separation is not None and (unit is not None or augment_copies != 1):
-            raise ValueError(
-                "Expected one row for each example, because a schedule that declares "
-                "participations may be used in a loop that clips row by row. Received: "
-                f"unit of type {type(unit).__name__}, augment_copies={augment_copies!r}. Make the "
-                "plan without `min_separation` and `max_participations`."
-            )
+        seed_key = None if seed is None else key_from_seed(seed)
+        refuse_alone("rows_per_unit", rows_per_unit, "unit", unit)
+        refuse_alone("augment_copies", augment_copies, "augment", augment)
+        refuse_rows_that_count_as_one(schedule, unit, augment_copies)
         units = None if unit is None else Units(unit, schedule.num_examples, rows_per_unit)
         num_rows = schedule.num_examples if units is None else units.num_rows
         store = open_store(x, y, sample_weight, num_rows, class_weight, preprocess, decode, workers)
@@ -265,7 +266,7 @@ class PrivateBatches:
             >>> batches.bound
             True
         """
-        key = _checked_key(key)
+        key = checked_key(key)
         if self._seed is not None:
             return
         if self._key is None:
@@ -576,56 +577,3 @@ class PrivateBatches:
                 "`plan.batches(..., seed=0)`."
             )
         return self._key, self._draws
-
-
-def checked_schedule(schedule: Schedule) -> Schedule:
-    """Returns a schedule that batches can be drawn by.
-
-    Args:
-        schedule: The schedule of a plan.
-
-    Returns:
-        The schedule.
-
-    Raises:
-        TypeError: It is not a `Schedule`.
-        ValueError: It declares participations that the sampler would exceed.
-    """
-    if type(schedule) is not Schedule:
-        raise TypeError(
-            "Expected `schedule` to be the `Schedule` of a plan. Received: "
-            f"schedule={schedule!r}. Use `plan.batches(x, y)`, which passes its own."
-        )
-    schedule.check_own_batches()
-    return schedule
-
-
-def _refuse_alone(name: str, value: Any, needed: str, given: Any) -> None:
-    """Refuses a number of rows or views without what it counts."""
-    if value != 1 and given is None:
-        raise ValueError(
-            f"Expected `{needed}` together with `{name}`. Received: {name}={value!r} and "
-            f"{needed}=None."
-        )
-
-
-def _checked_key(key: np.ndarray) -> np.ndarray:
-    """Returns a copy of a valid key; errors never show its value."""
-    if not isinstance(key, np.ndarray) or key.dtype != np.uint64:
-        received = f"an array of {key.dtype}" if isinstance(key, np.ndarray) else type(key).__name__
-        raise TypeError(
-            f"Expected `key` to be a NumPy array of two uint64. Received: key is {received}."
-        )
-    if key.shape != (2,):
-        raise ValueError(f"Expected `key` to have the shape (2,). Received: key.shape={key.shape}.")
-    if not key.any():
-        raise ValueError(
-            "Expected `key` to be drawn at random. Received: a key of zeros, such as a variable "
-            "that was never initialized holds."
-        )
-    return key.copy()
-
-
-def _key_from_seed(seed: int) -> np.ndarray:
-    seed = checked_int("seed", seed, 0, "None draws a secret key.")
-    return np.random.SeedSequence(seed).generate_state(2, np.uint64)

@@ -10,7 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import checked_int
-from keras_bandmf.sampling.batches import PrivateBatches, checked_schedule
+from keras_bandmf.sampling.batch_arguments import checked_schedule
+from keras_bandmf.sampling.batches import PrivateBatches
 from keras_bandmf.sampling.schedule import Schedule
 from keras_bandmf.sampling.sources import leaves, refuse_composites, unpacked
 from keras_bandmf.sampling.stores import MemoryStore
