@@ -192,7 +192,7 @@ def memmap(gibibytes, steps, folder):
         f"({resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB with the cache)"
     )
     store, reading = batches._store, []
-    for step in range(5):
+    for step in range(min(5, steps)):
         indices = batches.indices(step)
         began = time.perf_counter()
         store.rows(indices)

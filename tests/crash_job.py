@@ -94,7 +94,9 @@ def run_with_kills(folder, replay, kills, rng, kind=None):
         process = context.Process(target=train, args=(os.fspath(folder), replay, counter, kind))
         process.start()
         if attempt < kills:
-            last = rng.integers(1, 2 * STEPS_PER_EPOCH + 1)
+            # With data of a `kind` the backup before the last is whole, too.
+            first = 1 if kind is None else 3 * STEPS_PER_EPOCH
+            last = rng.integers(first, first + 2 * STEPS_PER_EPOCH)
             while counter.value < last and process.is_alive():
                 time.sleep(0.0005)
             time.sleep(rng.uniform(0, 0.05))

@@ -267,7 +267,16 @@ class _PrivateTraining:
         return self._train_function
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        """Makes one step of the plan: clips, sums, adds noise, and updates the weights."""
+        """Makes one step of the plan: clips, sums, adds noise, and updates the weights.
+
+        Nothing of it runs before its data is there: where a row cannot be read, a step would
+        otherwise have been counted, and its noise drawn, that was not made.
+        """
+        fetched = [leaf for leaf in keras.tree.flatten(data) if tf.is_tensor(leaf)]
+        with tf.control_dependencies(fetched):
+            return self._made_step(data)
+
+    def _made_step(self, data: Any) -> dict[str, Any]:
         model, optimizer = self.model, self.optimizer
         self._gate.check_running()
         if self._needs_mask:

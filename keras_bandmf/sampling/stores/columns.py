@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from typing import Any
 
@@ -132,6 +133,15 @@ class Columns:
         return {name: map_leaves(gather, column, name) for name, column in self._columns.items()}
 
 
+def _read_single_pages(mapping: np.memmap) -> None:
+    """Tells the system not to read ahead, which random rows of 3 KiB make 500 times slower."""
+    # No error where a system, or a mapping that was made in another way, takes no advice.
+    base: Any = mapping.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+        with contextlib.suppress(OSError):
+            base.madvise(mmap.MADV_RANDOM)
+
+
 def _strings_as_bytes(strings: np.ndarray) -> np.ndarray:
     """Returns lengths and bytes of all strings, as one array."""
     lengths = np.array([len(string) for string in strings.flat], np.int64)
@@ -146,6 +156,8 @@ class _Column:
         # Neither HDF5 nor unknown arrays gain by several threads, or are known to bear them.
         self._turns = Turns()
         self._mapping = _mapping(array) if isinstance(array, np.ndarray) else None
+        if self._mapping is not None:
+            _read_single_pages(self._mapping)
 
     def check_length(self, num_examples: int) -> None:
         shape = tuple(self._array.shape)

@@ -1,6 +1,8 @@
 """Arrays on disk: only rows that are drawn are read, and the digest finds what moved."""
 
+import mmap
 import os
+import types
 
 import h5py
 import numpy as np
@@ -266,3 +268,20 @@ def test_a_quick_start_is_no_reason_to_warn(recwarn):
     for _ in range(4):
         pace.timed(lambda: clock.let(9.0), rows=8, workers=1)
     assert not list(recwarn)
+
+
+def test_a_mapping_is_told_that_rows_are_random():
+    """Reading ahead makes random rows some hundred times slower."""
+
+    class Base(mmap.mmap):
+        advice: list[int] = []
+
+        def madvise(self, option, *args):
+            self.advice.append(option)
+
+    if not hasattr(mmap, "MADV_RANDOM"):
+        pytest.skip("this system takes no advice")
+    mapping = types.SimpleNamespace(base=Base(-1, 4096))
+    columns._read_single_pages(mapping)
+    assert Base.advice == [mmap.MADV_RANDOM]
+    columns._read_single_pages(types.SimpleNamespace(base=None))
