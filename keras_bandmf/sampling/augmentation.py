@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import PrivacyError, checked_int
@@ -126,6 +128,38 @@ class Augmentation:
         return tf.nest.map_structure(_merged, columns) | tf.nest.map_structure(
             lambda t: tf.repeat(t, self._copies, axis=0), repeated
         )
+
+    def one_view_of(self, rows: dict[str, Any], stream: int) -> dict[str, Any]:
+        """Returns one view of each row, from random numbers that anybody can compute.
+
+        Args:
+            rows: Dict of columns, arrays.
+            stream: Number of the random numbers.
+
+        Returns:
+            Dict of columns, arrays.
+        """
+        count = len(tf.nest.flatten(rows)[0])
+        words = np.random.Philox(stream).random_raw(count * self._copies * 2)
+        seeds = words.view(np.int64).reshape(count, self._copies, 2)
+        tensors = tf.nest.map_structure(tf.convert_to_tensor, rows | {"seeds": seeds})
+        views = tf.nest.map_structure(np.asarray, self(tensors))
+        return tf.nest.map_structure(lambda array: array[:: self._copies], views)
+
+    def warn_if_frozen(self, rows: dict[str, Any]) -> None:
+        """Warns if other seeds make the same views, as a fixed seed of the function's own does.
+
+        Args:
+            rows: A few rows: a dict of columns, arrays.
+        """
+        one, other = (tf.nest.flatten(self.one_view_of(rows, stream)) for stream in (1, 2))
+        if all(np.array_equal(a, b, equal_nan=True) for a, b in zip(one, other, strict=True)):
+            warnings.warn(
+                "`augment` made the same views of the first rows from two sets of seeds. Pass the "
+                "`seed` that it is given to the operations that draw: a seed of its own, or random "
+                "numbers of NumPy, would make every view of a row alike.",
+                stacklevel=4,
+            )
 
     def _views_of(self, given: dict[str, Any], seeds: tf.Tensor) -> dict[str, Any]:
         """Returns the views of one row, stacked."""

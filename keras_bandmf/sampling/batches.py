@@ -146,6 +146,8 @@ class PrivateBatches:
         store = open_store(x, y, sample_weight, num_rows, class_weight, preprocess, decode, workers)
         views = None if augment is None else Augmentation(augment, augment_copies, store.spec())
         self._begin(schedule, store, plan_fingerprint, seed, units, views)
+        if views is not None:
+            views.warn_if_frozen(store.rows(np.arange(min(8, num_rows))))
         if seed_key is not None:
             self._set_key(seed_key)
 
@@ -386,10 +388,7 @@ class PrivateBatches:
         rows = self._store.rows(np.arange(count))
         if self._augmentation is None:
             return rows
-        copies = self._augmentation.copies
-        words = np.random.Philox(0).random_raw(count * copies * 2)
-        views = self._augmented(rows | {"seeds": words.view(np.int64).reshape(count, copies, 2)})
-        return tf.nest.map_structure(lambda array: array[::copies], views)
+        return self._augmentation.one_view_of(rows, stream=0)
 
     def batch(self, t: int, num_replicas: int = 1, few_sizes: bool = True) -> dict[str, Any]:
         """Returns the padded batch of step t.

@@ -233,6 +233,19 @@ def test_units_of_several_rows_have_views_of_each():
     assert (rows[drawn, 0, 0] != rows[drawn, 1, 0]).all()
 
 
+def own_seed(x, seed):
+    """Draws from a seed of its own."""
+    return tf.cast(x, tf.float32) + tf.random.stateless_uniform([], [1, 2])
+
+
+def test_warns_of_views_that_are_always_the_same(recwarn):
+    with pytest.warns(UserWarning, match="same views"):
+        batches_of(augment=own_seed)
+    recwarn.clear()
+    batches_of(augment=plus_noise)
+    assert not [w for w in recwarn if "same views" in str(w.message)]
+
+
 def test_batches_with_a_function_can_be_copied():
     made = batches_of(augment=plus_noise, augment_copies=2, key=None)
     again = pickle.loads(pickle.dumps(made))
