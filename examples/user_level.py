@@ -101,13 +101,13 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=4.0)
     parser.add_argument("--delta", type=float, default=1e-4)
     parser.add_argument("--users_in_batch", type=int, default=150)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=2, help="runs of each")
     parser.add_argument(
         "--learning_rates",
         type=float,
         nargs="+",
-        default=[0.06, 0.12, 0.25, 0.5],
+        default=[0.03, 0.06, 0.12, 0.25],
         help="the best is taken for each, by its mean over the runs",
     )
     parser.add_argument("--data", type=pathlib.Path, help="x_train, y_train, x_test, y_test")

@@ -143,6 +143,7 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
         self._record = RunRecord(self._plan_of_run, self._l2_norm_clip, words, seed is not None)
         self._run_state: RunState | None = None
         self._build_later: Callable[[], None] | None = None
+        self._waiting: tuple[keras.Variable, ...] = ()
         self._data_source: tuple[str, int] | None = None
         self._noised_variables: tuple[int, ...] = ()
 
@@ -223,16 +224,17 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
             return
         history.check_plan(variables, self.plan)
         with tf.init_scope():
+            # First what can fail: a plan that these variables refuse leaves nothing built.
+            plan, clip = self.plan, self.l2_norm_clip
+            carriers = RunCarriers(variables, plan.strategy)
+            stddev = noise_stddev(plan, self.clipping, clip, carriers.shapes, self.float64_sums)
             if self._build_later is None:
                 self.inner_optimizer.build(variables)
             super().build(variables)
             self._noised_variables = tuple(id(variable) for variable in variables)
-            carriers = RunCarriers(variables, self.plan.strategy)
             self._run_state = RunState(
-                self.plan.strategy,
-                noise_stddev(
-                    self.plan, self.clipping, self.l2_norm_clip, carriers.shapes, self.float64_sums
-                ),
+                plan.strategy,
+                stddev,
                 carriers.shapes,
                 fingerprint(self, variables, carriers.description),
                 self.seed,
@@ -247,7 +249,7 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
         if self._build_later is None:
             with tf.init_scope():
                 self.inner_optimizer.build(variables)
-        distribution = tf.distribute.get_strategy()
+        self._waiting, distribution = tuple(variables), tf.distribute.get_strategy()
 
         def build() -> None:
             with distribution.scope():
@@ -488,6 +490,7 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
         Args:
             store: The store that Keras writes to a file.
         """
+        history.refuse_to_forget(self._waiting if self._run_state is None else ())
         if self._run_state is not None:
             for name, value in self._saved_arrays().items():
                 store[name] = value
@@ -502,9 +505,9 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
             ValueError: If the optimizer is not built, or the state does not belong to it.
         """
         arrays = {name: np.asarray(store[name]) for name in store.keys()}
-        if not arrays and not self.steps_done:
-            return  # saved without this optimizer, or before the first step: begin a new run
-        self._restore(arrays)
+        # Nothing was saved without this optimizer, or before the first step: a new run begins.
+        if arrays or self.steps_done:
+            self._restore(arrays)
 
     def _saved_arrays(self) -> dict[str, np.ndarray]:
         self.run_state.warn_of_secrets(self.replay)
@@ -539,14 +542,14 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
             )
         # Without a plan there is no run yet. TensorFlow asks for the names when it restores, too.
         waits = self._run_state is None and not self._plan_of_run.known
+        history.refuse_to_forget(self._waiting if waits else ())
         arrays = state_of_no_run() if waits else self._saved_arrays()
         return {name: tf.constant(value) for name, value in arrays.items()}
 
     def _restore_checkpoint_tensors(self, tensors: Mapping[str, tf.Tensor]) -> None:
         arrays = {name: value.numpy() for name, value in tensors.items()}
-        if is_of_no_run(arrays) and not self.steps_done:
-            return  # saved before there was a plan
-        self._restore(arrays)
+        if not is_of_no_run(arrays) or self.steps_done:  # else saved before there was a plan
+            self._restore(arrays)
 
     def __reduce__(self) -> tuple:
         """Copies an optimizer by its config. One that is built has secrets, and is refused."""

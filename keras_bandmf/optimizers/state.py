@@ -132,9 +132,10 @@ class RunState:
         """
         if self._data_digest is not None and self._data_digest != digest:
             raise PrivacyError(
-                "The batches differ from those the run began with: other rows, another order of "
-                "the rows, or another sampler key. An example is identified by its row number, so "
-                "it could now take part in adjacent steps, which the statement does not cover. "
+                "The batches differ from those the run began with: other rows, weights of rows, "
+                "or order of the rows, or another sampler key. An example is identified by its "
+                "row number, so it could now take part in adjacent steps, which the statement does "
+                "not cover. "
                 "Pass the same data in the same order (no `shuffle` in a tf.data.Dataset, and no "
                 "changes in place)."
             )

@@ -15,6 +15,8 @@ _FIXED_PLANS = (
     "advance and not chosen by looking at what an earlier run produced"
 )
 
+#: In the caveat of a run that held out rows for validation.
+HELD_OUT = "rows out of the training. The guarantee is for the first"
 _SAME = {"adjacency": "`sampling` ('cyclic_poisson' or 'fixed_order')", "unit": "`unit`"}
 
 
@@ -61,6 +63,11 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
         caveats.append(
             "epsilon is composed as if the random group of each example was known, and its steps "
             "under random allocation, although plans counted them as secret"
+        )
+    if len(runs) > 1 and any(HELD_OUT in each for run in runs for each in run.caveats):
+        caveats.append(
+            "a run held out rows for validation, and callbacks or their user may have acted on "
+            "what they said: if another run trained on those rows, the guarantee is not for them"
         )
     if delta > 1 / min(run.num_examples for run in runs):
         caveats.append(f"delta = {delta!r} exceeds 1 / num_examples")

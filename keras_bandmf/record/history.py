@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_bandmf._checks import checked_int
+from keras_bandmf._checks import PrivacyError, checked_int
 from keras_bandmf.accounting.composition import delta_of_ideal_noise
 from keras_bandmf.planning.documents import read_document, write_document
 from keras_bandmf.planning.plan import TrainingPlan
@@ -397,6 +397,24 @@ def to_array(variables: Sequence[keras.Variable], record: RunRecord) -> np.ndarr
         "digests": [_digest(v).hex() if small_enough(variables) else "" for v in variables],
     }
     return np.frombuffer(json.dumps(facts).encode(), np.uint8)
+
+
+def refuse_to_forget(variables: Sequence[keras.Variable]) -> None:
+    """Refuses to save the state of an optimizer without a plan over weights of earlier runs.
+
+    Args:
+        variables: The variables that the optimizer will train.
+
+    Raises:
+        PrivacyError: Private runs have trained them, and the file would not name those runs.
+    """
+    if runs_of(variables):
+        raise PrivacyError(
+            "The weights were trained by earlier private runs, which this file would not name: an "
+            "optimizer keeps them in its state, and has none before its first `fit`. Save before "
+            "you compile with the new optimizer, or after its first epoch. Received: an optimizer "
+            "without a plan"
+        )
 
 
 def planned_in_fit(array: np.ndarray | None) -> Any:

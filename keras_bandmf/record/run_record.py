@@ -287,8 +287,8 @@ class RunRecord:
         if self._plan_of_run.target is not None or self._planned_before is not None:
             caveats.append(
                 f"the plan was made in the first `fit`: num_examples = {self.plan.num_examples} is "
-                "the number of rows that were given to it, and is taken as public, as are its "
-                "batch size and its epochs; the guarantee compares data sets under this one plan"
+                "the number of rows that it trained on, and is taken as public, as are its batch "
+                "size and its epochs; the guarantee compares data sets under this one plan"
             )
         caveats += [remark for fit in self.fits for remark in fit.remarks]
         if self.looped:

@@ -16,6 +16,7 @@ from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.plan_target import PlanTarget
 from keras_bandmf.planning.progress import ProgressBar, show
 from keras_bandmf.planning.units import ROW
+from keras_bandmf.record.composition import HELD_OUT
 from keras_bandmf.sampling import PrivateBatches
 from keras_bandmf.sampling.sources import leaves, unpacked
 
@@ -156,6 +157,14 @@ def _calibrated(
 ) -> TrainingPlan:
     """Returns the plan of a run whose first `fit` this is."""
     epochs = target.epochs
+    if epochs is not None and asked.epochs is not None:
+        in_this_fit = checked_int("epochs", asked.epochs, 0) - asked.initial_epoch
+        if in_this_fit > epochs:
+            raise ValueError(
+                "Expected `epochs` of `fit` to be at most those that the optimizer plans for all "
+                f"calls of `fit`, {epochs}. Received: {in_this_fit} epochs. Leave `epochs` of the "
+                "optimizer out, or plan more."
+            )
     if epochs is None:
         last = asked.initial_epoch + _EPOCHS if asked.epochs is None else asked.epochs
         epochs = checked_int("epochs", last) - asked.initial_epoch
@@ -209,8 +218,9 @@ def _check_numbers(
         way_out = "Make the plan for the number of rows you have."
         if made:
             way_out = (
-                "The plan was made in the first `fit` of this optimizer, for its rows: pass them "
-                "again, or make a new optimizer for a new run."
+                "The plan was made by a first `fit`, of this optimizer or the one whose config or "
+                "file it comes from: pass its rows again, or make a new optimizer with `epsilon` "
+                "for a new run."
             )
         split = f", of which validation_split={asked.validation_split} leaves {count}"
         raise ValueError(
@@ -307,9 +317,8 @@ def _split(asked: Asked, total: int) -> tuple[int, tuple[Any, Any, Any], Any, li
         return keras.tree.map_structure(cut, rows)
 
     remark = (
-        f"validation_split={share} kept the last {total - count} of {total} rows out of the "
-        f"training. The guarantee is for the first {count}, with the others given; metrics and "
-        "callbacks of validation may tell anything about those"
+        f"validation_split={share} kept the last {total - count} of {total} {HELD_OUT} {count}, "
+        "with the others given; metrics and callbacks of validation may tell anything about those"
     )
     validation = keras.utils.pack_x_y_sample_weight(*part(slice(count, total)))
     return count, part(slice(0, count)), validation, [remark]

@@ -104,3 +104,24 @@ def test_a_checkpoint_from_before_the_plan_begins_a_new_run(tmp_path):
     loaded.fit(x, y, batch_size=8, epochs=1, verbose=0)
     assert loaded.optimizer.steps_done == 12
     np.testing.assert_equal(loaded.optimizer.plan.epsilon() <= 2.0, True)
+
+
+def test_earlier_runs_are_not_forgotten_by_an_optimizer_without_a_plan(tmp_path):
+    model = runs.compiled(runs.counting_model(), runs.make_plan())
+    runs.fit(model, model.optimizer.plan.batches(*runs.counting_data()))
+    model.compile(bandmf.BandMFOptimizer("sgd", epsilon=4.0, delta=1e-5, num_bands=1), loss="mse")
+    model.optimizer.build(model.trainable_variables)
+    with pytest.raises(bandmf.PrivacyError, match="earlier private runs"):
+        model.save_weights(tmp_path / "run.weights.h5")
+    with pytest.raises(bandmf.PrivacyError, match="earlier private runs"):
+        tf.train.Checkpoint(optimizer=model.optimizer).save(tmp_path / "run")
+
+
+def test_a_plan_that_the_variables_refuse_leaves_nothing_built():
+    model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(30), keras.layers.Dense(1)])
+    bandmf.enable_rgp(model, rank=2)
+    optimizer = bandmf.BandMFOptimizer("sgd", runs.make_plan(num_bands=3), l2_norm_clip=1.0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="strategy"):
+            optimizer.build(model.trainable_variables)
+        assert not optimizer.built and optimizer.steps_done == 0
