@@ -84,7 +84,7 @@ class PrivateBatches:
         class_weight: Dict of class number to weight, multiplied into `sample_weight`.
         preprocess: Called on tensors of up to 1024 rows, as `preprocess(x)` or
             `preprocess(x, y)`, before augmentation: once where the data is in memory, and else on
-            the rows of each batch. Returns what Keras takes: `x`,
+            each row that a batch reads, one at a time. Returns what Keras takes: `x`,
             `(x, y)` or `(x, y, sample_weight)`, with the same number of rows.
         seed: Fixes the sampler's key. For tests only: the statement then says "not private".
         decode: For a source: called on each element, in the threads that read it. Returns `x`,

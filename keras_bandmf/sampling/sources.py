@@ -257,7 +257,10 @@ def refuse_composites(element_spec: Any, source: str) -> None:
 
 
 def preprocessed(
-    columns: dict[str, Any], preprocess: Callable[..., Any], check: bool = True
+    columns: dict[str, Any],
+    preprocess: Callable[..., Any],
+    check: bool = True,
+    rows_at_a_time: int | None = None,
 ) -> dict[str, Any]:
     """Applies `preprocess` in chunks of rows, and keeps the user's sample weights.
 
@@ -265,6 +268,7 @@ def preprocessed(
         columns: Checked columns.
         preprocess: Function of `(x)` or `(x, y)`; see `PrivateBatches`.
         check: Whether to try the first row by itself, too.
+        rows_at_a_time: The rows of a chunk; None for many.
 
     Returns:
         The columns that it returned, not yet checked.
@@ -300,12 +304,12 @@ def preprocessed(
             for name, column in result.items()
         }
 
-    num_examples = len(leaves(columns["x"])[0])
-    starts = range(0, num_examples, _CHUNK_ROWS)
-    first = outputs(0, min(_CHUNK_ROWS, num_examples))
+    num_examples, size = len(leaves(columns["x"])[0]), rows_at_a_time or _CHUNK_ROWS
+    starts = range(0, num_examples, size)
+    first = outputs(0, min(size, num_examples))
     if check:
         _check_first_row(first, outputs(0, 1))
-    rest = (outputs(start, min(start + _CHUNK_ROWS, num_examples)) for start in starts[1:])
+    rest = (outputs(start, min(start + size, num_examples)) for start in starts[1:])
     result = _stacked(itertools.chain([first], rest), num_examples, "`preprocess`", "")
     if "sample_weight" in columns:
         if "sample_weight" in result:

@@ -46,6 +46,8 @@ class RandomAccessStore(Store):
         * `rows` reads the rows that are asked for, and no others. They get the same checks as
           data in memory, and the same dtypes: a row that is not finite in its weight, of another
           shape or dtype, or that cannot be read, is an error before any row is returned.
+        * `preprocess` gets one row at a time, so that no row that it returns holds another. (When
+          the store is made it is tried on two rows at once, to refuse one that would mix them.)
         * The number of rows is compared with `num_examples` when the store is made and whenever a
           reader is opened.
         * `digest` depends on the number of rows, on names, shapes and dtypes, on every byte of
@@ -161,7 +163,9 @@ class RandomAccessStore(Store):
         """Does to the rows of a batch what `MemoryStore.read` does to all rows."""
         columns = checked_columns(columns, rows)
         if self._preprocess is not None:
-            columns = checked_columns(preprocessed(columns, self._preprocess, check), rows)
+            # One row at a time: nothing checks in each step that the rows of a batch do not mix.
+            size = None if check else 1
+            columns = checked_columns(preprocessed(columns, self._preprocess, check, size), rows)
         for name, column in columns.items():
             map_leaves(refuse_strings, column, name)
         return weighted(columns, self._class_weight)

@@ -79,7 +79,19 @@ def test_rows_are_those_of_the_same_array_in_memory(kind, dtype, tmp_path):
         assert_same(store.rows(indices), memory.rows(indices))
 
 
-def test_preprocess_gets_the_rows_of_a_batch():
+def test_preprocess_never_sees_two_rows_of_a_step():
+    x = np.arange(N * 2, dtype=np.float32).reshape(N, 2)
+    x[[0, -1]] = N * 2.0  # the two rows that are looked at have the largest entry in common
+
+    def preprocess(x):
+        return x / tf.reduce_max(x)
+
+    store = open_store(Lazy(x), None, None, N, preprocess=preprocess)
+    rows = store.rows(np.array([5, 0]))["x"]
+    np.testing.assert_array_equal(rows[0], store.rows(np.array([5]))["x"][0])
+
+
+def test_preprocess_gets_the_rows_of_a_batch_one_by_one():
     x, y, _ = arrays()
     sizes = []
 
@@ -91,7 +103,7 @@ def test_preprocess_gets_the_rows_of_a_batch():
     memory = MemoryStore.read(x, y, None, N, preprocess=preprocess)
     sizes.clear()
     assert_same(store.rows(INDICES), memory.rows(INDICES))
-    assert sizes == [5]
+    assert sizes == [1] * 5
     with pytest.raises(ValueError, match="each row by itself"):
         open_store(Lazy(x), None, None, N, preprocess=lambda x: x - tf.reduce_mean(x, axis=0))
 
