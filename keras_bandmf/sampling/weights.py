@@ -22,7 +22,8 @@ def weighted(columns: dict[str, Any], class_weight: dict[int, float] | None) -> 
 
     Raises:
         TypeError: `class_weight` is not a dict of numbers, or `y` is not a single array.
-        ValueError: A weight is negative or not finite, or `y` holds no class numbers.
+        ValueError: A weight is negative, a weight or a product of two is not finite in float32,
+            or `y` holds no class numbers.
     """
     weights = [columns["sample_weight"]] if "sample_weight" in columns else []
     if class_weight is not None:
@@ -91,7 +92,7 @@ def product_of_weights(sample_weight: Any, class_factors: np.ndarray | None = No
 
     Raises:
         TypeError: Weights are not numbers, or there are several arrays and `class_factors`.
-        ValueError: A weight is negative or not finite.
+        ValueError: A weight is negative or not finite, or a product is too large for float32.
     """
 
     def checked(weight: np.ndarray, name: str) -> np.ndarray:
@@ -107,7 +108,15 @@ def product_of_weights(sample_weight: Any, class_factors: np.ndarray | None = No
             )
         if class_factors is None:
             return weight
-        return weight * class_factors.reshape((-1,) + (1,) * (weight.ndim - 1))
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below
+            product = weight * class_factors.reshape((-1,) + (1,) * (weight.ndim - 1))
+        if not np.isfinite(product).all():
+            raise ValueError(
+                f"Expected `{name}` times `class_weight` to be finite in float32. Received: "
+                f"weights up to {weight.max()}, and class weights up to {class_factors.max()}. "
+                "Scale the weights down."
+            )
+        return product
 
     if class_factors is not None and not isinstance(sample_weight, np.ndarray):
         raise TypeError(

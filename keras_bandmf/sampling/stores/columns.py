@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import warnings
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ def is_lazy(leaf: Any) -> bool:
         True for memory-mapped files of at least `MAPPED_BYTES`, for arrays of HDF5 and Zarr, and
         for objects with `shape`, `dtype` and `__getitem__` that NumPy cannot read as a whole.
     """
+    if isinstance(leaf, np.ma.MaskedArray):
+        return False  # refused as an array in memory is; only its values would be read
     if isinstance(leaf, np.ndarray):
         return leaf.nbytes >= MAPPED_BYTES and _mapping(leaf) is not None
     if not (hasattr(leaf, "shape") and hasattr(leaf, "__getitem__")):
@@ -128,9 +131,31 @@ class Columns:
             if isinstance(column, _Column):
                 return column.read(indices, workers)
             rows = np.empty((len(indices), *column.shape[1:]), column.dtype)
-            return np.take(column, indices, axis=0, out=rows, mode="clip")
+            _take(column, indices, rows)
+            return rows
 
         return {name: map_leaves(gather, column, name) for name, column in self._columns.items()}
+
+
+def _take(array: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> None:
+    """Copies rows of an array into `rows`, and no others."""
+    if array.flags.c_contiguous and array.flags.aligned:
+        np.take(array, indices, axis=0, out=rows, mode="clip")
+    else:  # of which `take` would make a copy first, as a whole
+        rows[...] = array[indices]
+
+
+def _warn_of_scattered_rows(array: np.ndarray, name: str) -> None:
+    """Warns of rows that lie scattered over the file, as in Fortran order."""
+    steps = [abs(step) for step, size in zip(array.strides, array.shape, strict=True) if size > 1]
+    if len(array) > 1 and len(steps) > 1 and 0 < steps[0] < max(steps):
+        warnings.warn(
+            f"`{name}` is a memory-mapped file in Fortran order: the values of one row lie "
+            "scattered over the whole file, and to read a row is to read many pages. Write the "
+            "file again in C order, with `np.ascontiguousarray` or "
+            "`keras_bandmf.sources.convert`.",
+            stacklevel=2,
+        )
 
 
 def _read_single_pages(mapping: np.memmap) -> None:
@@ -158,6 +183,7 @@ class _Column:
         self._mapping = _mapping(array) if isinstance(array, np.ndarray) else None
         if self._mapping is not None:
             _read_single_pages(self._mapping)
+            _warn_of_scattered_rows(array, name)
 
     def check_length(self, num_examples: int) -> None:
         shape = tuple(self._array.shape)
@@ -185,7 +211,7 @@ class _Column:
 
             def take(places: np.ndarray) -> None:
                 part = slice(places[0], places[-1] + 1)
-                np.take(self._array, indices[part], axis=0, out=rows[part], mode="clip")
+                _take(self._array, indices[part], rows[part])
 
             workers.each(take, workers.split(np.arange(len(indices))))
             return rows
@@ -222,9 +248,18 @@ class _Column:
         if rows.dtype == object:  # strings
             rows[place] = row
             return
-        row = np.asarray(row)
+        row = self._as_declared(np.asarray(row))
         self._check(row[None], 1, f"row {number}")
         rows[place] = row
+
+    def _as_declared(self, row: np.ndarray) -> np.ndarray:
+        """Returns a single value in the width and byte order of its array, which NumPy forgets."""
+        dtype = self._array.dtype
+        same = row.dtype.kind == dtype.kind
+        same = same and (dtype.kind in "SU" or row.dtype.itemsize == dtype.itemsize)
+        if same and row.shape == () and np.can_cast(row.dtype, dtype, "safe"):
+            return row.astype(dtype, copy=False)
+        return row
 
     def _check(self, found: np.ndarray, count: int, which: str) -> None:
         shape, dtype = tuple(self._array.shape[1:]), self._array.dtype

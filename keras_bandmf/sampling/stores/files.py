@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -30,6 +31,7 @@ _FORMAT = "keras_bandmf rows"
 _VERSION = 1
 _HEADER_BYTES = 256
 _CHUNK_ROWS = 256
+_COLUMNS = ("x", "y", "sample_weight")
 
 
 class ConversionProgress(NamedTuple):
@@ -62,16 +64,20 @@ class StoredRows:
     Pass it to `plan.batches` as `x`. It has `__len__`, `__getitem__(i)` and `__getitems__(list)`,
     and is safe to read from several threads and after a fork.
 
+    Row i has the form that the stream gave it: `x`, `(x, y)`, `(x, None, sample_weight)` or
+    `(x, y, sample_weight)`, and `(x,)` where x is a tuple, of which Keras would make x and y.
+
     Formal guarantees: it is made only from a folder that was written to its end: the manifest is
-    written last, the folder gets its name after that, and files of other sizes than the manifest
-    says are refused. The contents of the files are not checked.
+    written last, and the folder gets its name after that. Files whose size, or whose header (dtype,
+    byte order and shape), is not what the manifest says are refused, and so are names that lead out
+    of the folder. The values in the files are not checked.
 
     Args:
-        path: The folder.
+        path: The folder. A relative one is made absolute, so that other processes find it.
 
     Raises:
         FileNotFoundError: There is no folder, or it is not a complete file of rows.
-        ValueError: It was written by another version, or its files have other sizes.
+        ValueError: It was written by another version, or its files are not as its manifest says.
 
     Example:
         >>> import keras_bandmf as bandmf
@@ -85,30 +91,38 @@ class StoredRows:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self._path = pathlib.Path(path)
-        self._open()
-
-    def _open(self) -> None:
+        self._path = pathlib.Path(path).absolute()
         manifest = _read_manifest(self._path)
-        self._num_rows = int(manifest["num_rows"])
-        for name, size in manifest["files"].items():
-            found = (self._path / name).stat().st_size if (self._path / name).exists() else None
+        self._num_rows: int = manifest["num_rows"]
+        self._files: dict[str, int] = manifest["files"]
+        for name, size in self._files.items():
+            file = self._path / name
+            found = file.stat().st_size if file.is_file() else None
             if found != size:
                 raise ValueError(
                     f"Expected {name} of {self._path} to have {size} bytes. Received: {found}. The "
                     "files were changed or cut off: convert the data again."
                 )
         self._columns = {
-            name: _structure(column, self._leaf) for name, column in manifest["columns"].items()
+            name: _structure(manifest["columns"][name], self._leaf, self._path)
+            for name in _COLUMNS
+            if name in manifest["columns"]
         }
 
     def _leaf(self, description: dict[str, Any]) -> Any:
-        file, dtype = self._path / description["file"], tf.as_dtype(description["dtype"])
-        if dtype == tf.string:
-            ends = np.load(_ends_of(file), mmap_mode="r")
-            return _Strings(_mapped_file(file, np.dtype(np.uint8), None), ends)
-        numpy_dtype = np.dtype(dtype.as_numpy_dtype)
-        return _mapped_file(file, numpy_dtype, (self._num_rows, *description["shape"]))
+        name, shape = description.get("file"), description.get("shape")
+        if name not in self._files:
+            raise _broken(self._path, f"the file {name!r}, which it does not list")
+        if not isinstance(shape, list) or not all(map(_is_size, shape)):
+            raise _broken(self._path, f"{name} with shape {shape!r}")
+        file, dtype = self._path / name, _dtype_of(description.get("dtype"), self._path)
+        if dtype.hasobject:
+            length = self._files[name] - _HEADER_BYTES
+            joined = _mapped_file(file, np.dtype(np.uint8), (length,))
+            if _ends_of(file).name not in self._files or shape:
+                raise _broken(self._path, f"{name} without the ends of its strings")
+            return _Strings(joined, _ends(_ends_of(file), self._num_rows, length))
+        return _mapped_file(file, dtype, (self._num_rows, *shape))
 
     @property
     def columns(self) -> dict[str, Any] | None:
@@ -123,11 +137,16 @@ class StoredRows:
 
     def __getitem__(self, number: int) -> Any:
         number = range(self._num_rows)[number]
-        columns = tuple(
-            map_leaves(lambda leaf, _: _row(leaf, number), column, name)
+        columns = {
+            name: map_leaves(lambda leaf, _: _row(leaf, number), column, name)
             for name, column in self._columns.items()
-        )
-        return columns[0] if len(columns) == 1 else columns
+        }
+        x = columns["x"]
+        if "sample_weight" in columns:
+            return x, columns.get("y"), columns["sample_weight"]
+        if "y" in columns:
+            return x, columns["y"]
+        return (x,) if isinstance(x, tuple) else x
 
     def __getitems__(self, numbers: list[int]) -> list[Any]:
         return [self[number] for number in numbers]
@@ -146,8 +165,13 @@ class _Strings:
         self._joined, self._ends = joined, ends
 
     def __getitem__(self, number: int) -> bytes:
-        start = int(self._ends[number - 1]) if number else 0
-        return self._joined[start : int(self._ends[number])].tobytes()
+        start, end = int(self._ends[number - 1]) if number else 0, int(self._ends[number])
+        if not 0 <= start <= end <= len(self._joined):
+            raise ValueError(
+                f"Expected row {number} to end after it begins, in a file of {len(self._joined)} "
+                f"bytes. Received: {start} to {end}. The file was changed: convert the data again."
+            )
+        return self._joined[start:end].tobytes()
 
 
 def _row(leaf: Any, number: int) -> Any:
@@ -160,7 +184,7 @@ def write_rows(
     callback: Callable[[ConversionProgress], object] | None = None,
 ) -> StoredRows:
     """Writes a stream to a folder; see `sources.convert`."""
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).absolute()
     if path.exists():
         raise FileExistsError(
             f"Expected `path` to be new. Received: path={os.fspath(path)!r}, which exists. Load it "
@@ -174,10 +198,11 @@ def write_rows(
         if not count:
             raise ValueError("Expected `stream` to yield rows. Received: a stream without any.")
         os.rename(partial, path)
-        _sync(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    with contextlib.suppress(OSError):  # network file systems cannot; the folder is complete
+        _sync(path.parent)
     if callback is not None:
         callback(ConversionProgress(count, count, True))
     return StoredRows(path)
@@ -212,6 +237,7 @@ def _write(
 ) -> int:
     """Writes all rows and, after everything else, the manifest. Returns the number of rows."""
     columns: dict[str, Any] = {}
+    described: dict[str, Any] = {}
     writers: list[_Writer] = []
     count = 0
 
@@ -229,6 +255,7 @@ def _write(
                 )
             if not columns:
                 columns = {name: mapped(writer_of, part, name) for name, part in row.items()}
+                described = {name: _described(part, name) for name, part in columns.items()}
                 _check_space(folder, writers, total)
             _add(columns, row, count - 1)
             if callback is not None and count % _CHUNK_ROWS == 0:
@@ -245,7 +272,7 @@ def _write(
         "version": _VERSION,
         "num_rows": count,
         "files": files,
-        "columns": {name: _described(column) for name, column in columns.items()},
+        "columns": described,
     }
     with open(folder / _MANIFEST, "w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
@@ -278,12 +305,28 @@ def _other_structure(number: int) -> ValueError:
 
 
 def _array(value: Any, name: str) -> np.ndarray:
-    """Returns a value as it is to be stored: float64 stays, strings become objects of bytes."""
+    """Returns a value as it is to be stored: float64 stays, strings become objects of bytes.
+
+    Numbers get the byte order of this machine, in which they are read.
+    """
+    if _has_mask(value):
+        raise TypeError(
+            f"Expected `{name}` to have all its values. Received: a masked array, whose hidden "
+            "values would be stored. Fill in what is missing (`array.filled(value)`)."
+        )
     if isinstance(value, (list, int, float, complex, str, bytes)):
         value = plain_array(value)
-    if isinstance(value, np.ndarray) and value.dtype == np.float64:
-        return np.ascontiguousarray(value) if value.ndim else value
+    if isinstance(value, np.ndarray):
+        value = value.astype(value.dtype.newbyteorder("="), copy=False)
+        if value.dtype == np.float64:
+            return np.ascontiguousarray(value) if value.ndim else value
     return as_array(value, name)
+
+
+def _has_mask(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_has_mask, value))
+    return isinstance(value, np.ma.MaskedArray)
 
 
 class _Writer:
@@ -299,6 +342,8 @@ class _Writer:
                 f"Expected `{name}` to hold one string a row, or numbers. Received: strings of "
                 f"shape {array.shape}. Join them, or turn them into numbers."
             )
+        if not self.strings:
+            _check_axes(array, name)
         self._folder = folder
         self._out = open(folder / file, "wb")  # noqa: SIM115
         self._out.write(bytes(_HEADER_BYTES))
@@ -307,7 +352,7 @@ class _Writer:
 
     def add(self, value: Any, number: int) -> None:
         array = value
-        if type(value) is not np.ndarray or value.dtype != self.dtype:
+        if type(value) is not np.ndarray or value.dtype != self.dtype or self.strings:
             array = _array(value, f"{self.name} of row {number}")
         if array.shape != self.shape or array.dtype != self.dtype:
             raise ValueError(
@@ -374,57 +419,141 @@ def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode("latin1")
     begin = b"\x93NUMPY\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little")
     if len(text) > _HEADER_BYTES - 11:
-        raise ValueError(f"Expected rows of fewer axes. Received: rows of shape {shape[1:]}.")
+        raise ValueError(f"a header of {len(text)} bytes, for {_HEADER_BYTES - 11}")
     return begin + text.ljust(_HEADER_BYTES - 11) + b"\n"
 
 
-def _mapped_file(file: pathlib.Path, dtype: np.dtype, shape: tuple[int, ...] | None) -> np.ndarray:
-    """Returns a file without its header, memory-mapped."""
-    if file.stat().st_size == _HEADER_BYTES:  # nothing can be mapped
-        return np.empty(shape or (0,), dtype)
+def _check_axes(array: np.ndarray, name: str) -> None:
+    """Refuses rows of which no file can be made, before any is written."""
+    try:
+        array[None]  # NumPy must have room for one axis more
+        _header((1 << 62, *array.shape), array.dtype)
+    except (IndexError, ValueError) as error:
+        raise ValueError(
+            f"Expected `{name}` to have fewer axes. Received: rows of shape {array.shape}: {error}."
+        ) from error
+
+
+def _mapped_file(file: pathlib.Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns a file without its header, memory-mapped; it must be the one that was written."""
+    size = _HEADER_BYTES + dtype.itemsize * math.prod(shape)
+    with open(file, "rb") as opened:
+        header = opened.read(_HEADER_BYTES)
+    if file.stat().st_size != size or header != _header(shape, dtype):
+        raise _broken(
+            file.parent,
+            f"{file.name} of shape {shape} and {dtype.name} in the byte order of this machine, "
+            f"which is not what the file is: {file.stat().st_size} bytes that begin with "
+            f"{header[10:90]!r}",
+        )
+    if size == _HEADER_BYTES:  # nothing can be mapped
+        return np.empty(shape, dtype)
     return np.memmap(file, dtype, "r", offset=_HEADER_BYTES, shape=shape)
+
+
+def _ends(file: pathlib.Path, rows: int, length: int) -> np.ndarray:
+    """Returns the ends of all strings, memory-mapped."""
+    try:
+        ends = np.load(file, mmap_mode="r")
+    except (EOFError, ValueError) as error:
+        raise _broken(file.parent, f"{file.name}, which cannot be read: {error}") from error
+    if not isinstance(ends, np.ndarray) or ends.shape != (rows,) or ends.dtype != np.int64:
+        raise _broken(file.parent, f"{file.name} for {rows} rows, but it has something else")
+    if ends[-1] != length:
+        raise _broken(file.parent, f"{file.name}, which ends at {ends[-1]} and not at {length}")
+    return ends
 
 
 def _ends_of(file: pathlib.Path) -> pathlib.Path:
     return file.with_suffix(".ends.npy")
 
 
-def _described(column: Any) -> dict[str, Any]:
+def _described(column: Any, name: str) -> dict[str, Any]:
     """Returns the structure of a column as JSON."""
     if isinstance(column, _Writer):
         dtype = "string" if column.strings else tf.as_dtype(column.dtype).name
         return {"file": column.file, "dtype": dtype, "shape": list(column.shape)}
+    if not column:
+        raise ValueError(f"Expected `{name}` to hold an array. Received: {name}={column!r}.")
     if isinstance(column, dict):
         if not all(isinstance(key, str) for key in column):
-            raise TypeError(f"Expected the keys of dicts to be strings. Received: {list(column)}.")
-        return {"dict": {key: _described(part) for key, part in column.items()}}
-    return {"tuple": [_described(part) for part in column]}
+            raise TypeError(
+                f"Expected the keys of dicts to be strings. Received: {list(column)} in `{name}`."
+            )
+        return {"dict": {key: _described(part, name) for key, part in column.items()}}
+    return {"tuple": [_described(part, name) for part in column]}
 
 
-def _structure(description: dict[str, Any], leaf: Callable[[dict[str, Any]], Any]) -> Any:
-    if "dict" in description:
-        return {key: _structure(part, leaf) for key, part in description["dict"].items()}
-    if "tuple" in description:
-        return tuple(_structure(part, leaf) for part in description["tuple"])
-    return leaf(description)
+def _structure(description: Any, leaf: Callable[[dict[str, Any]], Any], path: pathlib.Path) -> Any:
+    """Returns the structure that `_described` wrote, with `leaf` of what was said of each file."""
+    if isinstance(description, dict):
+        parts = description.get("dict")
+        if isinstance(parts, dict) and parts:
+            return {key: _structure(part, leaf, path) for key, part in parts.items()}
+        parts = description.get("tuple")
+        if isinstance(parts, list) and parts:
+            return tuple(_structure(part, leaf, path) for part in parts)
+        if isinstance(description.get("file"), str):
+            return leaf(description)
+    raise _broken(path, f"a column {description!r}")
+
+
+def _dtype_of(name: Any, path: pathlib.Path) -> np.dtype:
+    """Returns the NumPy dtype of a column: that of objects for strings."""
+    try:
+        dtype = tf.as_dtype(name) if isinstance(name, str) else None
+        numpy_dtype = None if dtype is None else np.dtype(dtype.as_numpy_dtype)
+    except (KeyError, TypeError):  # unknown to TensorFlow, or to NumPy
+        numpy_dtype = None
+    if numpy_dtype is None or (numpy_dtype.hasobject and dtype != tf.string):
+        raise _broken(path, f"the dtype {name!r}")
+    return numpy_dtype
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the manifest of a folder: its rows, the sizes of its files, and its columns."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = (path / _MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
             "Expected `path` to be a folder that `keras_bandmf.sources.convert` wrote to its end. "
-            f"Received: path={os.fspath(path)!r}, without a readable {_MANIFEST}. Convert the "
-            "data again."
+            f"Received: path={os.fspath(path)!r}, without a {_MANIFEST}. Convert the data again."
         ) from error
+    try:
+        manifest = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"no JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise _broken(path, f"a {type(manifest).__name__} in place of a dict")
     if manifest.get("format") != _FORMAT or manifest.get("version") != _VERSION:
         raise ValueError(
             f"Expected rows in version {_VERSION} of the format. Received: "
             f"{manifest.get('format')!r} in version {manifest.get('version')!r}. Convert the data "
             "again with this release."
         )
+    rows, files, columns = (manifest.get(key) for key in ("num_rows", "files", "columns"))
+    if not _is_size(rows) or not rows:
+        raise _broken(path, f"num_rows={rows!r}")
+    if not isinstance(files, dict) or not all(map(_is_size, files.values())):
+        raise _broken(path, f"files={files!r}")
+    for name in files:
+        if name != pathlib.Path(name).name or name == ".." or "\0" in name:
+            raise _broken(path, f"{name!r}, which is no file of the folder")
+    if not isinstance(columns, dict) or "x" not in columns or not columns.keys() <= {*_COLUMNS}:
+        raise _broken(path, f"columns={columns!r}")
     return manifest
+
+
+def _broken(path: pathlib.Path, what: str) -> ValueError:
+    return ValueError(
+        f"Expected {path / _MANIFEST} to be as `keras_bandmf.sources.convert` wrote it, and to "
+        f"describe the files beside it. Received: {what}. The folder was changed: convert the "
+        "data again."
+    )
 
 
 def _sync(folder: pathlib.Path) -> None:

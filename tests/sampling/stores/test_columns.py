@@ -2,7 +2,9 @@
 
 import mmap
 import os
+import tracemalloc
 import types
+import warnings
 
 import h5py
 import numpy as np
@@ -297,3 +299,143 @@ def test_a_mapping_is_told_that_rows_are_random():
     columns._read_single_pages(mapping)
     assert Base.advice == [mmap.MADV_RANDOM]
     columns._read_single_pages(types.SimpleNamespace(base=None))
+
+
+def odd_offset(path, array):
+    path.write_bytes(b"." + array.tobytes())
+    return np.memmap(path, array.dtype, "r", 1, array.shape)
+
+
+def fortran(path, array):
+    return mapped(path, np.asfortranarray(array))
+
+
+VIEWS = {
+    "fortran": (fortran, lambda array: array),
+    "column": (mapped, lambda array: array[:, 1:5]),
+    "every second": (mapped, lambda array: array[::2]),
+    "reversed": (mapped, lambda array: array[::-1]),
+    "odd offset": (odd_offset, lambda array: array),
+    "big-endian": (lambda path, array: mapped(path, array.astype(">f4")), lambda array: array),
+    "whole": (mapped, lambda array: array),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*Fortran order")
+@pytest.mark.parametrize("kind", VIEWS)
+def test_only_drawn_rows_are_copied_of_any_view_of_a_file(kind, tmp_path):
+    write, view = VIEWS[kind]
+    x = np.random.default_rng(0).normal(size=(20_000, 8, 4)).astype("float32")
+    on_disk, x = view(write(tmp_path / "x.npy", x)), view(x)
+    store = open_store(on_disk, None, None, len(x), workers=1)
+    assert isinstance(store, RandomAccessStore)
+    indices = np.array([7, 3, 3, len(x) - 1, 0])
+    with store.reader() as reader:
+        reader.rows(indices)
+        tracemalloc.start()
+        try:
+            rows = reader.rows(indices)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    np.testing.assert_array_equal(rows["x"], x[indices])
+    assert peak < x.nbytes / 4
+
+
+def test_an_array_in_memory_beside_one_on_disk_is_not_copied_as_a_whole():
+    y = np.frombuffer(b"." + np.arange(200_000.0, dtype="f4").tobytes(), "f4", offset=1)
+    store = open_store(Lazy(np.zeros(len(y))), y, None, len(y), workers=1)
+    with store.reader() as reader:
+        reader.rows(INDICES)
+        tracemalloc.start()
+        try:
+            rows = reader.rows(INDICES)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    np.testing.assert_array_equal(rows["y"], y[INDICES])
+    assert peak < y.nbytes / 4
+
+
+def test_a_warning_for_rows_that_lie_scattered_over_the_file(tmp_path):
+    x = np.ones((N, 4, 3), "float32")
+    with pytest.warns(UserWarning, match=r"`x\['a'\]`.*Fortran order.*ascontiguousarray"):
+        open_store({"a": fortran(tmp_path / "f.npy", x)}, None, None, N)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        c = mapped(tmp_path / "c.npy", x)
+        row = mapped(tmp_path / "row.npy", x[:1])
+        one = fortran(tmp_path / "one.npy", x[:, :1, :1])
+        for kind in (c, c[::-1], c[:, 1:3], c[:, :, 1], one, np.broadcast_to(row, x.shape)):
+            open_store(kind, None, None, N)
+        open_store(fortran(tmp_path / "1.npy", x[:1]), None, None, 1)
+
+
+def test_masked_values_on_disk_are_refused_as_in_memory(tmp_path):
+    x = mapped(tmp_path / "x.npy", np.ones((N, 2), "float32"))
+    masked = np.ma.array(x, mask=np.eye(N, 2, dtype=bool), copy=False)
+    for y in (None, Lazy(np.zeros(N))):
+        with pytest.raises(TypeError, match="`x`.*MaskedArray"):
+            open_store(masked, y, None, N)
+
+
+@pytest.mark.parametrize("kind", ["hdf5", "lazy", "zarr"])
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">i8", ">u2", "<f4"])
+def test_single_numbers_of_any_byte_order(kind, dtype, tmp_path):
+    y = np.arange(N).astype(dtype)
+    store = open_store(np.zeros(N), KINDS[kind](tmp_path / "y", y), None, N)
+    found = store.rows(INDICES)["y"]
+    np.testing.assert_array_equal(np.asarray(tf.convert_to_tensor(found)), y[INDICES])
+
+
+def lengths(words):
+    return tf.strings.length(words)
+
+
+@pytest.mark.parametrize("kind", ["hdf5", "lazy"])
+def test_strings_shorter_than_the_width_of_their_array(kind, tmp_path):
+    words = np.array([b"abcd"[: i % 5] for i in range(N)], "S4")
+    store = open_store(KINDS[kind](tmp_path / "x", words), None, None, N, preprocess=lengths)
+    assert store.rows(np.arange(N))["x"].tolist() == [i % 5 for i in range(N)]
+    unicode = np.array(["abcd"[: i % 5] for i in range(N)])
+    store = open_store(Lazy(unicode), None, None, N, preprocess=lengths)
+    assert store.rows(np.arange(N))["x"].tolist() == [i % 5 for i in range(N)]
+
+
+@pytest.mark.parametrize(
+    ("declared", "value"),
+    [
+        ("S4", b"abcde"),
+        ("S4", "abc"),
+        ("U4", b"abc"),
+        ("f8", np.float32(1)),
+        ("f8", 1),
+        ("i8", np.uint64(1)),
+        ("f4", np.float64(1)),
+        ("i8", np.int32(1)),
+        ("f8", True),
+    ],
+)
+def test_single_values_of_another_type_than_their_array(declared, value):
+    class Bad(Lazy):
+        def __getitem__(self, number):
+            return value if number == 23 else self.array[number]
+
+    preprocess = lengths if declared[0] in "SU" else None
+    store = open_store(Bad(np.ones(N).astype(declared)), None, None, N, preprocess=preprocess)
+    with pytest.raises(TypeError, match="row 23 of `x`"):
+        store.rows(np.arange(N))
+
+
+@pytest.mark.parametrize("weight", [1e38, 0.0])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_products_of_weights_that_are_not_finite_are_refused(lazy, weight):
+    y, weights = np.arange(N) % 2, np.full(N, 0.5)
+    weights[17] = weight
+    x = Lazy(np.zeros(N)) if lazy else np.zeros(N)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"class_weight|finite"):
+        warnings.simplefilter("error")
+        factor = 100.0 if weight else 1e39  # not finite in float32; times 0 it is no number
+        open_store(x, y, weights, N, class_weight={1: factor}).rows(np.array([17]))
+    rows = open_store(x, y, weights, N, class_weight={1: 2.0}).rows(np.array([16, 17]))
+    assert rows["sample_weight"].tolist() == [0.5, np.float32(2 * weight)]
