@@ -37,13 +37,18 @@ def convert(
     TFRecord file or a JPEG; `plan.batches(rows, decode=...)` turns it into arrays.
 
     Formal guarantees: rows have the order in which the stream yields them, which becomes their
-    number in every run. The folder `path` appears only when it is complete and on disk. If writing
-    fails, what was written is removed; if the process is killed, it remains as a folder
-    `path.partial-...`, which `load` refuses and which may be removed.
+    number in every run. The folder `path` appears only when it is complete, and its files are on
+    disk. If writing fails, what was written is removed; if the process is killed, it remains as a
+    folder `path.partial-...`, which `load` refuses and which may be removed. The folder is readable
+    by its owner only, where the system has such modes.
+
+    Convert before a run begins: `fit` hashes arrays in memory in another way than rows on disk, so
+    a run that began with the one does not go on with the other.
 
     Args:
         stream: A `tf.data.Dataset`, or another iterable, of `x`, `(x, y)` or
             `(x, y, sample_weight)`: single rows of one shape. Not batched, repeated or shuffled.
+            `y` may be None. Numbers are stored in the byte order of this machine.
         path: The new folder.
         callback: Called with a `ConversionProgress` every 256 rows and at the end, for example a
             `keras_bandmf.ProgressBar()`.
@@ -52,9 +57,10 @@ def convert(
         The rows, as `load` returns them.
 
     Raises:
-        TypeError: `stream` is not iterable, or a row holds something else than dense numbers or
-            strings of bytes.
-        ValueError: The stream is endless or empty, or rows differ in structure, shape or dtype.
+        TypeError: `stream` is not iterable, or a row holds something else than dense numbers
+            without a mask or strings of bytes, or dicts with keys that are not strings.
+        ValueError: The stream is endless or empty, rows differ in structure, shape or dtype, or
+            have too many axes.
         FileExistsError: There is a file or folder `path`.
         OSError: The disk is full, or cannot be written.
 
@@ -78,6 +84,9 @@ def convert(
 def load(path: str | os.PathLike) -> StoredRows:
     """Opens a folder that `convert` wrote.
 
+    Formal guarantees: it opens no file outside the folder, and none whose size, dtype, byte order
+    or shape is not what the manifest says. The values are not checked.
+
     Args:
         path: The folder.
 
@@ -86,7 +95,8 @@ def load(path: str | os.PathLike) -> StoredRows:
 
     Raises:
         FileNotFoundError: There is no such folder, or it was not written to its end.
-        ValueError: It was written in another version of the format, or its files were cut off.
+        ValueError: It was written in another version of the format, or its files are not what
+            its manifest says.
 
     Example:
         >>> import os, tempfile

@@ -9,6 +9,9 @@ import numpy as np
 from keras_bandmf._checks import checked_float, checked_int
 from keras_bandmf.sampling.sources import map_leaves
 
+# From here on, float32 rounds to infinity.
+_FLOAT32_LIMIT = 2.0**128 - 2.0**103
+
 
 def weighted(columns: dict[str, Any], class_weight: dict[int, float] | None) -> dict[str, Any]:
     """Returns columns whose sample weights are checked, and multiplied by those of the classes.
@@ -52,7 +55,7 @@ def weights_of_classes(y: Any, class_weight: dict[int, float]) -> np.ndarray:
         )
     for label, weight in class_weight.items():
         checked_int("key of class_weight", label, 0)
-        checked_float(f"class_weight[{label}]", weight, minimum=0.0)
+        checked_float(f"class_weight[{label}]", weight, minimum=0.0, below=_FLOAT32_LIMIT)
     if not isinstance(y, np.ndarray):
         raise TypeError(
             "Expected `y` to be that of a single output, because `class_weight` is given. "
@@ -108,7 +111,7 @@ def product_of_weights(sample_weight: Any, class_factors: np.ndarray | None = No
             )
         if class_factors is None:
             return weight
-        with np.errstate(over="ignore", invalid="ignore"):  # refused below
+        with np.errstate(over="ignore"):  # refused below
             product = weight * class_factors.reshape((-1,) + (1,) * (weight.ndim - 1))
         if not np.isfinite(product).all():
             raise ValueError(

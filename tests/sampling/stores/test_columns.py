@@ -427,15 +427,23 @@ def test_single_values_of_another_type_than_their_array(declared, value):
         store.rows(np.arange(N))
 
 
-@pytest.mark.parametrize("weight", [1e38, 0.0])
 @pytest.mark.parametrize("lazy", [False, True])
-def test_products_of_weights_that_are_not_finite_are_refused(lazy, weight):
+def test_products_of_weights_that_are_not_finite_are_refused(lazy):
     y, weights = np.arange(N) % 2, np.full(N, 0.5)
-    weights[17] = weight
+    weights[17] = 1e38
     x = Lazy(np.zeros(N)) if lazy else np.zeros(N)
-    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"class_weight|finite"):
+
+    def row(class_weight, sample_weight=weights):
+        store = open_store(x, y, sample_weight, N, class_weight=class_weight)
+        return store.rows(np.array([17]))["sample_weight"][0]
+
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
-        factor = 100.0 if weight else 1e39  # not finite in float32; times 0 it is no number
-        open_store(x, y, weights, N, class_weight={1: factor}).rows(np.array([17]))
-    rows = open_store(x, y, weights, N, class_weight={1: 2.0}).rows(np.array([16, 17]))
-    assert rows["sample_weight"].tolist() == [0.5, np.float32(2 * weight)]
+        with pytest.raises(ValueError, match=r"`sample_weight` times `class_weight`.*finite"):
+            row({1: 100.0})
+        for infinite in (3.4028235677973366e38, 1e39):
+            for sample_weight in (weights, np.zeros(N), None):
+                with pytest.raises(ValueError, match=r"class_weight\[1\].*below"):
+                    row({1: infinite}, sample_weight)
+        assert row({1: 2.0}) == np.float32(2e38)
+        assert row({1: 3.4028235677973365e38}, None) == np.finfo(np.float32).max

@@ -468,3 +468,24 @@ def test_ends_of_strings_that_were_changed(ends, tmp_path):
 def test_only_the_owner_may_read_what_was_converted(tmp_path):
     bandmf.sources.convert([1.0], tmp_path / "rows")
     assert (tmp_path / "rows").stat().st_mode & 0o777 == 0o700
+
+
+def test_what_is_hashed_in_memory_and_on_disk_is_not_the_same_data_of_a_run(tmp_path, monkeypatch):
+    """As docs/data.md says of converting while a run goes on."""
+    stream = [(np.full(3, i, "float32"), i) for i in range(N)]
+    rows = bandmf.sources.convert(stream, tmp_path / "rows")
+
+    class Source:
+        def __len__(self):
+            return N
+
+        def __getitem__(self, number):
+            return stream[number]
+
+    def digest(data, smallest):
+        monkeypatch.setattr(columns, "MAPPED_BYTES", smallest)
+        return open_store(data, None, None, N).digest(b"k")
+
+    source, small, large = digest(Source(), 1 << 28), digest(rows, 1 << 28), digest(rows, 0)
+    labels_in_memory = digest(rows, N * 9)
+    assert source == large and len({source, small, labels_in_memory}) == 3
