@@ -431,6 +431,7 @@ def test_single_values_of_another_type_than_their_array(declared, value):
 def test_products_of_weights_that_are_not_finite_are_refused(lazy):
     y, weights = np.arange(N) % 2, np.full(N, 0.5)
     weights[17] = 1e38
+    limit = 2.0**128 - 2.0**103  # half-way from the largest float32 to the next power of two
     x = Lazy(np.zeros(N)) if lazy else np.zeros(N)
 
     def row(class_weight, sample_weight=weights):
@@ -441,9 +442,9 @@ def test_products_of_weights_that_are_not_finite_are_refused(lazy):
         warnings.simplefilter("error")
         with pytest.raises(ValueError, match=r"`sample_weight` times `class_weight`.*finite"):
             row({1: 100.0})
-        for infinite in (3.4028235677973366e38, 1e39):
+        for infinite in (limit, 1e39):
             for sample_weight in (weights, np.zeros(N), None):
                 with pytest.raises(ValueError, match=r"class_weight\[1\].*below"):
                     row({1: infinite}, sample_weight)
         assert row({1: 2.0}) == np.float32(2e38)
-        assert row({1: 3.4028235677973365e38}, None) == np.finfo(np.float32).max
+        assert row({1: np.nextafter(limit, 0)}, None) == np.finfo(np.float32).max
