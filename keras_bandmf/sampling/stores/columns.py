@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -183,7 +184,7 @@ class _Column:
         rows = np.empty((len(indices), *self._array.shape[1:]), self._array.dtype)
         if self._mapping is not None:
 
-            def take(places: np.ndarray) -> None:
+            def take(places: np.ndarray, go_on: Callable[[], None]) -> None:
                 part = slice(places[0], places[-1] + 1)
                 np.take(self._array, indices[part], axis=0, out=rows[part], mode="clip")
 
