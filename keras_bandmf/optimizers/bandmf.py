@@ -137,8 +137,7 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
         self._l2_norm_clip = float(l2_norm_clip)
         self._clipping = checked_mode(clipping)
         self._noise: NoiseMode = noise
-        self._seed = seed
-        self._replay = bool(replay)
+        self._seed, self._replay = seed, bool(replay)
         words = self._clipping.describe(self._l2_norm_clip)
         self._record = RunRecord(self._plan_of_run, self._l2_norm_clip, words, seed is not None)
         self._run_state: RunState | None = None
@@ -231,7 +230,7 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
             if self._build_later is None:
                 self.inner_optimizer.build(variables)
             super().build(variables)
-            self._noised_variables = tuple(id(variable) for variable in variables)
+            self._noised_variables = tuple(map(id, variables))
             self._run_state = RunState(
                 plan.strategy,
                 stddev,

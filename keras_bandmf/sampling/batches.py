@@ -88,16 +88,20 @@ class PrivateBatches:
             `(x, y)` or `(x, y, sample_weight)`, with the same number of rows.
         seed: Fixes the sampler's key. For tests only: the statement then says "not private".
         decode: For a source: called on each element, in the threads that read it. Returns `x`,
-            `(x, y)` or `(x, y, sample_weight)` of arrays, numbers, or structures of them.
+            `(x, y)` or `(x, y, sample_weight)` of arrays, numbers, or structures of them. It must
+            be thread-safe and return new arrays: a buffer that it uses again would mix rows.
         workers: How many threads read and decode for an iterator, when rows are not in memory.
-            With a number the source must bear calls from several threads at a time. None takes
-            the number of processors, at most 8, and calls a source that is not known to bear it
-            (Grain's and ArrayRecord's are) from one thread at a time; `decode` runs in all.
+            With a number above 1 the source must bear calls from several threads at a time. None
+            takes the number of processors, at most 8, and calls a source from one thread at a
+            time, unless its type is known to bear more: the `ArrayRecordDataSource` of Grain and
+            of array_record, and what `sources.load` returns. `decode` runs in all threads.
 
     Raises:
         TypeError: The data or an argument has the wrong type.
         ValueError: The number of rows is not `num_examples`, or a value is out of range.
-        RuntimeError: The first or the last row of a source cannot be read.
+        PrivacyError: A source or `decode` gives one array for several rows, or `__getitems__` of
+            a source gives others than `__getitem__`.
+        RuntimeError: The first, middle or last row of a source cannot be read.
 
     Example:
         >>> import keras_bandmf as bandmf

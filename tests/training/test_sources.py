@@ -2,6 +2,10 @@
 
 import functools
 import gc
+import os
+import pathlib
+import subprocess
+import sys
 import threading
 import time
 
@@ -176,6 +180,57 @@ def test_threads_end_with_an_exception_in_fit_while_its_traceback_lives(error):
         model.fit(plan.batches(Source(), workers=3), verbose=0, callbacks=[stop])
     assert raised.tb is not None and stop.threads
     assert not reading_threads()
+
+
+STOPPED_FIT = """
+import os, signal, sys, threading, time
+import keras, numpy as np
+import keras_bandmf as bandmf
+
+class Slow:
+    def __len__(self):
+        return 2000
+
+    def __getitem__(self, number):
+        time.sleep(0.0005)
+        return np.ones(4, np.float32), np.float32([number % 2])
+
+class Stop(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 1 and sys.argv[1] == "error":
+            raise ValueError("stop")
+        if batch == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+plan = bandmf.TrainingPlan(
+    num_examples=2000, batch_size=256, num_steps=40, noise_multiplier=1.0, delta=1e-5, num_bands=2)
+model = bandmf.privatize(keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)]))
+model.compile(
+    optimizer=bandmf.BandMFOptimizer(keras.optimizers.SGD(0.1), plan, l2_norm_clip=1.0), loss="mse")
+workers = int(sys.argv[2]) or None
+try:
+    model.fit(plan.batches(Slow(), workers=workers), verbose=0, callbacks=[Stop()])
+except (KeyboardInterrupt, ValueError) as error:
+    names = [thread.name for thread in threading.enumerate() if "bandmf" in thread.name]
+    print("ended by", type(error).__name__, names)
+"""
+
+
+@pytest.mark.parametrize(("how", "name"), [("error", "ValueError"), ("int", "KeyboardInterrupt")])
+@pytest.mark.parametrize("workers", [0, 4])
+def test_fit_ends_when_it_is_stopped_while_a_slow_source_is_read(how, name, workers):
+    """Parts of a batch wait for a thread then; a process that hangs is killed."""
+    root = pathlib.Path(bandmf.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_FIT, how, str(workers)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    assert f"ended by {name} []" in done.stdout, done.stderr
+    assert done.returncode == 0
 
 
 def test_threads_end_with_an_iterator():

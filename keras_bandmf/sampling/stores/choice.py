@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,13 @@ from keras_bandmf.sampling.stores.random_access import RandomAccessStore
 from keras_bandmf.sampling.stores.rows import Rows
 from keras_bandmf.sampling.stores.workers import default_workers
 
-# Grain reads its sources with several threads by itself.
-_SHARED_LIBRARIES = frozenset({"array_record", "grain", "keras_bandmf"})
+# Where the class is found that reads ArrayRecord files with several threads by itself. Other
+# objects of these libraries call code of users.
+_ARRAY_RECORD_MODULES = (
+    "array_record.python.array_record_data_source",
+    "grain.sources",
+    "grain.python",
+)
 
 
 def open_store(
@@ -50,8 +56,10 @@ def open_store(
 
     Raises:
         TypeError: The data or an argument has the wrong type.
+        PrivacyError: A source or `decode` gives one array for several rows, or `__getitems__` of
+            a source gives others than `__getitem__`.
         ValueError: The number of rows is not `num_examples`, or a value is out of range.
-        RuntimeError: The first or the last row of a source cannot be read.
+        RuntimeError: The first, middle or last row of a source cannot be read.
     """
     checked_function("decode", decode)
     if workers is not None:
@@ -75,8 +83,7 @@ def open_store(
                 preprocess=preprocess,
                 workers=workers,
             )
-        library = type(x).__module__.partition(".")[0]
-        shared = workers is not None or library in _SHARED_LIBRARIES
+        shared = (workers is not None and workers > 1) or _bears_threads(x)
         source = Rows(x, num_examples, decode, shared)
         return RandomAccessStore(source, num_examples, class_weight, preprocess, threads)
     if decode is not None:
@@ -109,6 +116,13 @@ def is_row_source(x: Any) -> bool:
     if type(x).__module__.startswith(("scipy.sparse", "tensorflow.")):
         return False
     return hasattr(type(x), "__len__") and hasattr(type(x), "__getitem__")
+
+
+def _bears_threads(x: Any) -> bool:
+    """Returns whether a source is of a type that is known to bear several threads at a time."""
+    modules = (sys.modules.get(name) for name in _ARRAY_RECORD_MODULES)
+    known = [getattr(module, "ArrayRecordDataSource", None) for module in modules]
+    return any(type(x) is kind for kind in (StoredRows, *known))
 
 
 def _refuse_batches(x: Any) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -209,7 +210,7 @@ class _Column:
         rows = np.empty((len(indices), *self._array.shape[1:]), self._array.dtype)
         if self._mapping is not None:
 
-            def take(places: np.ndarray) -> None:
+            def take(places: np.ndarray, go_on: Callable[[], None]) -> None:
                 part = slice(places[0], places[-1] + 1)
                 _take(self._array, indices[part], rows[part])
 

@@ -7,9 +7,16 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
+from keras_bandmf._checks import PrivacyError
 from keras_bandmf.sampling.sources import as_array, unpacked
 from keras_bandmf.sampling.stores.workers import Turns, Workers
+
+# In place of an element: its row is in the batch.
+_DONE = object()
+
+_CONSTANT = frozenset({str, bytes, int, float, complex, bool, type(None)})
 
 
 class _Leaf(NamedTuple):
@@ -28,17 +35,28 @@ class Rows:
         * Row i is `decode(source[i])`, with the structure, shapes and dtypes of row 0, or an error
           that names the row.
         * Without `shared`, one call of the source runs at a time, whatever the number of workers.
+          No other call begins before the element is copied (or, where it holds an object of a
+          type that is not known, before it is decoded and the row is in the batch): a source that
+          uses its memory again cannot change a row that it returned.
+        * Refused are: a source or `decode` whose values for the first, middle and last row share
+          memory, change when another row is read, or (row 0) depend on what was read before; and
+          a `__getitems__` that gives other bits for these rows than `__getitem__`, in an order
+          that is not sorted.
+        * Assumed is: with `shared`, that the source bears several threads; and always that
+          `decode` does, and returns new arrays. Three rows cannot show the opposite in all cases.
 
     Args:
         source: Has `__len__` and `__getitem__(int)`, and perhaps `__getitems__(list)`.
         num_examples: The number of rows that it must have.
         decode: Turns an element into `x`, `(x, y)` or `(x, y, sample_weight)`; None for nothing.
+            Must be thread-safe and return new arrays.
         shared: Whether several threads may read the source at the same time.
 
     Raises:
         TypeError: Row 0 holds something else than dense numbers or strings.
+        PrivacyError: Rows share memory, or `__getitems__` differs from `__getitem__`.
         ValueError: The number of rows is another one, or row 0 is not the same when read again.
-        RuntimeError: Row 0 cannot be read.
+        RuntimeError: A row cannot be read.
     """
 
     def __init__(
@@ -49,22 +67,65 @@ class Rows:
         shared: bool,
     ):
         self._source, self._num_examples, self._decode = source, num_examples, decode
+        self._shared = shared
         self._turns = contextlib.nullcontext() if shared else Turns()
         self.check_length()
-        first, again = self._columns_of(0), self._columns_of(0)
         self._leaves: list[_Leaf] = []
-        self._template = {
-            name: mapped(self._new_leaf, column, name) for name, column in first.items()
-        }
-        buffers = self._buffers(2)
-        self._put(0, first, buffers, 0)
-        self._put(0, again, buffers, 1)
-        if not all(_same(buffer[:1], buffer[1:]) for buffer in buffers):
+        self._template: dict[str, Any] = {}
+        self._check_some_rows()
+
+    def _check_some_rows(self) -> None:
+        """Learns the form of row 0, and refuses what the class says."""
+        last = self._num_examples - 1
+        numbers = list(dict.fromkeys((0, last, self._num_examples // 2)))
+        kept, singles = _Kept(type(self._source).__name__), []
+        for number in numbers:
+            with self._turns:
+                element = self._element(number)
+                columns = self._decoded(number, element)
+                if not self._template:
+                    self._template = {
+                        name: mapped(self._new_leaf, column, name)
+                        for name, column in columns.items()
+                    }
+                singles.append(self._buffers(1))
+                self._put(number, columns, singles[-1], 0)
+                kept.add(number, (element, columns))
+        kept.check("`__getitem__`")
+        again = self._buffers(1)
+        self._read_one(0, again, 0)
+        if not _same(singles[0], again):
             raise ValueError(
                 "Expected a source whose rows are the same whenever they are read. Received: a "
                 "source that gave two different values for row 0. Leave random augmentation out of "
-                "the source and of `decode` (put it into the model)."
+                "the source and of `decode` (put it into the model), and let no row depend on "
+                "what was read before."
             )
+        if hasattr(self._source, "__getitems__"):
+            self._check_together(numbers, singles)
+
+    def _check_together(self, numbers: list[int], singles: list[list[np.ndarray]]) -> None:
+        """Compares `__getitems__` with `__getitem__`, in two orders."""
+        expected = dict(zip(numbers, singles, strict=True))
+        name = type(self._source).__name__
+        kept = _Kept(name)
+        # (last, 0, middle) is in no order that a source might return by itself.
+        for order in (numbers[1:2] + numbers[:1] + numbers[2:], numbers):
+            with self._turns:
+                for number, element in zip(order, self._together(order), strict=True):
+                    columns = self._decoded(number, element)
+                    found = self._buffers(1)
+                    self._put(number, columns, found, 0)
+                    if not _same(expected[number], found):
+                        raise PrivacyError(
+                            f"Expected `__getitems__({order})` of {name} to return these rows in "
+                            "this order, as `__getitem__` does. Received: another value for row "
+                            f"{number}. Rows in another place would be trained on in steps that "
+                            "the accounting does not cover. Return a list of new elements in the "
+                            "order of the numbers, or remove `__getitems__`."
+                        )
+                    kept.add(number, (element, columns))
+        kept.check("`__getitems__`")
 
     def check_length(self) -> None:
         """Refuses a source whose number of rows is not, or no longer, that of the plan.
@@ -100,21 +161,67 @@ class Rows:
             ValueError: A row has another structure or shape than row 0.
             RuntimeError: A row cannot be read or decoded.
         """
+        # Sorted, since neighbors are often read together, and each row once.
+        numbers, first, back = np.unique(indices, return_index=True, return_inverse=True)
         buffers = self._buffers(len(indices))
 
-        def fill(places: np.ndarray) -> None:
-            numbers = indices[places].tolist()
-            for place, number, element in zip(
-                places.tolist(), numbers, self._elements(numbers), strict=True
-            ):
-                self._put(number, self._decoded(number, element), buffers, place)
+        def fill(part: np.ndarray, go_on: Callable[[], None]) -> None:
+            self._fill(numbers[part].tolist(), buffers, first[part].tolist(), go_on)
 
-        # In the order of the source, where neighbors are often read together.
-        workers.each(fill, workers.split(np.argsort(indices, kind="stable")))
+        workers.each(fill, workers.split(np.arange(len(numbers))))
+        origin = first[back.reshape(-1)]
+        copies = np.flatnonzero(origin != np.arange(len(indices)))
+        for buffer in buffers:
+            buffer[copies] = buffer[origin[copies]]
         return {
             name: mapped(lambda leaf, _: buffers[leaf.place], column, name)
             for name, column in self._template.items()
         }
+
+    def _fill(
+        self,
+        numbers: list[int],
+        buffers: list[np.ndarray],
+        places: list[int],
+        go_on: Callable[[], None],
+    ) -> None:
+        """Reads rows with these numbers into these places of a batch."""
+        if len(numbers) == 1 or not hasattr(self._source, "__getitems__"):
+            for number, place in zip(numbers, places, strict=True):
+                go_on()
+                self._read_one(number, buffers, place)
+            return
+        go_on()
+        with self._turns:
+            later = [
+                self._taken(number, element, buffers, place)
+                for number, element, place in zip(
+                    numbers, self._together(numbers), places, strict=True
+                )
+            ]
+        for number, element, place in zip(numbers, later, places, strict=True):
+            if element is not _DONE:
+                go_on()
+                self._put(number, self._decoded(number, element), buffers, place)
+
+    def _read_one(self, number: int, buffers: list[np.ndarray], place: int) -> None:
+        with self._turns:
+            element = self._taken(number, self._element(number), buffers, place)
+        if element is not _DONE:
+            self._put(number, self._decoded(number, element), buffers, place)
+
+    def _taken(self, number: int, element: Any, buffers: list[np.ndarray], place: int) -> Any:
+        """Returns an element that no later call of the source changes, to be decoded.
+
+        To be called in the turn in which the element was read. Where there is nothing to decode,
+        or the element cannot be copied, it writes the row and returns `_DONE`.
+        """
+        if self._shared:
+            return element
+        copy = _DONE if self._decode is None else _copied(element)
+        if copy is _DONE:
+            self._put(number, self._decoded(number, element), buffers, place)
+        return copy
 
     def _new_leaf(self, value: Any, name: str) -> _Leaf:
         array = _leaf_array(value, name, 0)
@@ -125,37 +232,34 @@ class Rows:
     def _buffers(self, rows: int) -> list[np.ndarray]:
         return [np.empty((rows, *leaf.shape), leaf.dtype) for leaf in self._leaves]
 
-    def _elements(self, numbers: list[int]) -> Iterator[Any]:
-        """Yields the elements with these numbers."""
-        if len(numbers) > 1 and hasattr(self._source, "__getitems__"):
-            try:
-                with self._turns:
-                    together = list(self._source.__getitems__(numbers))
-            except Exception:
-                # Read one by one, the row that fails is found, or none does.
-                together = None
-            if together is not None and len(together) != len(numbers):
-                raise ValueError(
-                    f"Expected `__getitems__` of {type(self._source).__name__} to return "
-                    f"{len(numbers)} rows for as many numbers. Received: {len(together)}."
-                )
-            if together is not None:
-                yield from together
-                return
-        for number in numbers:
-            yield self._element(number)
+    def _together(self, numbers: list[int]) -> list[Any]:
+        """Returns what `__getitems__` does, in a turn of the caller."""
+        name = type(self._source).__name__
+        try:
+            together = list(self._source.__getitems__(list(numbers)))
+        except Exception as error:
+            for number in numbers:  # if one of them fails, its error is the better one
+                self._element(number)
+            raise RuntimeError(
+                f"`__getitems__` of {name} fails on rows {numbers[0]} to {numbers[-1]}, which "
+                f"`__getitem__` can read: {type(error).__name__}: {error}"
+            ) from error
+        if len(together) != len(numbers):
+            raise PrivacyError(
+                f"Expected `__getitems__` of {name} to return {len(numbers)} rows for as many "
+                f"numbers. Received: {len(together)}. Return one element for each number, in the "
+                "order of the numbers, or remove `__getitems__`."
+            )
+        return together
 
     def _element(self, number: int) -> Any:
+        """Returns an element, in a turn of the caller."""
         try:
-            with self._turns:
-                return self._source[number]
+            return self._source[number]
         except Exception as error:
             raise RuntimeError(
                 f"Row {number} of the source cannot be read: {type(error).__name__}: {error}"
             ) from error
-
-    def _columns_of(self, number: int) -> dict[str, Any]:
-        return self._decoded(number, self._element(number))
 
     def _decoded(self, number: int, element: Any) -> dict[str, Any]:
         if self._decode is not None:
@@ -226,6 +330,122 @@ class Rows:
         )
 
 
+class _Kept:
+    """What a source and `decode` returned for some rows: nothing of it may change.
+
+    Args:
+        name: Of the type of the source.
+    """
+
+    def __init__(self, name: str):
+        self._name = name
+        self._rows: list[tuple[int, Any, list[Any]]] = []
+
+    def add(self, number: int, values: Any) -> None:
+        self._rows.append((number, values, _snapshot(values)))
+
+    def check(self, method: str) -> None:
+        """Refuses values that changed since they were added, or share memory with another row."""
+        for place, (number, values, before) in enumerate(self._rows):
+            same = _equal(before, _snapshot(values))
+            others = [other for n, other, _ in self._rows[:place] if n != number]
+            if not same or any(_share_memory(values, other) for other in others):
+                raise PrivacyError(
+                    f"Expected {method} of {self._name}, and `decode`, to return new values for "
+                    f"each row. Received: values for row {number} that "
+                    f"{'share memory with' if same else 'changed by reading'} another row. "
+                    "Threads that read at the same time would mix rows, and train on an example "
+                    "in steps that the accounting does not cover. Return a copy "
+                    "(`np.array(buffer)`), also of arrays that several rows have in common."
+                )
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Yields what is in dicts, lists and tuples, and the dicts and lists themselves."""
+    if isinstance(value, (dict, list)) and value:
+        yield value
+    if isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _parts(part)
+    else:
+        yield value
+
+
+def _array_at(value: Any) -> np.ndarray | None:
+    """Returns the memory of an array, buffer or tensor as an array, which may be a view of it."""
+    if isinstance(value, (bytearray, memoryview)):
+        return np.asarray(value)
+    if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
+        with contextlib.suppress(Exception):  # `decode` may know what to do with it
+            return np.asarray(value)
+    return None
+
+
+def _snapshot(values: Any) -> list[Any]:
+    """Returns copies of all arrays and plain values."""
+    found: list[Any] = []
+    for part in _parts(values):
+        array = _array_at(part)
+        if array is not None:
+            found.append(np.array(array))
+        elif isinstance(part, (str, bytes, int, float, complex)):
+            found.append(plain_array(part))
+    return found
+
+
+def _equal(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
+    return (
+        len(ours) == len(theirs)
+        and all(
+            a.dtype == b.dtype and a.shape == b.shape for a, b in zip(ours, theirs, strict=True)
+        )
+        and _same(ours, theirs)
+    )
+
+
+def _share_memory(ours: Any, theirs: Any) -> bool:
+    """Returns whether two values have memory in common that can be written."""
+
+    def changeable(values: Any) -> tuple[set[int], list[np.ndarray]]:
+        parts = [part for part in _parts(values) if not isinstance(part, tf.Tensor)]
+        arrays = [_array_at(part) for part in parts]
+        containers = {id(part) for part in parts if isinstance(part, (dict, list))}
+        return containers, [a for a in arrays if a is not None and not _of_bytes(a)]
+
+    (containers, arrays), (other_containers, other_arrays) = changeable(ours), changeable(theirs)
+    return not containers.isdisjoint(other_containers) or any(
+        np.shares_memory(a, b) for a in arrays for b in other_arrays
+    )
+
+
+def _of_bytes(array: np.ndarray) -> bool:
+    """Returns whether an array is a view of `bytes`, which nobody can change."""
+    base: Any = array
+    while isinstance(base, (np.ndarray, memoryview)):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    return isinstance(base, bytes)
+
+
+def _copied(value: Any) -> Any:
+    """Returns a value that shares no memory that can change; `_DONE` if that is not known."""
+    kind = type(value)
+    if kind in _CONSTANT or isinstance(value, (np.number, np.bool_)):
+        return value
+    if kind in (np.ndarray, np.memmap) and not value.dtype.hasobject:
+        return np.array(value)
+    if kind is bytearray:
+        return bytearray(value)
+    if kind is dict:
+        parts = {key: _copied(part) for key, part in value.items()}
+        return _DONE if any(part is _DONE for part in parts.values()) else parts
+    if kind is list and _CONSTANT.issuperset(map(type, value)):
+        return value[:]
+    if kind in (list, tuple):
+        items = [_copied(part) for part in value]
+        return _DONE if any(part is _DONE for part in items) else kind(items)
+    return _DONE
+
+
 def mapped(function: Callable[[Any, str], Any], structure: Any, name: str) -> Any:
     """As `map_leaves`, where a list or a `_Leaf` is a leaf."""
     if isinstance(structure, (list, _Leaf)) or not isinstance(structure, (dict, tuple)):
@@ -274,10 +494,12 @@ def _leaf_array(value: Any, name: str, number: int) -> np.ndarray:
     return as_array(value, name)
 
 
-def _same(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    if ours.dtype == object:
-        return bool(np.array_equal(ours, theirs))
-    return ours.tobytes() == theirs.tobytes()  # NaN, too
+def _same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
+    """Returns whether all arrays have the same bits, NaN included."""
+    return all(
+        bool(np.array_equal(a, b)) if a.dtype == object else a.tobytes() == b.tobytes()
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def _form(value: Any) -> str:

@@ -48,6 +48,10 @@ class Turns:
         return Turns, ()
 
 
+class Stopped(RuntimeError):
+    """Ends a part of the work whose result nobody waits for any more."""
+
+
 class Workers:
     """Threads of one iterator. With a count of 1 there are none: the caller does the work.
 
@@ -57,40 +61,83 @@ class Workers:
 
     def __init__(self, count: int):
         self.count = count
-        self._closed = False
+        self._closed = threading.Event()
         self._pool = (
             concurrent.futures.ThreadPoolExecutor(count, thread_name_prefix=THREAD_NAME)
             if count > 1
             else None
         )
 
-    def each(self, function: Callable[[_Part], object], parts: Sequence[_Part]) -> None:
-        """Calls a function on all parts.
+    def each(
+        self,
+        function: Callable[[_Part, Callable[[], None]], object],
+        parts: Sequence[_Part],
+    ) -> None:
+        """Calls a function on all parts, and returns or raises when no call is running.
 
         Args:
-            function: What to do.
+            function: What to do with a part. Its second argument is a function that it calls
+                before each row: it raises where another part has failed, or the workers are closed.
             parts: Its arguments, one for each call.
 
         Raises:
             RuntimeError: The workers are closed.
-            Exception: What the first failing part raised; those that did not begin are dropped.
+            Exception: What the first part that failed raised; the others end after their rows.
         """
-        if self._closed:
-            raise RuntimeError(
-                "These rows are no longer read, because the `fit` that read them has ended."
-            )
+        stop = threading.Event()
+
+        def go_on() -> None:
+            if self._closed.is_set():
+                raise Stopped(
+                    "These rows are no longer read, because the `fit` that read them has ended."
+                )
+            if stop.is_set():
+                raise Stopped("Other rows of the batch could not be read.")
+
+        def run(part: _Part) -> None:
+            try:
+                function(part, go_on)
+            except BaseException:
+                stop.set()
+                raise
+
+        go_on()
         if self._pool is None or len(parts) < 2:
             for part in parts:
-                function(part)
+                function(part, go_on)
             return
-        futures = [self._pool.submit(function, part) for part in parts]
+        futures: list[concurrent.futures.Future[None]] = []
+        failures: list[Exception] = []
+        stopped: Exception | None = None
         try:
+            for part in parts:
+                futures.append(self._submitted(run, part, go_on))
             for future in futures:
-                future.result()
+                try:
+                    future.result()
+                except (Stopped, concurrent.futures.CancelledError) as error:
+                    stopped = error  # another part has failed, or the workers are closed
+                except Exception as error:
+                    failures.append(error)
         finally:
-            for future in futures:
-                future.cancel()
-            concurrent.futures.wait(futures)
+            stop.set()
+            # `wait` would wait for ever for a future that `close` has cancelled.
+            concurrent.futures.wait([future for future in futures if not future.cancel()])
+        if failures:
+            raise failures[0]
+        if self._closed.is_set():
+            go_on()
+        if stopped is not None:
+            raise stopped
+
+    def _submitted(
+        self, run: Callable[[_Part], None], part: _Part, go_on: Callable[[], None]
+    ) -> concurrent.futures.Future[None]:
+        try:
+            return self._pool.submit(run, part)  # type: ignore[union-attr]
+        except RuntimeError:
+            go_on()  # says that the workers were closed just now
+            raise
 
     def split(self, places: np.ndarray) -> list[np.ndarray]:
         """Returns parts of the places of a batch, two for each worker.
@@ -107,7 +154,7 @@ class Workers:
 
     def close(self) -> None:
         """Ends the threads, after the rows that they are reading."""
-        self._closed = True
+        self._closed.set()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -206,8 +253,8 @@ class Pace:
             f"{1000 * self._reading / self._batches:.0f} ms a batch or "
             f"{self._rows / self._reading:.0f} rows a second, by {workers} "
             f"{'thread' if workers == 1 else 'threads'}. Use more `workers=` if the source may be "
-            "read by several threads, or write it once to a faster file with "
-            "`keras_bandmf.sources.convert`.",
+            "read by several threads. For the next run, write it once to a faster file with "
+            "`keras_bandmf.sources.convert`; a run that has begun goes on with what it began with.",
             stacklevel=2,
         )
 

@@ -1,15 +1,21 @@
 """Sources of single rows: what they may return, what is named when they fail, and threads."""
 
+import collections
+import concurrent.futures
 import pickle
+import sys
 import threading
+import time
+import types
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_bandmf.sampling.stores import MemoryStore, open_store
-from keras_bandmf.sampling.stores.workers import THREAD_NAME
+from keras_bandmf import PrivacyError
+from keras_bandmf.sampling.stores import MemoryStore, choice, open_store
+from keras_bandmf.sampling.stores.workers import THREAD_NAME, Workers
 
 N = 50
 
@@ -88,10 +94,10 @@ def test_decode_turns_elements_into_rows():
 def test_only_the_rows_that_are_asked_for_are_read():
     source = Source(float)
     store = opened(source)
-    assert set(source.read) == {0, N - 1}
+    assert set(source.read) == {0, N // 2, N - 1}
     source.read.clear()
     store.rows(np.array([5, 30, 5]))
-    assert set(source.read) == {5, 30}
+    assert source.read == [5, 30]
 
 
 def test_strings_need_preprocess_and_get_it_batch_by_batch():
@@ -153,12 +159,19 @@ def test_a_failing_decode_names_the_row():
 
 
 def test_a_source_whose_getitems_returns_too_few():
-    class Short(Source):
+    class Short(Together):
         def __getitems__(self, numbers):
-            return [0.0]
+            return super().__getitems__(numbers)[: None if self.whole else 1]
 
-    with pytest.raises(ValueError, match="__getitems__.*Received: 1"):
-        opened(float, Short, workers=1).rows(np.arange(10))
+    source = Short(float)
+    source.whole = False
+    with pytest.raises(PrivacyError, match="__getitems__.*Received: 1"):
+        opened(source)
+    source.whole = True
+    store = opened(source, workers=1)
+    source.whole = False
+    with pytest.raises(PrivacyError, match="__getitems__.*Received: 1"):
+        store.rows(np.arange(10))
 
 
 @pytest.mark.parametrize("length", [0, N - 1, N + 1])
@@ -307,3 +320,331 @@ def test_a_store_can_be_pickled():
     again = pickle.loads(pickle.dumps(store))
     assert again.rows(np.array([3]))["x"].tolist() == [3.0]
     assert again.digest(b"k") == store.digest(b"k")
+
+
+class Buffered(Source):
+    """Writes each row into one of its `buffers`, in turns."""
+
+    def __init__(self, buffers, form=lambda buffer: buffer, size=3):
+        super().__init__(None)
+        self.buffers = [np.zeros(size) for _ in range(buffers)]
+        self.form = form
+
+    def __getitem__(self, number):
+        self.read.append(number)
+        buffer = self.buffers[len(self.read) % len(self.buffers)]
+        buffer[:] = number
+        return self.form(buffer)
+
+
+BUFFER_FORMS = {
+    "array": lambda buffer: buffer,
+    "view": lambda buffer: buffer[::-1],
+    "nested": lambda buffer: ({"a": [buffer]}, 1.0),
+    "memoryview": lambda buffer: {"raw": memoryview(buffer)},
+    "tensor": lambda buffer: TensorOf(buffer),
+}
+
+
+class TensorOf:
+    """A tensor of an unknown library: a view of an array."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array if dtype is None else self.array.astype(dtype)
+
+
+def first_number(element):
+    """The row number in an element of `Buffered`."""
+    while not isinstance(element, (np.ndarray, memoryview, TensorOf)):
+        element = next(iter(element.values())) if isinstance(element, dict) else element[0]
+    return np.float32(np.asarray(element).flat[0])
+
+
+@pytest.mark.parametrize("form", BUFFER_FORMS)
+@pytest.mark.parametrize("options", [{}, {"workers": 4}, {"workers": 1}], ids=str)
+@pytest.mark.parametrize("buffers", [1, 2])
+def test_a_source_that_returns_its_own_buffer_is_refused(form, options, buffers):
+    with pytest.raises(PrivacyError, match="Return a copy"):
+        opened(Buffered(buffers, BUFFER_FORMS[form]), decode=first_number, **options)
+    if form in ("array", "view"):
+        with pytest.raises(PrivacyError, match="Return a copy"):
+            opened(Buffered(buffers, BUFFER_FORMS[form]), **options)
+
+
+def test_equal_rows_that_share_memory_are_refused():
+    label = np.zeros(1, int)
+    with pytest.raises(PrivacyError, match="share memory"):
+        opened(lambda i: (float(i), label))
+    shared = {"a": 1.0}
+    with pytest.raises(PrivacyError, match="share memory"):
+        opened(lambda i: shared)
+    rows = opened(lambda i: np.frombuffer(b"abc", np.uint8)).rows(np.array([3]))
+    assert rows["x"].tobytes() == b"abc"  # nobody can change bytes
+
+
+def test_a_random_source_with_one_buffer_is_refused():
+    rng, buffer = np.random.default_rng(0), np.zeros(4)
+
+    def row(i):
+        buffer[:] = rng.normal(size=4)
+        return buffer
+
+    with pytest.raises(PrivacyError):
+        opened(row)
+
+
+def test_a_row_that_depends_on_the_row_before_is_refused():
+    before = [None]
+
+    def row(i):
+        last, before[0] = before[0], i
+        return float(i), -1 if last is None else last
+
+    with pytest.raises(ValueError, match="depend on what was read before"):
+        opened(row)
+
+
+class BufferedTogether(Buffered):
+    def __getitems__(self, numbers):
+        return [self[number] for number in numbers]
+
+
+@pytest.mark.parametrize("form", BUFFER_FORMS)
+@pytest.mark.parametrize(("kind", "buffers"), [(Buffered, 1), (BufferedTogether, 2)])
+def test_elements_are_copied_before_the_source_is_called_again(form, kind, buffers, monkeypatch):
+    """A source with more buffers than are read when batches are made, and fewer later."""
+    monkeypatch.setattr(choice, "default_workers", lambda: 4)
+    source, wait = kind(20, BUFFER_FORMS[form]), [0.0]
+
+    def decode(element):
+        time.sleep(wait[0])
+        return first_number(element)
+
+    store = opened(source, decode=decode)
+    source.buffers, wait[0] = source.buffers[:buffers], 0.01
+    numbers = np.arange(16)
+    assert store.rows(numbers)["x"].tolist() == numbers.tolist()
+
+
+@pytest.mark.parametrize("kind", [Buffered, BufferedTogether])
+def test_rows_are_copied_before_the_source_is_called_again(kind, monkeypatch):
+    monkeypatch.setattr(choice, "default_workers", lambda: 4)
+    source = kind(20, size=30_000)
+    store = opened(source)
+    source.buffers = source.buffers[: 1 if kind is Buffered else 4]
+    numbers = np.arange(32)
+    for _ in range(10):
+        assert (store.rows(numbers)["x"] == numbers[:, None]).all()
+
+
+@pytest.mark.parametrize("workers", [None, 3])
+def test_a_decode_that_returns_one_buffer_is_refused(workers):
+    buffer = np.zeros(3)
+
+    def decode(element):
+        buffer[:] = element
+        return buffer
+
+    with pytest.raises(PrivacyError, match="`decode`, to return new values.*Return a copy"):
+        opened(float, decode=decode, workers=workers)
+
+
+GETITEMS = {
+    "reversed": lambda source, numbers: [source[i] for i in numbers[::-1]],
+    "sorted": lambda source, numbers: [source[i] for i in sorted(numbers)],
+    "buffer": lambda source, numbers: [source.into(source.buffer, i) for i in numbers],
+    "buffers": lambda source, numbers: [
+        source.into(buffer, i) for buffer, i in zip(source.buffers, numbers, strict=False)
+    ],
+    "other bits": lambda source, numbers: [source[i] + np.float32(1e-6) for i in numbers],
+}
+
+
+@pytest.mark.parametrize("kind", GETITEMS)
+@pytest.mark.parametrize("workers", [None, 2])
+def test_a_getitems_that_is_not_getitem_is_refused(kind, workers):
+    class Several(Source):
+        buffer, buffers = np.zeros(3, "float32"), np.zeros((N, 3), "float32")
+
+        def into(self, buffer, number):
+            buffer[:] = number
+            return buffer
+
+        def __getitems__(self, numbers):
+            return GETITEMS[kind](self, numbers)
+
+    with pytest.raises(PrivacyError, match="__getitems__"):
+        opened(Several(lambda i: np.full(3, i, "float32")), workers=workers)
+
+
+def test_getitems_gets_sorted_numbers_without_repetition():
+    source = Together(float)
+    store = opened(source, workers=1)
+    source.read.clear()
+    rows = store.rows(np.array([9, 4, 9, 9, 30, 4]))["x"]
+    assert rows.tolist() == [9, 4, 9, 9, 30, 4]
+    assert source.read == [4, 9, 30]
+
+
+def test_a_getitems_that_fails_is_not_passed_over():
+    class Several(Together):
+        broken = True
+
+        def __getitems__(self, numbers):
+            if self.broken:
+                raise OSError("no connection")
+            return super().__getitems__(numbers)
+
+    source = Several(float)
+    with pytest.raises(RuntimeError, match="__getitems__.*OSError: no connection"):
+        opened(source)
+    source.broken = False
+    store = opened(source)
+    source.broken = True
+    with pytest.raises(RuntimeError, match="__getitems__.*OSError: no connection"):
+        store.rows(np.arange(20))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_few_rows(length):
+    store = opened(Together(float, length), num_examples=length)
+    numbers = np.arange(length)[::-1]
+    assert store.rows(numbers)["x"].tolist() == numbers.tolist()
+
+
+def most_at_once(open_it):
+    """How many threads are in the source at the same time, of 8 rows read."""
+    inside, most, lock, met = [0], [0], threading.Lock(), threading.Event()
+
+    def row(i):
+        with lock:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            if most[0] > 1:
+                met.set()
+        met.wait(0.02)
+        with lock:
+            inside[0] -= 1
+        return float(i)
+
+    open_it(Source(row)).rows(np.arange(8))
+    return most[0]
+
+
+def test_grain_around_a_source_is_called_by_one_thread_at_a_time():
+    grain = pytest.importorskip("grain")
+
+    def opened_in_grain(source):
+        return open_store(grain.MapDataset.source(source), None, None, N)
+
+    assert most_at_once(opened_in_grain) == 1
+
+
+def test_only_known_types_are_read_by_several_threads(monkeypatch):
+    module = types.ModuleType("grain.sources")
+    module.ArrayRecordDataSource = type("ArrayRecordDataSource", (Source,), {})
+    monkeypatch.setitem(sys.modules, "grain.sources", module)
+    kind = module.ArrayRecordDataSource
+    below = type("Mine", (kind,), {"__module__": "grain.sources"})
+    named = type("ArrayRecordDataSource", (Source,), {"__module__": "grain.sources"})
+    for other, at_once in ((kind, True), (below, False), (named, False), (Source, False)):
+        assert choice._bears_threads(other(float)) == at_once
+
+
+def test_one_worker_is_no_promise():
+    """Two iterators, each with one thread, may read at the same time."""
+    inside, most = [0], [0]
+
+    def row(i):
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.002)
+        inside[0] -= 1
+        return float(i)
+
+    store = opened(row, workers=1)
+    threads = [threading.Thread(target=store.rows, args=(np.arange(5),)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+
+
+def test_decoding_runs_in_several_threads(monkeypatch):
+    monkeypatch.setattr(choice, "default_workers", lambda: 4)
+    barrier = threading.Barrier(2, timeout=20)
+    together = [False]
+
+    def decode(element):
+        if together[0]:
+            barrier.wait()
+        return float(element[0])
+
+    store = opened(lambda i: bytes([i]), decode=decode)
+    together[0] = True
+    assert store.rows(np.array([3, 4]))["x"].tolist() == [3.0, 4.0]
+
+
+def test_a_failed_row_ends_the_other_parts_at_their_next_row():
+    started = threading.Event()
+    counts = collections.Counter()
+
+    def row(i):
+        if not started.is_set():
+            return float(i)
+        counts[i] += 1
+        if i == 0:
+            raise OSError("gone")
+        time.sleep(0.002)
+        return float(i)
+
+    store = opened(Source(row, 4000), num_examples=4000, workers=2)
+    started.set()
+    with pytest.raises(RuntimeError, match="Row 0 of the source"):
+        store.rows(np.arange(4000))
+    assert sum(counts.values()) < 1500  # the second part alone has 1000 rows
+
+
+def test_closing_ends_parts_that_wait_and_parts_that_run():
+    """A hang in this test is the error that it looks for."""
+    reading = threading.Event()
+
+    def row(i):
+        reading.set()
+        time.sleep(0.002)
+        return float(i)
+
+    store = opened(Source(row, 4000), num_examples=4000, workers=2)
+    context, errors = store.reader(), []
+    reader = context.__enter__()
+
+    def read():
+        try:
+            reader.rows(np.arange(4000))
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    reading.clear()
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    reading.wait(20)
+    context.__exit__(None, None, None)
+    thread.join(20)
+    assert not thread.is_alive()
+    assert len(errors) == 1 and "no longer read" in errors[0]
+    assert not reading_threads()
+
+
+def test_workers_pass_on_an_error_that_looks_like_a_cancelled_part():
+    workers = Workers(2)
+
+    def fail(part, go_on):
+        raise concurrent.futures.CancelledError
+
+    with pytest.raises(concurrent.futures.CancelledError):
+        workers.each(fail, [1, 2, 3])
+    workers.close()
