@@ -648,3 +648,14 @@ def test_workers_pass_on_an_error_that_looks_like_a_cancelled_part():
     with pytest.raises(concurrent.futures.CancelledError):
         workers.each(fail, [1, 2, 3])
     workers.close()
+
+
+def test_an_object_that_changes_with_the_next_row_is_refused():
+    class Image(TensorOf):
+        """As an image of PIL, whose memory NumPy does not see."""
+
+        def __array__(self, dtype=None, copy=None):
+            return np.array(self.array, dtype)
+
+    with pytest.raises(PrivacyError, match="changed by reading"):
+        opened(Buffered(1, Image))
