@@ -152,7 +152,7 @@ def test_later_calls_go_on_with_the_plan_of_all_epochs(caplog):
 
 
 NUMBERS = {
-    "rows": ({"x": X[:90], "y": Y[:90]}, "num_examples=96.*90 rows.*made in the first `fit`"),
+    "rows": ({"x": X[:90], "y": Y[:90]}, "num_examples=96.*90 rows.*made by a first `fit`"),
     "batch_size": ({"batch_size": 32}, "plan's 8.*batch_size=32"),
     "epochs": ({"epochs": 3}, "24 steps that are left.*3 epochs, 36 steps"),
     "split": ({"validation_split": 0.5}, "num_examples=96.*leaves 48"),
