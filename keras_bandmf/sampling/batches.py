@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -536,8 +538,14 @@ class PrivateBatches:
 
         `fit` uses it, so that no thread is left where an exception still holds an iterator.
         """
-        with self._store.closing_readers():
-            yield
+        try:
+            with self._store.closing_readers():
+                yield
+        except BaseException:
+            # The frames of the exception keep an iterator in a cycle. TensorFlow would destroy it
+            # when the interpreter is gone, and wait for ever for the generator in it.
+            atexit.register(gc.collect)
+            raise
 
     def __iter__(self) -> Iterator[dict[str, tf.Tensor]]:
         self._bound_draws()

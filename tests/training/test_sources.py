@@ -214,8 +214,6 @@ try:
 except (KeyboardInterrupt, ValueError) as error:
     names = [thread.name for thread in threading.enumerate() if "bandmf" in thread.name]
     print("ended by", type(error).__name__, names, flush=True)
-# Not by the interpreter's own end: there TensorFlow now and then waits for ever for a generator.
-os._exit(0)
 """
 
 
