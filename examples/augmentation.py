@@ -23,7 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_bandmf as bandmf
-from mnist import make_model
+from mnist import load, make_model
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -100,18 +100,10 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("."))
     options = parser.parse_args()
 
-    if options.data is None:
-        (x_train, y_train), (x_test, y_test) = keras.datasets.mnist.load_data()
-    else:
-        with np.load(options.data) as data:
-            x_train, y_train, x_test, y_test = (
-                data[name] for name in ("x_train", "y_train", "x_test", "y_test")
-            )
-    x_train = (x_train[: options.num_train, ..., None] / 255.0 - 0.5).astype("float32")
-    x_test = (x_test[..., None] / 255.0 - 0.5).astype("float32")
-    data = (x_train, y_train[: options.num_train]), (x_test, y_test)
+    (x_train, y_train), test = load(options.data)
+    data = (x_train[: options.num_train], y_train[: options.num_train]), test
     plan = bandmf.TrainingPlan.calibrate(
-        num_examples=len(x_train),
+        num_examples=len(data[0][0]),
         batch_size=options.batch_size,
         epochs=options.epochs,
         epsilon=options.epsilon,

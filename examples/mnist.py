@@ -35,6 +35,25 @@ def make_model() -> keras.Model:
     )
 
 
+def load(path: pathlib.Path | None) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Returns (pictures, labels) to train and to test on; values lie in [-0.5, 0.5].
+
+    Args:
+        path: A file of the layout of `mnist.npz`; None fetches it through Keras.
+    """
+    if path is None:
+        train, test = keras.datasets.mnist.load_data()
+    else:
+        with np.load(path) as data:
+            train = data["x_train"], data["y_train"]
+            test = data["x_test"], data["y_test"]
+
+    def scaled(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
+        return (x[..., None] / 255.0 - 0.5).astype("float32"), y
+
+    return scaled(*train), scaled(*test)
+
+
 def main() -> None:
     """Plans, trains, prints, draws."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -49,19 +68,11 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("."))
     options = parser.parse_args()
 
-    if options.data is None:
-        (x_train, y_train), (x_test, y_test) = keras.datasets.mnist.load_data()
-    else:
-        with np.load(options.data) as data:
-            x_train, y_train, x_test, y_test = (
-                data[name] for name in ("x_train", "y_train", "x_test", "y_test")
-            )
-    x_train = (x_train[: options.num_train, ..., None] / 255.0 - 0.5).astype("float32")
-    x_test = (x_test[..., None] / 255.0 - 0.5).astype("float32")
+    (x_train, y_train), test = load(options.data)
     task = comparison.Task(
         "MNIST",
-        (x_train, y_train[: options.num_train]),
-        (x_test, y_test),
+        (x_train[: options.num_train], y_train[: options.num_train]),
+        test,
         make_model,
         options.epochs,
         l2_norm_clip=1.0,

@@ -16,7 +16,7 @@ import pathlib
 
 import configurations
 import keras
-import numpy as np
+from mnist import load
 
 
 def make_model() -> keras.Model:
@@ -64,20 +64,13 @@ def main() -> None:
     if options.method is None:
         configurations.report(options.output, f"MNIST, epsilon = {options.epsilon:g}")
         return
-    if options.data is None:
-        (x_train, y_train), (x_test, y_test) = keras.datasets.mnist.load_data()
-    else:
-        with np.load(options.data) as data:
-            x_train, y_train, x_test, y_test = (
-                data[name] for name in ("x_train", "y_train", "x_test", "y_test")
-            )
-    x_train, x_test = ((x[..., None] / 255.0 - 0.5).astype("float32") for x in (x_train, x_test))
+    (x_train, y_train), test = load(options.data)
     configurations.run(
         options,
         make_model,
         lambda rate: keras.optimizers.SGD(rate, momentum=0.9),
         (x_train[: options.num_train], y_train[: options.num_train]),
-        (x_test, y_test),
+        test,
     )
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import scipy.optimize
 
 import keras_bandmf as bandmf
-from mnist import make_model
+from mnist import load, make_model
 
 ROWS_PER_USER = 8
 
@@ -113,14 +113,7 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, help="x_train, y_train, x_test, y_test")
     options = parser.parse_args()
 
-    if options.data is None:
-        (x, y), (x_test, y_test) = keras.datasets.mnist.load_data()
-    else:
-        with np.load(options.data) as data:
-            x, y, x_test, y_test = (
-                data[name] for name in ("x_train", "y_train", "x_test", "y_test")
-            )
-    x, x_test = ((part[..., None] / 255.0 - 0.5).astype("float32") for part in (x, x_test))
+    (x, y), (x_test, y_test) = load(options.data)
     x, y, users = made_up_users(x, y, options.users, seed=0)
     slant = np.random.default_rng(1).normal(0, 0.25, len(x_test))
     test = slanted(x_test, slant), y_test
@@ -130,14 +123,15 @@ def main() -> None:
         f"median {np.median(sizes):g}"
     )
 
-    by_user = bandmf.TrainingPlan.calibrate(
-        unit="user",
-        num_examples=options.users,
-        batch_size=options.users_in_batch,
-        epochs=options.epochs,
-        epsilon=options.epsilon,
-        delta=options.delta,
-    )
+    budget = {
+        "unit": "user",
+        "num_examples": options.users,
+        "batch_size": options.users_in_batch,
+        "epochs": options.epochs,
+        "epsilon": options.epsilon,
+        "delta": options.delta,
+    }
+    by_user = bandmf.TrainingPlan.calibrate(**budget)
     print(f"{by_user}\n\n{by_user.statement()}")
     # The baseline: at most 8 rows of each user, chosen once; as many rows a step.
     order = np.random.default_rng(2).permutation(len(x))
@@ -151,15 +145,7 @@ def main() -> None:
     by_row = baseline_plan(
         len(kept), rows_in_batch, by_user.num_steps, options.epsilon, options.delta
     )
-    by_user_sgd = bandmf.TrainingPlan.calibrate(
-        unit="user",
-        num_examples=options.users,
-        batch_size=options.users_in_batch,
-        epochs=options.epochs,
-        epsilon=options.epsilon,
-        delta=options.delta,
-        num_bands=1,
-    )
+    by_user_sgd = bandmf.TrainingPlan.calibrate(**budget, num_bands=1)
     arms = {
         "users, BandMF": (by_user, slice(None), users),
         "users, DP-SGD": (by_user_sgd, slice(None), users),

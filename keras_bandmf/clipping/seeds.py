@@ -96,7 +96,16 @@ class MaskSeeds:
             )
             word = tf.bitwise.bitwise_and(tf.cast(word[0], tf.uint64), low)
             left, right = right, tf.bitwise.bitwise_xor(left, word)
-        return _left(_left(left, _HALF_BITS) + right, _DRAW_BITS)
+        return with_room_for_draws(_left(left, _HALF_BITS) + right)
+
+
+def with_room_for_draws(number: tf.Tensor) -> tf.Tensor:
+    """Returns a number as the seed of a first draw, whose low bits number the draws that follow.
+
+    Args:
+        number: uint64; its upper bits are shifted out.
+    """
+    return _left(number, _DRAW_BITS)
 
 
 def _left(value: tf.Tensor, bits: int) -> tf.Tensor:

@@ -37,6 +37,12 @@ def by_example(tensor: tf.Tensor, rows_per_example: int) -> tf.Tensor:
     return tf.reshape(tensor, [sizes[0] // rows_per_example, rows_per_example, *sizes[1:]])
 
 
+def merge_rows(tensor: tf.Tensor) -> tf.Tensor:
+    """Returns (examples, rows of an example, ...) as (rows, ...), the inverse of `by_example`."""
+    first, second, *rest = dims(tensor)
+    return tf.reshape(tensor, [first * second, *rest])
+
+
 def positions(tensor: tf.Tensor) -> tf.Tensor:
     """Returns (batch, ..., features) as (batch, 1, positions, features): one group."""
     sizes = dims(tensor)

@@ -13,12 +13,12 @@ import tensorflow as tf
 
 from keras_bandmf._checks import PrivacyError, checked_int
 from keras_bandmf._keras_internals import is_stateful
-from keras_bandmf.clipping.seeds import drawing
+from keras_bandmf.clipping.seeds import drawing, with_room_for_draws
+from keras_bandmf.clipping.shapes import merge_rows
 from keras_bandmf.sampling.sources import map_leaves
 
 # Operations that TensorFlow calls stateful, for what may be in them: what is in them is looked at.
 _HARMLESS = {"Assert", "If", "PartitionedCall", "StatefulPartitionedCall", "While"}
-_DRAW_BITS = 10  # of a seed: they number the draws of one view, as in `clipping.seeds`
 
 
 class Augmentation:
@@ -113,10 +113,10 @@ class Augmentation:
 
         Args:
             batch: Dict of tensors: `x`, and `y` and others where there are any; and `seeds`, (rows,
-                copies, 2) int64.
+                views, 2) int64, with one seed for each view of a row.
 
         Returns:
-            The same without `seeds`, with `copies` times as many rows.
+            The same without `seeds`, with as many times the rows as there are views of each.
         """
         given = {name: batch[name] for name in self._inputs}
         rows = tf.data.Dataset.from_tensor_slices((given, batch["seeds"]))
@@ -125,9 +125,14 @@ class Augmentation:
         count = tf.shape(batch["seeds"], tf.int64)[0]
         columns = views.batch(count).get_single_element()
         repeated = {name: part for name, part in batch.items() if name not in (*given, "seeds")}
-        return tf.nest.map_structure(_merged, columns) | tf.nest.map_structure(
-            lambda t: tf.repeat(t, self._copies, axis=0), repeated
+        return tf.nest.map_structure(merge_rows, columns) | tf.nest.map_structure(
+            lambda t: tf.repeat(t, batch["seeds"].shape[1], axis=0), repeated
         )
+
+    def of_arrays(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns the views of a batch of arrays, as arrays; see `__call__`."""
+        tensors = tf.nest.map_structure(tf.convert_to_tensor, batch)
+        return tf.nest.map_structure(np.asarray, self(tensors))
 
     def one_view_of(self, rows: dict[str, Any], stream: int) -> dict[str, Any]:
         """Returns one view of each row, from random numbers that anybody can compute.
@@ -140,11 +145,8 @@ class Augmentation:
             Dict of columns, arrays.
         """
         count = len(tf.nest.flatten(rows)[0])
-        words = np.random.Philox(stream).random_raw(count * self._copies * 2)
-        seeds = words.view(np.int64).reshape(count, self._copies, 2)
-        tensors = tf.nest.map_structure(tf.convert_to_tensor, rows | {"seeds": seeds})
-        views = tf.nest.map_structure(np.asarray, self(tensors))
-        return tf.nest.map_structure(lambda array: array[:: self._copies], views)
+        words = np.random.Philox(stream).random_raw(2 * count)
+        return self.of_arrays(rows | {"seeds": words.view(np.int64).reshape(count, 1, 2)})
 
     def warn_if_frozen(self, rows: dict[str, Any]) -> None:
         """Warns if other seeds make the same views, as a fixed seed of the function's own does.
@@ -163,7 +165,7 @@ class Augmentation:
 
     def _views_of(self, given: dict[str, Any], seeds: tf.Tensor) -> dict[str, Any]:
         """Returns the views of one row, stacked."""
-        views = [self._view(given, seed) for seed in tf.unstack(seeds, self._copies)]
+        views = [self._view(given, seed) for seed in tf.unstack(seeds)]
         return tf.nest.map_structure(lambda *parts: tf.stack(parts), *views)
 
     def _view_of(self, given: dict[str, Any], seed: tf.Tensor) -> dict[str, Any]:
@@ -209,9 +211,7 @@ class Augmentation:
 def _by_layer(layer: keras.layers.Layer, x: Any, seed: tf.Tensor) -> Any:
     """Returns the view of one row that a Keras layer makes with the seed of that view."""
     one = tf.nest.map_structure(lambda t: t[tf.newaxis], x)
-    word = tf.bitcast(seed[0], tf.uint64)
-    first = tf.bitwise.left_shift(word, tf.constant(_DRAW_BITS, tf.uint64))
-    with drawing(layer, first):
+    with drawing(layer, with_room_for_draws(tf.bitcast(seed[0], tf.uint64))):
         views = layer(one, training=True)
     return tf.nest.map_structure(lambda t: tf.convert_to_tensor(t)[0], views)
 
@@ -219,11 +219,6 @@ def _by_layer(layer: keras.layers.Layer, x: Any, seed: tf.Tensor) -> Any:
 def _row_spec(leaf: tf.TensorSpec, name: str) -> tf.TensorSpec:
     """Returns the spec of one row of a column."""
     return tf.TensorSpec(leaf.shape[1:], leaf.dtype)
-
-
-def _merged(views: tf.Tensor) -> tf.Tensor:
-    """Returns (rows, copies, ...) as (rows * copies, ...)."""
-    return tf.reshape(views, tf.concat([[-1], tf.shape(views)[2:]], axis=0))
 
 
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
@@ -237,7 +232,7 @@ def _check_graph(graph: tf.Graph) -> None:
     """Refuses operations that keep something between rows, or random numbers of their own.
 
     Raises:
-        ValueError: There is such an operation.
+        PrivacyError: There is such an operation.
     """
     definition = graph.as_graph_def()
     nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]

@@ -190,7 +190,7 @@ class PrivateBatches:
 
     @property
     def batch_size(self) -> int:
-        """The plan's batch size: expected under cyclic Poisson, exact in fixed order."""
+        """The plan's batch size: exact in a fixed order, else expected (see `Schedule`)."""
         return self._schedule.batch_size
 
     @property
@@ -200,12 +200,12 @@ class PrivateBatches:
 
     @property
     def num_bands(self) -> int:
-        """The number of bands, and of groups under cyclic Poisson."""
+        """The number of bands, and of the random groups of a law that draws any."""
         return self._schedule.num_bands
 
     @property
     def sampling(self) -> SamplingName:
-        """The name of the sampling law: `"cyclic_poisson"` or `"fixed_order"`."""
+        """The name of the sampling law, as in the plan."""
         return self._schedule.sampling
 
     @property
@@ -420,13 +420,8 @@ class PrivateBatches:
         self._bound_draws()
         num_replicas = checked_int("num_replicas", num_replicas)
         step = self._checked_step(t)
-        return self._augmented(self._padded(self._store, step, num_replicas, few_sizes))
-
-    def _augmented(self, rows: dict[str, Any]) -> dict[str, Any]:
-        if self._augmentation is None:
-            return rows
-        tensors = tf.nest.map_structure(tf.convert_to_tensor, rows)
-        return tf.nest.map_structure(np.asarray, self._augmentation(tensors))
+        rows = self._padded(self._store, step, num_replicas, few_sizes)
+        return rows if self._augmentation is None else self._augmentation.of_arrays(rows)
 
     def _padded(self, store: Store, t: int, num_replicas: int, few_sizes: bool) -> dict[str, Any]:
         return self._arranged(store, self.indices(t), t, num_replicas, few_sizes)
@@ -544,6 +539,7 @@ class PrivateBatches:
         except BaseException:
             # The frames of the exception keep an iterator in a cycle. TensorFlow would destroy it
             # when the interpreter is gone, and wait for ever for the generator in it.
+            atexit.unregister(gc.collect)  # once is enough
             atexit.register(gc.collect)
             raise
 

@@ -13,7 +13,12 @@ import tensorflow as tf
 _CHUNK_ROWS = 1024
 
 
-def map_leaves(function: Callable[[Any, str], Any], structure: Any, name: str) -> Any:
+def map_leaves(
+    function: Callable[[Any, str], Any],
+    structure: Any,
+    name: str,
+    lists_are_leaves: bool = False,
+) -> Any:
     """Applies `function(leaf, name of the leaf)` in dicts, tuples and lists; lists become tuples.
 
     `tf.data` takes a list for a tensor, hence the tuples.
@@ -22,16 +27,21 @@ def map_leaves(function: Callable[[Any, str], Any], structure: Any, name: str) -
         function: Function of a leaf and its name.
         structure: Nested dicts, tuples and lists, or a leaf.
         name: The name of the whole structure, from which those of the leaves are made.
+        lists_are_leaves: Whether a list is a leaf, as it is in a row of a source.
 
     Returns:
         The same structure of what the function returned.
     """
     if isinstance(structure, dict):
         return {
-            key: map_leaves(function, value, f"{name}[{key!r}]") for key, value in structure.items()
+            key: map_leaves(function, value, f"{name}[{key!r}]", lists_are_leaves)
+            for key, value in structure.items()
         }
-    if isinstance(structure, (tuple, list)):
-        items = [map_leaves(function, value, f"{name}[{i}]") for i, value in enumerate(structure)]
+    if isinstance(structure, tuple if lists_are_leaves else (tuple, list)):
+        items = [
+            map_leaves(function, value, f"{name}[{i}]", lists_are_leaves)
+            for i, value in enumerate(structure)
+        ]
         return type(structure)(*items) if hasattr(structure, "_fields") else tuple(items)
     return function(structure, name)
 

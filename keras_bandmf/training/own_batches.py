@@ -79,8 +79,8 @@ def way_of(x: Any, optimizer: BandMFOptimizer) -> Way:
 
     Formal guarantees:
         Data reaches Keras in the user's own order only if the plan declares participations, which
-        only the constructor of a plan for a fixed order does. Any other plan, and one that is yet
-        to be made, draws its batches itself.
+        only plans in a fixed order do. Any other plan, and one that is yet to be made, draws its
+        batches itself.
 
     Args:
         x: The data given to `fit`.

@@ -371,7 +371,7 @@ class _PrivateTraining:
 
         Rows, as arrays or as a `tf.data.Dataset` of single examples, become `plan.batches`. If the
         optimizer has `epsilon` in place of a plan, its first `fit` makes the plan from the number
-        of rows to train on, `batch_size` and `epochs`, as in Keras 32 and 1 by default. Later calls
+        of rows to train on, `batch_size` (by default 32, as in Keras) and `epochs` (1). Later calls
         with the same rows in the same order go on with the run. With batches of a plan, `y`,
         `batch_size`, `validation_split`, `shuffle`, `class_weight` and `sample_weight` are refused:
         they belong to `plan.batches`.

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_bandmf._keras_internals import keras_mask, set_keras_mask
 from keras_bandmf.clipping.paths.book_keeping import Clipped
-from keras_bandmf.clipping.shapes import by_example, dims, on_tensors
+from keras_bandmf.clipping.shapes import by_example, dims, merge_rows, on_tensors
 
 ChunkFunction = Callable[[Any, Any, Any, tf.Tensor], Clipped]
 
@@ -107,12 +107,6 @@ def in_rows(clip: ChunkFunction, rows_per_example: int) -> ChunkFunction:
         return _on_row_columns(clip(*data), lambda t: by_example(t, rows_per_example))
 
     return clip_examples
-
-
-def merge_rows(tensor: tf.Tensor) -> tf.Tensor:
-    """Returns (examples, rows of an example, ...) as (rows, ...)."""
-    first, second, *rest = dims(tensor)
-    return tf.reshape(tensor, [first * second, *rest])
 
 
 def with_merged_rows(clipped: Clipped) -> Clipped:

@@ -13,8 +13,9 @@ import numpy as np
 class Store(abc.ABC):
     """The examples of a run, found by their numbers: an example is its row number.
 
-    Formal guarantees: `rows` of the same number returns the same values each time, with the shapes
-    and dtypes of `spec`, or raises an error. `digest` says how far that is checked across runs.
+    Formal guarantees: rows have the shapes and dtypes of `spec`, or there is an error. That a row
+    has the same values each time is assumed of what is not in memory; `digest` of each store says
+    how far that is checked when a run goes on.
     """
 
     @property
@@ -62,6 +63,27 @@ class Store(abc.ABC):
     def closing_readers(self) -> Iterator[None]:
         """Closes at its end every reader that was opened within, whoever still refers to it."""
         yield
+
+
+def gathered(array: np.ndarray, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Returns copies of rows of an array, and reads no others.
+
+    Args:
+        array: An array, or a view of a memory-mapped file.
+        indices: (k,) int64, numbers of rows, already checked.
+        out: Where to write them; None makes a new array.
+
+    Returns:
+        The rows.
+    """
+    if out is None:
+        out = np.empty((len(indices), *array.shape[1:]), array.dtype)
+    if array.flags.c_contiguous and array.flags.aligned:
+        # The range was checked: "clip" only spares NumPy a buffer of the whole result.
+        np.take(array, indices, axis=0, out=out, mode="clip")
+    else:  # of which `take` would make a copy first, as a whole
+        out[...] = array[indices]
+    return out
 
 
 def checked_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:

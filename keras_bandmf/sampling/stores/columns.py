@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from keras_bandmf.sampling.sources import array_of_examples, map_leaves
+from keras_bandmf.sampling.stores.base import gathered
 from keras_bandmf.sampling.stores.workers import Turns, Workers
 
 #: A smaller memory-mapped file is treated as an array in memory, and hashed as a whole.
@@ -131,19 +132,9 @@ class Columns:
         def gather(column: Any, name: str) -> np.ndarray:
             if isinstance(column, _Column):
                 return column.read(indices, workers)
-            rows = np.empty((len(indices), *column.shape[1:]), column.dtype)
-            _take(column, indices, rows)
-            return rows
+            return gathered(column, indices)
 
         return {name: map_leaves(gather, column, name) for name, column in self._columns.items()}
-
-
-def _take(array: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> None:
-    """Copies rows of an array into `rows`, and no others."""
-    if array.flags.c_contiguous and array.flags.aligned:
-        np.take(array, indices, axis=0, out=rows, mode="clip")
-    else:  # of which `take` would make a copy first, as a whole
-        rows[...] = array[indices]
 
 
 def _warn_of_scattered_rows(array: np.ndarray, name: str) -> None:
@@ -212,7 +203,7 @@ class _Column:
 
             def take(places: np.ndarray, go_on: Callable[[], None]) -> None:
                 part = slice(places[0], places[-1] + 1)
-                _take(self._array, indices[part], rows[part])
+                gathered(self._array, indices[part], rows[part])
 
             workers.each(take, workers.split(np.arange(len(indices))))
             return rows

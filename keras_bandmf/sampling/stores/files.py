@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf.sampling.sources import as_array, map_leaves, unpacked
-from keras_bandmf.sampling.stores.rows import mapped, plain_array
+from keras_bandmf.sampling.stores.rows import plain_array
 
 _MANIFEST = "manifest.json"
 _FORMAT = "keras_bandmf rows"
@@ -254,7 +254,10 @@ def _write(
                     f"row {count - 1} of the stream."
                 )
             if not columns:
-                columns = {name: mapped(writer_of, part, name) for name, part in row.items()}
+                columns = {
+                    name: map_leaves(writer_of, part, name, lists_are_leaves=True)
+                    for name, part in row.items()
+                }
                 described = {name: _described(part, name) for name, part in columns.items()}
                 _check_space(folder, writers, total)
             _add(columns, row, count - 1)

@@ -16,7 +16,7 @@ from keras_bandmf.sampling.sources import (
     read_dataset,
     refuse_strings,
 )
-from keras_bandmf.sampling.stores.base import Store, checked_indices
+from keras_bandmf.sampling.stores.base import Store, checked_indices, gathered
 from keras_bandmf.sampling.weights import weighted
 
 
@@ -76,13 +76,10 @@ class MemoryStore(Store):
     def rows(self, indices: np.ndarray) -> dict[str, Any]:
         """Returns copies of rows; see `Store.rows`."""
         indices = checked_indices(indices, self._num_examples)
-
-        def gather(array: np.ndarray, name: str) -> np.ndarray:
-            rows = np.empty((len(indices), *array.shape[1:]), array.dtype)
-            # The range was checked: "clip" only spares NumPy a buffer of the whole result.
-            return np.take(array, indices, axis=0, out=rows, mode="clip")
-
-        return {name: map_leaves(gather, column, name) for name, column in self._columns.items()}
+        return {
+            name: map_leaves(lambda array, _: gathered(array, indices), column, name)
+            for name, column in self._columns.items()
+        }
 
     def digest(self, key: bytes) -> bytes:
         """Returns a keyed BLAKE2b hash of all columns, in the order of their rows.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import PrivacyError
-from keras_bandmf.sampling.sources import as_array, unpacked
+from keras_bandmf.sampling.sources import as_array, map_leaves, unpacked
 from keras_bandmf.sampling.stores.workers import Turns, Workers
 
 # In place of an element: its row is in the batch.
@@ -19,7 +20,8 @@ _DONE = object()
 _CONSTANT = frozenset({str, bytes, int, float, complex, bool, type(None)})
 
 
-class _Leaf(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
     """What each row has at one place of its structure; `place` numbers these places."""
 
     name: str
@@ -85,7 +87,7 @@ class Rows:
                 columns = self._decoded(number, element)
                 if not self._template:
                     self._template = {
-                        name: mapped(self._new_leaf, column, name)
+                        name: map_leaves(self._new_leaf, column, name, lists_are_leaves=True)
                         for name, column in columns.items()
                     }
                 singles.append(self._buffers(1))
@@ -174,7 +176,7 @@ class Rows:
         for buffer in buffers:
             buffer[copies] = buffer[origin[copies]]
         return {
-            name: mapped(lambda leaf, _: buffers[leaf.place], column, name)
+            name: map_leaves(lambda leaf, _: buffers[leaf.place], column, name)
             for name, column in self._template.items()
         }
 
@@ -347,7 +349,7 @@ class _Kept:
     def check(self, method: str) -> None:
         """Refuses values that changed since they were added, or share memory with another row."""
         for place, (number, values, before) in enumerate(self._rows):
-            same = _equal(before, _snapshot(values))
+            same = _same(before, _snapshot(values))
             others = [other for n, other, _ in self._rows[:place] if n != number]
             if not same or any(_share_memory(values, other) for other in others):
                 raise PrivacyError(
@@ -393,16 +395,6 @@ def _snapshot(values: Any) -> list[Any]:
     return found
 
 
-def _equal(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
-    return (
-        len(ours) == len(theirs)
-        and all(
-            a.dtype == b.dtype and a.shape == b.shape for a, b in zip(ours, theirs, strict=True)
-        )
-        and _same(ours, theirs)
-    )
-
-
 def _share_memory(ours: Any, theirs: Any) -> bool:
     """Returns whether two values have memory in common that can be written."""
 
@@ -446,18 +438,6 @@ def _copied(value: Any) -> Any:
     return _DONE
 
 
-def mapped(function: Callable[[Any, str], Any], structure: Any, name: str) -> Any:
-    """As `map_leaves`, where a list or a `_Leaf` is a leaf."""
-    if isinstance(structure, (list, _Leaf)) or not isinstance(structure, (dict, tuple)):
-        return function(structure, name)
-    if isinstance(structure, dict):
-        return {
-            key: mapped(function, value, f"{name}[{key!r}]") for key, value in structure.items()
-        }
-    items = [mapped(function, value, f"{name}[{i}]") for i, value in enumerate(structure)]
-    return type(structure)(*items) if hasattr(structure, "_fields") else tuple(items)
-
-
 def plain_array(value: Any) -> np.ndarray:
     """Returns numbers, lists and strings as arrays; strings keep zeros at their end."""
     if not isinstance(value, (str, bytes)):
@@ -495,16 +475,19 @@ def _leaf_array(value: Any, name: str, number: int) -> np.ndarray:
 
 
 def _same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
-    """Returns whether all arrays have the same bits, NaN included."""
-    return all(
-        bool(np.array_equal(a, b)) if a.dtype == object else a.tobytes() == b.tobytes()
-        for a, b in zip(ours, theirs, strict=True)
-    )
+    """Returns whether all arrays have the same shape, dtype and bits, NaN included."""
+
+    def same(a: np.ndarray, b: np.ndarray) -> bool:
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return bool(np.array_equal(a, b)) if a.dtype == object else a.tobytes() == b.tobytes()
+
+    return len(ours) == len(theirs) and all(map(same, ours, theirs))
 
 
 def _form(value: Any) -> str:
     if isinstance(value, dict):
         return f"a dict of {sorted(map(str, value))}"
-    if isinstance(value, tuple) and not isinstance(value, _Leaf):
+    if isinstance(value, tuple):
         return f"a tuple of {len(value)}"
     return "an array" if isinstance(value, _Leaf) else f"of type {type(value).__name__}"
