@@ -10,6 +10,7 @@ import tensorflow as tf
 import keras_bandmf as bandmf
 from keras_bandmf.training import own_batches
 from tests import runs
+from tests.training.test_resume import through_checkpoint, through_keras_file, through_weights
 
 X, Y = runs.counting_data()
 TARGET = {"epsilon": 4.0, "delta": 1e-5, "num_bands": 3}
@@ -217,27 +218,6 @@ def test_the_plan_is_logged_where_keras_is_silent(capsys, caplog):
     model_of(options={"run_eagerly": True}).fit(X, Y, verbose=0)
     assert capsys.readouterr().out == ""
     assert caplog.text.count("fingerprint") == 1
-
-
-def through_weights(model, other, path):
-    """Saves and loads with `save_weights`."""
-    model.save_weights(path / "run.weights.h5")
-    other.load_weights(path / "run.weights.h5")
-    return other
-
-
-def through_checkpoint(model, other, path):
-    """Saves and loads with `tf.train.Checkpoint`."""
-    saved = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(path / "run")
-    target = tf.train.Checkpoint(model=other, optimizer=other.optimizer)
-    target.restore(saved).assert_existing_objects_matched()
-    return other
-
-
-def through_keras_file(model, other, path):
-    """Saves and loads a `.keras` file; `other` is not needed."""
-    model.save(path / "run.keras")
-    return bandmf.privatize(keras.saving.load_model(path / "run.keras"))
 
 
 def built(*args, **kwargs):
