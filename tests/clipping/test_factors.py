@@ -198,3 +198,15 @@ def test_uses_of_a_tied_table_that_cancel_keep_the_floor_of_both():
     tied = Tied(Lookup(ids, tf.constant(g), 5), Outer(tf.constant(a), tf.constant(b), LAYOUT))
     lengths = 2 * 1e4 + 2 * np.linalg.norm(a[0, 0, 0]) * np.linalg.norm(b[0, 0, 0])
     assert tied.squared_norms()[0] >= 64 * 2.0**-23 * lengths**2 * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("positions", [32, 64, 65])
+def test_a_look_up_whose_positions_nearly_cancel_counts_for_the_clip_norm_at_most(positions):
+    """What remains lies near the floor of the norm, with terms of float32 that vanish before it."""
+    for rest in np.linspace(0, 4, 81):
+        g = np.full((1, positions, 1), 0.99 * 2.0**-24, np.float32)
+        g[0, 0], g[0, -2], g[0, -1] = 1, -1, rest * 64 * 2.0**-23
+        factor = Lookup(tf.zeros((1, positions), tf.int32), tf.constant(g * 2.0**40), 1)
+        norm = tf.sqrt(factor.squared_norms())
+        contribution = float(tf.norm(factor.weighted_sum(1 / norm)))
+        assert contribution <= 1 + 1e-5

@@ -90,11 +90,11 @@ def test_a_loop_clips_one_row_an_example():
 
 @keras.saving.register_keras_serializable(package="keras_bandmf_tests")
 class MixesManyRows(keras.layers.Layer):
-    """Subtracts the mean where a batch is large."""
+    """Subtracts the mean in batches of more rows than a check looks at by itself."""
 
     def call(self, x):
         mean = keras.ops.mean(x, axis=0, keepdims=True)
-        return tf.where(tf.shape(x)[0] > 32, x - mean, x)
+        return tf.where(tf.shape(x)[0] > 80, x - mean, x)
 
 
 def test_the_check_of_declared_layers_sees_as_many_rows_as_training():
@@ -104,9 +104,10 @@ def test_the_check_of_declared_layers_sees_as_many_rows_as_training():
     model = keras.Model(inputs, keras.layers.Dense(1)(MixesManyRows()(inputs)))
     runs.compiled(bandmf.privatize(model), plan)
     x = np.random.default_rng(0).integers(0, 9, (96, 4)).astype("float32")
-    batches = plan.batches(x, np.zeros(96), augment=lambda x, seed: x, augment_copies=8)
+    batches = plan.batches(x, np.zeros(96), augment=lambda x, seed: x, augment_copies=16)
     with pytest.raises(bandmf.PrivacyError):
         runs.fit(model, batches)
+    assert model.optimizer.steps_done == 0  # by the check, not by a step that it let pass
 
 
 @REPLICAS
