@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import itertools
 import json
 import os
@@ -58,11 +59,16 @@ class Turns(keras.callbacks.Callback):
         self._after.release()
 
 
+@functools.cache
+def distribution(replicas):
+    """The same for both ways: the collective operations of two would take each other's keys."""
+    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+
+
 def compiled_model(task, optimizer):
     """A model with the loss of both ways, under the distribution of the task."""
-    devices = [f"CPU:{i}" for i in range(task["replicas"])]
-    distribution = tf.distribute.MirroredStrategy(devices) if len(devices) > 1 else None
-    with distribution.scope() if distribution else tf.device(None):
+    replicas = task["replicas"]
+    with distribution(replicas).scope() if replicas > 1 else tf.device(None):
         keras.utils.set_random_seed(0)
         model = models.BUILDERS[task["model"]](task_sizes(task))
         model.compile(

@@ -101,8 +101,9 @@ def _difference(
     mode: ClippingMode,
     expected: list[np.ndarray],
 ) -> str | None:
-    flat = np.concatenate([np.reshape(g, [3, -1]) for g in expected], axis=1)
-    norms = np.linalg.norm(flat, axis=1)
+    rows = [np.reshape(g, [3, -1]) for g in expected]
+    squared = [np.einsum("ij,ij->i", g, g) for g in rows]
+    norms = np.sqrt(np.sum(squared, axis=0))
     finite = np.isfinite(norms)
     clip = float(np.median(norms[finite])) if finite.any() and norms[finite].any() else 1.0
 
@@ -120,8 +121,8 @@ def _difference(
     difference = np.abs(np.asarray(got.norms)[finite] - norms[finite])
     if not np.all(difference <= tolerance * scale):
         return "book-keeping norms disagree with those of one example at a time"
-    squared = [tf.constant(np.sum(np.reshape(g, [3, -1]) ** 2, axis=1)) for g in expected]
-    factors = [np.asarray(weights) for weights in clipper.factors(squared, mask).weights]
+    weights = clipper.factors([tf.constant(s) for s in squared], mask).weights
+    factors = [np.asarray(w) for w in weights]
     for variable, group, g, total in zip(
         model.trainable_variables, clipper.groups, expected, got.sums, strict=True
     ):
@@ -143,22 +144,28 @@ def _one_by_one(
     """
     variables = model.trainable_variables
     values = [v.value for v in variables]
+
+    # A graph, because eager calls would trace the losses anew for each row.
+    @tf.function(autograph=False)
+    def gradients(i: tf.Tensor) -> list[tf.Tensor]:
+        places = tf.fill([3], i)
+        places.set_shape([3])
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(values)
+            y_pred = forward(model, on_tensors(functools.partial(tf.gather, indices=places), x))
+        _, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight)
+        own = [tf.where(over_rows(tf.range(3) == i, s), s, tf.zeros_like(s)) for s in slopes]
+        return tape.gradient(
+            outputs,
+            values,
+            output_gradients=own,
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+
     found = []
     for i in range(3):
         snapshot.restore()
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(values)
-            y_pred = forward(model, on_tensors(functools.partial(tf.gather, indices=[i] * 3), x))
-        _, outputs, slopes = per_example_losses(loss, y, y_pred, sample_weight)
-        own = [tf.where(over_rows(tf.range(3) == i, s), s, tf.zeros_like(s)) for s in slopes]
-        found.append(
-            tape.gradient(
-                outputs,
-                values,
-                output_gradients=own,
-                unconnected_gradients=tf.UnconnectedGradients.ZERO,
-            )
-        )
+        found.append(gradients(tf.constant(i)))
     return [
         np.stack(
             [np.asarray(released(v, tf.cast(tf.convert_to_tensor(g), tf.float64))) for g in column]
