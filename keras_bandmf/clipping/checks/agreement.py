@@ -145,8 +145,6 @@ def _one_by_one(
     variables = model.trainable_variables
     values = [v.value for v in variables]
 
-    # A graph, because eager calls would trace the losses anew for each row.
-    @tf.function(autograph=False)
     def gradients(i: tf.Tensor) -> list[tf.Tensor]:
         places = tf.fill([3], i)
         places.set_shape([3])
@@ -162,10 +160,13 @@ def _one_by_one(
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
 
+    # A graph, because eager calls would trace the losses anew for each row.
+    traced = tf.function(gradients, autograph=False)
+    of_row = traced.get_concrete_function(tf.TensorSpec([], tf.int32))
     found = []
     for i in range(3):
         snapshot.restore()
-        found.append(gradients(tf.constant(i)))
+        found.append(of_row(tf.constant(i)))
     return [
         np.stack(
             [np.asarray(released(v, tf.cast(tf.convert_to_tensor(g), tf.float64))) for g in column]
