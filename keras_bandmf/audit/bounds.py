@@ -34,6 +34,7 @@ def rates_of_trials(
     counted_out: Sequence[np.ndarray],
     delta: float,
     confidence: float,
+    claims: Sequence[tuple[float, float]] = (),
 ) -> tuple[Evidence, int, float]:
     """Bounds the error rates of the best of several attacks, from independent trials.
 
@@ -48,6 +49,8 @@ def rates_of_trials(
         counted_out: The same of canaries that are out.
         delta: In [0, 1).
         confidence: In (0, 1).
+        claims: Pairs (epsilon, delta). If there are any, attack and threshold are chosen to
+            contradict them, else for the largest epsilon at `delta`.
 
     Returns:
         The evidence, the index of the attack, and its threshold: scores at or above it say "in".
@@ -79,8 +82,10 @@ def rates_of_trials(
         tp = _at_least(inside, thresholds)
         fp = _at_least(outside, thresholds)
         low, high = _bounds(tp, len(inside), fp, len(outside), confidence)
-        # Where no epsilon above zero shows, the largest gap of the rates decides.
-        gain = np.maximum(_epsilons(low, high, delta), low - high - 1.0)
+        if claims:
+            gain = low - np.min([_allowed(high, *claim) for claim in claims], axis=0)
+        else:  # where no epsilon above zero shows, the largest gap of the rates decides
+            gain = np.maximum(_epsilons(low, high, delta), low - high - 1.0)
         k = int(np.argmax(gain))
         best = max(best, (float(gain[k]), attack, float(thresholds[k])))
     _, attack, threshold = best
@@ -103,17 +108,21 @@ def contradicted(
     Formal guarantees: a mechanism that is (epsilon, delta)-differentially private for every claim
         is contradicted only where a rate is out of its bound.
     """
-    tp, fp = evidence.true_positives, evidence.false_positives
     most, worst = 0.0, None
-    for epsilon, delta in claims:
-        # The second line says the same of the attack that answers the other way round.
-        allowed = min(
-            math.exp(min(epsilon, 700.0)) * fp + delta,
-            1.0 - math.exp(-epsilon) * (1.0 - fp - delta),
-        )
-        if tp - allowed > most:
-            most, worst = tp - allowed, (epsilon, delta)
+    for claim in claims:
+        allowed = _allowed(np.array(evidence.false_positives), *claim)
+        if evidence.true_positives - allowed > most:
+            most, worst = evidence.true_positives - float(allowed), claim
     return worst
+
+
+def _allowed(false_positives: np.ndarray, epsilon: float, delta: float) -> np.ndarray:
+    """Returns the largest true-positive rates that (epsilon, delta) allows."""
+    return np.minimum(
+        math.exp(min(epsilon, 700.0)) * false_positives + delta,
+        # The same of the attack that answers the other way round.
+        1.0 - math.exp(-epsilon) * (1.0 - false_positives - delta),
+    )
 
 
 def one_run_lower_bound(

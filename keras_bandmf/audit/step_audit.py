@@ -193,14 +193,19 @@ def _report(
 ) -> AuditReport:
     scores = np.nan_to_num(scores, nan=0.0)
     first = np.arange(len(included)) < len(included) // 2
-    parts = [list(scores[:, half & side]) for half in (first, ~first) for side in (included, ~included)]
-    evidence, attack, threshold = rates_of_trials(*parts, delta=plan.delta, confidence=confidence)
+    sides = [half & side for half in (first, ~first) for side in (included, ~included)]
+    parts = [list(scores[:, side]) for side in sides]
+    # One test for the bound and one for the claims, each with half of the error.
+    share = 0.5 * (1.0 + confidence)
+    shown, attack, threshold = rates_of_trials(*parts, delta=plan.delta, confidence=share)
+    claims = _claims(plan)
+    rates, _, _ = rates_of_trials(*parts, delta=plan.delta, confidence=share, claims=claims)
     inside, outside = parts[2][attack], parts[3][attack]
     right, wrong = (int(np.sum(s >= threshold)) for s in (inside, outside))
     return AuditReport(
         kind="step",
         attack=_ATTACKS[attack],
-        epsilon_lower_bound=evidence.epsilon,
+        epsilon_lower_bound=shown.epsilon,
         epsilon=plan.epsilon(),
         delta=plan.delta,
         confidence=confidence,
@@ -210,5 +215,5 @@ def _report(
             f"found {right} of {len(inside)} canaries that took part, and took {wrong} of "
             f"{len(outside)} others for such; as many trials chose the attack"
         ),
-        contradicted=contradicted(evidence, _claims(plan)),
+        contradicted=contradicted(rates, claims),
     )
