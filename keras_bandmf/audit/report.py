@@ -100,10 +100,11 @@ class AuditReport:
         """The report as a text."""
         title = f"Privacy audit ({self.kind})"
         share = rounded_down(100 * self.confidence, 4)
+        least = rounded_down(self.epsilon_lower_bound, 4)
         bound = (
-            f"The attack shows that epsilon is at least {rounded_down(self.epsilon_lower_bound, 4)} "
-            f"at delta = {rounded_up(self.delta, 3)}, with confidence {share} %. The plan states "
-            f"epsilon = {rounded_up(self.epsilon, 4)}."
+            f"The attack shows that epsilon is at least {least} at delta = "
+            f"{rounded_up(self.delta, 3)}, with confidence {share} %. The plan states epsilon = "
+            f" {rounded_up(self.epsilon, 4)}."
         )
         verdict = "This does not contradict the plan. It proves nothing more than the lower bound."
         if not self.consistent:

@@ -1,4 +1,4 @@
-"""`audit_steps`: attacks simulated runs of a plan, in which only the private mechanism is at work."""
+"""`audit_steps`: attacks simulated runs of a plan, with nothing at work but the mechanism."""
 
 from __future__ import annotations
 

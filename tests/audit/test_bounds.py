@@ -71,7 +71,7 @@ def test_scores_that_are_no_numbers_are_refused():
 
 @pytest.mark.parametrize("epsilon", [0.5, 2.0])
 def test_coins_behind_randomized_response_are_below_its_epsilon(epsilon):
-    """At 80 % confidence, 500 bounds may be false 100 times: more than 126 has probability 0.2 %."""
+    """At 80 % confidence, 500 bounds may be false 100 times: above 126 has probability 0.2 %."""
     rng = np.random.default_rng(4)
     correct = rng.binomial(300, 1 / (1 + math.exp(-epsilon)), size=500)
     found = [bounds.one_run_lower_bound(int(c), 300, 300, 0.0, 0.8) for c in correct]
