@@ -27,11 +27,24 @@ class Evidence(NamedTuple):
     epsilon: float
 
 
+class Trials(NamedTuple):
+    """The scores of independent trials by each of several attacks, 1-D; high means "in".
+
+    Attributes:
+        chosen_in: Of canaries that are in, to choose attack and threshold by.
+        chosen_out: Of canaries that are out, for the same.
+        counted_in: Of other canaries that are in, which count.
+        counted_out: Of other canaries that are out, which count.
+    """
+
+    chosen_in: Sequence[np.ndarray]
+    chosen_out: Sequence[np.ndarray]
+    counted_in: Sequence[np.ndarray]
+    counted_out: Sequence[np.ndarray]
+
+
 def rates_of_trials(
-    chosen_in: Sequence[np.ndarray],
-    chosen_out: Sequence[np.ndarray],
-    counted_in: Sequence[np.ndarray],
-    counted_out: Sequence[np.ndarray],
+    trials: Trials,
     delta: float,
     confidence: float,
     claims: Sequence[tuple[float, float]] = (),
@@ -42,11 +55,7 @@ def rates_of_trials(
     costs no confidence.
 
     Args:
-        chosen_in: The scores by each attack of the canaries that are in, for the choice; each 1-D.
-            High means "in".
-        chosen_out: The same of canaries that are out.
-        counted_in: The same scores of other canaries that are in.
-        counted_out: The same of canaries that are out.
+        trials: The scores.
         delta: In [0, 1).
         confidence: In (0, 1).
         claims: Pairs (epsilon, delta). If there are any, attack and threshold are chosen to
@@ -65,19 +74,16 @@ def rates_of_trials(
     """
     checked_float("delta", delta, minimum=0.0, below=1.0)
     checked_float("confidence", confidence, above=0.0, below=1.0)
-    for name, part in (
-        ("chosen_in", chosen_in),
-        ("chosen_out", chosen_out),
-        ("counted_in", counted_in),
-        ("counted_out", counted_out),
-    ):
+    for name, part in trials._asdict().items():
         if not len(part) or any(np.ndim(s) != 1 or not len(s) or np.isnan(s).any() for s in part):
             raise ValueError(
                 f"Expected `{name}` to hold at least one score by each attack, and no NaN. "
                 f"Received: shapes {[np.shape(s) for s in part]}"
             )
     best = (-math.inf, 0, 0.0)
-    for attack, (inside, outside) in enumerate(zip(chosen_in, chosen_out, strict=True)):
+    for attack, (inside, outside) in enumerate(
+        zip(trials.chosen_in, trials.chosen_out, strict=True)
+    ):
         thresholds = _thresholds(inside, outside)
         tp = _at_least(inside, thresholds)
         fp = _at_least(outside, thresholds)
@@ -89,7 +95,7 @@ def rates_of_trials(
         k = int(np.argmax(gain))
         best = max(best, (float(gain[k]), attack, float(thresholds[k])))
     _, attack, threshold = best
-    inside, outside = counted_in[attack], counted_out[attack]
+    inside, outside = trials.counted_in[attack], trials.counted_out[attack]
     tp, fp = (np.array([np.sum(np.asarray(s) >= threshold)]) for s in (inside, outside))
     low, high = _bounds(tp, len(inside), fp, len(outside), confidence)
     epsilon = max(0.0, float(_epsilons(low, high, delta)[0]))

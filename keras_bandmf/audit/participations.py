@@ -48,7 +48,7 @@ def log_likelihood_ratios(
         (canaries,) float64.
     """
     pattern = plan.schedule.law.patterns(plan.schedule)
-    if plan.certificate is None and groups is None:  # all steps are known
+    if pattern is None or (plan.certificate is None and groups is None):  # all steps are known
         return found.sum(axis=0)
     rounds = pattern.rounds
     padding = rounds.most * rounds.num_bands - len(found)

@@ -104,7 +104,7 @@ class AuditReport:
         bound = (
             f"The attack shows that epsilon is at least {least} at delta = "
             f"{rounded_up(self.delta, 3)}, with confidence {share} %. The plan states epsilon = "
-            f" {rounded_up(self.epsilon, 4)}."
+            f"{rounded_up(self.epsilon, 4)}."
         )
         verdict = "This does not contradict the plan. It proves nothing more than the lower bound."
         if not self.consistent:

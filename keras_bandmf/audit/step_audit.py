@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_bandmf._checks import checked_float, checked_int
 from keras_bandmf.accounting.accountant import epsilon_of
-from keras_bandmf.audit.bounds import contradicted, rates_of_trials
+from keras_bandmf.audit.bounds import Trials, contradicted, rates_of_trials
 from keras_bandmf.audit.participations import known_steps, log_likelihood_ratios
 from keras_bandmf.audit.released import filtered
 from keras_bandmf.audit.report import AuditReport
@@ -88,13 +88,15 @@ def audit_steps(
     trials = checked_int("trials", trials, minimum=8)
     checked_float("confidence", confidence, above=0.0, below=1.0)
     rng = np.random.default_rng(checked_int("seed", seed, minimum=0))
-    scores, included = [], []
-    while (left := trials - sum(map(len, included))) > 0:
+    scores: list[np.ndarray] = []
+    included = np.zeros(0, bool)
+    while len(included) < trials:
+        left = trials - len(included)
         count = min(left, plan.num_examples, max(1, _MOST_RELEASED // plan.num_steps))
         coins = rng.integers(0, 2, count).astype(bool)
         scores.append(_scores_of_run(plan, coins, distribution))
-        included.append(coins)
-    return _report(plan, np.concatenate(scores, axis=1), np.concatenate(included), confidence)
+        included = np.concatenate([included, coins])
+    return _report(plan, np.concatenate(scores, axis=1), included, confidence)
 
 
 def _check_plan(plan: TrainingPlan) -> None:
@@ -194,13 +196,13 @@ def _report(
     scores = np.nan_to_num(scores, nan=0.0)
     first = np.arange(len(included)) < len(included) // 2
     sides = [half & side for half in (first, ~first) for side in (included, ~included)]
-    parts = [list(scores[:, side]) for side in sides]
+    trials = Trials(*(list(scores[:, side]) for side in sides))
     # One test for the bound and one for the claims, each with half of the error.
     share = 0.5 * (1.0 + confidence)
-    shown, attack, threshold = rates_of_trials(*parts, delta=plan.delta, confidence=share)
+    shown, attack, threshold = rates_of_trials(trials, plan.delta, share)
     claims = _claims(plan)
-    rates, _, _ = rates_of_trials(*parts, delta=plan.delta, confidence=share, claims=claims)
-    inside, outside = parts[2][attack], parts[3][attack]
+    rates, _, _ = rates_of_trials(trials, plan.delta, share, claims)
+    inside, outside = trials.counted_in[attack], trials.counted_out[attack]
     right, wrong = (int(np.sum(s >= threshold)) for s in (inside, outside))
     return AuditReport(
         kind="step",

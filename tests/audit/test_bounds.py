@@ -17,7 +17,7 @@ def trials_of_gaussian(rng, mu, count):
     """Independent trials of a test of N(mu, 1) against N(0, 1)."""
     chosen_in, counted_in = halves(mu + rng.normal(size=count))
     chosen_out, counted_out = halves(rng.normal(size=count))
-    return chosen_in, chosen_out, counted_in, counted_out
+    return bounds.Trials(chosen_in, chosen_out, counted_in, counted_out)
 
 
 def delta_of_gaussian(mu, epsilon):
@@ -34,21 +34,21 @@ def test_trials_of_a_gaussian_mechanism_are_below_its_epsilon():
     claims = [(e, delta_of_gaussian(mu, e)) for e in np.linspace(0, 5, 26)]
     false = 0
     for _ in range(400):
-        evidence, _, _ = bounds.rates_of_trials(*trials_of_gaussian(rng, mu, 200), delta, 0.8)
+        evidence, _, _ = bounds.rates_of_trials(trials_of_gaussian(rng, mu, 200), delta, 0.8)
         false += evidence.epsilon > epsilon or bounds.contradicted(evidence, claims) is not None
     assert false <= 102
 
 
 def test_trials_of_a_gaussian_mechanism_come_close_to_its_epsilon():
     rng = np.random.default_rng(1)
-    evidence, _, _ = bounds.rates_of_trials(*trials_of_gaussian(rng, 1.0, 40_000), 1e-5, 0.95)
+    evidence, _, _ = bounds.rates_of_trials(trials_of_gaussian(rng, 1.0, 40_000), 1e-5, 0.95)
     assert 2.0 < evidence.epsilon < 4.4  # exactly 4.38 at 1e-5
 
 
 def test_claims_about_half_of_the_noise_are_contradicted():
     rng = np.random.default_rng(2)
     claims = [(e, delta_of_gaussian(0.3, e)) for e in np.linspace(0, 2, 11)]
-    evidence, _, _ = bounds.rates_of_trials(*trials_of_gaussian(rng, 0.6, 4_000), 1e-5, 0.95)
+    evidence, _, _ = bounds.rates_of_trials(trials_of_gaussian(rng, 0.6, 4_000), 1e-5, 0.95)
     assert bounds.contradicted(evidence, claims) is not None
 
 
@@ -57,16 +57,16 @@ def test_the_best_attack_is_chosen():
     useless = [[rng.normal(size=500)] for _ in range(4)]
     useful = trials_of_gaussian(rng, 3.0, 1_000)
     parts = [a + b for a, b in zip(useless, useful, strict=True)]
-    _, attack, _ = bounds.rates_of_trials(*parts, 1e-5, 0.95)
+    _, attack, _ = bounds.rates_of_trials(bounds.Trials(*parts), 1e-5, 0.95)
     assert attack == 1
 
 
 def test_scores_that_are_no_numbers_are_refused():
     good = [np.zeros(4)]
     with pytest.raises(ValueError, match="counted_out"):
-        bounds.rates_of_trials(good, good, good, [np.array([np.nan])], 1e-5, 0.95)
+        bounds.rates_of_trials(bounds.Trials(good, good, good, [np.array([np.nan])]), 1e-5, 0.95)
     with pytest.raises(ValueError, match="chosen_in"):
-        bounds.rates_of_trials([np.zeros(0)], good, good, good, 1e-5, 0.95)
+        bounds.rates_of_trials(bounds.Trials([np.zeros(0)], good, good, good), 1e-5, 0.95)
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 2.0])
