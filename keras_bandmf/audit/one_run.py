@@ -297,6 +297,7 @@ def _report(
     confidence: float,
 ) -> AuditReport:
     """Guesses the coins from the scores, and returns the best bound of all numbers of guesses."""
+    scores = np.nan_to_num(scores, nan=0.0)  # of a run that diverged
     order = np.argsort(scores, kind="stable")
     share = 1.0 - (1.0 - confidence) / len(guesses)
     bounds = []
