@@ -1,6 +1,6 @@
 """Differentially private training of Keras models with correlated noise."""
 
-from keras_bandmf import callbacks, clipping, layers, noise, sources, strategies, tfx_input
+from keras_bandmf import audit, callbacks, clipping, layers, noise, sources, strategies, tfx_input
 from keras_bandmf._checks import PrivacyError
 from keras_bandmf.clipping import ClippedGradients, clipped_gradients
 from keras_bandmf.optimizers import BandMFOptimizer
@@ -32,6 +32,7 @@ __all__ = [
     "Statement",
     "TrainingPlan",
     "__version__",
+    "audit",
     "callbacks",
     "clipped_gradients",
     "clipping",

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from keras_bandmf.audit import audit_steps
 from keras_bandmf.planning.band_choice import BandChoice
 from keras_bandmf.planning.calibration import compare_bands, resolved_amplification
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.progress import ProgressBar
-from keras_bandmf.plots import plot_plan
+from keras_bandmf.plots import plot_audit, plot_plan, require_matplotlib
 
 #: What `main` returns: done, a run that is refused, and a mistake in the arguments.
 DONE, REFUSED, USAGE = 0, 1, 2
@@ -20,6 +21,10 @@ DONE, REFUSED, USAGE = 0, 1, 2
 
 class _UsageError(Exception):
     """A mistake in the arguments that argparse cannot see."""
+
+
+class _ContradictedError(Exception):
+    """The report of an audit that contradicts its plan."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(
         prog="keras-bandmf",
-        description="Plans private training runs. It looks at no data.",
+        description="Plans private training runs, and audits plans. It looks at no data.",
         epilog="`keras-bandmf COMMAND --help` shows the arguments of a command.",
         allow_abbrev=False,
     )
@@ -80,6 +85,38 @@ def _parser() -> _Parser:
     )
     _add_run(compare)
     compare.set_defaults(run=_compare_bands)
+    audit = commands.add_parser(
+        "audit",
+        help="attack the noise and the clipping of a plan, and bound its epsilon from below",
+        description="Runs the clipping, the sampling and the noise of a plan with canaries, and "
+        "prints how much of an attack on them succeeds. A lower bound above the plan's epsilon "
+        "ends with the exit code 1.",
+        allow_abbrev=False,
+    )
+    audit.add_argument(
+        "--plan",
+        type=pathlib.Path,
+        required=True,
+        metavar="FILE",
+        help="a plan as JSON, which `keras-bandmf plan --json FILE` writes",
+    )
+    audit.add_argument(
+        "--trials", type=int, default=4_000, metavar="T", help="canaries (default: %(default)s)"
+    )
+    audit.add_argument(
+        "--confidence",
+        type=float,
+        default=0.95,
+        metavar="C",
+        help="how surely the bound holds (default: %(default)s)",
+    )
+    audit.add_argument(
+        "--output",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="write audit.json, audit.txt and audit.png there",
+    )
+    audit.set_defaults(run=_audit)
     return parser
 
 
@@ -149,8 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 if the command ran; 1 if the run it describes is refused, or a file cannot
-        be written; 2 for a mistake in the arguments. Errors are printed in one line, without a
-        traceback.
+        be written, or an audit contradicts its plan; 2 for a mistake in the arguments. Errors are
+        printed in one line, without a traceback.
     """
     try:
         arguments = _parser().parse_args(argv)
@@ -161,6 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         sys.stderr.write(f"error: {error}\n")
         return USAGE
+    except _ContradictedError as report_of_audit:
+        sys.stdout.write(f"{report_of_audit}\n")
+        return REFUSED
     except (ValueError, TypeError, ImportError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return REFUSED
@@ -186,6 +226,28 @@ def _choice(arguments: argparse.Namespace) -> BandChoice:
 def _compare_bands(arguments: argparse.Namespace) -> str:
     """Returns the table of the candidates."""
     return str(_choice(arguments))
+
+
+def _audit(arguments: argparse.Namespace) -> str:
+    """Attacks the plan, writes the files that were asked for, and returns the report."""
+    output = arguments.output
+    if output is not None and not output.is_dir():
+        raise _UsageError(
+            f"argument --output: expected a folder that exists, received: {str(output)!r}"
+        )
+    if output is not None:
+        require_matplotlib()
+    plan = TrainingPlan.from_json(arguments.plan.read_text(encoding="utf-8"))
+    report = audit_steps(plan, trials=arguments.trials, confidence=arguments.confidence)
+    text = str(report)
+    if output is not None:
+        (output / "audit.txt").write_text(text + "\n", encoding="utf-8")
+        (output / "audit.json").write_text(report.to_json() + "\n", encoding="utf-8")
+        plot_audit(report, plan, output / "audit.png")
+        text += f"\n\nReport and picture written to {output}"
+    if not report.consistent:
+        raise _ContradictedError(text)
+    return text
 
 
 def _plan(arguments: argparse.Namespace) -> str:

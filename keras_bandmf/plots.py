@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from keras_bandmf._printed import rounded_down, rounded_up
+from keras_bandmf.accounting.accountant import epsilon_of
+from keras_bandmf.audit.report import AuditReport
 from keras_bandmf.planning.band_choice import BandChoice
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.plan_table import rmse_unit
 from keras_bandmf.strategies import ToeplitzStrategy
 
-if TYPE_CHECKING:  # Everything but `plot_plan` works without matplotlib.
+if TYPE_CHECKING:  # Everything but pictures works without matplotlib.
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_plan"]
+__all__ = ["plot_audit", "plot_plan"]
 
 _BLUE, _GREY = "#1f5fa8", "#8a8a8a"
 _COLORS = {"cyclic_poisson": _BLUE, "random_allocation": "#7b4ea3", "fixed_order": "#3a9a5c"}
@@ -26,6 +28,10 @@ _HOW = {
     "random_allocation": "random allocation",
     "fixed_order": "fixed order",
 }
+# The deltas whose epsilons bound the picture of an audit, beside the plan's own.
+_DELTAS = tuple(
+    10.0**-power for power in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.3, 1.6, 2, 2.5, 3, 4, 5, 6)
+)
 _MAX_POINTS = 2000
 _MAX_STEPS = 10**8  # The most steps that `per_step_error` accepts.
 
@@ -90,16 +96,118 @@ def plot_plan(
     return figure
 
 
-def _new_figure(panels: int) -> Figure:
-    """Returns a figure with this number of empty panels in a row."""
+def plot_audit(
+    report: AuditReport,
+    plan: TrainingPlan,
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draws how well an attack did beside what the plan allows any attack.
+
+    Both panels show the true-positive rate of the attack at each false-positive rate, the second on
+    logarithmic axes, where small false-positive rates are seen. No attack on the plan can be above
+    the shaded limit in expectation: for each of several deltas with the epsilon of the plan at it,
+    `TPR <= e^epsilon FPR + delta` and `1 - FPR <= e^epsilon (1 - TPR) + delta`. The curve
+    of the attack itself is measured on few canaries, and may cross the limit by chance; what is
+    proved, with the stated confidence, is the lower bound in the title.
+
+    Args:
+        report: What an audit of the plan found.
+        plan: The plan.
+        path: The file to which the picture is saved, in the format of its extension (.png, .pdf,
+            .svg). None saves nothing.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+        >>> import numpy as np
+        >>> import keras_bandmf as bandmf
+        >>> from keras_bandmf.plots import plot_audit
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=1000, batch_size=100, epochs=2, num_bands=4,
+        ...     noise_multiplier=1.0, delta=1e-5)
+        >>> report = bandmf.audit.AuditReport(
+        ...     kind="step", attack="matched filter", epsilon_lower_bound=1.5,
+        ...     epsilon=plan.epsilon(), delta=plan.delta, confidence=0.95,
+        ...     scores_in=np.array([1.0, 2.0]), scores_out=np.array([0.0, 1.0]))
+        >>> plot_audit(report, plan).axes[0].get_ylabel()
+        'true-positive rate'
+    """
+    if not isinstance(report, AuditReport):
+        raise TypeError(f"Expected `report` to be an AuditReport. Received: report={report!r}.")
+    if not isinstance(plan, TrainingPlan):
+        raise TypeError(f"Expected `plan` to be a TrainingPlan. Received: plan={plan!r}.")
+    figure = _new_figure(panels=2)
+    linear, logarithmic = figure.axes
+    rates, found = report.roc()
+    least = 0.5 / max(len(report.scores_out), len(report.scores_in))
+    grid = np.union1d(np.geomspace(least, 1.0, 400), np.linspace(0.0, 1.0, 400))
+    limit = _allowed(plan, grid)
+    for axis in (linear, logarithmic):
+        axis.fill_between(grid, limit, 1.0, color=_GREY, alpha=0.25, linewidth=0)
+        axis.plot(grid, limit, color=_GREY, label="limit of the plan")
+        axis.step(rates, found, where="post", color=_BLUE, label="the attack")
+        axis.plot(grid, grid, ":", color="black", linewidth=1, label="guessing")
+        axis.set_xlabel("false-positive rate")
+        axis.set_ylabel("true-positive rate")
+    linear.set(xlim=(0, 1), ylim=(0, 1), title="All canaries")
+    logarithmic.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1))
+    logarithmic.set_title("Few false alarms")
+    linear.legend(frameon=False, loc="lower right")
+    figure.suptitle(
+        f"Audit ({report.kind}): epsilon is at least {rounded_down(report.epsilon_lower_bound, 3)} "
+        f"with confidence {rounded_down(100 * report.confidence, 4)} %; "
+        f"the plan states {rounded_up(report.epsilon, 3)} at delta = {rounded_up(report.delta, 2)}",
+        fontsize=11,
+    )
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _allowed(plan: TrainingPlan, rates: np.ndarray) -> np.ndarray:
+    """Returns the largest true-positive rate that the plan allows at each false-positive rate."""
+    event = plan.dp_event()
+    claims = [(plan.epsilon(), plan.delta)]
+    claims += [(epsilon_of(event, delta), delta) for delta in _DELTAS]
+    limit = np.ones_like(rates)
+    for epsilon, delta in claims:
+        factor = np.exp(min(epsilon, 700.0))
+        limit = np.minimum(limit, factor * rates + delta)
+        limit = np.minimum(limit, 1.0 - (1.0 - delta - rates) / factor)
+    return limit
+
+
+def require_matplotlib() -> None:
+    """Does nothing where pictures can be drawn.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> from keras_bandmf.plots import require_matplotlib
+        >>> require_matplotlib()
+    """
     try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
+        import matplotlib.figure  # noqa: F401
+        import matplotlib.layout_engine  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "Expected matplotlib to be installed: plots need it. Install the extra: "
             "`pip install keras_bandmf[plot]`."
         ) from error
+
+
+def _new_figure(panels: int) -> Figure:
+    """Returns a figure with this number of empty panels in a row."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     # Not pyplot's figure, which would open windows and keep global state.
     layout = ConstrainedLayoutEngine(wspace=0.06)
     figure = Figure(figsize=(5.4 * panels, 4.0), layout=layout)

@@ -14,6 +14,7 @@ import keras_bandmf
 
 PACKAGE = pathlib.Path(keras_bandmf.__file__).parent
 ROOMS = (
+    "audit",
     "callbacks",
     "clipping",
     "layers",

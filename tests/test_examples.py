@@ -85,3 +85,12 @@ def test_the_rule_is_judged_at_the_nearest_candidate(example):
     assert swept.rule == 4.0
     (four,) = (row for row in swept.choice.candidates if row.num_bands == 4)
     assert swept.rmse_by_rule == four.expected_rmse >= swept.choice.best.expected_rmse
+
+
+@pytest.mark.slow
+def test_the_audit_prints_three_reports_and_draws(example, tmp_path, capsys):
+    example("audit").main(["--trials", "400", "--canaries", "60", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert printed.count("Privacy audit (step)") == 1
+    assert printed.count("Privacy audit (one run)") == 2
+    assert (tmp_path / "audit.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -103,7 +103,8 @@ def test_dir_shows_public_names_only():
     import keras_bandmf
 
     assert sorted(dir(keras_bandmf)) == sorted(keras_bandmf.__all__)
-    for name in ("callbacks", "clipping", "layers", "noise", "sources", "strategies", "tfx_input"):
+    names = "audit callbacks clipping layers noise sources strategies tfx_input"
+    for name in names.split():
         room = getattr(keras_bandmf, name)
         assert sorted(dir(room)) == sorted(room.__all__)
         assert all(getattr(room, public) is not None for public in room.__all__)

@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from keras_bandmf import __main__ as command_line
 from keras_bandmf.__main__ import main
+from keras_bandmf.audit import AuditReport
 from keras_bandmf.planning.plan import TrainingPlan
 
 GOOD = {
@@ -167,3 +170,76 @@ def test_a_plan_of_users(capsys, tmp_path):
     assert "one user" in capsys.readouterr().out
     assert main(command(num_bands="2", unit="a\nb")) == 1
     assert "`unit` to be a word" in capsys.readouterr().err
+
+
+def test_audit_writes_report_and_picture(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    document = tmp_path / "plan.json"
+    assert main(command(num_bands="2", json=document)) == 0
+    capsys.readouterr()
+    wanted = ["audit", f"--plan={document}", "--trials=400", f"--output={tmp_path}"]
+    assert main(wanted) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    report = AuditReport.from_json((tmp_path / "audit.json").read_text())
+    assert report.kind == "step"
+    assert report.epsilon == TrainingPlan.from_json(document.read_text()).epsilon()
+    assert str(report) in out
+    assert (tmp_path / "audit.txt").read_text() == f"{report}\n"
+    assert (tmp_path / "audit.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_an_audit_that_contradicts_its_plan_ends_with_1(capsys, tmp_path, monkeypatch):
+    plan = TrainingPlan(
+        num_examples=1000, batch_size=50, epochs=1, noise_multiplier=1.0, delta=1e-5, num_bands=2
+    )
+    document = tmp_path / "plan.json"
+    document.write_text(plan.to_json())
+    asked = {}
+
+    def contradicts(plan, **options):
+        asked.update(options)
+        rows = np.zeros(2)
+        return AuditReport(
+            kind="step",
+            attack="all",
+            epsilon_lower_bound=9.0,
+            epsilon=plan.epsilon(),
+            delta=plan.delta,
+            confidence=0.9,
+            scores_in=rows,
+            scores_out=rows,
+        )
+
+    monkeypatch.setattr(command_line, "audit_steps", contradicts)
+    assert main(["audit", f"--plan={document}", "--trials=64", "--confidence=0.9"]) == 1
+    out, err = capsys.readouterr()
+    assert "FALSE" in out
+    assert err == ""
+    assert asked == {"trials": 64, "confidence": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["audit"], 2, "--plan"),
+        (["audit", "--plan=PLAN", "--trials=many"], 2, "'many'"),
+        (["audit", "--plan=PLAN", "--output=/no/such/folder"], 2, "--output"),
+        (["audit", "--plan=/no/such/plan.json"], 1, "plan.json"),
+        (["audit", "--plan=EMPTY"], 1, "error"),
+        (["audit", "--plan=PLAN", "--trials=0"], 1, "trials"),
+        (["audit", "--plan=PLAN", "--confidence=nan"], 1, "confidence"),
+    ],
+)
+def test_mistakes_in_an_audit(arguments, code, words, capsys, tmp_path):
+    plan = TrainingPlan(
+        num_examples=1000, batch_size=50, epochs=1, noise_multiplier=1.0, delta=1e-5, num_bands=2
+    )
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    (tmp_path / "empty.json").write_text("")
+    places = {"--plan=PLAN": "plan.json", "--plan=EMPTY": "empty.json"}
+    arguments = [f"--plan={tmp_path / places[a]}" if a in places else a for a in arguments]
+    assert main(arguments) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err

@@ -4,10 +4,12 @@ import builtins
 
 import numpy as np
 import pytest
+import scipy.stats
 
+from keras_bandmf.audit import AuditReport
 from keras_bandmf.planning.band_choice import BandCandidate, BandChoice
 from keras_bandmf.planning.plan import TrainingPlan
-from keras_bandmf.plots import plot_plan
+from keras_bandmf.plots import plot_audit, plot_plan
 from keras_bandmf.strategies import Workload
 from tests.plans import make_plan
 
@@ -97,3 +99,51 @@ def test_without_matplotlib(plan, monkeypatch):
 def test_only_plans_are_drawn():
     with pytest.raises(TypeError, match="plan='x'"):
         plot_plan("x")
+
+
+def report_of(plan):
+    rng = np.random.default_rng(0)
+    return AuditReport(
+        kind="step",
+        attack="matched filter",
+        epsilon_lower_bound=0.51239,
+        epsilon=plan.epsilon(),
+        delta=plan.delta,
+        confidence=0.95,
+        scores_in=rng.normal(size=300) + 0.5,
+        scores_out=rng.normal(size=400),
+    )
+
+
+def test_an_audit_is_drawn_beside_what_the_plan_allows(tmp_path):
+    pytest.importorskip("matplotlib")
+    # One participation and a fixed order: the limit is that of a Gaussian of mean 1 / sigma.
+    plan = make_plan(sampling="fixed_order", epochs=1)
+    report, path = report_of(plan), tmp_path / "audit.png"
+    figure = plot_audit(report, plan, path)
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "at least 0.512 with" in figure.get_suptitle()
+    for axis in figure.axes:
+        limit, attack, guess = axis.get_lines()
+        false = limit.get_xdata()
+        best = scipy.stats.norm.cdf(scipy.stats.norm.ppf(false) + 1 / plan.noise_multiplier)
+        assert (limit.get_ydata() >= best - 1e-12).all()
+        assert (limit.get_ydata() - best).max() < 0.03
+        np.testing.assert_array_equal(attack.get_data(), report.roc())
+        np.testing.assert_array_equal(*guess.get_data())
+    assert figure.axes[1].get_xscale() == "log"
+
+
+def test_an_audit_of_a_plan_without_noise_allows_everything():
+    pytest.importorskip("matplotlib")
+    plan = make_plan(noise_multiplier=0.0)
+    (limit, *_), _ = (axis.get_lines() for axis in plot_audit(report_of(plan), plan).axes)
+    false, true = limit.get_data()
+    assert (true[false > 0] == 1).all()
+
+
+def test_audits_of_something_else_are_refused(plan):
+    with pytest.raises(TypeError, match="AuditReport"):
+        plot_audit(None, plan)
+    with pytest.raises(TypeError, match="TrainingPlan"):
+        plot_audit(report_of(plan), plan.to_json())

@@ -219,6 +219,18 @@ class CyclicPoissonDraws:
         # With one group an example is its own number.
         self._members = draws.Blocks(bands, groups, rows) if bands > 1 else None
 
+    def groups(self) -> np.ndarray:
+        """Returns the group of each example, as secret as the key.
+
+        Returns:
+            (num_examples,) int64.
+        """
+        found = np.zeros(self._schedule.num_examples, np.int64)
+        if self._members is not None:
+            for group in range(self._schedule.num_bands):
+                found[self._members[group]] = group
+        return found
+
     def indices(self, step: int) -> np.ndarray:
         """Returns the examples of a step.
 
