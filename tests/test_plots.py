@@ -7,7 +7,7 @@ import pytest
 
 from keras_bandmf.planning.band_choice import BandCandidate, BandChoice
 from keras_bandmf.planning.plan import TrainingPlan
-from keras_bandmf.plots import plot_plan
+from keras_bandmf.plots import plot_plan, trade_off
 from keras_bandmf.strategies import Workload
 from tests.plans import make_plan
 
@@ -97,3 +97,17 @@ def test_without_matplotlib(plan, monkeypatch):
 def test_only_plans_are_drawn():
     with pytest.raises(TypeError, match="plan='x'"):
         plot_plan("x")
+
+
+def test_the_trade_off_is_between_no_and_perfect_privacy(plan, tmp_path):
+    pytest.importorskip("matplotlib")
+    (axis,) = trade_off(plan, tmp_path / "curve.png").axes
+    nothing, bound, perfect = (line.get_ydata() for line in axis.get_lines())
+    assert np.all(perfect <= bound) and np.all(bound <= nothing) and np.all(np.diff(bound) >= 0)
+    assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    (again,) = trade_off(plan.statement()).axes
+    np.testing.assert_array_equal(again.get_lines()[1].get_ydata(), bound)
+    with pytest.raises(ValueError, match="private"):
+        trade_off(make_plan(noise_multiplier=0.0))
+    with pytest.raises(TypeError, match="source"):
+        trade_off(None)
