@@ -10,16 +10,18 @@ import numpy as np
 from keras_bandmf._printed import rounded_down, rounded_up
 from keras_bandmf.accounting.accountant import epsilon_of
 from keras_bandmf.audit.report import AuditReport
+from keras_bandmf.planning.attacker import statement_trade_off
 from keras_bandmf.planning.band_choice import BandChoice
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.plan_table import rmse_unit
+from keras_bandmf.planning.statement import Statement
 from keras_bandmf.strategies import ToeplitzStrategy
 
 if TYPE_CHECKING:  # Everything but pictures works without matplotlib.
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_audit", "plot_plan"]
+__all__ = ["plot_audit", "plot_plan", "trade_off"]
 
 _BLUE, _GREY = "#1f5fa8", "#8a8a8a"
 _COLORS = {"cyclic_poisson": _BLUE, "random_allocation": "#7b4ea3", "fixed_order": "#3a9a5c"}
@@ -164,6 +166,69 @@ def plot_audit(
         f"the plan states {rounded_up(report.epsilon, 3)} at delta = {rounded_up(report.delta, 2)}",
         fontsize=11,
     )
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def trade_off(
+    source: TrainingPlan | Statement, path: str | os.PathLike[str] | None = None
+) -> Figure:
+    """Draws what an attacker can do at most: true-positive by false-positive rates.
+
+    The curve is beside those of no privacy (every attack is always right) and of perfect privacy
+    (every attack guesses).
+
+    Formal guarantees: no attacker is above the curve; see `accounting.trade_off.TradeOff`.
+
+    Args:
+        source: the plan, or the statement of a plan, of a run or of several runs.
+        path: the file to which the picture is saved. None saves nothing.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        TypeError: if `source` is neither a plan nor a statement.
+        ValueError: if `source` is not private, or has no events.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> from keras_bandmf.plots import trade_off
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=1000, batch_size=100, epochs=2, num_bands=4,
+        ...     noise_multiplier=1.0, delta=1e-5)
+        >>> trade_off(plan).axes[0].get_xlabel()
+        'false-positive rate'
+    """
+    statement = source.statement() if isinstance(source, TrainingPlan) else source
+    if not isinstance(statement, Statement):
+        raise TypeError(
+            f"Expected `source` to be a TrainingPlan or a Statement. Received: source={source!r}."
+        )
+    known = statement_trade_off(statement) if statement.private else None
+    if known is None:
+        raise ValueError(
+            "Expected `source` to be private, and to say what its epsilon covers. Received: "
+            f"private={statement.private}, epsilon={statement.epsilon}, "
+            f"events={statement.events}. Use a plan with noise and at least one step."
+        )
+    figure = _new_figure(panels=1)
+    (axis,) = figure.axes
+    rates = np.geomspace(1e-4, 1.0, 400)
+    bounds = [known[0].true_positive_rate(rate) for rate in rates]
+    axis.plot(rates, np.ones_like(rates), ":", color=_GREY, label="no privacy")
+    axis.plot(rates, bounds, color=_BLUE, label="at most, for this guarantee")
+    axis.plot(rates, rates, "--", color=_GREY, label="perfect privacy")
+    axis.set_xscale("log")
+    axis.set_xlabel("false-positive rate")
+    axis.set_ylabel("true-positive rate of an attacker")
+    axis.set_title(
+        f"epsilon = {rounded_up(statement.epsilon, 3)} at delta = {rounded_up(statement.delta, 2)}",
+        fontsize=10,
+    )
+    axis.legend(frameon=False)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from dp_accounting.pld import PLDAccountant
 
 from keras_bandmf._checks import checked_float
 from keras_bandmf.accounting.accountant import (
+    FINE_ACCURACY,
     FINITE_NOISE_SHARE,
     accountant_name,
     delta_without_noise_share,
@@ -51,27 +53,65 @@ def composed_epsilon(events: Sequence[Event], delta: float) -> tuple[float, str]
         TypeError: `delta` is not a number.
         ValueError: `delta` is not in (0, 1).
     """
-    delta = checked_float("delta", delta, above=0.0, below=1.0)
+    (epsilon,), accountant = composed_epsilons(events, [delta])
+    return epsilon, accountant
+
+
+def composed_epsilons(
+    events: Sequence[Event], deltas: Sequence[float], accuracy: float = FINE_ACCURACY
+) -> tuple[list[float], str]:
+    """Returns the epsilon of several events at each of several deltas; see `composed_epsilon`.
+
+    Args:
+        events: (rounds, sampling probability, noise multiplier) of each.
+        deltas: Each in (0, 1).
+        accuracy: See `epsilon_of`, where there is one event.
+
+    Returns:
+        The epsilons, and the accountant that computed the last.
+
+    Raises:
+        TypeError: A delta is not a number.
+        ValueError: A delta is not in (0, 1).
+    """
+    deltas = [checked_float("delta", delta, above=0.0, below=1.0) for delta in deltas]
     merged = _merged(events)
     if any(sigma < _LEAST_NOISE for _, _, sigma in merged):
-        return math.inf, "PLD"
+        return [math.inf] * len(deltas), "PLD"
     if not merged:
-        return 0.0, "PLD"
+        return [0.0] * len(deltas), "PLD"
     if len(merged) == 1:
         event = dp_event(merged[0])
-        return epsilon_of(event, delta), accountant_name(event)
+        return [epsilon_of(event, delta, accuracy) for delta in deltas], accountant_name(event)
     rounds = sum(count for count, _, _ in merged)
     interval = _affordable_interval(merged)
-    if interval <= _MAX_INTERVAL and delta > 10 * rounds * _ROUNDING:
-        accountant = PLDAccountant(value_discretization_interval=interval)
-        try:
-            for part in merged:
-                accountant.compose(dp_event(part))
+    accountant = None
+    if interval <= _MAX_INTERVAL and max(deltas, default=0.0) > 10 * rounds * _ROUNDING:
+        accountant = _composed(tuple(merged), interval)
+    name, epsilons = "PLD", []
+    for delta in deltas:
+        name = "PLD, summed over the runs"
+        if accountant is not None and delta > 10 * rounds * _ROUNDING:
             ideal = delta_without_noise_share(delta)
-            return float(accountant.get_epsilon(ideal - rounds * _ROUNDING)), "PLD"
-        except ValueError:  # dp_accounting's own checks fail on rounding errors of its own
-            pass
-    return _summed(merged, delta), "PLD, summed over the runs"
+            try:
+                epsilons.append(float(accountant.get_epsilon(ideal - rounds * _ROUNDING)))
+                name = "PLD"
+                continue
+            except ValueError:
+                pass
+        epsilons.append(_summed(merged, delta))
+    return epsilons, name
+
+
+@functools.lru_cache(maxsize=1)  # Composing takes seconds; then every delta takes little.
+def _composed(events: tuple[Event, ...], interval: float) -> PLDAccountant | None:
+    accountant = PLDAccountant(value_discretization_interval=interval)
+    try:
+        for part in events:
+            accountant.compose(dp_event(part))
+    except ValueError:  # dp_accounting's own checks fail on rounding errors of its own
+        return None
+    return accountant
 
 
 def _summed(events: Sequence[Event], delta: float) -> float:

@@ -10,6 +10,7 @@ from keras_bandmf.accounting.accountant import (
 )
 from keras_bandmf.accounting.amplification.certificate import Certificate
 from keras_bandmf.accounting.composition import event_parts
+from keras_bandmf.planning.attacker import with_attacker
 from keras_bandmf.planning.statement import Statement
 from keras_bandmf.planning.tf_privacy import tf_privacy_epsilons
 from keras_bandmf.planning.units import ROW, not_covered, sampling_in_words, unit_in_words
@@ -71,7 +72,8 @@ def planned_statement(
             accountant = "Monte Carlo (secret groups)"
             others["known group and steps" if steps_secret else "known group"] = known
             caveats += (_of_certificate(certificate, steps_secret),)
-    return Statement(
+    secret = accountant.startswith("Monte Carlo")
+    planned = Statement(
         executed=False,
         mechanism=f"per-example clipping, {noise} Gaussian noise ({strategy}), then a Keras "
         "optimizer",
@@ -94,7 +96,9 @@ def planned_statement(
         caveats=caveats,
         plan_fingerprint=fingerprint,
         events=event_parts(event),
+        accounted_delta=None if secret else delta_without_noise_share(delta),
     )
+    return with_attacker(planned)
 
 
 def _data(schedule: Schedule) -> str:

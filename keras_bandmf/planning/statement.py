@@ -10,12 +10,15 @@ from typing import Any
 from keras_bandmf._checks import checked_float, checked_int
 from keras_bandmf._printed import rounded_down, rounded_up
 from keras_bandmf.accounting.composition import Event
+from keras_bandmf.planning.attacker import AttackerTerms
 from keras_bandmf.planning.documents import read_document, write_document
 from keras_bandmf.sampling.laws import Adjacency
 
 _FORMAT = "keras_bandmf.Statement"
-_VERSION = 3
+_VERSION = 4
+_OLD_VERSION = 3  # without `attacker` and `accounted_delta`
 _WIDTH = 88
+_NEW = {"attacker", "accounted_delta"}
 _UNSET = "set when the model is compiled"
 
 NOT_COVERED = (
@@ -84,6 +87,11 @@ class Statement:
             numbers (batch size, bands, noise, clip norm) are those of the last run.
         run_id: A random name of the run; None for a plan or several runs. It keeps one run from
             being counted twice, and two equal runs from being taken for one.
+        attacker: What an attacker can do at most; None if epsilon is 0 or infinite, or for a
+            statement that an earlier release wrote.
+        accounted_delta: The delta that the accountant computed epsilon at: `delta` less what the
+            noise of finitely many bits may cost. None for an epsilon that is not the accountant's
+            (of a secret group) and for statements of an earlier release.
 
     Raises:
         TypeError: A number has the wrong type.
@@ -132,6 +140,8 @@ class Statement:
     events: tuple[Event, ...] = ()
     runs: tuple[Statement, ...] = ()
     run_id: str | None = None
+    attacker: AttackerTerms | None = None
+    accounted_delta: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("executed", "private"):
@@ -168,6 +178,12 @@ class Statement:
             _refuse("run_id", "a non-empty string or None", self.run_id)
         if not all(isinstance(run, Statement) for run in self.runs):
             _refuse("runs", "a sequence of statements", self.runs)
+        attacker: object = self.attacker
+        if not isinstance(attacker, (AttackerTerms, type(None))):
+            _refuse("attacker", "AttackerTerms or None", attacker)
+        if self.accounted_delta is not None:
+            ideal = checked_float("accounted_delta", self.accounted_delta, above=0.0, below=1.0)
+            self._set("accounted_delta", ideal)
         self._check_steps()
         self._check_privacy()
 
@@ -224,13 +240,17 @@ class Statement:
                 value is out of range.
         """
         fields = {field.name for field in dataclasses.fields(cls)}
-        return cls._from_facts(read_document(text, _FORMAT, {_VERSION: fields}))
+        versions = {_OLD_VERSION: fields - _NEW, _VERSION: fields}
+        return cls._from_facts(read_document(text, _FORMAT, versions))
 
     @classmethod
     def _from_facts(cls, facts: dict[str, Any]) -> Statement:
         fields = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(facts, dict) or set(facts) != fields:
+        if not isinstance(facts, dict) or set(facts) not in (fields, fields - _NEW):
             _refuse("runs", "a list of statements", facts)
+        facts = dict.fromkeys(_NEW) | facts
+        if facts["attacker"] is not None:
+            facts["attacker"] = AttackerTerms.from_config(facts["attacker"])
         if not isinstance(facts["runs"], (list, tuple)):
             _refuse("runs", "a list of statements", facts["runs"])
         facts = facts | {"runs": tuple(cls._from_facts(run) for run in facts["runs"])}
@@ -287,6 +307,7 @@ def _rows(statement: Statement) -> list[tuple[str, str]]:
             for name, value in statement.other_accountants.items()
         ),
         ("delta", rounded_up(statement.delta, 6)),
+        *(() if statement.attacker is None else statement.attacker.rows()),
         ("adjacency", statement.adjacency),
         ("unit", f"one {statement.unit}"),
         ("mechanism", statement.mechanism),
@@ -306,7 +327,18 @@ def _rows(statement: Statement) -> list[tuple[str, str]]:
 
 def _rows_of_runs(statement: Statement) -> list[tuple[str, str]]:
     """Returns the names and texts of the lines of several runs."""
-    shared = ("epsilon", "delta", "adjacency", "unit", "mechanism", "sampling", "run key")
+    shared = (
+        "epsilon",
+        "delta",
+        "attacker",
+        "mu",
+        "at deltas",
+        "adjacency",
+        "unit",
+        "mechanism",
+        "sampling",
+        "run key",
+    )
     rows = [row for row in _rows(statement) if row[0] in shared]
     for number, run in enumerate(statement.runs, 1):
         own = dict(_rows(run))
@@ -328,6 +360,7 @@ def _facts(statement: Statement) -> dict[str, Any]:
     facts["epsilon"] = _number_to_json(statement.epsilon)
     others = statement.other_accountants.items()
     facts["other_accountants"] = {name: _number_to_json(value) for name, value in others}
+    facts["attacker"] = None if statement.attacker is None else statement.attacker.get_config()
     return facts
 
 

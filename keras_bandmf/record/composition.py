@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from keras_bandmf._checks import checked_float
+from keras_bandmf.accounting.accountant import delta_without_noise_share
 from keras_bandmf.accounting.composition import composed_epsilon, delta_of_ideal_noise
+from keras_bandmf.planning.attacker import with_attacker
 from keras_bandmf.planning.plan_report import SECRET_GROUPS
 from keras_bandmf.planning.statement import Statement
 
@@ -53,10 +55,8 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
                 "Expected every statement to say what it was charged for: otherwise it cannot be "
                 f"composed. Received: events=() with steps_charged={run.steps_charged}."
             )
-    epsilon, accountant = composed_epsilon(
-        [e for run in runs for e in run.events],
-        delta_of_ideal_noise([run.delta for run in runs], delta),
-    )
+    asked = delta_of_ideal_noise([run.delta for run in runs], delta)
+    epsilon, accountant = composed_epsilon([e for run in runs for e in run.events], asked)
     caveats = [caveat for run in runs for caveat in run.caveats]
     if any(caveat.startswith(SECRET_GROUPS) for caveat in caveats):
         caveats = [caveat for caveat in caveats if not caveat.startswith(SECRET_GROUPS)]
@@ -73,16 +73,19 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
         caveats.append(f"delta = {delta!r} exceeds 1 / num_examples")
     reasons = [run.not_private_reason for run in runs if not run.private]
     if len(runs) == 1:
-        return dataclasses.replace(
+        whole = dataclasses.replace(
             last,
             epsilon=epsilon,
             delta=delta,
+            accounted_delta=delta_without_noise_share(asked),
             accountant=accountant,
             other_accountants={},
             caveats=_joined(caveats),
         )
-    return dataclasses.replace(
+        return with_attacker(whole, [last])
+    whole = dataclasses.replace(
         last,
+        accounted_delta=delta_without_noise_share(asked),
         mechanism="; ".join(_joined(run.mechanism for run in runs)),
         epsilon=epsilon,
         delta=delta,
@@ -102,6 +105,7 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
         runs=tuple(runs),
         run_id=None,
     )
+    return with_attacker(whole)
 
 
 def check_same(name: str, values: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ import pickle
 import pytest
 
 from keras_bandmf.planning.statement import Statement
+from tests.plans import make_plan
 
 
 def statement(**changes):
@@ -135,7 +136,10 @@ def test_json_round_trip(changes):
 def test_json_refuses_the_unknown():
     document = json.loads(statement().to_json())
     for change in (
-        {"version": 4},
+        {"version": 5},
+        {"version": 3},  # with fields that it does not have
+        {"attacker": {"mu": 1.0}},
+        {"accounted_delta": 2.0},
         {"version": True},
         {"format": "other"},
         {"surprise": 1},
@@ -194,3 +198,25 @@ def test_the_number_of_rows_is_said_to_be_public():
     text = " ".join(str(statement()).split())
     assert "the number of rows, num_examples: treated as public" in text
     assert "a run on any number of rows other than num_examples is refused" in text
+
+
+def test_the_attacker_is_in_the_statement_and_its_json():
+    planned = make_plan().statement()
+    assert planned.attacker.mu > 0 and len(planned.attacker.epsilons) == 5
+    assert dict(planned.attacker.epsilons)[planned.delta] == planned.epsilon
+    assert planned.accounted_delta == planned.delta * (1 - 1e-3)
+    assert Statement.from_json(planned.to_json()) == planned
+    text = " ".join(str(planned).split())
+    assert "% at 0.1 %" in text and "of Gaussian privacy, up to delta" in text
+    assert make_plan(noise_multiplier=0.0).statement().attacker is None
+    assert make_plan().statement(steps=0).attacker is None
+
+
+def test_statements_of_earlier_releases_are_read():
+    document = json.loads(make_plan().statement().to_json())
+    del document["attacker"], document["accounted_delta"]
+    with pytest.raises(ValueError, match="attacker"):
+        Statement.from_json(json.dumps(document))
+    old = Statement.from_json(json.dumps(document | {"version": 3}))
+    assert old.attacker is None and old.epsilon == make_plan().epsilon()
+    assert json.loads(old.to_json())["version"] == 4
