@@ -16,6 +16,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import PrivacyError, checked_float, checked_int
+from keras_bandmf._environment import refuse_loose_arithmetic
+from keras_bandmf.clipping.norms import checked_clip_norm
 from keras_bandmf.noise import lattice, normals
 from keras_bandmf.noise.taps import NoiseTaps, checked_taps
 from keras_bandmf.planning import tf_privacy as _installed
@@ -103,6 +105,8 @@ class BandMFSumQuery(_dp_query.SumAggregationDPQuery):  # type: ignore[misc, nam
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range.
+        PrivacyError: If the clip norm is too small or large for float32, or flags of XLA make its
+            arithmetic too loose.
 
     Example:
         >>> import tensorflow as tf
@@ -128,7 +132,8 @@ class BandMFSumQuery(_dp_query.SumAggregationDPQuery):  # type: ignore[misc, nam
         num_steps: int | None = None,
         seed: int | None = None,
     ):
-        self._clip = checked_float("l2_norm_clip", l2_norm_clip, above=0.0)
+        refuse_loose_arithmetic()
+        self._clip = checked_clip_norm(l2_norm_clip)
         multiplier = checked_float("noise_multiplier", noise_multiplier, minimum=0.0)
         self._stddev = checked_float("noise_multiplier * l2_norm_clip", multiplier * self._clip)
         self._multiplier = multiplier

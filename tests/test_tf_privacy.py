@@ -326,6 +326,15 @@ def test_bad_arguments(options, error, match):
 
 
 @needs_extra
+def test_what_would_make_the_guarantee_untrue_is_refused(monkeypatch):
+    with pytest.raises(bandmf.PrivacyError, match="float32"):
+        make_query(1e-30)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    with pytest.raises(bandmf.PrivacyError, match="fast_math"):
+        make_query()
+
+
+@needs_extra
 def test_bad_records():
     query = make_query()
     state = query.initial_global_state()
