@@ -210,6 +210,9 @@ class BandMFSumQuery(_dp_query.SumAggregationDPQuery):  # type: ignore[misc, nam
         """The number of rounds that may be released."""
         return self._num_steps
 
+    # AutoGraph has nothing to convert in these, and would hide the types of their errors.
+
+    @tf.autograph.experimental.do_not_convert
     def initial_global_state(self) -> BandMFSumState:
         """Returns the state before round 0, with a new key, also each time a graph is run."""
         if self._seed is not None:
@@ -221,6 +224,7 @@ class BandMFSumQuery(_dp_query.SumAggregationDPQuery):  # type: ignore[misc, nam
             key = tf.ensure_shape(tf.numpy_function(_fresh_key, [], tf.int64), [2])
         return BandMFSumState(tf.constant(0, tf.int64), key, tf.constant(0, tf.int64))
 
+    @tf.autograph.experimental.do_not_convert
     def derive_sample_params(self, global_state: BandMFSumState) -> tf.Tensor:
         """Returns the clip norm, which is the same in all rounds, and which clients need.
 
@@ -233,6 +237,7 @@ class BandMFSumQuery(_dp_query.SumAggregationDPQuery):  # type: ignore[misc, nam
         del global_state
         return tf.constant(self._clip, tf.float64)
 
+    @tf.autograph.experimental.do_not_convert
     def preprocess_record(self, params: tf.Tensor, record: Any) -> Any:
         """Clips a record by the norm over all its tensors; one that is not finite becomes zero.
 
@@ -262,6 +267,7 @@ class BandMFSumQuery(_dp_query.SumAggregationDPQuery):  # type: ignore[misc, nam
         ]
         return tf.nest.pack_sequence_as(record, clipped)
 
+    @tf.autograph.experimental.do_not_convert
     def get_noised_result(
         self, sample_state: Any, global_state: BandMFSumState
     ) -> tuple[Any, BandMFSumState, dp_accounting.DpEvent]:
@@ -302,6 +308,7 @@ class BandMFSumQuery(_dp_query.SumAggregationDPQuery):  # type: ignore[misc, nam
         result = tf.nest.pack_sequence_as(sample_state, noisy)
         return result, BandMFSumState(step + 1, key, run), self._event()
 
+    @tf.autograph.experimental.do_not_convert
     def derive_metrics(self, global_state: BandMFSumState) -> collections.OrderedDict:
         """Returns the number of rounds released, the clip norm and the noise, which are public.
 
