@@ -1,5 +1,8 @@
 """Differentially private training of Keras models with correlated noise."""
 
+import importlib
+import types
+
 from keras_bandmf import audit, callbacks, clipping, layers, noise, sources, strategies, tfx_input
 from keras_bandmf._checks import PrivacyError
 from keras_bandmf.clipping import ClippedGradients, clipped_gradients
@@ -52,6 +55,13 @@ __all__ = [
     "tfx_input",
     "workload_from_optimizer",
 ]
+
+
+def __getattr__(name: str) -> types.ModuleType:
+    """Imports `tf_privacy` when it is asked for: it needs an extra."""
+    if name == "tf_privacy":
+        return importlib.import_module(f"{__name__}.tf_privacy")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

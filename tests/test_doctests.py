@@ -5,6 +5,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import pathlib
 
@@ -38,6 +39,8 @@ def module_names():
 
 @pytest.mark.parametrize("name", module_names())
 def test_examples_run(name):
+    if name == "keras_bandmf.tf_privacy" and not importlib.util.find_spec("tensorflow_privacy"):
+        pytest.skip("the extra tf-privacy is not installed")
     results = doctest.testmod(
         importlib.import_module(name),
         optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,

@@ -35,7 +35,7 @@ def tf_privacy_epsilons(
         Epsilon by accountant, rounded up from the three decimals TF Privacy prints; empty where
         the extra is not installed or there is no noise.
     """
-    library = _load()
+    library = load(_LIBRARY)
     if library is None or noise_multiplier == 0:
         return {}
     # It charges ceil(epochs * N / batch): half a step less keeps rounding from adding one.
@@ -57,8 +57,15 @@ def tf_privacy_epsilons(
     }
 
 
-def _load() -> types.ModuleType | None:
-    """Returns the library, or None. TF Privacy's own switch keeps it from importing TF 1 code."""
+def load(module: str) -> types.ModuleType | None:
+    """Imports a module of TF Privacy, whose own switch keeps it from importing TF 1 code.
+
+    Args:
+        module: The name of the module.
+
+    Returns:
+        The module, or None where the extra is not installed.
+    """
     if importlib.util.find_spec("tensorflow_privacy") is None:
         return None
     switch = "skip_tf_privacy_import"
@@ -66,7 +73,7 @@ def _load() -> types.ModuleType | None:
     before = getattr(sys, switch, missing)
     setattr(sys, switch, True)
     try:
-        return importlib.import_module(_LIBRARY)
+        return importlib.import_module(module)
     finally:
         if before is missing:
             delattr(sys, switch)
