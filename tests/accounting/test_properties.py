@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from keras_bandmf.accounting.accountant import calibrate_noise, epsilon_of
 from keras_bandmf.accounting.composition import dp_event
+from keras_bandmf.planning.plan import TrainingPlan
 from tests.plans import make_plan, make_schedule
 
 DRAWN = settings(max_examples=12, deadline=None, derandomize=True)
@@ -46,6 +47,18 @@ def test_calibration_and_epsilon_are_inverse(sampling, epsilon, bands):
 def test_one_band_is_dp_sgd(sigma, epochs):
     plan = make_plan(num_bands=1, noise_multiplier=sigma, epochs=epochs)
     assert plan.epsilon() == epsilon_of(dp_event((20 * epochs, 0.05, sigma)), plan.delta)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bands", [4, 12])
+def test_a_secret_group_costs_no_more_than_a_known_one(bands):
+    plan = TrainingPlan.calibrate(
+        num_examples=2_000, batch_size=100, epochs=2, num_bands=bands, epsilon=2.0, delta=1e-4,
+        sampling="cyclic_poisson", amplification="secret_group",
+    )  # fmt: skip
+    assert plan.certificate is not None
+    assert plan.epsilon() <= epsilon_of(plan.dp_event(), plan.delta)
+    assert plan.epsilon() <= 2.0
 
 
 @pytest.mark.parametrize("sigma", [0.0, 1e-300, 1e-6, 1e-3, 1e6, 1e300])
