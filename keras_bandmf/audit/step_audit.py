@@ -162,7 +162,7 @@ def _scores_of_run(
         model.compile(BandMFOptimizer(_Keep(), plan, l2_norm_clip=1.0), loss=_product)
     releases = _Releases(plan.num_steps, canaries)
     model.fit(plan.batches(x, y), epochs=None, verbose=0, callbacks=[releases])
-    sums = releases.sums * np.float64(plan.schedule.expected_batch_size)
+    sums = releases.sums.astype(np.float64) * plan.schedule.expected_batch_size
     draws = plan.schedule.draws(model.optimizer.run_state.sampler_key)
     possible, groups = known_steps(plan, draws, np.arange(canaries))
 
