@@ -1,7 +1,7 @@
-"""Eight planted bugs are caught, and sound runs are not. Each run is random: alarms are at 5 %.
+"""Eight planted bugs are caught, and sound runs are not, at fixed seeds.
 
-A bug must be found by every run here: the attacks see it far beyond the threshold. Of sound runs,
-each contradicts its plan with probability 5 % at most, by Clopper and Pearson's bounds far less.
+With another seed, a sound run contradicts its plan with probability 5 % at most; Clopper and
+Pearson's bounds are wide, and in 3,000 simulated audits there was no such report.
 """
 
 import dataclasses
@@ -132,8 +132,7 @@ def test_a_planted_bug_is_caught(monkeypatch, bug, changes):
     plan = make_plan(**changes)
     bug(monkeypatch)
     distribution = runs.mirrored() if bug is with_noise_divided_by_replicas else None
-    report = audit_steps(plan, trials=4_000, distribution=distribution)
-    print(bug.__name__, report)
+    report = audit_steps(plan, trials=4_000, distribution=distribution, seed=1)
     assert not report.consistent
 
 
@@ -149,10 +148,9 @@ def test_an_attacker_who_sees_a_secret_group_is_caught(monkeypatch):
         sampling="cyclic_poisson",
         amplification="secret_group",
     )
-    assert audit_steps(plan, trials=8_000).consistent
+    assert audit_steps(plan, trials=8_000, seed=1).consistent
     with_the_group_revealed(monkeypatch)
-    report = audit_steps(plan, trials=8_000)
-    print(report)
+    report = audit_steps(plan, trials=8_000, seed=1)
     assert not report.consistent
 
 
@@ -174,9 +172,14 @@ def test_a_sound_run_is_not_accused(changes):
     assert report.consistent, report
 
 
+def test_a_seed_makes_an_audit_repeatable():
+    first, again = (audit_steps(make_plan(), trials=200, seed=3) for _ in range(2))
+    assert first == again
+
+
 @pytest.mark.slow
 def test_a_sound_run_on_two_replicas_is_not_accused():
-    assert audit_steps(make_plan(), distribution=runs.mirrored()).consistent
+    assert audit_steps(make_plan(), distribution=runs.mirrored(), seed=1).consistent
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,7 @@ def test_plans_that_cannot_be_audited_are_refused(arguments, error):
         audit_steps(*arguments)
 
 
-@pytest.mark.parametrize("changes", [{"trials": 2}, {"confidence": 1.0}, {"seed": -1}])
+@pytest.mark.parametrize("changes", [{"trials": 99}, {"confidence": 1.0}, {"seed": -1}])
 def test_numbers_out_of_range_are_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         audit_steps(make_plan(), **changes)
