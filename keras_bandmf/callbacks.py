@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import keras
 
+from keras_bandmf._checks import checked_float
 from keras_bandmf._printed import raised_for_progress
 
-__all__ = ["EpsilonSoFar"]
+__all__ = ["EpsilonSoFar", "StopAtEpsilon"]
 
 
 class EpsilonSoFar(keras.callbacks.Callback):
@@ -41,6 +42,55 @@ class EpsilonSoFar(keras.callbacks.Callback):
             optimizer = self.model.optimizer
             epsilon = optimizer.plan.epsilon(optimizer.steps_done)
             logs["epsilon"] = raised_for_progress(epsilon)
+
+
+class StopAtEpsilon(keras.callbacks.Callback):
+    """Ends `fit` after the last epoch at whose end `plan.epsilon(steps taken)` is within a target.
+
+    The decision depends on the number of steps alone, not on the data, and is made at the end of
+    each epoch: training ends if one more epoch would exceed the target. The first epoch always
+    runs. It saves time and not privacy: the plan was fixed in advance, and a run that ends early is
+    charged in full, so `keras_bandmf.statement` says the epsilon of the whole plan. For a guarantee
+    at the target, make a plan with fewer epochs or more noise.
+
+    Args:
+        epsilon: The target, above 0.
+
+    Raises:
+        TypeError: `epsilon` is not a number.
+        ValueError: It is not finite and above 0.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> import keras_bandmf as bandmf
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=100, batch_size=10, epochs=3, noise_multiplier=2.0, delta=1e-5,
+        ...     num_bands=1)
+        >>> model = bandmf.privatize(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]))
+        >>> model.compile(bandmf.BandMFOptimizer("sgd", plan), loss="mse")
+        >>> history = model.fit(
+        ...     plan.batches(np.zeros((100, 3)), np.zeros((100, 1))), epochs=3, verbose=0,
+        ...     callbacks=[bandmf.callbacks.StopAtEpsilon(plan.epsilon(20))])
+        >>> len(history.epoch)
+        2
+    """
+
+    def __init__(self, epsilon: float):
+        super().__init__()
+        self._epsilon = checked_float("epsilon", epsilon, above=0.0)
+        self._steps_before = 0
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Notes where the epoch begins."""
+        self._steps_before = self.model.optimizer.steps_done
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Ends training if one more epoch would exceed the target."""
+        optimizer = self.model.optimizer
+        done = optimizer.steps_done
+        after = min(2 * done - self._steps_before, optimizer.plan.num_steps)
+        if optimizer.plan.epsilon(after) > self._epsilon:
+            self.model.stop_training = True
 
 
 def __dir__() -> list[str]:

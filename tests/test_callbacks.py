@@ -23,6 +23,23 @@ def test_epsilon_so_far_is_in_the_history_and_grows_to_the_plans():
     assert first < plan.epsilon() <= last <= plan.epsilon() + 1e-4
 
 
+def test_stop_at_epsilon_stays_within_the_target_and_the_run_is_charged_in_full():
+    plan = runs.make_plan(num_steps=24)
+    model = runs.compiled(runs.counting_model(), plan)
+    stop = bandmf.callbacks.StopAtEpsilon((plan.epsilon(16) + plan.epsilon(24)) / 2)
+    rows = plan.batches(*runs.counting_data())
+    history = model.fit(rows, epochs=3, steps_per_epoch=8, callbacks=[stop], verbose=0)
+    assert len(history.epoch) == 2 and model.optimizer.steps_done == 16
+    assert callback_policy.unknown_callbacks([stop]) == []
+    assert bandmf.statement(model).epsilon >= plan.epsilon()
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf"), "1", None])
+def test_stop_at_epsilon_refuses_what_is_no_target(bad):
+    with pytest.raises((TypeError, ValueError), match="epsilon"):
+        bandmf.callbacks.StopAtEpsilon(bad)
+
+
 def test_callbacks_on_validation_metrics_are_allowed_and_named():
     allowed = [
         keras.callbacks.EarlyStopping("val_loss"),

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import keras
 
 from keras_bandmf._checks import PrivacyError
-from keras_bandmf.callbacks import EpsilonSoFar
+from keras_bandmf.callbacks import EpsilonSoFar, StopAtEpsilon
 from keras_bandmf.training.step_guard import StepGuard
 
 #: What `fit` takes as callbacks: one, a list that may hold lists, or a `CallbackList`.
@@ -62,7 +62,7 @@ def flat_callbacks(callbacks: Callbacks) -> list[keras.callbacks.Callback]:
 
 def unknown_callbacks(callbacks: Iterable[keras.callbacks.Callback]) -> list[str]:
     """Returns the class names of callbacks that are not known to leave the run alone."""
-    known = (ClippedFraction, EpsilonSoFar, StepGuard, *_KNOWN)
+    known = (ClippedFraction, EpsilonSoFar, StepGuard, StopAtEpsilon, *_KNOWN)
     return sorted({type(c).__name__ for c in callbacks if type(c) not in known})
 
 
