@@ -212,7 +212,7 @@ def test_an_audit_that_contradicts_its_plan_ends_with_1(capsys, tmp_path, monkey
         )
 
     monkeypatch.setattr(command_line, "audit_steps", contradicts)
-    assert main(["audit", f"--plan={document}", "--trials=128", "--confidence=0.9"]) == 1
+    assert main(["audit", f"--plan={document}", "--trials=64", "--confidence=0.9"]) == 1
     out, err = capsys.readouterr()
     assert "FALSE" in out
     assert err == ""
