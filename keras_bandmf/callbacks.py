@@ -49,9 +49,9 @@ class StopAtEpsilon(keras.callbacks.Callback):
 
     The decision depends on the number of steps alone, not on the data, and is made at the end of
     each epoch: training ends if one more epoch would exceed the target. The first epoch always
-    runs, and may exceed it by itself. It saves time and not privacy: the plan was fixed in advance, and a run that ends early is
-    charged in full, so `keras_bandmf.statement` says the epsilon of the whole plan. For a guarantee
-    at the target, make a plan with fewer epochs or more noise.
+    runs, and may exceed it by itself. It saves time and not privacy: the plan was fixed in advance,
+    and a run that ends early is charged in full, so `keras_bandmf.statement` says the epsilon of
+    the whole plan. For a guarantee at the target, make a plan with fewer epochs or more noise.
 
     Args:
         epsilon: The target, above 0.
