@@ -64,8 +64,11 @@ def test_what_can_be_imported_gives_the_table(script):
             assert script.ACCOUNTANTS[name][1](*mechanism) == pytest.approx(kept, rel=1e-4)
 
 
+# Importing it by itself fails on new TensorFlow; `tf_privacy_epsilons` knows its switch.
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow_privacy") is None, reason="TF Privacy is not installed"
+)
 def test_tf_privacy():
-    pytest.importorskip("tensorflow_privacy")
     theirs = tf_privacy_epsilons(
         num_examples=1_000, batch_size=10, num_steps=900, noise_multiplier=0.8, delta=1e-6
     )
