@@ -134,8 +134,20 @@ def statement_trade_off(
     runs = runs or statement.runs or (statement,)
     if any(run.epsilon == math.inf for run in runs):
         return None
-    noise = math.fsum(finite_noise(run.delta, run.epsilon) for run in runs)
+    noise = math.fsum(noise_tail(run) for run in runs)
     return trade_off(events, statement.epsilon, statement.delta, noise * (1 + 1e-12))
+
+
+def noise_tail(run: Statement) -> float:
+    """Returns at least the total variation that the cut tails of a run's noise may cost.
+
+    Args:
+        run: The statement of one run or plan. A run that does not say it was checked to cost no
+            more than its share of delta at its own epsilon, and so is every plan when it runs.
+    """
+    if run.noise_tail is not None:
+        return run.noise_tail
+    return finite_noise(run.delta, run.epsilon)
 
 
 def _pair(name: str, pair: Any) -> tuple[float, float]:

@@ -16,9 +16,9 @@ from keras_bandmf.sampling.laws import Adjacency
 
 _FORMAT = "keras_bandmf.Statement"
 _VERSION = 4
-_OLD_VERSION = 3  # without `attacker` and `accounted_delta`
+_OLD_VERSION = 3  # without the fields of `_NEW`
 _WIDTH = 88
-_NEW = {"attacker", "accounted_delta"}
+_NEW = {"attacker", "accounted_delta", "noise_tail"}
 _UNSET = "set when the model is compiled"
 
 NOT_COVERED = (
@@ -92,6 +92,9 @@ class Statement:
         accounted_delta: The delta that the accountant computed epsilon at: `delta` less what the
             noise of finitely many bits may cost. None for an epsilon that is not the accountant's
             (of a secret group) and for statements of an earlier release.
+        noise_tail: At least the total variation between the noise that ran, whose tails are cut,
+            and noise whose tails go on. None where no noise ran, for several runs (each has its
+            own), and for statements of an earlier release.
 
     Raises:
         TypeError: A number has the wrong type.
@@ -142,6 +145,7 @@ class Statement:
     run_id: str | None = None
     attacker: AttackerTerms | None = None
     accounted_delta: float | None = None
+    noise_tail: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("executed", "private"):
@@ -184,6 +188,8 @@ class Statement:
         if self.accounted_delta is not None:
             ideal = checked_float("accounted_delta", self.accounted_delta, above=0.0, below=1.0)
             self._set("accounted_delta", ideal)
+        if self.noise_tail is not None:
+            self._set("noise_tail", checked_float("noise_tail", self.noise_tail, minimum=0.0))
         self._check_steps()
         self._check_privacy()
 

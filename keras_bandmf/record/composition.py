@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from keras_bandmf._checks import checked_float
-from keras_bandmf.accounting.accountant import delta_without_noise_share
+from keras_bandmf.accounting.accountant import FINITE_NOISE_SHARE, delta_without_noise_share
 from keras_bandmf.accounting.composition import composed_epsilon, delta_of_ideal_noise
-from keras_bandmf.planning.attacker import with_attacker
+from keras_bandmf.planning.attacker import noise_tail, with_attacker
 from keras_bandmf.planning.plan_report import SECRET_GROUPS
 from keras_bandmf.planning.statement import Statement
 
@@ -26,7 +28,9 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
     """Returns one statement of several runs on the same data.
 
     Formal guarantees: epsilon is `composed_epsilon` of all that the runs were charged for, at
-    `delta`. The claim is withdrawn if that of one run is.
+    `delta`. The claim is withdrawn if that of one run is, and where epsilon is so large that the
+    finite tails of the noise of all runs cost more of delta than was set aside for them. Of plans
+    that were not executed, tails are left out: they are known when noise is made.
 
     Args:
         statements: The statements of the runs, in their order; composed ones are taken apart.
@@ -72,9 +76,19 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
     if delta > 1 / min(run.num_examples for run in runs):
         caveats.append(f"delta = {delta!r} exceeds 1 / num_examples")
     reasons = [run.not_private_reason for run in runs if not run.private]
+    if not _affords_tails(runs, epsilon):
+        reasons.append(
+            "epsilon is so large that the finite tails of the noise cost more than delta allows "
+            "(use noise='exact' or more noise)"
+        )
+    claim: dict[str, Any] = {
+        "private": not reasons,
+        "not_private_reason": "; ".join(_joined(reasons)) or None,
+    }
     if len(runs) == 1:
         whole = dataclasses.replace(
             last,
+            **claim,
             epsilon=epsilon,
             delta=delta,
             accounted_delta=delta_without_noise_share(asked),
@@ -98,14 +112,21 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
         key_origin="; ".join(_joined(run.key_origin for run in runs)),
         data="; ".join(_joined(run.data for run in runs)),
         caveats=_joined([_FIXED_PLANS, *caveats]),
-        private=not reasons,
-        not_private_reason="; ".join(_joined(reasons)) or None,
+        **claim,
+        noise_tail=None,
         plan_fingerprint=None,
         events=tuple(event for run in runs for event in run.events),
         runs=tuple(runs),
         run_id=None,
     )
     return with_attacker(whole)
+
+
+def _affords_tails(runs: Sequence[Statement], epsilon: float) -> bool:
+    """Returns whether the share of delta that was set aside pays for the tails at `epsilon`."""
+    tails = math.fsum(noise_tail(run) for run in runs if run.executed and run.steps_charged)
+    charged = FINITE_NOISE_SHARE * math.fsum(run.delta for run in runs)
+    return tails * (1.0 + math.exp(min(epsilon, 700.0))) <= charged
 
 
 def check_same(name: str, values: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 
 from keras_bandmf._checks import checked_int
-from keras_bandmf.noise.finite import affords_tail
+from keras_bandmf.noise.finite import affords_tail, tail_total_variation
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.plan_target import PlanOfRun
 from keras_bandmf.planning.statement import Statement
@@ -260,7 +260,11 @@ class RunRecord:
             private=reason is None,
             not_private_reason=reason,
             run_id=self.run_id,
+            noise_tail=self._noise_tail() if drawn else None,
         )
+
+    def _noise_tail(self) -> float:
+        return 0.0 if self._exact_noise else tail_total_variation(self._num_values)
 
     def _steps_charged(self, steps_run: int) -> int:
         if not steps_run:

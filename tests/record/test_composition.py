@@ -114,3 +114,39 @@ def test_a_statement_without_its_events_is_not_composed():
 def test_bad_events_are_refused(events):
     with pytest.raises((ValueError, TypeError)):
         dataclasses.replace(HEAD.statement(), events=events)
+
+
+def ran(plan, **changes):
+    """The statement of a run of all steps."""
+    facts = {"executed": True, "steps_run": plan.num_steps, "noise_tail": 0.0}
+    return dataclasses.replace(plan.statement(), **(facts | changes))
+
+
+def tail_of(plan, share):
+    """A tail that costs this share of what is set aside for it, at the epsilon of the plan."""
+    return share * FINITE_NOISE_SHARE * plan.delta / (1 + math.exp(plan.epsilon()))
+
+
+def test_tails_that_each_run_affords_may_be_too_much_for_all():
+    one, two = (ran(WHOLE, run_id=name, noise_tail=tail_of(WHOLE, 0.9)) for name in ("a", "b"))
+    whole = compose([one, two])
+    assert one.private and two.private and not whole.private
+    assert "tails" in whole.not_private_reason
+
+
+@pytest.mark.parametrize("tail", [0.0, 1e-20])
+def test_tails_that_all_runs_afford_withdraw_nothing(tail):
+    assert compose([ran(WHOLE, noise_tail=tail), ran(HEAD, noise_tail=tail)]).private
+
+
+def test_a_smaller_delta_may_not_afford_the_tail():
+    run = ran(WHOLE, noise_tail=tail_of(WHOLE, 0.9))
+    assert not compose([run], 2 * FINITE_NOISE_SHARE * WHOLE.delta).private
+
+
+def test_a_run_of_an_earlier_release_is_charged_all_that_its_tail_may_cost():
+    assert not compose([ran(HEAD, noise_tail=None), ran(WHOLE, noise_tail=None)]).private
+
+
+def test_plans_have_no_tails_yet():
+    assert compose([WHOLE.statement(), WHOLE.statement()]).private
