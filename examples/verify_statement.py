@@ -68,7 +68,8 @@ def verify(statement: dict[str, Any]) -> tuple[bool, str]:
             f"{known:.6g} of known groups, which must be above it."
         )
     found = epsilon_of(statement["events"], delta)
-    same = abs(found - stated) <= 0.5 * 10.0 ** (math.floor(math.log10(stated)) + 1 - DIGITS)
+    places = math.floor(math.log10(max(stated, 1e-4))) + 1 - DIGITS  # epsilon may be 0
+    same = abs(found - stated) <= 0.5 * 10.0**places
     word = "Verified" if same else "NOT THE SAME"
     return same, (
         f"{word}: stated epsilon {stated:.6g}, computed here {found:.6g}, at delta {delta:.6g}."

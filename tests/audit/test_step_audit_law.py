@@ -72,7 +72,7 @@ def rng():
 def test_scores_are_those_of_an_independent_simulation(sampling, simulation, rng):
     plan = make_plan(sampling)
     included = np.arange(ROWS) % 2 == 0
-    likelihood_ratios = step_audit._scores_of_run(plan, included, None)[0]
+    likelihood_ratios = step_audit._scores_of_run(plan, included, None, 1)[0]
     norms = np.linalg.norm(plan.strategy.materialize(), axis=0)
     expected = simulation(rng, norms, included)
     for side in (included, ~included):
