@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from keras_bandmf._printed import rounded_down, rounded_up
-from keras_bandmf.accounting.accountant import epsilon_of
+from keras_bandmf.accounting.trade_off import largest_true_positive_rates
 from keras_bandmf.audit.report import AuditReport
+from keras_bandmf.audit.step_audit import claims_of
 from keras_bandmf.planning.attacker import statement_trade_off
 from keras_bandmf.planning.band_choice import BandChoice
 from keras_bandmf.planning.plan import TrainingPlan
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # Everything but pictures works without matplotlib.
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_audit", "plot_plan", "trade_off"]
+__all__ = ["plot_audit", "plot_plan", "plot_trade_off"]
 
 _BLUE, _GREY = "#1f5fa8", "#8a8a8a"
 _COLORS = {"cyclic_poisson": _BLUE, "random_allocation": "#7b4ea3", "fixed_order": "#3a9a5c"}
@@ -31,9 +32,6 @@ _HOW = {
     "fixed_order": "fixed order",
 }
 # The deltas whose epsilons bound the picture of an audit, beside the plan's own.
-_DELTAS = tuple(
-    10.0**-power for power in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.3, 1.6, 2, 2.5, 3, 4, 5, 6)
-)
 _MAX_POINTS = 2000
 _MAX_STEPS = 10**8  # The most steps that `per_step_error` accepts.
 
@@ -148,7 +146,7 @@ def plot_audit(
     rates, found = report.roc()
     least = 0.5 / max(len(report.scores_out), len(report.scores_in))
     grid = np.union1d(np.geomspace(least, 1.0, 400), np.linspace(0.0, 1.0, 400))
-    limit = _allowed(plan, grid)
+    limit = largest_true_positive_rates(claims_of(plan), grid)
     for axis in (linear, logarithmic):
         axis.fill_between(grid, limit, 1.0, color=_GREY, alpha=0.25, linewidth=0)
         axis.plot(grid, limit, color=_GREY, label="limit of the plan")
@@ -171,7 +169,7 @@ def plot_audit(
     return figure
 
 
-def trade_off(
+def plot_trade_off(
     source: TrainingPlan | Statement, path: str | os.PathLike[str] | None = None
 ) -> Figure:
     """Draws what an attacker can do at most: true-positive by false-positive rates.
@@ -195,11 +193,11 @@ def trade_off(
 
     Example:
         >>> import keras_bandmf as bandmf
-        >>> from keras_bandmf.plots import trade_off
+        >>> from keras_bandmf.plots import plot_trade_off
         >>> plan = bandmf.TrainingPlan(
         ...     num_examples=1000, batch_size=100, epochs=2, num_bands=4,
         ...     noise_multiplier=1.0, delta=1e-5)
-        >>> trade_off(plan).axes[0].get_xlabel()
+        >>> plot_trade_off(plan).axes[0].get_xlabel()
         'false-positive rate'
     """
     statement = source.statement() if isinstance(source, TrainingPlan) else source
@@ -232,19 +230,6 @@ def trade_off(
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
-
-
-def _allowed(plan: TrainingPlan, rates: np.ndarray) -> np.ndarray:
-    """Returns the largest true-positive rate that the plan allows at each false-positive rate."""
-    event = plan.dp_event()
-    claims = [(plan.epsilon(), plan.delta)]
-    claims += [(epsilon_of(event, delta), delta) for delta in _DELTAS]
-    limit = np.ones_like(rates)
-    for epsilon, delta in claims:
-        factor = np.exp(min(epsilon, 700.0))
-        limit = np.minimum(limit, factor * rates + delta)
-        limit = np.minimum(limit, 1.0 - (1.0 - delta - rates) / factor)
-    return limit
 
 
 def require_matplotlib() -> None:

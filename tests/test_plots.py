@@ -9,7 +9,7 @@ import scipy.stats
 from keras_bandmf.audit import AuditReport
 from keras_bandmf.planning.band_choice import BandCandidate, BandChoice
 from keras_bandmf.planning.plan import TrainingPlan
-from keras_bandmf.plots import plot_audit, plot_plan, trade_off
+from keras_bandmf.plots import plot_audit, plot_plan, plot_trade_off
 from keras_bandmf.strategies import Workload
 from tests.plans import make_plan
 
@@ -151,13 +151,13 @@ def test_audits_of_something_else_are_refused(plan):
 
 def test_the_trade_off_is_between_no_and_perfect_privacy(plan, tmp_path):
     pytest.importorskip("matplotlib")
-    (axis,) = trade_off(plan, tmp_path / "curve.png").axes
+    (axis,) = plot_trade_off(plan, tmp_path / "curve.png").axes
     nothing, bound, perfect = (line.get_ydata() for line in axis.get_lines())
     assert np.all(perfect <= bound) and np.all(bound <= nothing) and np.all(np.diff(bound) >= 0)
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
-    (again,) = trade_off(plan.statement()).axes
+    (again,) = plot_trade_off(plan.statement()).axes
     np.testing.assert_array_equal(again.get_lines()[1].get_ydata(), bound)
     with pytest.raises(ValueError, match="private"):
-        trade_off(make_plan(noise_multiplier=0.0))
+        plot_trade_off(make_plan(noise_multiplier=0.0))
     with pytest.raises(TypeError, match="source"):
-        trade_off(None)
+        plot_trade_off(None)

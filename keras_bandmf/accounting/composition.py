@@ -155,7 +155,8 @@ def event_parts(event: dp_accounting.DpEvent) -> tuple[Event, ...]:
 def delta_of_ideal_noise(deltas: Sequence[float], delta: float) -> float:
     """Returns the delta to call `epsilon_of` with, once the noise of every run is charged.
 
-    The noise of each run may be off by `FINITE_NOISE_SHARE` of its own delta in total variation.
+    The noise of all runs together may cost `FINITE_NOISE_SHARE` of the sum of their deltas. Whether
+    it costs no more is checked by `compose`, at the epsilon of all runs.
 
     Args:
         deltas: The delta of each run.

@@ -61,8 +61,8 @@ class TradeOff:
                 "Expected `false_positive_rate` to be at most 1. Received: "
                 f"false_positive_rate={rate}."
             )
-        starts, slopes = self._lines()
-        return min(1.0, float(np.min(starts + slopes * rate)) * (1 + _SLACK) + 1e-15)
+        (most,) = largest_true_positive_rates(self.pairs, np.array([rate]))
+        return min(1.0, float(most) * (1 + _SLACK) + 1e-15)
 
     def mu(self) -> float:
         """Returns a mu of Gaussian differential privacy that holds up to `slack`, rounded up.
@@ -76,7 +76,7 @@ class TradeOff:
             compared. `shift` bounds mu as well: up to the pair of the statement, noise of
             finitely many bits costs at most `slack`, and beyond it that pair's line is nearer.
         """
-        starts, slopes = self._lines()
+        starts, slopes = _lines(self.pairs)
         first, second = np.triu_indices(len(starts), 1)
         with np.errstate(divide="ignore", invalid="ignore"):
             rates = (starts[first] - starts[second]) / (slopes[second] - slopes[first])
@@ -90,13 +90,32 @@ class TradeOff:
         found = max(0.0, float(np.max(shifts, initial=0.0)))
         return min(found * (1 + _MU_SLACK) + 1e-9, self.shift)
 
-    def _lines(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the intercepts and slopes of lines that the true-positive rate is below."""
-        epsilons, deltas = np.array(self.pairs).T
-        growth = np.exp(np.minimum(epsilons, _MOST_LOG))
-        finite = epsilons < _MOST_LOG
-        starts = np.concatenate([deltas[finite], 1.0 - (1.0 - deltas) / growth, [1.0]])
-        return starts, np.concatenate([growth[finite], 1.0 / growth, [0.0]])
+
+def largest_true_positive_rates(
+    pairs: Sequence[tuple[float, float]], false_positive_rates: np.ndarray
+) -> np.ndarray:
+    """Returns the largest true-positive rates that all pairs allow, up to rounding.
+
+    Args:
+        pairs: (epsilon, delta) pairs that hold together; epsilon may be infinite.
+        false_positive_rates: Each in [0, 1], 1-D.
+
+    Returns:
+        For each false-positive rate, the least over the pairs of `exp(epsilon) FPR + delta`, of
+        `1 - exp(-epsilon) (1 - delta - FPR)`, which says the same of the attack that answers the
+        other way round, and of 1.
+    """
+    starts, slopes = _lines(pairs)
+    return np.min(starts[:, None] + slopes[:, None] * false_positive_rates, axis=0)
+
+
+def _lines(pairs: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the intercepts and slopes of lines that the true-positive rate is below."""
+    epsilons, deltas = np.array(pairs, np.float64).T
+    growth = np.exp(np.minimum(epsilons, _MOST_LOG))
+    finite = epsilons < _MOST_LOG
+    starts = np.concatenate([deltas[finite], 1.0 - (1.0 - deltas) / growth, [1.0]])
+    return starts, np.concatenate([growth[finite], 1.0 / growth, [0.0]])
 
 
 @functools.lru_cache(maxsize=64)

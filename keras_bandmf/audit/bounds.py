@@ -10,6 +10,7 @@ import numpy as np
 import scipy.stats
 
 from keras_bandmf._checks import checked_float, checked_int
+from keras_bandmf.accounting.trade_off import largest_true_positive_rates
 
 
 class Evidence(NamedTuple):
@@ -89,7 +90,7 @@ def rates_of_trials(
         fp = _at_least(outside, thresholds)
         low, high = _bounds(tp, len(inside), fp, len(outside), confidence)
         if claims:
-            gain = low - np.min([_allowed(high, *claim) for claim in claims], axis=0)
+            gain = low - largest_true_positive_rates(claims, high)
         else:  # where no epsilon above zero shows, the largest gap of the rates decides
             gain = np.maximum(_epsilons(low, high, delta), low - high - 1.0)
         k = int(np.argmax(gain))
@@ -116,19 +117,11 @@ def contradicted(
     """
     most, worst = 0.0, None
     for claim in claims:
-        allowed = _allowed(np.array(evidence.false_positives), *claim)
-        if evidence.true_positives - allowed > most:
-            most, worst = evidence.true_positives - float(allowed), claim
+        rates = np.array([evidence.false_positives])
+        excess = evidence.true_positives - float(largest_true_positive_rates([claim], rates)[0])
+        if excess > most:
+            most, worst = excess, claim
     return worst
-
-
-def _allowed(false_positives: np.ndarray, epsilon: float, delta: float) -> np.ndarray:
-    """Returns the largest true-positive rates that (epsilon, delta) allows."""
-    return np.minimum(
-        math.exp(min(epsilon, 700.0)) * false_positives + delta,
-        # The same of the attack that answers the other way round.
-        1.0 - math.exp(-epsilon) * (1.0 - false_positives - delta),
-    )
 
 
 def one_run_lower_bound(

@@ -11,13 +11,16 @@ import tensorflow as tf
 
 from keras_bandmf._checks import PrivacyError, checked_choice, checked_float, checked_int
 from keras_bandmf.audit.bounds import one_run_lower_bound
-from keras_bandmf.audit.participations import known_steps, log_likelihood_ratios
+from keras_bandmf.audit.participations import (
+    check_auditable,
+    known_steps,
+    log_likelihood_ratios,
+)
 from keras_bandmf.audit.released import Attacker, recording
 from keras_bandmf.audit.report import AuditReport
 from keras_bandmf.clipping.losses import batch_loss, build_loss
 from keras_bandmf.clipping.row_losses import per_example_losses
 from keras_bandmf.planning.plan import TrainingPlan
-from keras_bandmf.planning.units import ROW
 from keras_bandmf.training.private_training import private_training
 
 #: How many of the canaries are guessed, as fractions: each gets an equal share of the error.
@@ -108,7 +111,7 @@ def audit_run(
         >>> report.epsilon_lower_bound < report.epsilon
         True
     """
-    _check_plan(plan)
+    check_auditable(plan)
     checked_choice("attack", attack, ("white-box", "black-box"))
     checked_float("confidence", confidence, above=0.0, below=1.0)
     rng = np.random.default_rng(None if seed is None else checked_int("seed", seed, 0))
@@ -150,17 +153,6 @@ def audit_run(
         model.fit(batches, verbose=0)
         scores = before - _losses(model, planted)
     return _report(plan, attack, scores, included, guesses, confidence)
-
-
-def _check_plan(plan: TrainingPlan) -> None:
-    if not isinstance(plan, TrainingPlan):
-        raise TypeError(f"Expected `plan` to be a TrainingPlan. Received: plan={plan!r}")
-    if plan.unit != ROW or (plan.declares_participations and plan.min_separation is not None):
-        raise ValueError(
-            "Expected `plan` to be one that draws its batches and protects single rows, because a "
-            f"canary is one row. Received: unit={plan.unit!r}, min_separation="
-            f"{plan.min_separation}. Audit a plan with the same noise for rows."
-        )
 
 
 def _checked_rows(name: str, data: Any, count: int) -> Any:

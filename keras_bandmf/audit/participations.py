@@ -1,4 +1,4 @@
-"""What an attacker knows of the steps of a canary, and the likelihood ratio that follows."""
+"""The steps of a canary: what an attacker knows of them, and the likelihood ratio that follows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,28 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.planning.units import ROW
 from keras_bandmf.sampling.patterns import PoissonInGroup
+
+
+def check_auditable(plan: TrainingPlan) -> None:
+    """Refuses a plan whose canaries would not be rows that it draws.
+
+    Args:
+        plan: What the user gave as the plan.
+
+    Raises:
+        TypeError: It is not a plan.
+        ValueError: The plan protects other units than rows, or does not draw its batches.
+    """
+    if not isinstance(plan, TrainingPlan):
+        raise TypeError(f"Expected `plan` to be a TrainingPlan. Received: plan={plan!r}")
+    if plan.unit != ROW or (plan.declares_participations and plan.min_separation is not None):
+        raise ValueError(
+            "Expected `plan` to be one that draws its batches and protects single rows, because a "
+            f"canary is one row. Received: unit={plan.unit!r}, min_separation="
+            f"{plan.min_separation}. Audit a plan with the same noise for rows."
+        )
 
 
 def known_steps(

@@ -17,6 +17,7 @@ from keras_bandmf._checks import PrivacyError
 from keras_bandmf.clipping import clipped_gradients
 from keras_bandmf.optimizers.bandmf import BandMFOptimizer
 from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.planning.secret_group import banded_columns
 from keras_bandmf.strategies import BandedInverseStrategy
 from keras_bandmf.training.regularizers import regularization
 
@@ -156,16 +157,7 @@ def _columns(plan: TrainingPlan) -> np.ndarray:
     if isinstance(strategy, BandedInverseStrategy):  # its C has no bands
         matrix = strategy.materialize()
         return np.stack([np.pad(matrix[j:, j], (0, j)) for j in range(plan.num_steps)])
-    # A release is `scale_i x_i` with `z_i = sum_k rows_ik x_{i-k}`, so `C[i, i-k]` is as below. A
-    # dense matrix would limit the number of steps.
-    steps, bands = plan.num_steps, strategy.num_bands
-    rows, tail = strategy.noise_rows(), strategy.tail_scale()
-    rows = np.broadcast_to(rows, (steps, bands))
-    scale = np.concatenate([np.ones(steps - len(tail)), tail])
-    columns = np.zeros((steps, bands))
-    for k in range(bands):
-        columns[: steps - k, k] = rows[k:, k] / scale[: steps - k]
-    return columns
+    return banded_columns(strategy)  # a dense matrix would limit the number of steps
 
 
 class Attacker:

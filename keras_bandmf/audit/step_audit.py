@@ -9,21 +9,23 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import checked_float, checked_int
-from keras_bandmf.accounting.accountant import epsilon_of
 from keras_bandmf.audit.bounds import Trials, contradicted, rates_of_trials
-from keras_bandmf.audit.participations import known_steps, log_likelihood_ratios
+from keras_bandmf.audit.participations import (
+    check_auditable,
+    known_steps,
+    log_likelihood_ratios,
+)
 from keras_bandmf.audit.released import filtered
 from keras_bandmf.audit.report import AuditReport
 from keras_bandmf.optimizers.bandmf import BandMFOptimizer
+from keras_bandmf.planning.attacker import statement_trade_off
 from keras_bandmf.planning.plan import TrainingPlan
-from keras_bandmf.planning.units import ROW
 from keras_bandmf.training.private_training import privatize
 
 #: How much longer than the clip norm the gradient of a canary is.
 _LENGTH = 1_000.0
 #: Numbers that one run may release: steps times canaries.
 _MOST_RELEASED = 20_000_000
-_DELTAS = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
 _ATTACKS = (
     "likelihood ratio of the plan",
     "sum of the steps in which it may have taken part",
@@ -87,29 +89,21 @@ def audit_steps(
     _check_plan(plan)
     trials = checked_int("trials", trials, minimum=100)
     checked_float("confidence", confidence, above=0.0, below=1.0)
-    known = seed is not None
-    rng = np.random.default_rng(checked_int("seed", seed, minimum=0) if known else None)
+    rng = np.random.default_rng(None if seed is None else checked_int("seed", seed, minimum=0))
     scores: list[np.ndarray] = []
     included = np.zeros(0, bool)
     while len(included) < trials:
         left = trials - len(included)
         count = min(left, plan.num_examples, max(1, _MOST_RELEASED // plan.num_steps))
         coins = rng.integers(0, 2, count).astype(bool)
-        key = int(rng.integers(2**31)) if known else None
+        key = None if seed is None else int(rng.integers(2**31))
         scores.append(_scores_of_run(plan, coins, distribution, key))
         included = np.concatenate([included, coins])
     return _report(plan, np.concatenate(scores, axis=1), included, confidence)
 
 
 def _check_plan(plan: TrainingPlan) -> None:
-    if not isinstance(plan, TrainingPlan):
-        raise TypeError(f"Expected `plan` to be a TrainingPlan. Received: plan={plan!r}")
-    if plan.unit != ROW or (plan.declares_participations and plan.min_separation is not None):
-        raise ValueError(
-            "Expected `plan` to be one that draws its batches and protects single rows, because a "
-            f"canary is one row. Received: unit={plan.unit!r}, min_separation="
-            f"{plan.min_separation}. Audit a plan with the same noise for rows."
-        )
+    check_auditable(plan)
     if plan.noise_multiplier == 0:
         raise ValueError(
             "Expected `plan` to have noise: without, epsilon is infinite and no bound contradicts "
@@ -188,11 +182,17 @@ def _scores_of_run(
     )
 
 
-def _claims(plan: TrainingPlan) -> list[tuple[float, float]]:
-    """Returns what the plan claims: its own epsilon, and those of known groups at other deltas."""
-    event = plan.dp_event()
-    known = [(epsilon_of(event, delta), delta) for delta in _DELTAS]
-    return [(plan.epsilon(), plan.delta), *known]
+def claims_of(plan: TrainingPlan) -> list[tuple[float, float]]:
+    """Returns all pairs (epsilon, delta) that the statement of a plan rests on.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        The pair of the plan, and those by which its statement says what an attacker can do.
+    """
+    known = statement_trade_off(plan.statement())
+    return [(plan.epsilon(), plan.delta), *(() if known is None else known[0].pairs)]
 
 
 def _report(
@@ -205,7 +205,7 @@ def _report(
     # One test for the bound and one for the claims, each with half of the error.
     share = 0.5 * (1.0 + confidence)
     shown, attack, threshold = rates_of_trials(trials, plan.delta, share)
-    claims = _claims(plan)
+    claims = claims_of(plan)
     rates, _, _ = rates_of_trials(trials, plan.delta, share, claims)
     inside, outside = trials.counted_in[attack], trials.counted_out[attack]
     right, wrong = (int(np.sum(s >= threshold)) for s in (inside, outside))

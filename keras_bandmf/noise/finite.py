@@ -34,16 +34,16 @@ def tail_total_variation(num_values: float) -> float:
     return num_values * 2.0**-RADIUS_BITS * (1.0 + 1e-9)
 
 
-def affords_tail(num_values: float, delta: float, epsilon: float) -> bool:
+def affords_tail(tail: float, delta: float, epsilon: float) -> bool:
     """Returns whether `DELTA_SHARE` of delta pays for the noise's tail at an epsilon.
 
     Args:
-        num_values: The number of coordinates times the number of steps.
-        delta: The delta of the plan.
-        epsilon: The epsilon of the steps that are charged. It may be infinite.
+        tail: The cost of the tail, of all runs together, as a total variation distance.
+        delta: The delta of the plan; of several runs, the sum of theirs.
+        epsilon: The epsilon of the steps that are charged, of all runs together. It may be
+            infinite.
     """
-    factor = 1.0 + math.exp(min(epsilon, 700.0))
-    return tail_total_variation(num_values) * factor <= DELTA_SHARE * delta
+    return tail * (1.0 + math.exp(min(epsilon, 700.0))) <= DELTA_SHARE * delta
 
 
 def check_tail(num_values: float, delta: float) -> None:
@@ -56,8 +56,9 @@ def check_tail(num_values: float, delta: float) -> None:
     Raises:
         PrivacyError: If the charge is above `DELTA_SHARE` of `delta`.
     """
-    if not affords_tail(num_values, delta, 0.0):
-        charge = 2 * tail_total_variation(num_values)
+    tail = tail_total_variation(num_values)
+    if not affords_tail(tail, delta, 0.0):
+        charge = 2 * tail
         raise PrivacyError(
             "The noise has tails of finite length, which cost "
             f"{charge:.3g} of delta over all coordinates and steps: more than {DELTA_SHARE:g} of "

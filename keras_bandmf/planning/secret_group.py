@@ -281,6 +281,21 @@ def columns_of(strategy: KnownStrategy) -> np.ndarray:
     Returns:
         Shape (n, b), float64; zero beyond the last row, and of norm at most 1.
     """
+    columns = banded_columns(strategy) / strategy.sensitivity()
+    norms = np.linalg.norm(columns, axis=1, keepdims=True)
+    # Rounding may leave a norm above 1 by a few units in the last place; more is an error.
+    return columns / np.where(norms <= 1.0 + 1e-9, np.maximum(norms, 1.0), 1.0)
+
+
+def banded_columns(strategy: KnownStrategy) -> np.ndarray:
+    """Returns the columns of C: entry (i, l) is that of row i + l, column i.
+
+    Args:
+        strategy: A banded strategy.
+
+    Returns:
+        Shape (n, b), float64; zero beyond the last row.
+    """
     steps, bands = strategy.num_steps, strategy.num_bands
     rows = np.asarray(strategy.noise_rows(), np.float64)
     tail = np.asarray(strategy.tail_scale(), np.float64)
@@ -292,7 +307,4 @@ def columns_of(strategy: KnownStrategy) -> np.ndarray:
         # C = R S^-1 of the rows R of the recurrence and the scales S of what is released.
         entries = rows[lag:, lag] if len(rows) == steps else np.full(count, rows[0, lag])
         columns[:count, lag] = entries / scales[:count]
-    columns /= strategy.sensitivity()
-    norms = np.linalg.norm(columns, axis=1, keepdims=True)
-    # Rounding may leave a norm above 1 by a few units in the last place; more is an error.
-    return columns / np.where(norms <= 1.0 + 1e-9, np.maximum(norms, 1.0), 1.0)
+    return columns

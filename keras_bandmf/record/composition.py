@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from keras_bandmf._checks import checked_float
-from keras_bandmf.accounting.accountant import FINITE_NOISE_SHARE, delta_without_noise_share
+from keras_bandmf.accounting.accountant import delta_without_noise_share
 from keras_bandmf.accounting.composition import composed_epsilon, delta_of_ideal_noise
+from keras_bandmf.noise.finite import affords_tail
 from keras_bandmf.planning.attacker import noise_tail, with_attacker
 from keras_bandmf.planning.plan_report import SECRET_GROUPS
 from keras_bandmf.planning.statement import Statement
@@ -76,7 +77,8 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
     if delta > 1 / min(run.num_examples for run in runs):
         caveats.append(f"delta = {delta!r} exceeds 1 / num_examples")
     reasons = [run.not_private_reason for run in runs if not run.private]
-    if not _affords_tails(runs, epsilon):
+    tails = math.fsum(noise_tail(run) for run in runs if run.executed and run.steps_charged)
+    if not affords_tail(tails, math.fsum(run.delta for run in runs), epsilon):
         reasons.append(
             "epsilon is so large that the finite tails of the noise cost more than delta allows "
             "(use noise='exact' or more noise)"
@@ -120,13 +122,6 @@ def compose(statements: Sequence[Statement], delta: float | None = None) -> Stat
         run_id=None,
     )
     return with_attacker(whole)
-
-
-def _affords_tails(runs: Sequence[Statement], epsilon: float) -> bool:
-    """Returns whether the share of delta that was set aside pays for the tails at `epsilon`."""
-    tails = math.fsum(noise_tail(run) for run in runs if run.executed and run.steps_charged)
-    charged = FINITE_NOISE_SHARE * math.fsum(run.delta for run in runs)
-    return tails * (1.0 + math.exp(min(epsilon, 700.0))) <= charged
 
 
 def check_same(name: str, values: Iterable[str]) -> None:

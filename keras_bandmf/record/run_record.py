@@ -233,8 +233,9 @@ class RunRecord:
             origin = "a fixed seed (tests only)"
         drawn = self._iterations is not None
         reason = self.broken or reason
-        if reason is None and drawn and not self._exact_noise:
-            if not affords_tail(self._num_values, planned.delta, planned.epsilon):
+        tail = self._noise_tail() if drawn else None
+        if reason is None and tail is not None:
+            if not affords_tail(tail, planned.delta, planned.epsilon):
                 reason = (
                     "epsilon is so large that the finite tails of the noise cost more than delta "
                     "allows (use noise='exact' or more noise)"
@@ -260,7 +261,7 @@ class RunRecord:
             private=reason is None,
             not_private_reason=reason,
             run_id=self.run_id,
-            noise_tail=self._noise_tail() if drawn else None,
+            noise_tail=tail,
         )
 
     def _noise_tail(self) -> float:

@@ -147,7 +147,6 @@ def _one_by_one(
 
     def gradients(i: tf.Tensor) -> list[tf.Tensor]:
         places = tf.fill([3], i)
-        places.set_shape([3])
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
             y_pred = forward(model, on_tensors(functools.partial(tf.gather, indices=places), x))
