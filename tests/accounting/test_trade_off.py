@@ -57,6 +57,19 @@ def test_the_finite_noise_is_charged():
     assert min(dict(trade_off((event,), epsilon, delta, 50 * noise)[1])) > min(more)
 
 
+def test_every_pair_pays_for_the_finite_noise():
+    """Against the exact delta of a Gaussian (Balle and Wang, arXiv 1805.06530)."""
+    noise, delta = 1e-3, 0.01
+    epsilon, _ = composed_epsilon([(1, 1.0, 1.0)], delta)
+    curve, _ = trade_off(((1, 1.0, 1.0),), epsilon, delta, noise)
+    others = [pair for pair in curve.pairs if pair != (epsilon, delta)]
+    assert len(others) > 20
+    for value, actual in others:
+        exact = norm.cdf(0.5 - value) - math.exp(value) * norm.cdf(-0.5 - value)
+        if value > 0:  # epsilon is above the exact one by a share of 10^-5 and less
+            assert exact * (1 - 1e-3) + noise * (1 + math.exp(value)) <= actual
+
+
 def test_a_better_pair_of_a_secret_group_counts():
     event, delta = (15, 0.2, 1.5), 1e-5
     epsilon, _ = composed_epsilon([event], delta)

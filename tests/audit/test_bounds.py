@@ -45,6 +45,16 @@ def test_trials_of_a_gaussian_mechanism_come_close_to_its_epsilon():
     assert 2.0 < evidence.epsilon < 4.4  # exactly 4.38 at 1e-5
 
 
+@pytest.mark.parametrize(("tp", "fp"), [(0, 0), (7, 3), (40, 39), (50, 50)])
+def test_both_rates_are_bounded_as_scipy_bounds_them(tp, fp):
+    counts = np.array([tp]), 50, np.array([fp]), 50
+    (low,), (high,) = bounds._bounds(*counts, confidence=0.9)
+    inside = scipy.stats.binomtest(tp, 50).proportion_ci(0.9, method="exact")
+    outside = scipy.stats.binomtest(fp, 50).proportion_ci(0.9, method="exact")
+    assert low == pytest.approx(inside.low, rel=1e-9)
+    assert high == pytest.approx(outside.high, rel=1e-9)
+
+
 def test_claims_about_half_of_the_noise_are_contradicted():
     rng = np.random.default_rng(2)
     claims = [(e, delta_of_gaussian(0.3, e)) for e in np.linspace(0, 2, 11)]

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 
+from keras_bandmf.planning.attacker import AttackerTerms
 from keras_bandmf.planning.statement import Statement
 from tests.plans import make_plan
 
@@ -220,3 +221,15 @@ def test_statements_of_earlier_releases_are_read():
     old = Statement.from_json(json.dumps(document | {"version": 3}))
     assert old.attacker is None and old.epsilon == make_plan().epsilon()
     assert json.loads(old.to_json())["version"] == 4
+
+
+def test_what_an_attacker_can_do_is_printed_on_the_safe_side():
+    terms = AttackerTerms(
+        mu=0.123401,
+        true_positive_rates=((0.001, 0.00123401),),
+        epsilons=((1.0001e-5, 2.000101),),
+    )
+    rates, mu, deltas = (text for _, text in terms.rows())
+    assert "0.124 % at 0.1 %" in rates
+    assert mu.startswith("0.1235,")
+    assert deltas == "epsilon 2.001 at 1.1e-05"
