@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
@@ -9,6 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import checked_float, checked_int
+from keras_bandmf.accounting.composition import event_parts
+from keras_bandmf.accounting.trade_off import finite_noise, trade_off
 from keras_bandmf.audit.bounds import Trials, contradicted, rates_of_trials
 from keras_bandmf.audit.participations import (
     check_auditable,
@@ -18,7 +21,6 @@ from keras_bandmf.audit.participations import (
 from keras_bandmf.audit.released import filtered
 from keras_bandmf.audit.report import AuditReport
 from keras_bandmf.optimizers.bandmf import BandMFOptimizer
-from keras_bandmf.planning.attacker import statement_trade_off
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.training.private_training import privatize
 
@@ -191,8 +193,13 @@ def claims_of(plan: TrainingPlan) -> list[tuple[float, float]]:
     Returns:
         The pair of the plan, and those by which its statement says what an attacker can do.
     """
-    known = statement_trade_off(plan.statement())
-    return [(plan.epsilon(), plan.delta), *(() if known is None else known[0].pairs)]
+    epsilon, delta = plan.epsilon(), plan.delta
+    if not 0.0 < epsilon < math.inf:
+        return [(epsilon, delta)]
+    events = event_parts(plan.dp_event())
+    # Not by `plan.statement()`, which imports TF Privacy and asks it, too.
+    curve, _ = trade_off(events, epsilon, delta, finite_noise(delta, epsilon))
+    return list(curve.pairs)
 
 
 def _report(

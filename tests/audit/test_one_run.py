@@ -79,6 +79,7 @@ def test_a_run_without_clipping_is_caught(monkeypatch):
     assert audited(plan, slope=10.0).epsilon_lower_bound > plan.epsilon()
 
 
+@pytest.mark.slow
 def test_half_the_noise_is_caught_with_many_canaries(monkeypatch):
     plan = make_plan(20_000, noise_multiplier=1.5)
     assert audited(plan, fractions=[0.04]).epsilon_lower_bound < plan.epsilon()
