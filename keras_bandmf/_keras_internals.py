@@ -208,6 +208,11 @@ def recomputes_activations(layer: keras.layers.Layer) -> bool:
     return bool(getattr(layer, "_remat_mode", None))
 
 
+def stored_value(variable: keras.Variable) -> tf.Tensor:
+    """Returns the value of a variable as it is stored, whatever dtype layers compute in."""
+    return tf.convert_to_tensor(variable._value)
+
+
 def kernel_of(layer: keras.layers.Layer) -> keras.Variable:
     """Returns the variable behind `layer.kernel`, which may be its sum with LoRA's product."""
     return layer._kernel

@@ -23,6 +23,7 @@ from keras_bandmf._keras_internals import (
     own_seed_generators,
 )
 from keras_bandmf.clipping.checks.captures import Refused
+from keras_bandmf.clipping.factors import Unsupported
 
 # A seed has 64 bits: 28 number steps and replicas, 26 the rows of a batch, 10 the draws of a pass.
 STEP_BITS = 28
@@ -157,6 +158,36 @@ def drawing(model: keras.layers.Layer, first: tf.Tensor) -> Iterator[None]:
     finally:
         for generator in replaced:
             del vars(generator)["next"]
+
+
+@contextlib.contextmanager
+def without_draws(layer: keras.layers.Layer) -> Iterator[None]:
+    """Makes every draw from a seed generator of `layer`, or from Keras's global one, an error.
+
+    For a layer that runs a second time on the same inputs: it would draw other numbers.
+
+    Args:
+        layer: The layer that runs inside.
+
+    Raises:
+        Unsupported: From inside, for a draw.
+    """
+
+    def refuse(ordered: bool = True) -> tf.Tensor:
+        raise Unsupported(f"{layer.path}: it has no clipping rule and draws random numbers")
+
+    generators = seed_generators(layer)
+    before = [vars(generator).get("next") for generator in generators]
+    try:
+        for generator in generators:
+            vars(generator)["next"] = refuse
+        yield
+    finally:
+        for generator, answer in zip(generators, before, strict=True):
+            if answer is None:
+                del vars(generator)["next"]
+            else:
+                vars(generator)["next"] = answer
 
 
 def _answer(first: tf.Tensor) -> Callable[..., tf.Tensor]:

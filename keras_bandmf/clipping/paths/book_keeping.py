@@ -8,14 +8,13 @@ example in memory.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_bandmf._keras_internals import added_losses, all_layers, takes_training, trained_layers
+from keras_bandmf._keras_internals import added_losses, all_layers, takes_training
 from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.coordinates import released_shape
 from keras_bandmf.clipping.factors import Factor, Unsupported
@@ -24,7 +23,7 @@ from keras_bandmf.clipping.merge import merged
 from keras_bandmf.clipping.paths.declared_shapes import checked_shapes
 from keras_bandmf.clipping.row_losses import per_example_losses
 from keras_bandmf.clipping.rules.base import LayerRule
-from keras_bandmf.clipping.rules.registry import rule_of
+from keras_bandmf.clipping.rules.registry import assigned_rules
 from keras_bandmf.clipping.shapes import by_example, over_rows
 
 # The number of masked rows that are watched in each batch or chunk. More would cost time.
@@ -48,7 +47,11 @@ class _Record(NamedTuple):
     layer: keras.layers.Layer
     rule: LayerRule
     saved: Any
-    outputs: tf.Tensor
+    outputs: tf.Tensor | list[tf.Tensor]
+
+
+# The gradient at a recorded tensor, None if nobody used it, and the axis of the examples.
+Tap = tuple[tf.Tensor | None, int]
 
 
 def forward(model: keras.Model, x: Any) -> Any:
@@ -160,7 +163,7 @@ def row_shares(mask: tf.Tensor, rows_per_example: int) -> tf.Tensor:
     return tf.reshape(tf.math.divide_no_nan(counted, count), [-1])
 
 
-def _rows_mixed(taps: list[tf.Tensor | None], mask: tf.Tensor) -> tf.Tensor:
+def _rows_mixed(taps: list[Tap], mask: tf.Tensor) -> tf.Tensor:
     """Returns, as a scalar bool, whether a masked row has a gradient at any recorded call.
 
     The first `_SENTINELS` masked rows are looked at. NaN and infinity are no evidence: zero times
@@ -171,9 +174,11 @@ def _rows_mixed(taps: list[tf.Tensor | None], mask: tf.Tensor) -> tf.Tensor:
     exists = places < tf.shape(mask)[0]
     places = tf.where(exists, places, tf.zeros_like(places))
     found = [tf.constant(False)]
-    for g in taps:
+    for g, axis in taps:
         if g is not None:
-            g = tf.gather(tf.convert_to_tensor(g), places)
+            g = tf.gather(tf.convert_to_tensor(g), places, axis=axis)
+            if axis:
+                g = tf.transpose(g, [axis, *(i for i in range(g.shape.rank) if i != axis)])
             reached = tf.logical_and(tf.math.is_finite(g), tf.not_equal(g, tf.zeros([], g.dtype)))
             found.append(tf.reduce_any(tf.logical_and(reached, over_rows(exists, g))))
     return tf.reduce_any(tf.stack(found))
@@ -188,7 +193,7 @@ def example_gradients(
     mask: tf.Tensor,
     dtype: tf.DType,
     rows_per_example: int = 1,
-) -> tuple[dict[int, Factor], list[tf.Tensor | None]]:
+) -> tuple[dict[int, Factor], list[Tap]]:
     """Returns every example's gradient, as a factor for each variable, from one backward pass.
 
     Args:
@@ -204,7 +209,7 @@ def example_gradients(
 
     Returns:
         Position in `variables` -> factor, those without a gradient left out; and the gradients at
-        all taps, in the order of `records`, None for an output that nobody used.
+        all recorded tensors, in the order of `records`.
 
     Raises:
         Unsupported: If a weight is used outside a layer with a rule, or a call is not by example.
@@ -225,12 +230,17 @@ def example_gradients(
             i: [factor.grouped(rows_per_example, mask) for factor in of_one]
             for i, of_one in parts.items()
         }
-    return {i: merged(of_one) for i, of_one in parts.items()}, taps
+    found = [
+        (g, record.rule.example_axis)
+        for record, of_call in zip(records, taps, strict=True)
+        for g in keras.tree.flatten(of_call)
+    ]
+    return {i: merged(of_one) for i, of_one in parts.items()}, found
 
 
 def _by_variable(
     records: list[_Record],
-    taps: list[tf.Tensor | None],
+    taps: list[Any],
     variables: list[keras.Variable],
     dtype: tf.DType,
 ) -> dict[int, list[Factor]]:
@@ -238,20 +248,30 @@ def _by_variable(
     index = {id(v): i for i, v in enumerate(variables)}
     found: dict[int, list[Factor]] = {}
     for record, g in zip(records, taps, strict=True):
-        if g is None:  # an output nobody used: its gradient is zero
-            continue
-        g = tf.cast(tf.convert_to_tensor(g), dtype)
+        if all(part is None for part in keras.tree.flatten(g)):
+            continue  # outputs nobody used: their gradient is zero
+        if isinstance(g, list):
+            g = [
+                tf.zeros_like(t, dtype) if part is None else _as_tensor(part, dtype)
+                for t, part in zip(record.outputs, g, strict=True)
+            ]
+        else:
+            g = _as_tensor(g, dtype)
         for variable, factor in record.rule.gradients(record.layer, record.saved, g):
             if id(variable) in index:
                 found.setdefault(index[id(variable)], []).append(factor)
     return found
 
 
+def _as_tensor(g: Any, dtype: tf.DType) -> tf.Tensor:
+    return tf.cast(tf.convert_to_tensor(g), dtype)
+
+
 @contextlib.contextmanager
 def tapped(
     model: keras.layers.Layer, tape: tf.GradientTape, records: list[_Record]
 ) -> Iterator[None]:
-    """Replaces `call` on every layer instance with a rule and a trainable weight of its own.
+    """Replaces `call` on every layer instance whose rule gives gradients of trainable weights.
 
     Args:
         model: A model or layer. It and the layers in it are recorded.
@@ -261,12 +281,12 @@ def tapped(
     Raises:
         Unsupported: If a layer with trainable weights has no rule.
     """
+    assigned = assigned_rules(model)
+    if assigned.missing:
+        raise Unsupported("; ".join(assigned.missing))
     replaced = []
     try:
-        for layer in [*trained_layers(model), *_using_layers(model)]:
-            rule, why = rule_of(layer)
-            if rule is None:
-                raise Unsupported(f"{layer.path}: {why}")
+        for layer, rule in assigned.rules:
             # Bypasses Keras's attribute tracking, and changes this instance only.
             vars(layer)["call"] = _recording(layer, rule, tape, records)
             replaced.append(layer)
@@ -276,27 +296,11 @@ def tapped(
             del vars(layer)["call"]
 
 
-def _using_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """Returns layers without a trainable variable whose rule uses one of a layer inside."""
-    trainable = {id(v) for v in model.trainable_variables}
-    own = {id(layer) for layer in trained_layers(model)}
-    found = []
-    for layer in all_layers(model):
-        rule, _ = rule_of(layer)
-        if id(layer) not in own and rule is not None:
-            if any(id(v) in trainable for v in rule.uses(layer)):
-                found.append(layer)
-    return found
-
-
 def _recording(
     layer: keras.layers.Layer, rule: LayerRule, tape: tf.GradientTape, records: list[_Record]
 ) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
-        inputs, arguments = _arguments(layer, rule, args, kwargs)
-        if not isinstance(inputs, tf.Tensor):
-            raise Unsupported(f"{layer.path}: inputs are {type(inputs).__name__}, not a tensor")
-        outputs, saved = rule.forward(layer, inputs, **arguments)
+        outputs, saved = rule.recorded(layer, args, kwargs)
         tape.watch(outputs)
         records.append(_Record(layer, rule, saved, outputs))
         return rule.finish(layer, outputs, saved)
@@ -304,36 +308,16 @@ def _recording(
     return call
 
 
-def _arguments(
-    layer: keras.layers.Layer, rule: LayerRule, args: tuple, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """Returns what `layer` was called with: its inputs, and what else its rule has to know.
-
-    Raises:
-        Unsupported: If an argument is not at its default and the rule does not name it.
-    """
-    signature = inspect.signature(type(layer).call)
-    _, inputs, *rest = signature.bind(layer, *args, **kwargs).arguments.items()
-    named = inspect.signature(rule.forward).parameters
-    arguments = {}
-    for name, value in rest:
-        if name in named:
-            arguments[name] = value
-        elif name != "training" and value is not signature.parameters[name].default:
-            raise Unsupported(f"{layer.path}: called with `{name}`, which its rule does not know")
-    return inputs[1], arguments
-
-
 def _check_records(records: list[_Record], mask: tf.Tensor) -> None:
     """Checks that every recorded call ran once, in this graph, with a row for each example."""
     batch = mask.shape[0]
-    for record in records:
-        tensor = record.outputs
+    for record, tensor in ((r, t) for r in records for t in keras.tree.flatten(r.outputs)):
         if not tf.executing_eagerly() and tensor.graph is not tf.compat.v1.get_default_graph():
             raise Unsupported(f"{record.layer.path}: called inside a loop, a branch or a function")
-        rows = tensor.shape[0] if tensor.shape.rank else None
-        if not tensor.shape.rank or (batch is not None and rows is not None and rows != batch):
+        axis, rank = record.rule.example_axis, tensor.shape.rank or 0
+        rows = tensor.shape[axis] if rank > axis else None
+        if rank <= axis or (batch is not None and rows is not None and rows != batch):
             raise Unsupported(
-                f"{record.layer.path}: its leading axis is not the example axis "
+                f"{record.layer.path}: its axis {axis} is not the example axis "
                 f"(shape {tuple(tensor.shape)} for {batch} examples)"
             )

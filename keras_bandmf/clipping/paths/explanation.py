@@ -9,12 +9,14 @@ import keras
 
 from keras_bandmf._keras_internals import all_layers, own_weights, trained_layers
 from keras_bandmf.clipping.paths.routing import stored, structural_reason
+from keras_bandmf.clipping.rules.base import LayerRule
+from keras_bandmf.clipping.rules.by_example import ByExampleRule
 from keras_bandmf.clipping.rules.registry import rule_of
 
 #: How a model gets its clipped gradients.
 ModelRoute = Literal["book-keeping", "general"]
-#: How a layer does; "none" if nothing in it is trained.
-LayerRoute = Literal["book-keeping", "general", "none"]
+#: How a layer does. "by example": it alone runs one example at a time. "none": nothing is trained.
+LayerRoute = Literal["book-keeping", "by example", "general", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Explanation:
 
     Attributes:
         rows: (path, layer class, route, reason) of every layer that owns weights. The route is
-            "book-keeping", "general", or "none" for a frozen layer.
+            "book-keeping", "by example" (this layer alone is run one example at a time), "general",
+            or "none" for a frozen layer.
         route: The route of the whole model: "book-keeping" or "general".
         why: The reason for it.
 
@@ -55,8 +58,9 @@ def explain(model: keras.Model) -> Explanation:
     """Explains which path each layer of a model takes to its clipped gradients, and why.
 
     The layers decide first, and then what `check_model` or the last `clipped_gradients` found out.
-    A single layer on the general path takes the whole model there: one example at a time, which is
-    exact and slow.
+    A layer that treats rows independently and has no rule is run one example at a time by itself
+    ("by example"). A single layer on the general path takes the whole model there: all of it runs
+    one example at a time, which is exact and slow.
 
     Args:
         model: A built Keras model.
@@ -78,15 +82,21 @@ def explain(model: keras.Model) -> Explanation:
     """
     trained = {id(layer) for layer in trained_layers(model)}
     rows: list[tuple[str, str, LayerRoute, str]] = []
-    for layer in all_layers(model):
+    inside: dict[int, tuple[LayerRoute, str]] = {}
+    for layer in all_layers(model):  # outer layers come before those inside them
+        rule, why = rule_of(layer)
+        if id(layer) in inside:
+            route, why = inside[id(layer)]
+        else:
+            route = _route(rule)
+            if rule is not None and rule.whole:
+                for part in all_layers(layer, include_self=False):
+                    inside[id(part)] = route, f"{why} of {layer.path}"
         if not own_weights(layer):
             continue
-        name = type(layer).__name__
         if id(layer) not in trained:
-            rows.append((layer.path, name, "none", "nothing to train"))
-            continue
-        rule, why = rule_of(layer)
-        rows.append((layer.path, name, "general" if rule is None else "book-keeping", why))
+            route, why = "none", "nothing to train"
+        rows.append((layer.path, type(layer).__name__, route, why))
     known = stored(model)
     general = structural_reason(model, None) or (known.general if known is not None else None)
     if general is not None:
@@ -94,3 +104,9 @@ def explain(model: keras.Model) -> Explanation:
     checked = known is not None and known.checked
     why = "checked against one example at a time" if checked else "by its layers; not checked yet"
     return Explanation(rows, "book-keeping", why)
+
+
+def _route(rule: LayerRule | None) -> LayerRoute:
+    if rule is None:
+        return "general"
+    return "by example" if isinstance(rule, ByExampleRule) else "book-keeping"

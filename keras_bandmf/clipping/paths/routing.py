@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_bandmf._keras_internals import trained_layers
 from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import batch_loss, overrides_compute_loss
 from keras_bandmf.clipping.paths.book_keeping import clip_by_book_keeping
 from keras_bandmf.clipping.paths.declared_shapes import checked_shapes
 from keras_bandmf.clipping.rowwise.decision import advice, rowwise
-from keras_bandmf.clipping.rules.registry import rule_of
+from keras_bandmf.clipping.rules.registry import assigned_rules
 from keras_bandmf.clipping.shapes import on_tensors
 
 # The number of rows of the trial trace: a prime that no other axis is likely to have, so that an
@@ -84,15 +83,10 @@ def structural_reason(model: keras.Model, loss: Any) -> str | None:
     """
     if loss is None and overrides_compute_loss(model):
         return f"{type(model).__name__} overrides `compute_loss`"
-    reasons = []
-    for layer in trained_layers(model):
-        rule, why = rule_of(layer)
-        if rule is None:
-            reasons.append(f"{layer.path}: {why}")
-    if not reasons:
-        unknown = rowwise(model).unknown
-        return advice(unknown) if unknown else None
-    return "; ".join(reasons)
+    unknown = rowwise(model).unknown
+    if unknown:
+        return advice(unknown)
+    return "; ".join(assigned_rules(model).missing) or None
 
 
 def trial_reason(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> str | None:

@@ -84,6 +84,14 @@ def declare_row_wise(layer_class: type) -> type:
     return layer_class
 
 
+def may_be_row_wise(layer_class: type) -> bool:
+    """Returns whether layers of exactly this class are declared or, under conditions, known to be.
+
+    Whether a layer of it meets the conditions is found by `rowwise`.
+    """
+    return layer_class in _DECLARED or condition_of(layer_class) is not None
+
+
 def rowwise(model: keras.Model) -> Rowwise:
     """Returns what is known of `model`, from every layer and every operation between them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf._keras_internals import kernel_of
-from keras_bandmf.clipping.factors import Factor, Layout, Outer, Rows
+from keras_bandmf.clipping.factors import Factor, Layout, Outer, Rows, Unsupported
 from keras_bandmf.clipping.shapes import positions, sum_to
 
 
@@ -46,15 +47,46 @@ class LayerRule:
         >>> clipping.register_rule(Shift, ShiftRule())
         >>> clipping.check_rule(Shift(dtype="float64"), np.ones((2, 3))) < 1e-12
         True
+    Attributes:
+        whole: Whether the rule also stands for all layers inside its layer, such as the cell of a
+            recurrent layer: they are not recorded, and need no rule.
+        example_axis: The axis of the examples in what `forward` returns first.
     """
 
+    whole = False
+    example_axis = 0
+
     def refuses(self, layer: keras.layers.Layer) -> str | None:
-        """Returns why this layer, though of the right type, must take the general path, or None."""
+        """Returns why the rule does not fit this layer, though it is of the right type, or None."""
         return None
 
     def uses(self, layer: keras.layers.Layer) -> list[keras.Variable]:
         """Returns weights of layers inside this one that the rule uses in place of those layers."""
         return []
+
+    def recorded(
+        self, layer: keras.layers.Layer, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        """Returns what `forward` returns for a call of the layer with these arguments.
+
+        Raises:
+            Unsupported: If the first argument is not a tensor, or another one is not at its default
+                and is not named by `forward`.
+        """
+        signature = inspect.signature(type(layer).call)
+        (_, inputs), *rest = list(signature.bind(layer, *args, **kwargs).arguments.items())[1:]
+        named = inspect.signature(self.forward).parameters
+        arguments = {}
+        for name, value in rest:
+            if name in named:
+                arguments[name] = value
+            elif name != "training" and value is not signature.parameters[name].default:
+                raise Unsupported(
+                    f"{layer.path}: called with `{name}`, which its rule does not know"
+                )
+        if not isinstance(inputs, tf.Tensor):
+            raise Unsupported(f"{layer.path}: inputs are {type(inputs).__name__}, not a tensor")
+        return self.forward(layer, inputs, **arguments)
 
     def forward(
         self, layer: keras.layers.Layer, inputs: Any, *args: Any, **kwargs: Any
@@ -72,7 +104,8 @@ class LayerRule:
                 `training`, are left out.
 
         Returns:
-            (The pre-activation, what `gradients` needs to see again.)
+            (The pre-activation, what `gradients` needs to see again.) Of several tensors that
+            depend on the weights the first result is a list.
         """
         raise NotImplementedError
 
@@ -89,7 +122,8 @@ class LayerRule:
         Args:
             layer: The layer.
             saved: The second result of `forward`.
-            g: The gradient of the summed losses by the pre-activation, float32 or float64.
+            g: The gradient of the summed losses by the pre-activation, float32 or float64; of a
+                list of tensors a list.
 
         Returns:
             (variable, factor) for each variable. Those of frozen variables are never used.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import keras
 
-from keras_bandmf._keras_internals import recomputes_activations
-from keras_bandmf.clipping.rowwise.decision import declare_row_wise
+from keras_bandmf._keras_internals import all_layers, recomputes_activations, trained_layers
+from keras_bandmf.clipping.rowwise.decision import declare_row_wise, may_be_row_wise
 from keras_bandmf.clipping.rules.base import DenseRule, LayerRule
+from keras_bandmf.clipping.rules.by_example import ByExampleRule
 from keras_bandmf.clipping.rules.conv import (
     ConvRule,
     ConvTransposeRule,
@@ -16,6 +19,12 @@ from keras_bandmf.clipping.rules.conv import (
 from keras_bandmf.clipping.rules.einsum import EinsumDenseRule
 from keras_bandmf.clipping.rules.embedding import EmbeddingRule, ReversibleEmbeddingRule
 from keras_bandmf.clipping.rules.hub import rule_by_name
+from keras_bandmf.clipping.rules.recurrent import (
+    AnyRecurrentRule,
+    GRURule,
+    LSTMRule,
+    SimpleRNNRule,
+)
 from keras_bandmf.clipping.rules.scale import (
     GroupNormalizationRule,
     LayerNormalizationRule,
@@ -42,6 +51,16 @@ _RULES: dict[type, LayerRule] = {
     keras.layers.DepthwiseConv2D: DepthwiseConvRule(),
     keras.layers.SeparableConv1D: SeparableConvRule(),
     keras.layers.SeparableConv2D: SeparableConvRule(),
+    keras.layers.LSTM: LSTMRule(),
+    keras.layers.GRU: GRURule(),
+    keras.layers.SimpleRNN: SimpleRNNRule(),
+    keras.layers.RNN: AnyRecurrentRule(
+        {
+            keras.layers.LSTMCell: LSTMRule(),
+            keras.layers.GRUCell: GRURule(),
+            keras.layers.SimpleRNNCell: SimpleRNNRule(),
+        }
+    ),
 }
 # Layers that the oldest Keras 3 does not have.
 for _name, _rule in (
@@ -130,18 +149,64 @@ def set_rule(layer: keras.layers.Layer, rule: LayerRule | None) -> None:
 def rule_of(layer: keras.layers.Layer) -> tuple[LayerRule | None, str]:
     """Returns the rule of a layer, or None and the reason.
 
+    A layer that is known to treat rows independently, or declared to, and has no rule that fits it,
+    gets `ByExampleRule`.
+
     Returns:
-        (The rule, its name), or (None, the reason why there is none).
+        (The rule, its name and why it is this one), or (None, the reason why there is none).
     """
     rule = vars(layer).get(_OWN_RULE) or _known(type(layer))
-    if rule is None:
-        return None, f"no rule for {type(layer).__name__}"
     if "call" in vars(layer):
         return None, "its `call` was replaced on the instance"
     if recomputes_activations(layer):
         return None, "it recomputes its activations (remat)"
-    reason = rule.refuses(layer)
-    return (rule, type(rule).__name__) if reason is None else (None, reason)
+    name = type(layer).__name__
+    reason = f"no rule for {name}" if rule is None else rule.refuses(layer)
+    if rule is not None and reason is None:
+        return rule, type(rule).__name__
+    if not may_be_row_wise(type(layer)):
+        return None, f"{reason}, and it is not known to treat rows independently"
+    return ByExampleRule(whole=isinstance(layer, keras.layers.RNN)), f"ByExampleRule: {reason}"
+
+
+class AssignedRules(NamedTuple):
+    """Which layers of a model are recorded.
+
+    Attributes:
+        rules: The layers to record and their rules.
+        missing: For each other layer with weights to train that no rule stands for, why not.
+    """
+
+    rules: list[tuple[keras.layers.Layer, LayerRule]]
+    missing: list[str]
+
+
+def assigned_rules(model: keras.layers.Layer) -> AssignedRules:
+    """Returns the rules of a model's layers: what the book-keeping path records.
+
+    Args:
+        model: A model or layer.
+    """
+    trainable = {id(v) for v in model.trainable_variables}
+    trained = {id(layer) for layer in trained_layers(model)}
+    layers = all_layers(model)
+    rules = {id(layer): rule_of(layer) for layer in layers}
+    inside: set[int] = set()
+    for layer in layers:
+        rule, _ = rules[id(layer)]
+        if rule is not None and rule.whole:
+            inside.update(id(part) for part in all_layers(layer, include_self=False))
+    found = AssignedRules([], [])
+    for layer in layers:
+        if id(layer) in inside:
+            continue
+        rule, why = rules[id(layer)]
+        if rule is None:
+            if id(layer) in trained:
+                found.missing.append(f"{layer.path}: {why}")
+        elif id(layer) in trained or any(id(v) in trainable for v in rule.uses(layer)):
+            found.rules.append((layer, rule))
+    return found
 
 
 def _known(layer_class: type) -> LayerRule | None:
