@@ -208,6 +208,15 @@ def recomputes_activations(layer: keras.layers.Layer) -> bool:
     return bool(getattr(layer, "_remat_mode", None))
 
 
+def keeps_its_message(kind: type) -> type:
+    """Makes Keras leave the message of an exception as it is where a layer's `call` raises it.
+
+    It is a decorator of exception classes. Keras adds the arguments of the call otherwise.
+    """
+    kind._keras_call_info_injected = True  # type: ignore[attr-defined]
+    return kind
+
+
 def stored_value(variable: keras.Variable) -> tf.Tensor:
     """Returns the value of a variable as it is stored, whatever dtype layers compute in."""
     return tf.convert_to_tensor(variable._value)

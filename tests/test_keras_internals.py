@@ -406,3 +406,41 @@ def test_variables_that_a_graph_has_read():
     read()
     assert [v is variable for v in found] == [True]
     assert internals.watched_variables(tf.Graph()) == []
+
+
+def test_a_stored_value_is_not_cast():
+    layer = keras.layers.Dense(2, dtype="mixed_bfloat16")
+    found = []
+
+    class Looking(keras.layers.Layer):
+        def call(self, x):
+            found.append((_keras_internals.stored_value(layer.kernel), x))
+            return x
+
+    layer.build((None, 3))
+    Looking(dtype="mixed_bfloat16")(np.ones((1, 3)))
+    stored, x = found[0]
+    assert stored.dtype == tf.float32 and x.dtype == tf.bfloat16
+    np.testing.assert_array_equal(stored, layer.kernel.numpy())
+
+
+def test_a_message_that_keras_leaves_alone():
+    class Plain(Exception):
+        pass
+
+    @_keras_internals.keeps_its_message
+    class Kept(Exception):
+        pass
+
+    class Failing(keras.layers.Layer):
+        def __init__(self, error):
+            super().__init__()
+            self.error = error
+
+        def call(self, x):
+            raise self.error("short")
+
+    for kind, same in ((Plain, False), (Kept, True)):
+        with pytest.raises(kind) as caught:
+            Failing(kind)(np.ones((1, 1)))
+        assert (str(caught.value) == "short") is same

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import keeps_its_message
 from keras_bandmf.clipping.shapes import dims, over_rows, product, static
 
 # Below this share of the largest value it could have, a squared norm of float32 is rounding error.
@@ -36,6 +37,7 @@ _UNKNOWN_POSITIONS = 64
 _DIFFERENT_KINDS = "one variable is used by layers of different kinds (tied weights)"
 
 
+@keeps_its_message
 class Unsupported(Exception):
     """This layer or model cannot take the book-keeping path; the message says why."""
 

@@ -222,8 +222,17 @@ def test_explain_is_a_table():
     text = str(explain(model))
     assert "frozen" in text and "nothing to train" in text and "EmbeddingRule" in text
     assert "book-keeping path (checked against one example at a time)" in text
-    text = str(explain(zoo.lstm()[0]))
-    assert "general" in text and "no rule for LSTMCell" in text
+    text = str(explain(zoo.unknown_layer()[0]))
+    assert "general" in text and "declare_row_wise" in text
+    text = str(explain(zoo.by_example()[0]))
+    assert "by example" in text and "ByExampleRule: no rule for Gated" in text
+
+
+def test_explain_names_the_rule_of_a_cell_by_its_layer():
+    model = zoo.lstm()[0]
+    (cell, *_) = explain(model).rows
+    assert cell[1:3] == ("LSTMCell", "book-keeping")
+    assert cell[3] == f"LSTMRule of {model.layers[0].path}"
 
 
 def test_frozen_layers_cost_nothing():

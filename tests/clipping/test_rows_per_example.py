@@ -82,12 +82,10 @@ def test_equals_the_loop(make, microbatch_size):
         assert leaf.shape[0] == len(ROWS)
 
 
-@pytest.mark.parametrize("make", [zoo.mlp, zoo.cnn, zoo.lstm, zoo.transformer])
+@pytest.mark.parametrize("make", [zoo.mlp, zoo.cnn, zoo.lstm, zoo.unknown_layer, zoo.transformer])
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("known", [True, False])
 def test_compiled(make, jit_compile, known):
-    if jit_compile and make is zoo.lstm:
-        pytest.skip("Keras's LSTM has no XLA on CPU")
     model, x, y, weight, clip, norms, sums = expectation(make)
 
     def step(x, y, weight, mask):

@@ -156,6 +156,44 @@ def lstm():
     return model, floats(5, 3), floats(5, 2), np.abs(floats(5))
 
 
+class Shift(layers.Layer):
+    """Nothing is known of it: a model with it runs one example at a time."""
+
+    def build(self, shape):
+        self.shift = self.add_weight(shape=(shape[-1],), initializer="uniform")
+
+    def call(self, x):
+        return x * keras.ops.exp(self.shift)
+
+
+@declare_row_wise
+class Gated(Shift):
+    """Declared and without a rule: it runs one example at a time, and the layers inside do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = layers.Dense(3, "sigmoid")
+
+    def build(self, shape):
+        super().build(shape)
+        self.gate.build(shape)
+
+    def call(self, x):
+        return super().call(x) * self.gate(x)
+
+
+def unknown_layer():
+    model = keras.Sequential([keras.Input((5, 3)), Shift(), layers.Dense(2)])
+    model.compile("sgd", "mse")
+    return model, floats(5, 3), floats(5, 2), np.abs(floats(5))
+
+
+def by_example():
+    model = keras.Sequential([keras.Input((5, 3)), Gated(), layers.Dense(2)])
+    model.compile("sgd", "mse")
+    return model, floats(5, 3), floats(5, 2), None
+
+
 def autoencoder():
     inputs = keras.Input((8,))
     code = layers.Dense(3, "selu", name="code")(inputs)
@@ -246,6 +284,8 @@ ZOO = [
     conv_text,
     subclassed,
     lstm,
+    unknown_layer,
+    by_example,
     autoencoder,
     frozen_and_masked,
     einsum,

@@ -58,7 +58,8 @@ class ByExampleRule(LayerRule):
         """Runs the layer's own `call`; returns the floating tensors among its outputs."""
         variables = self._variables(layer)
         values = [(v, tf.stop_gradient(stored_value(v))) for v in variables]
-        with keras.StatelessScope(state_mapping=values, collect_losses=True) as scope:
+        scope = keras.StatelessScope(state_mapping=values, collect_losses=True)
+        with without_draws(layer), scope:
             outputs = type(layer).call(layer, *args, **kwargs)
         if scope.losses:
             raise Unsupported(f"{layer.path}: calls `add_loss`")

@@ -57,7 +57,7 @@ class ConvRule(LinearRule):
     ) -> Factor:
         """Returns patches(x)'g, written out or as factors."""
         x, g = channels_last(layer, tf.cast(inputs, g.dtype), g)
-        return _kernel_factor(layer, x, g, shape, layer.groups)
+        return sliding_factor(layer, x, g, shape, layer.groups)
 
     def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
         """Returns the convolution plus the bias, and the inputs for the gradients."""
@@ -81,7 +81,7 @@ class ConvRule(LinearRule):
         patches = tf.concat([slices.at(k) for k in slices.offsets], axis=-1)[:, 0]
         middle = tf.matmul(patches, tf.reshape(wide(a, g), [-1, a.shape[-1]]))
         return [
-            (a, _kernel_factor(layer, x, behind, tuple(a.shape), 1)),
+            (a, sliding_factor(layer, x, behind, tuple(a.shape), 1)),
             (b, matrix(middle, scaled)),
             *bias,
         ]
@@ -108,7 +108,7 @@ class ConvTransposeRule(KernelRule):
     ) -> Sequence[tuple[keras.Variable, Factor]]:
         """Returns patches(g)'x for the kernel, and the gradient of the bias."""
         x, g = channels_last(layer, tf.cast(saved, g.dtype), g)
-        factor = _kernel_factor(layer, g, x, tuple(layer.kernel.shape), 1)
+        factor = sliding_factor(layer, g, x, tuple(layer.kernel.shape), 1)
         return [(layer.kernel, factor), *bias_gradient(layer, g)]
 
 
@@ -190,13 +190,13 @@ def channels_last(layer: keras.layers.Layer, *tensors: tf.Tensor) -> list[tf.Ten
     return [tf.transpose(t, [0, *range(2, layer.rank + 2), 1]) for t in tensors]
 
 
-def _kernel_factor(
-    layer: keras.layers.Layer, x: tf.Tensor, g: tf.Tensor, shape: tuple[int, ...], groups: int
+def sliding_factor(
+    layer: Any, x: tf.Tensor, g: tf.Tensor, shape: tuple[int, ...], groups: int
 ) -> Rows | Outer:
     """Returns the gradient patches(x)'g of a kernel of shape `shape`, product or factors.
 
     Args:
-        layer: The convolution.
+        layer: The convolution: anything with the attributes that `Slices` reads.
         x: The side that the kernel slides over: inputs, or output gradients if transposed.
         g: The other side.
         shape: (*size, channels of x / groups, channels of g).

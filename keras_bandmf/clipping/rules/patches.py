@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from keras_bandmf.clipping.shapes import dims, product
@@ -21,7 +20,7 @@ class Slices:
         groups: The number of groups of channels.
     """
 
-    def __init__(self, layer: keras.layers.Layer, x: tf.Tensor, cells: list[Any], groups: int = 1):
+    def __init__(self, layer: Any, x: tf.Tensor, cells: list[Any], groups: int = 1):
         self.strides, self.dilation = layer.strides, layer.dilation_rate
         self.groups, self.cells = groups, cells
         self.offsets = list(itertools.product(*(range(k) for k in layer.kernel_size)))
@@ -29,7 +28,7 @@ class Slices:
             x = tf.pad(x, self._padding(layer, dims(x)[1:-1]))
         self.phases = self._phases(x, layer.kernel_size) if max(self.strides) > 1 else x
 
-    def _padding(self, layer: keras.layers.Layer, sizes: list[Any]) -> list[list[Any]]:
+    def _padding(self, layer: Any, sizes: list[Any]) -> list[list[Any]]:
         pads: list[list[Any]] = [[0, 0]]
         for size, out, k, s, d in zip(
             sizes, self.cells, layer.kernel_size, self.strides, self.dilation, strict=True

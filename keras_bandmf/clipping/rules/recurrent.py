@@ -62,6 +62,10 @@ class RecurrentRule(LayerRule):
     whole = True
     example_axis = 1
 
+    def drops(self, cell: keras.layers.Layer, rate: float) -> bool:
+        """Returns whether Keras's cell uses its dropout masks: most do not at a rate of one."""
+        return 0.0 < rate < 1.0
+
     def projected(self, cell: keras.layers.Layer, run: Recurrence) -> tf.Tensor:
         """Returns the part of the pre-activations that depends on the inputs alone."""
         raise NotImplementedError
@@ -109,9 +113,9 @@ class RecurrentRule(LayerRule):
         state_masks = cell.get_recurrent_dropout_mask(states[0])
         cell.reset_dropout_mask()
         cell.reset_recurrent_dropout_mask()
-        # Keras leaves everything in place at a rate of one.
-        input_masks = _as_masks(input_masks) if training and _drops(cell.dropout) else None
-        drops = training and _drops(cell.recurrent_dropout)
+        drops = training and self.drops(cell, cell.dropout)
+        input_masks = _as_masks(input_masks) if drops else None
+        drops = training and self.drops(cell, cell.recurrent_dropout)
         state_masks = _as_masks(state_masks) if drops else None
         for of_leaf in keras.tree.flatten(mask)[:1]:
             mask = None if of_leaf is None else tf.cast(of_leaf, tf.bool)
@@ -147,7 +151,10 @@ class RecurrentRule(LayerRule):
 
 
 class _GatedRule(RecurrentRule):
-    """Cells with two matrices, of which each holds those of all gates side by side."""
+    """Cells with two matrices, of which each holds those of all gates side by side.
+
+    The gradients are those of cells that compute all else from x W + b + h U.
+    """
 
     def projected(self, cell: keras.layers.Layer, run: Recurrence) -> tf.Tensor:
         """Returns x W plus the bias that is added to it."""
@@ -159,12 +166,26 @@ class _GatedRule(RecurrentRule):
         """Returns the bias that is added to x W."""
         return None if cell.bias is None else constant(cell.bias)
 
-    def _kernel(self, cell: keras.layers.Layer, run: Recurrence, g: tf.Tensor) -> Outer:
-        return _factor(run.inputs, run.input_masks, g)
+    def cell_gradients(
+        self, cell: keras.layers.Layer, run: Recurrence, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of kernels and bias."""
+        recurrent = _factor(run.previous, run.state_masks, g)
+        found: list[tuple[keras.Variable, Factor]] = [
+            (cell.kernel, _factor(run.inputs, run.input_masks, g)),
+            (cell.recurrent_kernel, recurrent),
+        ]
+        if cell.bias is not None:
+            found.append((cell.bias, Rows(tf.reduce_sum(g, axis=1))))
+        return found
 
 
 class SimpleRNNRule(_GatedRule):
     """SimpleRNN: h = activation(x W + b + h U)."""
+
+    def drops(self, cell: keras.layers.Layer, rate: float) -> bool:
+        """Returns whether there are masks: this cell uses them at any rate."""
+        return rate > 0.0
 
     def step(self, cell: keras.layers.Layer, state_masks: Masks) -> CellStep:
         """Returns one step."""
@@ -176,21 +197,8 @@ class SimpleRNNRule(_GatedRule):
 
         return step
 
-    def cell_gradients(
-        self, cell: keras.layers.Layer, run: Recurrence, g: tf.Tensor
-    ) -> Sequence[tuple[keras.Variable, Factor]]:
-        """Returns the gradients of kernels and bias."""
-        recurrent = _factor(run.previous, run.state_masks, g)
-        found: list[tuple[keras.Variable, Factor]] = [
-            (cell.kernel, self._kernel(cell, run, g)),
-            (cell.recurrent_kernel, recurrent),
-        ]
-        if cell.bias is not None:
-            found.append((cell.bias, Rows(tf.reduce_sum(g, axis=1))))
-        return found
 
-
-class LSTMRule(SimpleRNNRule):
+class LSTMRule(_GatedRule):
     """LSTM: four gates of z = x W + b + h U."""
 
     def step(self, cell: keras.layers.Layer, state_masks: Masks) -> CellStep:
@@ -251,7 +259,9 @@ class GRURule(_GatedRule):
         units = cell.units
         reset = self._reset(cell, run, g)
         hidden = tf.cast(run.previous, g.dtype)
-        found: list[tuple[keras.Variable, Factor]] = [(cell.kernel, self._kernel(cell, run, g))]
+        found: list[tuple[keras.Variable, Factor]] = [
+            (cell.kernel, _factor(run.inputs, run.input_masks, g))
+        ]
         if not cell.reset_after:
             parts = [hidden, hidden, hidden]
             if run.state_masks is not None:
@@ -293,6 +303,10 @@ class AnyRecurrentRule(RecurrentRule):
             return f"no rule for {type(layer.cell).__name__}"
         return rule.refuses(layer)
 
+    def drops(self, cell: keras.layers.Layer, rate: float) -> bool:
+        """Returns what the cell's rule does."""
+        return self._of_cells[type(cell)].drops(cell, rate)
+
     def projected(self, cell: keras.layers.Layer, run: Recurrence) -> tf.Tensor:
         """Returns that of the cell's rule."""
         return self._of_cells[type(cell)].projected(cell, run)
@@ -306,10 +320,6 @@ class AnyRecurrentRule(RecurrentRule):
     ) -> Sequence[tuple[keras.Variable, Factor]]:
         """Returns those of the cell's rule."""
         return self._of_cells[type(cell)].cell_gradients(cell, run, g)
-
-
-def _drops(rate: float) -> bool:
-    return 0.0 < rate < 1.0
 
 
 def _as_masks(masks: Any) -> Masks:

@@ -25,6 +25,7 @@ from keras_bandmf.clipping.rules.recurrent import (
     LSTMRule,
     SimpleRNNRule,
 )
+from keras_bandmf.clipping.rules.recurrent_conv import ConvLSTMRule
 from keras_bandmf.clipping.rules.scale import (
     GroupNormalizationRule,
     LayerNormalizationRule,
@@ -54,6 +55,9 @@ _RULES: dict[type, LayerRule] = {
     keras.layers.LSTM: LSTMRule(),
     keras.layers.GRU: GRURule(),
     keras.layers.SimpleRNN: SimpleRNNRule(),
+    keras.layers.ConvLSTM1D: ConvLSTMRule(),
+    keras.layers.ConvLSTM2D: ConvLSTMRule(),
+    keras.layers.ConvLSTM3D: ConvLSTMRule(),
     keras.layers.RNN: AnyRecurrentRule(
         {
             keras.layers.LSTMCell: LSTMRule(),

@@ -39,12 +39,10 @@ def test_the_rule_counts_what_grows_with_the_rows():
     assert heavy < 1.5 * small
 
 
-@pytest.mark.parametrize("make", [zoo.mlp, zoo.lstm], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [zoo.mlp, zoo.unknown_layer], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(("budget", "at_once"), [(1, 1), (2**30, zoo.ROWS)])
 @pytest.mark.parametrize("way", ["eager", "unknown rows", "xla"])
 def test_auto_gives_the_sums_of_the_whole_batch(make, budget, at_once, way, monkeypatch):
-    if way == "xla" and make is zoo.lstm:
-        pytest.skip("Keras' LSTM does not train under XLA on CPU")
     monkeypatch.setattr(microbatches, "_BUDGET", budget)
     model, x, y, weight = make()
     per_example, _ = reference.gradients(model, x, y, weight)
@@ -66,7 +64,7 @@ def test_auto_gives_the_sums_of_the_whole_batch(make, budget, at_once, way, monk
     found = step(leaves)
     assert reference.error(found, reference.clipped(per_example, clip)[1]) < 1e-5
     if way == "eager":
-        assert set(sizes) == {1 if make is zoo.lstm else at_once}
+        assert set(sizes) == {1 if make is zoo.unknown_layer else at_once}
     assert all(np.all(np.asarray(s) == 0) for s in step([t[:0] for t in leaves]))
 
 
