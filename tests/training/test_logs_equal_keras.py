@@ -532,6 +532,49 @@ def test_validation_takes_the_batch_size_of_rows_as_keras_does():
         np.testing.assert_allclose(histories[1][name], histories[0][name], rtol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["compiled", "eager", "xla"])
+def test_an_incomplete_batch_of_the_users_own_order(mode):
+    """The last batch of an epoch has two rows: Keras weighs batches of an output alike, or not."""
+    case = _two_outputs_in_dict()
+    case.options |= MODES[mode]
+    case.rate, case.validation = 0.0, False
+    plan = runs.make_plan(
+        num_bands=1,
+        num_steps=EPOCHS * (STEPS + 1),
+        noise_multiplier=0.0,
+        num_examples=ROWS,
+        batch_size=BATCH,
+        sampling="fixed_order",
+        max_participations=EPOCHS,
+        min_separation=STEPS + 1,
+    )
+    optimizer = bandmf.BandMFOptimizer(keras.optimizers.SGD(0.0), plan, l2_norm_clip=1e4, seed=1)
+    data = {"batch_size": BATCH, "sample_weight": case.weight}
+    expected, found = (
+        logs_of_fit(case, each, (case.x, case.y), data | {"shuffle": False})
+        for each in (keras.optimizers.SGD(0.0), optimizer)
+    )
+    check(expected, found)
+
+
+def test_class_weights_reach_weighted_metrics():
+    case = Case(
+        dense(5, 3), draws(4), classes(3), loss=logits(), weighted_metrics=["accuracy"], rate=0.2
+    )
+    by_class = {0: 0.5, 2: 3.0}
+    plan = plan_of_case()
+    batches = plan.batches(case.x, case.y, class_weight=by_class, seed=3)
+    order = np.concatenate([batches.indices(t) for t in range(STEPS)])
+    optimizer = bandmf.BandMFOptimizer(keras.optimizers.SGD(0.2), plan, l2_norm_clip=1e4, seed=1)
+    expected = logs_of_fit(
+        case,
+        keras.optimizers.SGD(0.2),
+        (case.x[order], case.y[order]),
+        {"batch_size": BATCH, "shuffle": False, "class_weight": by_class},
+    )
+    check(expected, logs_of_fit(case, optimizer, (batches,), {}))
+
+
 @pytest.mark.parametrize("mode", ["compiled", "eager"])
 @pytest.mark.parametrize("loss", ["mse", mean_of_batch], ids=["mse", "one_number"])
 def test_steps_without_examples_change_no_log(mode, loss):

@@ -92,6 +92,27 @@ def test_microbatches_of_any_size_and_sampled_batches_train(make, options):
         np.testing.assert_allclose(chunked, whole, rtol=1e-4, atol=1e-5)
 
 
+def test_models_and_losses_are_built_without_rows_of_zeros():
+    """Also where all rows are alike, so that the check has to make others up."""
+    x, y = np.full((5, 2), 30), np.ones((5, 1), np.float32)
+    unbuilt = keras.Sequential(
+        [
+            layers.IntegerLookup(vocabulary=VOCABULARY, num_oov_indices=0, oov_token=-1),
+            layers.Embedding(6, 3),
+            layers.Flatten(),
+            layers.Dense(1),
+        ]
+    )
+    bandmf.clipping.check_model(unbuilt, x, y, loss="mse")
+    for targets in (y, [y, y]):
+        inner = look_up()
+        outputs = inner.output if targets is y else [inner.output, layers.Dense(1)(inner.output)]
+        model = keras.Model(inner.input, outputs)
+        model.compile(loss="mse")
+        clipped = bandmf.clipped_gradients(model, x, targets)
+        assert all(np.isfinite(total).all() for total in clipped.sums)
+
+
 @pytest.mark.parametrize("size", [None, 3])
 @pytest.mark.parametrize("options", [{}, {"jit_compile": True}], ids=["compiled", "xla"])
 def test_a_row_of_nan_that_is_padding_reaches_neither_weights_nor_logs(size, options):
