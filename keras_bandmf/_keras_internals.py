@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend import compute_output_spec
 from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.models.functional import Functional
 from keras.src.ops import core, linalg, nn
@@ -280,6 +281,31 @@ def compiled_loss(model: keras.Model) -> CompileLoss | None:
 def compiled_metrics(model: keras.Model) -> Any:
     """Returns the metrics that `compile` made from its arguments, or None without any."""
     return getattr(model, "_compile_metrics", None)
+
+
+def loss_tracker(model: keras.Model) -> keras.metrics.Mean:
+    """Returns the metric of a compiled model that becomes `"loss"` in its logs."""
+    return model._loss_tracker
+
+
+def traced_symbolically(function: Callable[..., Any], *data: Any) -> Any:
+    """Calls a function with tensors that have no values, in which new variables can be made.
+
+    Args:
+        function: A function of as many structures of tensors.
+        *data: Structures of tensors; None stays None. Their shapes and dtypes are used, with any
+            number of rows.
+
+    Returns:
+        What `function` returns, as a structure of `keras.KerasTensor`s.
+    """
+
+    def symbol(t: Any) -> keras.KerasTensor | None:
+        if t is None:
+            return None
+        return keras.KerasTensor((None, *t.shape[1:]), keras.backend.standardize_dtype(t.dtype))
+
+    return compute_output_spec(function, *(keras.tree.map_structure(symbol, d) for d in data))
 
 
 def resolved_loss(loss: Any) -> CompileLoss:

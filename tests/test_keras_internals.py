@@ -345,6 +345,35 @@ def test_the_loss_of_a_training_step_is_compute_loss():
     assert float(internals.loss_of_training_step(model, x, x, x, x)) == 4.0
 
 
+def test_the_loss_tracker_is_the_loss_of_the_logs():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    internals.loss_tracker(model).update_state(3.0)
+    assert float(model.get_metrics_result()["loss"]) == 3.0
+
+
+def test_symbolic_calls_build_and_run_nothing():
+    """They see no values, and make the variables of layers and of losses."""
+    seen = []
+
+    class Sees(keras.layers.Layer):
+        """Notes what it is called with."""
+
+        def call(self, x):
+            """Returns its inputs."""
+            seen.append(tf.is_tensor(x) and hasattr(x, "numpy"))
+            return x
+
+    model = keras.Sequential([Sees(), keras.layers.Dense(3)])
+    outputs = internals.traced_symbolically(model, tf.ones((5, 2)))
+    assert model.built and tuple(outputs.shape) == (None, 3) and not any(seen)
+    model.compile("sgd", ["mse"])
+    loss = internals.compiled_loss(model)
+    value = internals.traced_symbolically(loss, tf.ones((5, 3)), outputs)
+    assert loss.built and tuple(value.shape) == ()
+    assert np.isfinite(model(tf.ones((1, 2)))).all()
+
+
 def test_the_graph_of_a_model():
     model, inner, first, last = nested()
     assert isinstance(model, internals.FunctionalModel)

@@ -65,7 +65,7 @@ class _Recorder(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         self._weights[self.steps] = _flat(self._variables)
-        self._penalties = regularization(self._variables)[1] or []
+        self._penalties = regularization(self._variables) or []
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         given = [v.numpy() for v in self._given]

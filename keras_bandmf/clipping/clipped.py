@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf._checks import checked_int
+from keras_bandmf.clipping.attached import all_with_attached
 from keras_bandmf.clipping.checks.refusals import (
     checked_microbatch_size,
     refuse_model,
@@ -79,6 +80,9 @@ class ClippedGradients:
         was_clipped: Shape (examples,), bool. Whether clipping made the gradient smaller or dropped
             it; False for padding. Not private.
         outputs: What the model returned in the training forward pass. Not private.
+        attached: For each tensor of `outputs`, what Keras's losses and metrics read besides it: its
+            `"mask"` and its `"logits"`, where there are any. Functions return tensors without them;
+            `all_with_attached` puts them back. Not private.
         mask: Shape (rows,), bool. False marks padding, which contributes zero.
         rows_mixed: Scalar bool. True if the loss of one row was seen to depend on another row, so
             that clipping bounds nothing and `sums` must not be used. `apply_clipped` then makes the
@@ -105,6 +109,7 @@ class ClippedGradients:
     losses: tf.Tensor
     was_clipped: tf.Tensor
     outputs: Any
+    attached: list[dict[str, tf.Tensor]]
     mask: tf.Tensor
     rows_mixed: tf.Tensor
     rows_per_example: int
@@ -120,19 +125,20 @@ class ClippedGradients:
     def __tf_flatten__(self) -> tuple:
         """Returns (constants, tensors), as TensorFlow's protocol for structures asks."""
         constants = (self.rows_per_example, self.l2_norm_clip, self.clipping, self.origin)
-        rows = (self.norms, self.losses, self.was_clipped, self.outputs, self.mask)
+        rows = (self.norms, self.losses, self.was_clipped, self.outputs, self.attached, self.mask)
         return constants, (list(self.sums), *rows, self.rows_mixed)
 
     @classmethod
     def __tf_unflatten__(cls, constants: tuple, tensors: tuple) -> ClippedGradients:
         """Returns what `__tf_flatten__` took apart."""
-        sums, norms, losses, was_clipped, outputs, mask, rows_mixed = tensors
+        sums, norms, losses, was_clipped, outputs, attached, mask, rows_mixed = tensors
         return cls(
             sums=list(sums),
             norms=norms,
             losses=losses,
             was_clipped=was_clipped,
             outputs=outputs,
+            attached=attached,
             mask=mask,
             rows_mixed=rows_mixed,
             rows_per_example=constants[0],
@@ -328,6 +334,7 @@ def clipped_for_noise(
         result = clip_in_chunks(by_batch(clip_one_example), *data, 1)
     if rows_per_example > 1:
         result = with_merged_rows(result)
+    result = result._replace(outputs=all_with_attached(result.outputs, result.attached))
     return ClippedGradients(
         **result._asdict(),
         mask=mask,

@@ -9,8 +9,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bandmf._keras_internals import compiled_loss, loss_of_training_step, resolved_loss
-from keras_bandmf.clipping.shapes import on_tensors
+from keras_bandmf._keras_internals import (
+    compiled_loss,
+    loss_of_training_step,
+    resolved_loss,
+    traced_symbolically,
+)
 
 BatchLoss = Callable[[Any, Any, Any, Any], tf.Tensor]
 
@@ -75,8 +79,9 @@ def build_loss(model: keras.Model, x: Any, y: Any) -> None:
     if compiled is None or compiled.built or overrides_compute_loss(model):
         return
     if tf.executing_eagerly():
-        one = on_tensors(lambda t: tf.zeros([1, *t.shape[1:]], t.dtype), (x, y))
-        batch_loss(model)(None, one[1], model(one[0]), None)
+        # Not on made-up rows, which a model need not accept.
+        y_pred = traced_symbolically(model, x)
+        traced_symbolically(compiled, y, y_pred)
     elif len(keras.tree.flatten(y)) > 1:
         raise ValueError(
             "The losses of several outputs are built on first use, which cannot happen inside a "

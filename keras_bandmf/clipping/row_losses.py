@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_bandmf._keras_internals import (
-    keras_logits,
-    keras_mask,
-    set_keras_logits,
-    set_keras_mask,
-)
+from keras_bandmf.clipping.attached import attached_to, with_attached
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import BatchLoss
 
@@ -92,28 +86,13 @@ class _Leaf:
     """A tensor and what Keras hangs on it and reads in losses: its mask and its logits."""
 
     def __init__(self, leaf: tf.Tensor | None):
-        self.mask = keras_mask(leaf)
-        self.logits = keras_logits(leaf)
-        self.activation: Callable[[tf.Tensor], tf.Tensor] | None = None
-        if leaf is not None and self.logits is None and not tf.executing_eagerly():
-            # In a graph Keras looks for the operation that made the output and takes its input.
-            operation = getattr(leaf, "op", None)
-            known = {"Softmax": tf.nn.softmax, "Sigmoid": tf.sigmoid}
-            if operation is not None and operation.type in known:
-                self.activation = known[operation.type]
-                leaf = operation.inputs[0]
-        self.tensors = [t for t in (leaf, self.mask, self.logits) if t is not None]
+        attached = attached_to(leaf)
+        self._names = list(attached)
+        self.tensors = [] if leaf is None else [leaf, *attached.values()]
 
     def of_row(self, rows: list[tf.Tensor]) -> tf.Tensor | None:
         """Returns the same for a batch of one, given `tensors` of that batch."""
         if not rows:
             return None
-        rest = iter(rows)
-        leaf = next(rest)
-        if self.activation is not None:
-            leaf = self.activation(leaf)
-        if self.mask is not None:
-            set_keras_mask(leaf, next(rest))
-        if self.logits is not None:
-            set_keras_logits(leaf, next(rest))
-        return leaf
+        leaf, *rest = rows
+        return with_attached(leaf, dict(zip(self._names, rest, strict=True)))

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import keras
+import tensorflow as tf
 
 from keras_bandmf._checks import PrivacyError
 from keras_bandmf.callbacks import EpsilonSoFar, StopAtEpsilon
+from keras_bandmf.clipping.clipped import ClippedGradients
 from keras_bandmf.training.step_guard import StepGuard
 
 #: What `fit` takes as callbacks: one, a list that may hold lists, or a `CallbackList`.
@@ -41,6 +43,11 @@ class ClippedFraction(keras.callbacks.Callback):
     def __init__(self) -> None:
         super().__init__()
         self.metric = keras.metrics.Mean(name=self.NAME)
+
+    def note(self, clipped: ClippedGradients) -> None:
+        """Counts the examples of a step."""
+        was_clipped = tf.boolean_mask(clipped.was_clipped, clipped.example_mask)
+        self.metric.update_state(tf.cast(was_clipped, tf.float32))
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Starts a new average."""

@@ -25,6 +25,7 @@ from keras_bandmf.record import history as variable_history
 from keras_bandmf.sampling import PrivateBatches
 from keras_bandmf.training import callback_policy, fit_arguments, keras_faults, own_batches
 from keras_bandmf.training.callback_policy import Callbacks
+from keras_bandmf.training.logs import StepLogs
 from keras_bandmf.training.mixed_rows import MixedRows
 from keras_bandmf.training.regularizers import regularization
 from keras_bandmf.training.step_gate import StepGate, held
@@ -289,9 +290,12 @@ class _PrivateTraining:
         clipped = self._clip(x, y, sample_weight, mask)
         self._mixed_rows.note(clipped.rows_mixed)
         variables = model.trainable_variables
-        penalty, penalties = regularization(variables)
-        optimizer.apply_clipped(clipped, variables, penalties)
-        logs = self._metrics(x, y, sample_weight, clipped, penalty)
+        step = StepLogs(model, x, y, sample_weight, clipped)
+        step.note_losses()
+        optimizer.apply_clipped(clipped, variables, regularization(variables))
+        if self._report is not None:
+            self._report.note(clipped)
+        logs = step.metrics()
         callback_policy.refuse_validation_names(callback_policy.log_names(logs))
         return keras_faults.reducible_logs(model, logs)
 
@@ -312,39 +316,6 @@ class _PrivateTraining:
             mask_seeds=optimizer.run_state.mask_seeds(optimizer.iterations),
             float64_sums=optimizer.float64_sums,
             rows_per_example=self._rows_per_example,
-        )
-
-    def _metrics(
-        self,
-        x: Any,
-        y: Any,
-        sample_weight: Any,
-        clipped: clipping.ClippedGradients,
-        penalty: tf.Tensor,
-    ) -> dict[str, Any]:
-        """Updates the metrics with the rows that are not padding, and returns their values."""
-
-        def unpadded(structure: Any) -> Any:
-            return keras.tree.map_structure(
-                lambda part: None if part is None else tf.boolean_mask(part, clipped.mask),
-                structure,
-            )
-
-        if self._report is not None:
-            was_clipped = tf.boolean_mask(clipped.was_clipped, clipped.example_mask)
-            self._report.metric.update_state(tf.cast(was_clipped, tf.float32))
-        losses = unpadded(clipped.losses)
-        count = tf.shape(losses)[0]
-        mean = tf.reduce_sum(losses) / tf.cast(tf.maximum(count, 1), losses.dtype)
-        for metric in self.model.metrics:
-            if metric.name == "loss":
-                metric.update_state(mean + tf.cast(penalty, mean.dtype), sample_weight=count)
-                break
-        # Keras's own `compute_metrics` reads no inputs, and no class may override it. A function
-        # set on this instance may.
-        inputs = unpadded(x) if "compute_metrics" in vars(self.model) else None
-        return self.model.compute_metrics(
-            inputs, unpadded(y), unpadded(clipped.outputs), unpadded(sample_weight)
         )
 
     @_alone
@@ -396,7 +367,7 @@ class _PrivateTraining:
             initial_epoch: See Keras.
             steps_per_epoch: At most that of the plan, and by default equal to it.
             validation_steps: See Keras.
-            validation_batch_size: See Keras.
+            validation_batch_size: See Keras: for rows, by default `batch_size`.
             validation_freq: See Keras.
 
         Returns:
@@ -431,6 +402,7 @@ class _PrivateTraining:
             x, validation_data, of_rows = own_batches.batches_of_rows(
                 asked, model, optimizer, listed
             )
+            validation_batch_size = validation_batch_size or batch_size
             y = sample_weight = batch_size = shuffle = None
         else:
             fit_arguments.refuse_changed_data(class_weight, validation_split)

@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf._keras_internals import added_losses, all_layers, takes_training
+from keras_bandmf.clipping.attached import attached_to
 from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.coordinates import released_shape
 from keras_bandmf.clipping.factors import Factor, Unsupported
@@ -38,6 +39,7 @@ class Clipped(NamedTuple):
     losses: tf.Tensor
     was_clipped: tf.Tensor
     outputs: Any
+    attached: list[dict[str, tf.Tensor]]
     rows_mixed: tf.Tensor
 
 
@@ -137,7 +139,8 @@ def clip_by_book_keeping(
         else tf.zeros(released_shape(v), clipper.dtype)
         for i, (v, group) in enumerate(zip(variables, clipper.groups, strict=True))
     ]
-    return Clipped(sums, norms, losses, was_clipped, y_pred, _rows_mixed(taps, mask))
+    attached = [attached_to(t) for t in keras.tree.flatten(y_pred)]
+    return Clipped(sums, norms, losses, was_clipped, y_pred, attached, _rows_mixed(taps, mask))
 
 
 def example_mask(mask: tf.Tensor, rows_per_example: int) -> tf.Tensor:

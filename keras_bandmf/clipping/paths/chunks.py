@@ -8,7 +8,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bandmf._keras_internals import keras_mask, set_keras_mask
 from keras_bandmf.clipping.paths.book_keeping import Clipped
 from keras_bandmf.clipping.shapes import by_example, dims, merge_rows, on_tensors
 
@@ -25,8 +24,9 @@ def clip_in_chunks(
 ) -> Clipped:
     """Runs `clip_chunk` over equal chunks of at most `size` examples, the last one padded.
 
-    A chunk of several rows gets one more, masked: a copy of a row of the next chunk. What it shows
-    is in `clip_by_book_keeping`.
+    Padding is masked copies of the first example: a model may refuse rows that no data set holds,
+    as look-ups do. A chunk of several rows gets one more, masked: a copy of a row of the next
+    chunk. What it shows is in `clip_by_book_keeping`.
 
     Args:
         clip_chunk: A function (x, y, sample_weight, mask) of one chunk that returns `Clipped`.
@@ -39,7 +39,6 @@ def clip_in_chunks(
     Returns:
         `Clipped` of the whole batch: the same as that of one chunk of everything.
     """
-    data = (x, y, sample_weight, mask)
     batch = dims(mask)[0]
     # An empty batch is one chunk of padding.
     count = -(-batch // size)
@@ -47,7 +46,9 @@ def clip_in_chunks(
     if size > 1:
         # As few rows of padding as possible: a small batch must not pay for a large chunk.
         size = _at_least_one(-(-batch // count))
-    parts = on_tensors(lambda t: _parts(_padded(t, count * size - batch), count, size), data)
+    missing = count * size - batch
+    rows = on_tensors(lambda t: _with_copies(t, missing), (x, y, sample_weight))
+    parts = on_tensors(lambda t: _parts(t, count, size), (*rows, _padded(mask, missing)))
 
     watched = isinstance(size, tf.Tensor) or size > 1
 
@@ -72,9 +73,10 @@ def clip_in_chunks(
 def clip_at_once(
     clip_batch: ChunkFunction, x: Any, y: Any, sample_weight: Any, mask: tf.Tensor
 ) -> Clipped:
-    """Runs `clip_batch` on the whole batch. An empty one gets a masked row meanwhile.
+    """Runs `clip_batch` on the whole batch. An empty one gets a masked row of zeros meanwhile.
 
-    Some operations, convolutions among them, do not take zero rows.
+    Some operations, convolutions among them, do not take zero rows. No batch of a plan is empty:
+    it has masked rows of the data (`sampling.batches`).
 
     The arguments are those of `clip_in_chunks`.
 
@@ -82,10 +84,9 @@ def clip_at_once(
         `Clipped` of the batch.
     """
     data = (x, y, sample_weight, mask)
-    batch = dims(mask)[0]
+    batch, extra = dims(mask)[0], _missing_row(mask)
     if isinstance(batch, int) and batch > 0:
         return clip_batch(*data)
-    extra = tf.maximum(1 - batch, 0)
     clipped = clip_batch(*on_tensors(lambda t: _padded(t, extra), data))
     return _with_rows(clipped, [t[:batch] for t in _rows(clipped)])
 
@@ -124,22 +125,15 @@ def _on_row_columns(clipped: Clipped, function: Callable[[tf.Tensor], tf.Tensor]
 def _with_rows(clipped: Clipped, rows: list[tf.Tensor]) -> Clipped:
     """Returns `clipped` with everything that `_rows` returned replaced."""
     norms, losses, was_clipped, *rest = rows
-    restored = iter(rest)
-    leaves = keras.tree.flatten(clipped.outputs)
-    outputs = [next(restored) for _ in leaves]
-    for leaf, output in zip(leaves, outputs, strict=True):
-        if keras_mask(leaf) is not None:
-            set_keras_mask(output, next(restored))
-    packed = keras.tree.pack_sequence_as(clipped.outputs, outputs)
-    return Clipped(clipped.sums, norms, losses, was_clipped, packed, clipped.rows_mixed)
+    both = (clipped.outputs, clipped.attached)
+    outputs, attached = keras.tree.pack_sequence_as(both, rest)
+    return Clipped(clipped.sums, norms, losses, was_clipped, outputs, attached, clipped.rows_mixed)
 
 
 def _rows(clipped: Clipped) -> list[tf.Tensor]:
     """Returns everything that has a row per example."""
-    leaves = keras.tree.flatten(clipped.outputs)
-    masks = [keras_mask(t) for t in leaves]
     columns = [clipped.norms, clipped.losses, clipped.was_clipped]
-    return [*columns, *leaves, *(m for m in masks if m is not None)]
+    return [*columns, *keras.tree.flatten((clipped.outputs, clipped.attached))]
 
 
 def _sums_and_rows(clipped: Clipped) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
@@ -173,10 +167,25 @@ def _appended(rows: tf.Tensor | None, row: tf.Tensor | None) -> tf.Tensor | None
     return None if rows is None else tf.concat([rows, row], axis=0)
 
 
+def _with_copies(tensor: tf.Tensor, amount: Any) -> tf.Tensor:
+    """Returns rows, and so many copies of the first one; of zeros where there is none."""
+    if isinstance(amount, int) and amount == 0:
+        return tensor
+    first = _padded(tensor, _missing_row(tensor))[:1]
+    return tf.concat([tensor, tf.repeat(first, amount, axis=0)], axis=0)
+
+
 def _padded(tensor: tf.Tensor, amount: Any) -> tf.Tensor:
+    """Returns rows, and so many rows of zeros: of False in a mask."""
     if isinstance(amount, int) and amount == 0:
         return tensor
     return tf.pad(tensor, [[0, amount]] + [[0, 0]] * (tensor.shape.rank - 1))
+
+
+def _missing_row(tensor: tf.Tensor) -> Any:
+    """Returns 1 for a tensor without rows, else 0."""
+    rows = dims(tensor)[0]
+    return max(1 - rows, 0) if isinstance(rows, int) else tf.maximum(1 - rows, 0)
 
 
 def _parts(tensor: tf.Tensor, count: Any, size: Any) -> tf.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bandmf._keras_internals import keras_mask, set_keras_mask
+from keras_bandmf.clipping.attached import attached_to
 from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.coordinates import released
 from keras_bandmf.clipping.losses import BatchLoss
@@ -63,9 +63,11 @@ def clip_one_example(
     for g, group in zip(totals, clipper.groups, strict=True):
         weight = weights[group][0]
         sums.append(tf.where(weight > 0, g * weight, tf.zeros_like(g)))
-    y_pred = outputs[0] if len(outputs) == 1 else keras.tree.map_structure(_stacked, *outputs)
+    attached = [[attached_to(t) for t in keras.tree.flatten(row)] for row in outputs]
+    y_pred, attached = (_stacked(rows) for rows in (outputs, attached))
     # One row has none to mix with.
-    return Clipped(sums, norms, tf.stack(losses), was_clipped, y_pred, tf.constant(False))
+    mixed = tf.constant(False)
+    return Clipped(sums, norms, tf.stack(losses), was_clipped, y_pred, attached, mixed)
 
 
 def _gradients_of_row(
@@ -91,9 +93,8 @@ def _row(tensor: tf.Tensor, row: int) -> tf.Tensor:
     return tensor if tensor.shape[0] == 1 else tensor[row : row + 1]
 
 
-def _stacked(*rows: tf.Tensor) -> tf.Tensor:
-    stacked = tf.concat(rows, axis=0)
-    masks = [keras_mask(row) for row in rows]
-    if all(mask is not None for mask in masks):
-        set_keras_mask(stacked, tf.concat(masks, axis=0))
-    return stacked
+def _stacked(rows: list[Any]) -> Any:
+    """Returns structures of one row each as one of them all."""
+    if len(rows) == 1:
+        return rows[0]
+    return keras.tree.map_structure(lambda *parts: tf.concat(parts, axis=0), *rows)

@@ -1,0 +1,86 @@
+"""The logs of a private step: what Keras itself would log of the rows that are not padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_bandmf._keras_internals import loss_of_training_step, loss_tracker
+from keras_bandmf.clipping.attached import all_with_attached
+from keras_bandmf.clipping.clipped import ClippedGradients
+from keras_bandmf.clipping.losses import overrides_compute_loss
+
+
+class StepLogs:
+    """Updates the metrics of a model as Keras's own `train_step` does, on the rows of one step.
+
+    Keras's own code computes losses and metrics, from the outputs that the step has anyway: the
+    losses are those before clipping, of all outputs, in the sense of the user's `compute_loss`.
+    Padding is taken out before, and a step without examples changes no metric.
+
+    Formal guarantees:
+        None for the logs: they are computed from the examples without noise. Of what Keras's code
+        of the loss assigns, variables of metrics alone are changed: a running mean that a loss
+        keeps, and would read at the next step, stays as it was. (`captures.Watch` refuses a loss
+        that reads a metric, or that assigns to variables of TensorFlow.)
+
+    Args:
+        model: The model.
+        x: The inputs of the step, as all data here a structure of tensors with padding.
+        y: The targets, or None.
+        sample_weight: The weights, or None.
+        clipped: The clipped gradients of these rows.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        clipped: ClippedGradients,
+    ):
+        self._model = model
+        self._count = tf.reduce_sum(tf.cast(clipped.mask, tf.int32))
+
+        def unpadded(structure: Any) -> Any:
+            return keras.tree.map_structure(
+                lambda part: None if part is None else tf.boolean_mask(part, clipped.mask),
+                structure,
+            )
+
+        # Keras's own methods read no inputs, and no class may override `compute_metrics`. A
+        # function set on this instance may.
+        self._own_metrics = "compute_metrics" in vars(model)
+        needed = self._own_metrics or overrides_compute_loss(model)
+        self._x = unpadded(x) if needed else None
+        self._y, self._sample_weight = unpadded(y), unpadded(sample_weight)
+        # Without its mask and logits, an output has another loss.
+        self._y_pred = all_with_attached(unpadded(clipped.outputs), unpadded(clipped.attached))
+
+    def note_losses(self) -> None:
+        """Updates the metrics of the losses. Call it before the weights are updated."""
+        model = self._model
+        regularized = [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]
+        with keras.StatelessScope(regularized) as scope:
+            loss = loss_of_training_step(model, self._x, self._y, self._y_pred, self._sample_weight)
+            # Keras divides it by the number of replicas, for the gradients.
+            replicas = tf.distribute.get_strategy().num_replicas_in_sync
+            loss_tracker(model).update_state(loss * replicas, sample_weight=self._count)
+        for variable in model.metrics_variables:
+            value = scope.get_current_value(variable)
+            if value is not None:
+                variable.assign(tf.where(self._count > 0, value, variable.value))
+
+    def metrics(self) -> dict[str, Any]:
+        """Updates the other metrics, and returns the values of all."""
+        model = self._model
+        variables = model.metrics_variables
+        before = [tf.identity(variable.value) for variable in variables]
+        logs = model.compute_metrics(self._x, self._y, self._y_pred, self._sample_weight)
+        # The mean of nothing, in a function of the user's own, would be NaN for a whole epoch.
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(tf.where(self._count > 0, variable.value, value))
+        return logs if self._own_metrics else model.get_metrics_result()
