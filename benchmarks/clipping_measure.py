@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-IMAGES = {"mlp": (784,), "wide": (784,), "cnn": (28, 28, 1), "lstm": (28, 28)}
+IMAGES = {"mlp": (784,), "wide": (784,), "cnn": (28, 28, 1)}
 Step = Callable[[], Any]
 
 
@@ -34,6 +34,12 @@ class Sizes:
         tokens: of an example, of BERT and of the embedding model.
         rows: of the embedding model's table.
         width: of that table.
+        units_over_time: of the LSTM.
+        steps: of an example, for the LSTM.
+        features: of a step.
+        small_vocabulary: tokens the small encoders (T5, DeBERTa) know.
+        small_blocks: of each of them.
+        small_hidden: their width.
     """
 
     units: int = 1024
@@ -44,6 +50,12 @@ class Sizes:
     tokens: int = 64
     rows: int = 50_000
     width: int = 128
+    units_over_time: int = 64
+    steps: int = 50
+    features: int = 32
+    small_vocabulary: int = 1_000
+    small_blocks: int = 2
+    small_hidden: int = 128
 
 
 # The sizes of the targets.
@@ -51,17 +63,19 @@ FULL = Sizes()
 
 
 def data(name: str, batch: int, sizes: Sizes) -> tuple[Any, np.ndarray]:
-    """(x, y): what the model of that name takes, images with channels last, and ten classes."""
+    """(x, y): what the model of that name takes, channels last, and ten classes."""
     rng = np.random.default_rng(0)
     y = rng.integers(0, 10, size=batch).astype("int32")
-    if name in IMAGES:
-        return rng.standard_normal((batch, *IMAGES[name]), dtype="float32"), y
-    rows = {"bert": sizes.vocabulary, "embedding": sizes.rows}[name]
+    shapes = {**IMAGES, "lstm": (sizes.steps, sizes.features)}
+    if name in shapes:
+        return rng.standard_normal((batch, *shapes[name]), dtype="float32"), y
+    small = sizes.small_vocabulary
+    rows = {"bert": sizes.vocabulary, "embedding": sizes.rows, "t5": small, "deberta": small}[name]
     ids = rng.integers(0, rows, size=(batch, sizes.tokens)).astype("int32")
     if name == "embedding":
         return ids, y
-    zeros = np.zeros_like(ids)
-    return {"token_ids": ids, "segment_ids": zeros, "padding_mask": zeros + 1}, y
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    return x | ({"segment_ids": np.zeros_like(ids)} if name == "bert" else {}), y
 
 
 def status(field: str) -> float:

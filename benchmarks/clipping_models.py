@@ -55,12 +55,52 @@ def bert(sizes: Sizes = FULL) -> keras.Model:
         dropout=0.0,
         max_sequence_length=sizes.tokens,
     )
-    # A shape that is known lets every library choose its way by it.
-    inputs = {
-        name: keras.Input((sizes.tokens,), dtype="int32", name=name)
-        for name in ("token_ids", "segment_ids", "padding_mask")
-    }
+    inputs = _tokens(sizes, "token_ids", "segment_ids", "padding_mask")
     return keras.Model(inputs, layers.Dense(10)(backbone(inputs)["pooled_output"]))
+
+
+def _tokens(sizes: Sizes, *names: str) -> dict:
+    # A shape that is known lets every library choose its way by it.
+    return {name: keras.Input((sizes.tokens,), dtype="int32", name=name) for name in names}
+
+
+def t5(sizes: Sizes = FULL) -> keras.Model:
+    """The encoder of KerasHub's T5, small, and a dense layer on the mean over its tokens."""
+    import keras_hub
+
+    backbone = keras_hub.models.T5Backbone(
+        vocabulary_size=sizes.small_vocabulary,
+        num_layers=sizes.small_blocks,
+        num_heads=2,
+        hidden_dim=sizes.small_hidden,
+        intermediate_dim=2 * sizes.small_hidden,
+        dropout=0.0,
+    )
+    names = ("encoder_token_ids", "encoder_padding_mask")
+    encoder = keras.Model(
+        [backbone.input[name] for name in names], backbone.output["encoder_sequence_output"]
+    )
+    inputs = _tokens(sizes, "token_ids", "padding_mask")
+    found = encoder([inputs["token_ids"], inputs["padding_mask"]])
+    return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling1D()(found)))
+
+
+def deberta(sizes: Sizes = FULL) -> keras.Model:
+    """KerasHub's DeBERTa, small, and a dense layer on its first token."""
+    import keras_hub
+
+    backbone = keras_hub.models.DebertaV3Backbone(
+        vocabulary_size=sizes.small_vocabulary,
+        num_layers=sizes.small_blocks,
+        num_heads=2,
+        hidden_dim=sizes.small_hidden,
+        intermediate_dim=2 * sizes.small_hidden,
+        dropout=0.0,
+        max_sequence_length=sizes.tokens,
+        bucket_size=max(sizes.tokens // 2, 2),
+    )
+    inputs = _tokens(sizes, "token_ids", "padding_mask")
+    return keras.Model(inputs, layers.Dense(10)(backbone(inputs)[:, 0]))
 
 
 def embedding(sizes: Sizes = FULL) -> keras.Model:
@@ -89,10 +129,9 @@ def wide(sizes: Sizes = FULL) -> keras.Model:
 
 
 def lstm(sizes: Sizes = FULL) -> keras.Model:
-    """An LSTM over the rows of an image, and a dense layer: no clipping rule, so row by row."""
-    return keras.Sequential(
-        [keras.Input((28, 28)), layers.LSTM(4 * sizes.filters), layers.Dense(10)]
-    )
+    """An LSTM over a sequence, and a dense layer on its last output."""
+    inputs = keras.Input((sizes.steps, sizes.features))
+    return keras.Sequential([inputs, layers.LSTM(sizes.units_over_time), layers.Dense(10)])
 
 
 BUILDERS = {
@@ -102,6 +141,8 @@ BUILDERS = {
     "bert": bert,
     "embedding": embedding,
     "lstm": lstm,
+    "t5": t5,
+    "deberta": deberta,
 }
 
 

@@ -112,7 +112,20 @@ def clipping(monkeypatch):
 def table_of_clipping(clipping, capsys, models, *more):
     module, measure = clipping
     sizes = measure.Sizes(
-        units=4, filters=2, vocabulary=11, blocks=1, hidden=8, tokens=5, rows=11, width=4
+        units=4,
+        filters=2,
+        vocabulary=11,
+        blocks=1,
+        hidden=8,
+        tokens=5,
+        rows=11,
+        width=4,
+        units_over_time=3,
+        steps=4,
+        features=2,
+        small_vocabulary=11,
+        small_blocks=1,
+        small_hidden=8,
     )
     module.main(["--models", *models, "--batches", "3", "--repeats", "3", *more], sizes)
     return capsys.readouterr().out.splitlines()[1:]
@@ -144,11 +157,12 @@ def test_clipping_beside_its_peers(clipping, capsys):
 
 @pytest.mark.slow
 def test_clipping_of_every_model(clipping, capsys):
-    lines = table_of_clipping(clipping, capsys, ["mlp", "cnn", "bert"])
+    models = ["mlp", "cnn", "bert", "lstm", "t5", "deberta"]
+    lines = table_of_clipping(clipping, capsys, models)
     ours = [line for line in lines if "keras_bandmf" in line]
-    assert [line.split()[0] for line in ours] == ["mlp", "cnn", "bert", "bert"]
+    assert [line.split()[0] for line in ours] == ["mlp", "cnn", "bert", *models[2:]]
     assert not any("failed" in line for line in lines)
-    assert sum("absent" in line for line in lines) == 9
+    assert sum("absent" in line for line in lines) == 3 * len(models)
 
 
 def test_the_benchmark_of_amplification_has_a_row_for_each_law(monkeypatch):

@@ -219,10 +219,12 @@ def sliding_factor(
         parts = [[k] for k in slices.offsets]
     else:
         parts = [list(row) for _, row in itertools.groupby(slices.offsets, key=lambda k: k[:-1])]
-    values = []
+    values: list[tf.Tensor] = []
     for part in parts:
-        a = slices.at(part[0]) if len(part) == 1 else tf.concat([slices.at(k) for k in part], -1)
-        values.append(Outer(a, g, layout).as_rows().values)
+        # One after the other: all slices at once would be as many copies of the inputs.
+        with tf.control_dependencies(values[-1:]):
+            a = tf.concat([slices.at(k) for k in part], axis=-1)
+            values.append(Outer(a, g, layout).as_rows().values)
     return Rows(tf.concat(values, axis=2), layout)
 
 

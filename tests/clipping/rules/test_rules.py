@@ -1,5 +1,7 @@
 """The rules of convolutions, tables, scales and LoRA: float64, tied weights, bad input."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -174,6 +176,42 @@ def test_a_bad_example_contributes_nothing(name):
     found = clipping.clipped_gradients(model, x, y, l2_norm_clip=clip)
     assert not np.isfinite(found.norms[1])
     assert reference.error(found.sums, sums) < 1e-5
+
+
+def before(operation):
+    """All operations that must have run before this one."""
+    found, waiting = set(), [operation]
+    while waiting:
+        last = waiting.pop()
+        needed = {*(t.op for t in last.inputs), *last.control_inputs} - found
+        found |= needed
+        waiting += needed
+    return found
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_slices_of_a_convolution_are_alive_one_at_a_time(groups):
+    """Each is cut after the product of the one before it, or nine copies of the inputs add up."""
+    layer = layers.Conv2D(16, 3, groups=groups)
+    layer.build((None, 12, 12, 32))
+    kernel_shape = tuple(layer.kernel.shape)
+
+    def factor(x, g):
+        rule, _ = rule_of(layer)
+        return rule.kernel_factor(layer, x, g, kernel_shape).values
+
+    specs = [tf.TensorSpec((ROWS, 12, 12, 32)), tf.TensorSpec((ROWS, 10, 10, 16))]
+    graph = tf.function(factor, autograph=False).get_concrete_function(*specs).graph
+    products = [op for op in graph.get_operations() if "BatchMatMul" in op.type]
+    assert len(products) == 9
+    large = ROWS * 10 * 10 * 32
+    for last, product in itertools.pairwise(products):
+        own = [
+            op
+            for op in before(product) - before(last) - {last}
+            if op.type == "StridedSlice" and op.outputs[0].shape.num_elements() == large
+        ]
+        assert own and all(last in before(op) for op in own)
 
 
 @pytest.mark.parametrize("case", list(convolutions()))
