@@ -253,6 +253,21 @@ class MaskedLMHeadParts:
         self.bias: keras.Variable = layer._bias
 
 
+def t5_bucket(layer: keras.layers.Layer, distances: tf.Tensor) -> tf.Tensor:
+    """Returns the rows of its table that a `T5MultiHeadAttention` of keras_hub reads.
+
+    Args:
+        layer: The layer.
+        distances: Integers: the position of the key minus that of the query.
+    """
+    return type(layer)._relative_position_bucket(
+        distances,
+        bidirectional=not layer.is_decoder,
+        num_buckets=layer.relative_attention_buckets,
+        max_distance=layer.relative_attention_max_distance,
+    )
+
+
 def keras_mask(tensor: Any) -> Any:
     """Returns the mask that Keras attached to a tensor, or None."""
     return getattr(tensor, "_keras_mask", None)

@@ -1,5 +1,6 @@
 """Every private name of Keras and TensorFlow does what the library takes it to do."""
 
+import importlib
 import runpy
 import warnings
 
@@ -290,6 +291,19 @@ def test_the_parts_of_a_masked_language_head():
     assert isinstance(parts.layer_norm, keras.layers.LayerNormalization)
     assert tuple(parts.bias.shape) == (5,)
     assert tuple(internals.kernel_of(layer).shape) == (3, 5)
+
+
+def test_the_buckets_of_t5_are_those_its_attention_reads():
+    pytest.importorskip("keras_hub")
+    t5 = importlib.import_module("keras_hub.src.models.t5.t5_multi_head_attention")
+    for is_decoder in (False, True):
+        layer = t5.T5MultiHeadAttention(is_decoder, 4, 2, 2, 0.0, use_relative_attention_bias=True)
+        buckets = internals.t5_bucket(layer, tf.range(-199, 150))
+        by_distance = np.asarray(layer.relative_attention_bias)[buckets]
+        found = np.asarray(layer.compute_bias(200, 150))[0]
+        for query, key in ((0, 149), (199, 0), (3, 3), (20, 17), (60, 100)):
+            expected = by_distance[key - query + 199]
+            np.testing.assert_array_equal(found[:, query, key], expected)
 
 
 def test_masks_are_those_that_layers_read_and_write():

@@ -244,6 +244,8 @@ def _side_reason(node: Any, ranks: set[int]) -> str | None:
             fits = sides == ranks
         elif name == "mask" and isinstance(node.operation, keras.layers.Attention):
             fits = sides == {2}
+        elif name == "position_bias":  # added to scores, which have four axes, from the right
+            fits = sides == {4}
         else:
             fits = min(sides) >= (3 if name.endswith("attention_mask") else 2)
         if not fits:

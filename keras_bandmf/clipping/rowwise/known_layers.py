@@ -249,6 +249,9 @@ keras_hub.src.layers.modeling: cached_multi_head_attention.CachedMultiHeadAttent
  token_and_position_embedding.TokenAndPositionEmbedding transformer_decoder.TransformerDecoder
  transformer_encoder.TransformerEncoder
 keras_hub.src.models: bloom.bloom_attention.BloomAttention bloom.bloom_decoder.BloomDecoder
+ deberta_v3.disentangled_attention_encoder.DisentangledAttentionEncoder
+ deberta_v3.disentangled_self_attention.DisentangledSelfAttention
+ deberta_v3.relative_embedding.RelativeEmbedding
  falcon.falcon_attention.FalconAttention
  falcon.falcon_transformer_decoder.FalconTransformerDecoder
  gemma.gemma_attention.CachedGemmaAttention gemma.gemma_decoder_block.GemmaDecoderBlock
@@ -266,7 +269,8 @@ keras_hub.src.models: bloom.bloom_attention.BloomAttention bloom.bloom_decoder.B
  qwen.qwen_attention.QwenAttention qwen.qwen_decoder.QwenTransformerDecoder
  qwen.qwen_layernorm.QwenLayerNorm qwen3.qwen3_attention.Qwen3Attention
  qwen3.qwen3_decoder.Qwen3TransformerDecoder qwen3.qwen3_layernorm.Qwen3LayerNorm
- t5.t5_layer_norm.T5LayerNorm
+ t5.t5_layer_norm.T5LayerNorm t5.t5_multi_head_attention.T5MultiHeadAttention
+ t5.t5_transformer_layer.T5TransformerLayer
  vit.vit_layers.MLP vit.vit_layers.ViTEncoder vit.vit_layers.ViTEncoderBlock
  vit.vit_layers.ViTPatchingAndEmbedding
 """

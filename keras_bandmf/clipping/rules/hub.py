@@ -14,6 +14,8 @@ from keras_bandmf._keras_internals import MaskedLMHeadParts, kernel_of, table_of
 from keras_bandmf.clipping.factors import Factor, Layout, Rows, Unsupported
 from keras_bandmf.clipping.rules.base import LayerRule, constant, matrix
 from keras_bandmf.clipping.rules.embedding import ReversibleEmbeddingRule, lookup
+from keras_bandmf.clipping.rules.hub_deberta import RelativeEmbeddingRule
+from keras_bandmf.clipping.rules.hub_t5 import T5AttentionRule, T5LayerNormRule
 from keras_bandmf.clipping.rules.scale import ScaleRule
 from keras_bandmf.clipping.shapes import dims, sum_to
 
@@ -153,7 +155,9 @@ _RULES: dict[str, LayerRule] = {
     "keras_hub.src.layers.modeling.reversible_embedding.ReversibleEmbedding": (
         ReversibleEmbeddingRule()
     ),
+    "keras_hub.src.models.deberta_v3.relative_embedding.RelativeEmbedding": RelativeEmbeddingRule(),
     "keras_hub.src.models.gemma.rms_normalization.RMSNormalization": RootMeanSquareRule(offset=1.0),
+    "keras_hub.src.models.gemma3.gemma3_layers.RMSNormalization": RootMeanSquareRule(offset=1.0),
     "keras_hub.src.models.gpt_oss.gpt_oss_layer_norm.GptOssLayerNormalization": _FLOAT32_RMS,
     "keras_hub.src.models.llama.llama_layernorm.LlamaLayerNorm": _FLOAT32_RMS,
     "keras_hub.src.models.mistral.mistral_layer_norm.MistralLayerNormalization": _FLOAT32_RMS,
@@ -161,6 +165,8 @@ _RULES: dict[str, LayerRule] = {
     "keras_hub.src.models.phi3.phi3_layernorm.Phi3LayerNorm": _FLOAT32_RMS,
     "keras_hub.src.models.qwen.qwen_layernorm.QwenLayerNorm": _FLOAT32_RMS,
     "keras_hub.src.models.qwen3.qwen3_layernorm.Qwen3LayerNorm": _FLOAT32_RMS,
+    "keras_hub.src.models.t5.t5_layer_norm.T5LayerNorm": T5LayerNormRule(),
+    "keras_hub.src.models.t5.t5_multi_head_attention.T5MultiHeadAttention": T5AttentionRule(),
     "keras_hub.src.models.vit.vit_layers.ViTPatchingAndEmbedding": ViTEmbeddingRule(),
 }
 

@@ -227,6 +227,21 @@ def test_layers_of_keras_hub_need_their_axes(name):
     assert rowwise(keras.Model([X, V, S], output)).unknown
 
 
+def t5_with_biases(*shape):
+    module = pytest.importorskip("keras_hub.src.models.t5.t5_transformer_layer")
+    settings = {"is_decoder": False, "hidden_dim": 6, "intermediate_dim": 4, "key_value_dim": 3}
+    settings |= {"dropout": 0.0, "activation": "relu", "layer_norm_epsilon": 1e-6, "num_heads": 4}
+    bias = keras.Input(shape)
+    outputs = module.T5TransformerLayer(**settings)(X, position_bias=bias)[0]
+    return rowwise(keras.Model([X, bias], outputs)).unknown
+
+
+def test_biases_of_t5_have_the_axes_of_scores():
+    """With an axis less they would be read along the heads."""
+    assert not t5_with_biases(4, 4, 4)
+    assert t5_with_biases(4, 4)
+
+
 MASKED = {
     "pooling": lambda t: layers.GlobalAveragePooling1D()(t),
     "TimeDistributed": lambda t: layers.TimeDistributed(layers.Dense(2))(t)[:, 0],

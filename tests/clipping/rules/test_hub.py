@@ -115,6 +115,72 @@ def test_vit_patches(use_class_token):
     assert "LoRA" in rule_of(layer)[1]
 
 
+class T5Attention(keras.layers.Layer):
+    """Attention alone: without a mask, the biases are returned once for the whole batch."""
+
+    def __init__(self, **options):
+        super().__init__()
+        kind = found("keras_hub.src.models.t5.t5_multi_head_attention.T5MultiHeadAttention")
+        self.inside = kind(hidden_dim=6, key_value_dim=3, num_heads=2, dropout=0.0, **options)
+
+    def call(self, x, mask=None, key_value_states=None, position_bias=None, cache=None):
+        options = {} if cache is None else {"cache": cache, "cache_update_index": 0}
+        options |= {"key_value_states": key_value_states, "position_bias": position_bias}
+        return self.inside(x, mask=mask, **options)[0]
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("keys", [None, 3, 150])
+def test_biases_of_t5_attention(is_decoder, masked, keys, float64):
+    """Sequences so long that the last buckets, of many distances each, are used."""
+    layer = T5Attention(is_decoder=is_decoder, use_relative_attention_bias=True)
+    x, options = RNG.normal(size=(ROWS, 140, 6)), {}
+    if keys:
+        options["key_value_states"] = RNG.normal(size=(ROWS, keys, 6))
+    if masked:
+        options["mask"] = RNG.integers(0, 2, size=(ROWS, 1, keys or 140))
+        options["mask"][..., 0] = 1
+    assert clipping.check_rule(randomised(layer, x, **options), x, **options) < 1e-9
+
+
+def test_t5_attention_with_biases_of_another_layer_or_none():
+    x = floats(5, 6)
+    without = randomised(T5Attention(is_decoder=False), x)
+    assert clipping.check_rule(without, x) < 1e-5
+    assert clipping.check_rule(without, x, position_bias=floats(2, 5, 5)) < 1e-5
+    layer = randomised(T5Attention(is_decoder=False, use_relative_attention_bias=True), x)
+    with pytest.raises(ValueError, match="position_bias"):
+        clipping.check_rule(layer, x, position_bias=floats(2, 5, 5))
+    with pytest.raises(ValueError, match="cache"):
+        clipping.check_rule(layer, x, cache=floats(2, 5, 2, 3))
+
+
+def test_biases_of_t5_attention_in_bfloat16(bfloat16):
+    layer, x = T5Attention(is_decoder=True, use_relative_attention_bias=True), floats(5, 6)
+    assert clipping.check_rule(randomised(layer, x), x) < 5e-2
+
+
+@pytest.mark.parametrize("frozen", [None, "table", "normalization"])
+def test_relative_positions_of_deberta(frozen, float64):
+    kind = found("keras_hub.src.models.deberta_v3.relative_embedding.RelativeEmbedding")
+    layer, x = kind(5, 3), RNG.normal(size=(ROWS, 2, 5))
+    layer(x)
+    if frozen == "table":
+        layer.rel_embeddings.trainable = False
+    elif frozen:
+        layer.layer_norm.trainable = False
+    assert len(layer.trainable_variables) == {None: 3, "table": 2}.get(frozen, 1)
+    assert clipping.check_rule(randomised(layer, x), x) < 1e-9
+
+
+def test_relative_positions_of_deberta_with_another_normalization():
+    kind = found("keras_hub.src.models.deberta_v3.relative_embedding.RelativeEmbedding")
+    layer = kind(5, 3)
+    layer.layer_norm = keras.layers.RMSNormalization()
+    assert "RMSNormalization" in rule_of(layer)[1]
+
+
 def bert():
     return keras_hub.models.BertBackbone(
         vocabulary_size=50, num_layers=2, num_heads=2, hidden_dim=16, intermediate_dim=24
@@ -181,9 +247,30 @@ def vit():
     return model, floats(8, 8, 3), integers(0, 3)
 
 
+def t5():
+    backbone = keras_hub.models.T5Backbone(50, 2, 2, 16, 24)
+    pooled = keras.layers.GlobalAveragePooling1D()(backbone.output["decoder_sequence_output"])
+    model = keras.Model(backbone.input, keras.layers.Dense(3)(pooled))
+    ids = integers(1, 50, 6)
+    x = {"encoder_token_ids": ids, "decoder_token_ids": ids[:, ::-1]}
+    x |= {
+        f"{side}_padding_mask": np.tile([1] * 5 + [0], (ROWS, 1)) for side in ("encoder", "decoder")
+    }
+    return model, x, integers(0, 3)
+
+
+def deberta():
+    backbone = keras_hub.models.DebertaV3Backbone(
+        50, 2, 2, 16, 24, max_sequence_length=16, bucket_size=4
+    )
+    model = keras.Model(backbone.input, keras.layers.Dense(3)(backbone.output[:, 0]))
+    ids = integers(1, 50, 6)
+    return model, {"token_ids": ids, "padding_mask": np.ones_like(ids)}, integers(0, 3)
+
+
 @pytest.mark.parametrize(
     "make",
-    [bert_classifier, bert_masked_lm, gpt2, llama, gemma, gemma_lora, vit],
+    [bert_classifier, bert_masked_lm, gpt2, llama, gemma, gemma_lora, vit, t5, deberta],
     ids=lambda f: f.__name__,
 )
 def test_no_layer_of_the_model_is_on_the_general_path(make):
