@@ -7,6 +7,7 @@ function, and a newer Keras than the tested ones is reported when this module is
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from keras.src.ops import math as math_operations
 from keras.src.ops import numpy as numpy_operations
 from keras.src.random import seed_generator
 from keras.src.trainers.compile_utils import CompileLoss
+from keras.src.trainers.data_adapters import get_data_adapter
 from tensorflow.python.framework import op_def_registry
 from tensorflow.python.ops import control_flow_util
 
@@ -413,3 +415,42 @@ def is_stateful(kind: str) -> bool:
 def watched_variables(graph: tf.Graph) -> list[tf.Variable]:
     """Returns the variables that a graph has read so far, while it is traced; for messages only."""
     return list(getattr(graph, "_watched_variables", []))
+
+
+# Data of `fit` (used by training).
+
+
+def hub_preprocessing(model: keras.Model) -> Callable[..., Any] | None:
+    """Returns what a task of keras_hub does to raw rows: a function of `(x, y, sample_weight)`.
+
+    It returns `x`, `(x, y)` or `(x, y, sample_weight)`. None for other models, and for tasks whose
+    `preprocessor` is None. keras_hub itself is not imported: a task exists only where it was.
+    """
+    module = sys.modules.get("keras_hub.src.utils.pipeline_model")
+    task_class = getattr(module, "PipelineModel", None)
+    if task_class is None or not isinstance(model, task_class):
+        return None
+    does_nothing = type(model).preprocess_samples is task_class.preprocess_samples
+    if does_nothing or getattr(model, "preprocessor", model) is None:
+        return None
+    return model.preprocess_samples
+
+
+def evaluated_dataset(data: Any, batch_size: int | None, steps: int | None) -> Any:
+    """Returns the `tf.data.Dataset` of batches that Keras makes of `validation_data`.
+
+    A data set that is distributed already stays what it is.
+
+    Args:
+        data: What `fit` takes as `validation_data`.
+        batch_size: The rows of a batch of arrays; None for Keras's default.
+        steps: The argument `validation_steps` of `fit`.
+
+    Raises:
+        ValueError: If Keras does not take such data. Other types of errors are possible.
+    """
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    adapter = get_data_adapter(
+        x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps, shuffle=False
+    )
+    return adapter.get_tf_dataset()

@@ -487,3 +487,25 @@ def test_a_message_that_keras_leaves_alone():
         with pytest.raises(kind) as caught:
             Failing(kind)(np.ones((1, 1)))
         assert (str(caught.value) == "short") is same
+
+
+def test_what_a_task_of_keras_hub_does_to_rows():
+    pytest.importorskip("keras_hub")
+    from tests import hub
+
+    task = hub.classifier()
+    preprocess = internals.hub_preprocessing(task)
+    x, y = preprocess(hub.TEXTS, hub.LABELS)
+    assert set(x) == {"token_ids", "segment_ids", "padding_mask"} and len(y) == 16
+    task.preprocessor = None
+    assert internals.hub_preprocessing(task) is None
+    assert internals.hub_preprocessing(keras.Sequential()) is None
+
+
+def test_validation_data_as_keras_batches_it():
+    x, y = np.ones((5, 3)), np.ones(5)
+    found = internals.evaluated_dataset((x, y), 2, None)
+    assert [batch[0].shape[0] for batch in found] == [2, 2, 1]
+    assert found.element_spec[0].dtype == tf.float32
+    with pytest.raises(ValueError, match="Unrecognized"):
+        internals.evaluated_dataset("words", 2, None)

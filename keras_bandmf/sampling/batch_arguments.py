@@ -5,9 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from keras_bandmf._checks import checked_int
 from keras_bandmf.sampling.schedule import Schedule
+
+#: What `repr` of batches says to who gave them to something else than a private `fit`.
+WHERE_TO_PASS = (
+    "only `fit` of a private model takes them, as x: call `keras_bandmf.privatize(model)` first, "
+    "also after loading or cloning it. `evaluate`, `predict` and `validation_data` take arrays"
+)
+
+_DATASET_METHODS = frozenset(
+    name for name in dir(tf.data.Dataset) if not name.startswith("_") and name != "element_spec"
+)
 
 
 def checked_schedule(schedule: Schedule) -> Schedule:
@@ -69,6 +80,24 @@ def refuse_rows_that_count_as_one(schedule: Schedule, unit: Any, augment_copies:
             f"unit of type {type(unit).__name__}, augment_copies={augment_copies!r}. Make the "
             "plan without `min_separation` and `max_participations`."
         )
+
+
+def missing_attribute(kind: str, name: str) -> AttributeError:
+    """Returns the error about an attribute that batches do not have.
+
+    Args:
+        kind: The name of their class.
+        name: The attribute; for one of `tf.data.Dataset` the error says what to do in its place.
+    """
+    if name not in _DATASET_METHODS:
+        return AttributeError(f"{kind!r} object has no attribute {name!r}")
+    return AttributeError(
+        f"Private batches have no `.{name}`, because any change of the batches of a plan would "
+        "change which examples a step sees, and its privacy statement would no longer hold. "
+        f"Received: .{name}. Change the data before `plan.batches` (or with its `preprocess=`), "
+        "and the batch size or the number of steps in the plan; `fit` takes a smaller "
+        "`steps_per_epoch`."
+    )
 
 
 def checked_key(key: np.ndarray) -> np.ndarray:

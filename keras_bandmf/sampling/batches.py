@@ -16,9 +16,11 @@ import tensorflow as tf
 from keras_bandmf._checks import checked_int
 from keras_bandmf.sampling.augmentation import Augmentation
 from keras_bandmf.sampling.batch_arguments import (
+    WHERE_TO_PASS,
     checked_key,
     checked_schedule,
     key_from_seed,
+    missing_attribute,
     refuse_alone,
     refuse_rows_that_count_as_one,
 )
@@ -27,10 +29,6 @@ from keras_bandmf.sampling.laws import Draws, SamplingName
 from keras_bandmf.sampling.schedule import Schedule
 from keras_bandmf.sampling.stores import Store, open_store
 from keras_bandmf.sampling.units import Units
-
-_DATASET_METHODS = frozenset(
-    name for name in dir(tf.data.Dataset) if not name.startswith("_") and name != "element_spec"
-)
 
 
 class PrivateBatches:
@@ -366,6 +364,19 @@ class PrivateBatches:
             )
         return t
 
+    def raw_spec(self) -> dict[str, Any] | None:
+        """Returns the specs of the rows as they were given, None after a `preprocess`."""
+        return self._store.raw_spec()
+
+    def preprocessed_by(self, preprocess: Callable[..., Any]) -> None:
+        """Turns raw rows into those that a model takes: `fit` of a keras_hub task calls it.
+
+        Args:
+            preprocess: As in `plan.batches`; called on one row at a time. Where there was one
+                already, nothing happens.
+        """
+        self._store = self._store.preprocessed_by(preprocess)
+
     def rows(self, indices: np.ndarray) -> dict[str, Any]:
         """Returns rows by their numbers, without padding and before augmentation.
 
@@ -551,22 +562,14 @@ class PrivateBatches:
         return self.num_steps
 
     def __getattr__(self, name: str) -> Any:
-        if name in _DATASET_METHODS:
-            raise AttributeError(
-                f"Private batches have no `.{name}`, because any change of the batches of a plan "
-                "would change which examples a step sees, and its privacy statement would no "
-                f"longer hold. Received: .{name}. Change the data before `plan.batches` (or with "
-                "its `preprocess=`), and the batch size or the number of steps in the plan; `fit` "
-                "takes a smaller `steps_per_epoch`."
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise missing_attribute(type(self).__name__, name)
 
     def __repr__(self) -> str:
-        # Never the key.
+        # Never the key. Keras prints this where it finds batches that only a private `fit` takes.
         return (
             f"<PrivateBatches sampling={self.sampling!r} num_examples={self.num_examples} "
             f"batch_size={self.batch_size} num_steps={self.num_steps} "
-            f"num_bands={self.num_bands} cursor={self.cursor} bound={self.bound}>"
+            f"num_bands={self.num_bands} cursor={self.cursor} bound={self.bound}; {WHERE_TO_PASS}>"
         )
 
     def _bound_draws(self) -> Draws:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -180,22 +181,51 @@ def _as_bytes(array: np.ndarray, name: str) -> np.ndarray:
     return encoded
 
 
-def refuse_strings(array: np.ndarray, name: str) -> None:
-    """Refuses an array of strings.
+def refuse_strings(spec: dict[str, Any]) -> dict[str, Any]:
+    """Returns the specs of columns, none of which may hold strings.
 
     Args:
-        array: The array.
-        name: Its name, for the message.
+        spec: Dict of structures of `tf.TensorSpec`.
+
+    Returns:
+        The same.
 
     Raises:
-        TypeError: The array holds strings.
+        TypeError: A column holds strings.
     """
-    if array.dtype == object:
-        raise TypeError(
-            f"Expected `{name}` to hold numbers when it is sampled. Received: {name} of strings. "
-            "Turn them into numbers with `preprocess=`: a keras_hub preprocessor, or for example "
-            "`lambda x, y: (text_vectorization(x), y)`."
-        )
+
+    def refuse(leaf: tf.TensorSpec, name: str) -> None:
+        if leaf.dtype == tf.string:
+            raise TypeError(
+                f"Expected `{name}` to hold numbers when it is sampled. Received: {name} of "
+                "strings. Turn them into numbers with `plan.batches(..., preprocess=...)`, for "
+                "example `lambda x, y: (text_vectorization(x), y)`. Only `fit` of a keras_hub task "
+                "that has a preprocessor turns raw rows into numbers by itself."
+            )
+
+    for name, column in spec.items():
+        map_leaves(refuse, column, name)
+    return spec
+
+
+def lists_as_arrays(structure: Any) -> Any:
+    """Returns a structure with an array for each list of plain numbers or strings.
+
+    Args:
+        structure: Nested dicts, tuples and lists, or a leaf. Of lists that hold anything else, the
+            entries are looked at.
+    """
+    if isinstance(structure, list) and structure:
+        if all(isinstance(entry, (str, bytes)) for entry in structure):
+            return np.asarray(structure, object)
+        if all(isinstance(entry, (bool, numbers.Real)) for entry in structure):
+            return np.asarray(structure)
+    if isinstance(structure, dict):
+        return {key: lists_as_arrays(value) for key, value in structure.items()}
+    if isinstance(structure, (tuple, list)):
+        parts = [lists_as_arrays(value) for value in structure]
+        return type(structure)(*parts) if hasattr(structure, "_fields") else type(structure)(parts)
+    return structure
 
 
 def read_dataset(dataset: tf.data.Dataset, num_examples: int) -> dict[str, Any]:
@@ -345,8 +375,9 @@ def _check_first_row(chunk: dict[str, Any], alone: dict[str, Any]) -> None:
         raise ValueError(
             "Expected `preprocess` to treat each row by itself, always in the same way, and to "
             "give all rows one shape. Received: a preprocess whose first row differs when the "
-            "other rows are left out. Pad to a fixed length; use no statistics of a batch, no "
-            "mixing of rows, and no random augmentation (put that into the model)."
+            "other rows are left out. Pad to a fixed length; use no statistics of a batch and no "
+            "mixing of rows. What is random, such as masks, belongs into `augment=` of "
+            "`plan.batches`, or into the model."
         )
 
 

@@ -91,8 +91,12 @@ class StreamedBatches(PrivateBatches):
         options.deterministic = True
         self._stream = stream.with_options(options)
         first, self._digests = self._read(schedule)
+        first.spec()  # refuses strings
         self._begin(schedule, first, plan_fingerprint, None)
         self._probe()
+
+    def raw_spec(self) -> None:
+        """Returns None: what a stream yields is never preprocessed here."""
 
     def _read(self, schedule: Schedule) -> tuple[MemoryStore, list[bytes]]:
         """Returns the first batch, and the digests of all full ones."""

@@ -344,7 +344,8 @@ def _examples_of(dataset: tf.data.Dataset, model: keras.Model, planned: bool) ->
             "`dataset.apply(tf.data.experimental.assert_cardinality(num_examples))`, or use "
             "`plan.batches(dataset)`. Batches are taken apart by `dataset.unbatch()`."
         )
-    single = (
+    # No batch consists of scalars, such as the strings that a task takes.
+    single = set(ranks) == {0} or (
         expected is not None
         and None not in ranks
         and sorted(rank + 1 for rank in ranks) == expected

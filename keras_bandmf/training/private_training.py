@@ -23,7 +23,14 @@ from keras_bandmf.planning.statement import Statement
 from keras_bandmf.record import fresh
 from keras_bandmf.record import history as variable_history
 from keras_bandmf.sampling import PrivateBatches
-from keras_bandmf.training import callback_policy, fit_arguments, keras_faults, own_batches
+from keras_bandmf.training import (
+    callback_policy,
+    fit_arguments,
+    keras_faults,
+    own_batches,
+    task_data,
+    validation,
+)
 from keras_bandmf.training.callback_policy import Callbacks
 from keras_bandmf.training.logs import StepLogs
 from keras_bandmf.training.mixed_rows import MixedRows
@@ -378,6 +385,10 @@ class _PrivateTraining:
         """
         model, optimizer = self.model, self.optimizer
         optimizer.check_process()
+        validation_freq = validation.checked_frequency(
+            validation_data, validation_steps, validation_batch_size, validation_freq
+        )
+        x, y, sample_weight = task_data.plain_rows(model, x, y, sample_weight)
         way = own_batches.way_of(x, optimizer)
         fit_arguments.check_distribution(model, way == "own order")
         listed = callback_policy.flat_callbacks(callbacks)
@@ -402,7 +413,7 @@ class _PrivateTraining:
             x, validation_data, of_rows = own_batches.batches_of_rows(
                 asked, model, optimizer, listed
             )
-            validation_batch_size = validation_batch_size or batch_size
+            validation_batch_size = validation_batch_size or batch_size  # as in Keras
             y = sample_weight = batch_size = shuffle = None
         else:
             fit_arguments.refuse_changed_data(class_weight, validation_split)
@@ -413,12 +424,14 @@ class _PrivateTraining:
             )
             source = f"plan.batches of plan {batches.plan_fingerprint[:12]}"
             steps_per_epoch = steps_per_epoch or batches.steps_per_epoch
+            task_data.preprocess_batches(batches, model)
             self._prepare(batches.first_rows())
         else:
             batch_size, array_steps = fit_arguments.check_foreign_data(
                 x, optimizer.plan, batch_size, steps_per_epoch
             )
             sample, x = fit_arguments.first_rows(x, y, sample_weight, optimizer.plan.batch_size)
+            task_data.refuse_raw_rows(model, sample["x"])
             self._prepare(sample)
             source = "data supplied by the user, in an order declared by the user"
         rows_per_example = 1 if batches is None else batches.rows_per_example
@@ -433,6 +446,10 @@ class _PrivateTraining:
             optimizer.plan.num_steps - optimizer.steps_done,
             steps_per_epoch or array_steps,
         )
+        if validation_data is not None:
+            validation_data = validation.evaluable(
+                model, validation_data, validation_batch_size or batch_size, validation_steps
+            )
         guard = StepGuard(optimizer, batches, array_steps)
         report = [] if self._report is None else [self._report]
         remarks = [*of_rows, *callback_policy.remarks([*report, *listed], monitored)]

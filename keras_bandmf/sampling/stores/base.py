@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,21 @@ class Store(abc.ABC):
         Returns:
             32 bytes, to be kept as secret as the key.
         """
+
+    def raw_spec(self) -> dict[str, Any] | None:
+        """Returns the specs of rows as they were given, strings too; None after a `preprocess`."""
+        return None
+
+    def preprocessed_by(self, preprocess: Callable[..., Any]) -> Store:
+        """Returns a store of raw rows after `preprocess`, which gets one row at a time.
+
+        Args:
+            preprocess: See `PrivateBatches`.
+
+        Returns:
+            Another store, or this one where a `preprocess` was given.
+        """
+        return self
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[Store]:

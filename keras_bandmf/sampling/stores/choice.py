@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import checked_function, checked_int
-from keras_bandmf.sampling.sources import leaves
+from keras_bandmf.sampling.sources import leaves, lists_as_arrays
 from keras_bandmf.sampling.stores.base import Store
 from keras_bandmf.sampling.stores.columns import Columns, is_lazy
 from keras_bandmf.sampling.stores.files import StoredRows
@@ -92,6 +92,7 @@ def open_store(
             f"decode={decode!r}, and x of type {type(x).__name__}. Use `preprocess=`, which gets "
             "tensors of rows."
         )
+    x, y, sample_weight = (lists_as_arrays(part) for part in (x, y, sample_weight))
     columns = {"x": x, "y": y, "sample_weight": sample_weight}
     if any(is_lazy(leaf) for column in columns.values() for leaf in leaves(column)):
         arrays = Columns(columns, num_examples)

@@ -28,11 +28,13 @@ class MemoryStore(Store):
     Args:
         columns: Dict of structures of arrays with `num_examples` rows each.
         num_examples: Number of rows.
+        raw: Whether they are as the user passed them: no `preprocess` was given.
     """
 
-    def __init__(self, columns: dict[str, Any], num_examples: int):
+    def __init__(self, columns: dict[str, Any], num_examples: int, raw: bool = False):
         self._columns = columns
         self._num_examples = num_examples
+        self._raw = raw
 
     @classmethod
     def read(
@@ -64,9 +66,22 @@ class MemoryStore(Store):
         columns = checked_columns(columns, num_examples)
         if preprocess is not None:
             columns = checked_columns(preprocessed(columns, preprocess), num_examples)
-        for name, column in columns.items():
-            map_leaves(refuse_strings, column, name)
-        return cls(weighted(columns, class_weight), num_examples)
+            refuse_strings(spec_of(columns))
+        return cls(weighted(columns, class_weight), num_examples, raw=preprocess is None)
+
+    def raw_spec(self) -> dict[str, Any] | None:
+        """Returns the specs of rows as they were given; see `Store.raw_spec`."""
+        return spec_of(self._columns) if self._raw else None
+
+    def preprocessed_by(self, preprocess: Callable[..., Any]) -> Store:
+        """Returns a store of raw rows after `preprocess`; see `Store.preprocessed_by`."""
+        if not self._raw:
+            return self
+        rows = self._num_examples
+        columns = preprocessed(self._columns, preprocess, rows_at_a_time=1)
+        columns = weighted(checked_columns(columns, rows), None)
+        refuse_strings(spec_of(columns))
+        return MemoryStore(columns, rows)
 
     @property
     def num_examples(self) -> int:
@@ -76,6 +91,7 @@ class MemoryStore(Store):
     def rows(self, indices: np.ndarray) -> dict[str, Any]:
         """Returns copies of rows; see `Store.rows`."""
         indices = checked_indices(indices, self._num_examples)
+        self.spec()
         return {
             name: map_leaves(lambda array, _: gathered(array, indices), column, name)
             for name, column in self._columns.items()
@@ -90,13 +106,18 @@ class MemoryStore(Store):
         Returns:
             32 bytes.
         """
+        self.spec()
         hasher = hashlib.blake2b(key=key, digest_size=32)
         add_arrays(hasher, self._columns)
         return hasher.digest()
 
     def spec(self) -> dict[str, Any]:
-        """Returns the `tf.TensorSpec`s of the columns, with None for the number of rows."""
-        return spec_of(self._columns)
+        """Returns the `tf.TensorSpec`s of the columns, with None for the number of rows.
+
+        Raises:
+            TypeError: The rows are raw, and strings.
+        """
+        return refuse_strings(spec_of(self._columns))
 
 
 def add_arrays(hasher: Any, columns: dict[str, Any]) -> None:

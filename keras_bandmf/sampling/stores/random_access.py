@@ -96,8 +96,24 @@ class RandomAccessStore(Store):
         return self._num_examples
 
     def spec(self) -> dict[str, Any]:
-        """Returns the `tf.TensorSpec`s of the columns, with None for the number of rows."""
-        return dict(self._spec)
+        """Returns the `tf.TensorSpec`s of the columns, with None for the number of rows.
+
+        Raises:
+            TypeError: The rows are raw, and strings.
+        """
+        return refuse_strings(dict(self._spec))
+
+    def raw_spec(self) -> dict[str, Any] | None:
+        """Returns the specs of rows as they were given; see `Store.raw_spec`."""
+        return dict(self._spec) if self._preprocess is None else None
+
+    def preprocessed_by(self, preprocess: Callable[..., Any]) -> Store:
+        """Returns a store of raw rows after `preprocess`; see `Store.preprocessed_by`."""
+        if self._preprocess is not None:
+            return self
+        return RandomAccessStore(
+            self._source, self._num_examples, self._class_weight, preprocess, self._num_workers
+        )
 
     def rows(self, indices: np.ndarray) -> dict[str, Any]:
         """Returns copies of rows; see `Store.rows`."""
@@ -147,6 +163,7 @@ class RandomAccessStore(Store):
 
     def _rows(self, indices: np.ndarray, workers: Workers) -> dict[str, Any]:
         indices = checked_indices(indices, self._num_examples)
+        self.spec()
         if not len(indices):
             return self._no_rows()
         columns = self._finished(self._source.read(indices, workers), len(indices))
@@ -166,8 +183,7 @@ class RandomAccessStore(Store):
             # One row at a time: nothing checks in each step that the rows of a batch do not mix.
             size = None if check else 1
             columns = checked_columns(preprocessed(columns, self._preprocess, check, size), rows)
-        for name, column in columns.items():
-            map_leaves(refuse_strings, column, name)
+            refuse_strings(spec_of(columns))
         return weighted(columns, self._class_weight)
 
     def _check_spec(self, columns: dict[str, Any]) -> None:

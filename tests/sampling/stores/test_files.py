@@ -84,7 +84,7 @@ def test_records_of_a_tfrecord_file_are_decoded_when_they_are_drawn(tmp_path):
     batches = plan.batches(rows, decode=decode, seed=0)
     assert batches.rows(np.array([4, 2]))["x"].tolist() == [[1, 2], [2, 3]]
     with pytest.raises(TypeError, match="strings"):
-        plan.batches(rows)
+        plan.batches(rows).first_rows()
 
 
 def test_empty_strings_and_only_those(tmp_path):

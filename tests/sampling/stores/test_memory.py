@@ -203,7 +203,7 @@ def generator():
 @pytest.mark.parametrize(
     "change, match",
     [
-        (dict(x=[1, 2, 3]), r"x\[0\].*int"),
+        (dict(x=[1, None, 3]), r"x\[0\].*int"),
         (dict(x=generator()), "generator"),
         (dict(x="text"), "str"),
         (dict(y=[np.ones(N), None]), r"y\[1\].*NoneType"),
@@ -216,13 +216,14 @@ def generator():
         (dict(x=np.zeros(N, "datetime64[s]")), "datetime64"),
         (dict(x=np.array(["a"] * N)), "of strings.*preprocess"),
         (dict(y={"t": np.array([b"a"] * N)}), r"y\['t'\].*of strings"),
-        (dict(sample_weight=np.array(["a"] * N)), "strings"),
+        (dict(sample_weight=np.array(["a"] * N)), "`sample_weight` to hold numbers"),
         (dict(sample_weight=np.ones(N, complex)), "sample_weight.*complex"),
     ],
 )
 def test_arrays_of_bad_types(change, match):
     with pytest.raises(TypeError, match=match):
-        read(**change)
+        # Strings are kept for the preprocessor of a task, and refused where they are drawn.
+        everything(read(**change))
 
 
 def test_no_x_and_scipy_sparse():
@@ -266,6 +267,29 @@ def test_preprocess_of_strings_by_a_keras_layer():
     dataset = tf.data.Dataset.from_tensor_slices((words, np.arange(N)))
     rows = everything(read(dataset, preprocess=lambda x, y: (layer(x), y)))
     np.testing.assert_array_equal(rows["x"], expected)
+
+
+def test_raw_rows_are_preprocessed_later_one_at_a_time():
+    """By construction no row of a batch can hold another one."""
+    words, sizes = np.array(["a b", "b", "c", "a c b"] * 13)[:N], []
+    layer = keras.layers.TextVectorization(output_sequence_length=4, vocabulary=["a", "b", "c"])
+
+    def preprocess(x, y):
+        sizes.append(int(tf.shape(x)[0]))
+        return layer(x), y
+
+    weight = np.linspace(0.0, 1.0, N)
+    raw = read(words, np.arange(N), weight, class_weight={1: 2.0})
+    assert raw.raw_spec()["x"].dtype == tf.string
+    for refused in (raw.spec, lambda: everything(raw), lambda: raw.digest(b"key")):
+        with pytest.raises(TypeError, match="`x`.*of strings"):
+            refused()
+    later = raw.preprocessed_by(preprocess)
+    assert set(sizes) == {1} and later.raw_spec() is None
+    assert later.preprocessed_by(lambda x, y: 1 / 0) is later, "once is enough"
+    given = read(words, np.arange(N), weight, class_weight={1: 2.0}, preprocess=preprocess)
+    assert given.raw_spec() is None
+    assert later.digest(b"key") == given.digest(b"key")
 
 
 def test_preprocess_may_make_targets_and_weights():

@@ -110,8 +110,13 @@ def test_strings_need_preprocess_and_get_it_batch_by_batch():
     store = opened(lambda i: (str(words[i]), i), preprocess=preprocess)
     memory = MemoryStore.read(words, np.arange(N), None, N, preprocess=preprocess)
     assert_same(store.rows(np.array([8, 1])), memory.rows(np.array([8, 1])))
-    with pytest.raises(TypeError, match="strings"):
-        opened(lambda i: (str(words[i]), i))
+    raw = opened(lambda i: (str(words[i]), i))
+    for refused in (raw.spec, lambda: raw.rows(np.array([8])), lambda: raw.digest(b"key")):
+        with pytest.raises(TypeError, match="strings"):
+            refused()
+    assert_same(
+        raw.preprocessed_by(preprocess).rows(np.array([8, 1])), store.rows(np.array([8, 1]))
+    )
 
 
 def test_weights_are_checked_when_rows_are_drawn():
