@@ -138,4 +138,11 @@ def _compiled(loss: Any) -> Callable[[Any, Any, Any], Any]:
             "(y_true, y_pred). For several outputs use `compile(loss=...)`. "
             f"Received: loss={loss!r}"
         )
+    try:
+        keras.losses.get(loss)
+    except ValueError as error:
+        raise ValueError(
+            "Expected `loss` to be the name of a loss of Keras, a `keras.losses.Loss` or a "
+            f"function (y_true, y_pred). Received: loss={loss!r}"
+        ) from error
     return resolved_loss(loss)

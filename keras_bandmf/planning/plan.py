@@ -361,8 +361,8 @@ class TrainingPlan(PlanAccounting):
             y: Targets, as `x`; None when there are none (or when `x` brings them).
             sample_weight: Non-negative weights, one for each row.
             class_weight: Dict of class number to weight, multiplied into `sample_weight`.
-            preprocess: Function of tensors `(x)` or `(x, y)`, applied to rows before sampling. Without
-                it, `fit` of a keras_hub task lets the task's preprocessor have them.
+            preprocess: Function of tensors `(x)` or `(x, y)`, applied to rows before sampling.
+                Without it, `fit` of a keras_hub task lets the task's preprocessor have them.
             seed: Fixes the sampler's key. For tests only: the run is then not private.
             unit: For a plan with a `unit`: (rows,) ids, whose row it is.
             rows_per_unit: The largest number of rows of a unit that take part in a step.
