@@ -91,6 +91,11 @@ def audit_steps(
     _check_plan(plan)
     trials = checked_int("trials", trials, minimum=100)
     checked_float("confidence", confidence, above=0.0, below=1.0)
+    if not isinstance(distribution, (tf.distribute.Strategy, type(None))):
+        raise TypeError(
+            "Expected `distribution` to be a tf.distribute.Strategy or None. Received: "
+            f"distribution={distribution!r}."
+        )
     rng = np.random.default_rng(None if seed is None else checked_int("seed", seed, minimum=0))
     scores: list[np.ndarray] = []
     included = np.zeros(0, bool)

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import keras
 import tensorflow as tf
 
-from keras_bandmf._checks import checked_int
+from keras_bandmf._checks import checked_bool, checked_int
 from keras_bandmf.clipping.attached import all_with_attached
 from keras_bandmf.clipping.checks.refusals import (
     checked_microbatch_size,
     refuse_model,
+    refuse_no_rows,
     refuse_short_products,
     refuse_sparse_data,
 )
@@ -250,6 +251,7 @@ def clipped_gradients(
         >>> print(clipped.sums[0].numpy().round(4))
         [[-1.2]]
     """
+    checked_bool("float64_sums", float64_sums)
     clipped = clipped_for_noise(
         model,
         x,
@@ -295,6 +297,12 @@ def clipped_for_noise(
     refuse_short_products()
     mode = checked_mode(clipping)
     refuse_model(model, sample_weight, loss)
+    refuse_no_rows(model, x, y, sample_weight, loss)
+    if not isinstance(mask_seeds, (MaskSeeds, type(None))):
+        raise TypeError(
+            "Expected `mask_seeds` to be None or `clipping.MaskSeeds`. Received: "
+            f"mask_seeds={mask_seeds!r}."
+        )
     x, y, sample_weight = on_tensors(_tensor, (x, y, sample_weight))
     rows = next(t for t in keras.tree.flatten(x) if t is not None)
     mask = _mask(mask, rows)
@@ -365,7 +373,12 @@ def _tensor(leaf: Any) -> tf.Tensor:
 def _mask(mask: Any, rows: tf.Tensor) -> tf.Tensor:
     if mask is None:
         return tf.ones([rows.shape[0] if rows.shape[0] is not None else tf.shape(rows)[0]], tf.bool)
-    mask = tf.convert_to_tensor(mask)
+    try:
+        mask = tf.convert_to_tensor(mask)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"Expected `mask` to be an array of bools. Received: mask={mask!r}."
+        ) from error
     fits = mask.shape.rank == 1 and mask.shape.is_compatible_with(rows.shape[:1])
     if mask.dtype != tf.bool or not fits:
         raise ValueError(

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_bandmf._keras_internals import (
     compiled_loss,
+    keras_mask,
     loss_of_training_step,
     resolved_loss,
     traced_symbolically,
@@ -107,6 +108,24 @@ def with_ignored_class(model: keras.Model, loss: Any = None) -> bool:
     )
 
 
+def is_mean_of_rows(model: keras.Model, outputs: Any) -> bool:
+    """Returns whether the compiled loss of a batch is the mean of the losses of its rows.
+
+    Args:
+        model: A compiled model.
+        outputs: What it returned, with what Keras attached: a mask makes rows count differently.
+
+    Formal guarantees: False where that is not known: with several outputs, a mask, an ignored
+        class, or a `compute_loss` or a reduction that is not Keras's default.
+    """
+    leaves = keras.tree.flatten(outputs)
+    if overrides_compute_loss(model) or keras.tree.is_nested(model.loss) or len(leaves) != 1:
+        return False
+    reduction = getattr(model.loss, "reduction", "sum_over_batch_size")
+    means = reduction in ("sum_over_batch_size", "mean")
+    return means and keras_mask(leaves[0]) is None and not with_ignored_class(model)
+
+
 def _alone(compute: BatchLoss) -> BatchLoss:
     """Returns `compute` with its side effects and its scaling for distribution taken away."""
 
@@ -143,4 +162,11 @@ def _compiled(loss: Any) -> Callable[[Any, Any, Any], Any]:
             "(y_true, y_pred). For several outputs use `compile(loss=...)`. "
             f"Received: loss={loss!r}"
         )
+    try:
+        keras.losses.get(loss)
+    except ValueError as error:
+        raise ValueError(
+            "Expected `loss` to be the name of a loss of Keras, a `keras.losses.Loss` or a "
+            f"function (y_true, y_pred). Received: loss={loss!r}"
+        ) from error
     return resolved_loss(loss)

@@ -163,7 +163,12 @@ class PerLayerClipping(ClippingMode):
         shares = {} if self.shares is None else self.shares
         pairs = sorted(shares.items()) if isinstance(shares, Mapping) else shares
         fits = isinstance(pairs, (list, tuple)) and all(
-            isinstance(name, str) and _is_number(share) and share > 0 for name, share in pairs
+            isinstance(pair, (list, tuple))
+            and len(pair) == 2
+            and isinstance(pair[0], str)
+            and _is_number(pair[1])
+            and pair[1] > 0
+            for pair in pairs
         )
         if not fits:
             raise ValueError(

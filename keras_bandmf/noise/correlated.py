@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf import _distribution
-from keras_bandmf._checks import PrivacyError, checked_float
+from keras_bandmf._checks import PrivacyError, checked_bool, checked_float, checked_int
 from keras_bandmf._environment import refuse_loose_arithmetic
 from keras_bandmf.noise import exact, lattice, normals
 from keras_bandmf.noise.lattice import NoiseRows
@@ -92,9 +92,16 @@ class CorrelatedNoise:
         exact: bool = False,
     ):
         refuse_loose_arithmetic()
+        if not hasattr(strategy, "num_steps"):
+            raise TypeError(
+                "Expected `strategy` to be a strategy of `keras_bandmf.strategies`. Received: "
+                f"strategy={strategy!r}."
+            )
+        if seed is not None:
+            checked_int("seed", seed, 0, "None draws a secret key.")
         self.strategy = strategy
         self.stddev = checked_float("stddev", stddev, minimum=0.0)
-        self.exact = bool(exact)
+        self.exact = checked_bool("exact", exact)
         #: The lattice step is 2^exponent; None without noise.
         self.exponent: int | None = None
         if self.stddev:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from keras_bandmf._checks import checked_int
 from keras_bandmf.noise.normals import CHUNK
 
 
@@ -23,7 +24,13 @@ class ShardLayout:
     """
 
     def __init__(self, shapes: Sequence[Sequence[int]], num_shards: int = 1):
-        self.shapes = [tuple(int(side) for side in shape) for shape in shapes]
+        try:
+            self.shapes = [tuple(checked_int("side", side, 0) for side in each) for each in shapes]
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                "Expected `shapes` to be a list of shapes, tuples of integers. Received: "
+                f"shapes={shapes!r}."
+            ) from error
         sizes = [math.prod(shape) for shape in self.shapes]
         self.offsets = [0, *np.cumsum(sizes).tolist()]
         self.size = self.offsets[-1]

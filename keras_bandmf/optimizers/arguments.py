@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import keras
 import tensorflow as tf
 
-from keras_bandmf._checks import PrivacyError, checked_choice, checked_int
+from keras_bandmf._checks import PrivacyError, checked_bool, checked_choice, checked_int
 from keras_bandmf.clipping import ClippedGradients, ClippingMode
 from keras_bandmf.clipping.norms import checked_clip_norm, largest_contribution
 from keras_bandmf.noise.finite import check_tail
@@ -37,7 +37,9 @@ _REFUSED_SETTINGS = {
 }
 
 
-def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any, noise: Any = "default") -> None:
+def check_arguments(
+    plan: Any, l2_norm_clip: Any, seed: Any, noise: Any = "default", replay: Any = False
+) -> None:
     """Refuses arguments of `BandMFOptimizer` of the wrong type or out of range.
 
     Args:
@@ -45,6 +47,7 @@ def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any, noise: Any = "defau
         l2_norm_clip: See `plan`.
         seed: See `plan`.
         noise: See `plan`.
+        replay: See `plan`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -56,6 +59,7 @@ def check_arguments(plan: Any, l2_norm_clip: Any, seed: Any, noise: Any = "defau
             f"`TrainingPlan.calibrate(...)`. Received: plan={plan!r}"
         )
     checked_clip_norm(l2_norm_clip)
+    checked_bool("replay", replay)
     checked_choice("noise", noise, ("default", "exact"))
     if noise == "exact" and plan is not None:  # one that is made later has bands
         refuse_exact(plan.strategy)
@@ -212,6 +216,12 @@ def checked_inner(optimizer: str | dict | keras.optimizers.Optimizer) -> keras.o
         TypeError: If `optimizer` is none of these.
         ValueError: If one of its settings changes which value is released.
     """
+    if isinstance(optimizer, type):
+        raise TypeError(
+            "Expected `optimizer` to be an optimizer, and not its class. Received: optimizer="
+            f"{optimizer.__name__}, without parentheses. Use for example "
+            f"`BandMFOptimizer({optimizer.__name__}(learning_rate=...), ...)`."
+        )
     if not isinstance(optimizer, (str, dict, keras.optimizers.Optimizer)):
         raise TypeError(
             "Expected `optimizer` to be a name, a config, or a keras.optimizers.Optimizer of "
@@ -219,7 +229,13 @@ def checked_inner(optimizer: str | dict | keras.optimizers.Optimizer) -> keras.o
             "latter into Keras 2. Received: optimizer of type "
             f"{type(optimizer).__module__}.{type(optimizer).__name__}"
         )
-    inner = keras.optimizers.get(optimizer)
+    try:
+        inner = keras.optimizers.get(optimizer)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            "Expected `optimizer` to be the name of an optimizer of Keras, such as 'adam', or the "
+            f"config of one. Received: optimizer={optimizer!r}."
+        ) from error
     wraps = hasattr(inner, "inner_optimizer")  # LossScaleOptimizer, and a second BandMFOptimizer
     if wraps:
         raise ValueError(

@@ -26,7 +26,7 @@ from keras_bandmf.optimizers.arguments import (
     noise_stddev,
 )
 from keras_bandmf.optimizers.plain_gradients import RefusesPlainGradients
-from keras_bandmf.optimizers.state import RunState, is_of_no_run, state_of_no_run
+from keras_bandmf.optimizers.state import RunState, checked_fields, is_of_no_run, state_of_no_run
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.plan_target import CalibrationOptions, PlanOfRun, PlanTarget
 from keras_bandmf.record import fresh, history
@@ -129,7 +129,7 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
         delta: float | None = None,
         **calibration: Unpack[CalibrationOptions],
     ):
-        check_arguments(plan, l2_norm_clip, seed, noise)
+        check_arguments(plan, l2_norm_clip, seed, noise, replay)
         target = PlanTarget.of_arguments(plan, epsilon, delta, calibration)
         super().__init__(learning_rate=0.0, name=name or "bandmf")
         self._inner_optimizer = checked_inner(optimizer)
@@ -137,7 +137,7 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
         self._l2_norm_clip = float(l2_norm_clip)
         self._clipping = checked_mode(clipping)
         self._noise: NoiseMode = noise
-        self._seed, self._replay = seed, bool(replay)
+        self._seed, self._replay = seed, replay
         words = self._clipping.describe(self._l2_norm_clip)
         self._record = RunRecord(self._plan_of_run, self._l2_norm_clip, words, seed is not None)
         self._run_state: RunState | None = None
@@ -516,14 +516,14 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
     def _restore(self, arrays: dict[str, np.ndarray]) -> None:
         # Keras may continue after the error, with weights that are no longer those of this run.
         self._record.restore_failed = True
+        checked_fields(arrays)  # before any advice: those of another optimizer go into none
         if self._build_later is not None and not self.built:
             self._plan_of_run.take_over(history.planned_in_fit(arrays.get("history")))
             self._build_later()
         if not self.built:
             raise ValueError(
-                "BandMFOptimizer must be built before a checkpoint can be restored into it. Call "
-                "`optimizer.build(model.trainable_variables)` after `compile`, and then load. "
-                f"Received: a checkpoint with {sorted(arrays)}"
+                "Received: the state of a run for an optimizer that is not built. To go on, call "
+                "`model.optimizer.build(model.trainable_variables)` after `compile`, then load."
             )
         record, variables = self._record, optimized_variables(self)
         record.update()

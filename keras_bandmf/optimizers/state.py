@@ -224,7 +224,7 @@ class RunState:
         Raises:
             ValueError: If the state is incomplete, damaged, or of another run.
         """
-        values = _checked_fields(arrays)
+        values = checked_fields(arrays)
         saved = values["fingerprint"].tobytes().decode(errors="replace")
         if saved != self.fingerprint:
             raise ValueError(
@@ -283,13 +283,23 @@ def is_of_no_run(arrays: Mapping[str, np.ndarray]) -> bool:
     )
 
 
-def _checked_fields(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def checked_fields(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns what a checkpoint holds of a run.
+
+    Args:
+        arrays: What it holds of the optimizer.
+
+    Raises:
+        ValueError: If it is that of another optimizer, or damaged.
+    """
     missing = [name for name in _FIELDS if name not in arrays]
     if missing:
         raise ValueError(
-            "The checkpoint holds no state of BandMFOptimizer, or only a part of it. "
-            f"Missing: {', '.join(missing)}. Received: {sorted(arrays)}. To begin a "
-            "run with weights alone, load them before `compile`."
+            "The checkpoint holds no state of BandMFOptimizer, or only a part of it: its weights "
+            "were saved with another optimizer. To begin a run with such weights, load them into "
+            "a new model before `compile`: first `model.load_weights(path)`, then "
+            "`model.compile(optimizer=BandMFOptimizer(...), ...)`. "
+            f"Missing: {', '.join(missing)}. Received: {sorted(arrays)}."
         )
     values = {name: np.asarray(arrays[name]) for name in _FIELDS}
     if values["format"] != _FORMAT:

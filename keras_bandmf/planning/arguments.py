@@ -11,7 +11,7 @@ import keras
 from keras_bandmf._checks import checked_choice, checked_float, checked_int
 from keras_bandmf.noise.taps import checked_taps
 from keras_bandmf.planning.keras_workload import workload_from_optimizer
-from keras_bandmf.sampling.laws import LAWS, SamplingName
+from keras_bandmf.sampling.laws import LAWS, SAMPLINGS, SamplingName
 from keras_bandmf.sampling.schedule import Schedule, check_batch_size
 from keras_bandmf.strategies import (
     BandedInverseStrategy,
@@ -158,6 +158,7 @@ class PlanArguments:
             TypeError: A number is not an integer.
             ValueError: The numbers do not fit together under this law.
         """
+        checked_choice("sampling", sampling, SAMPLINGS)
         refuse_overlap(self.strategy, sampling)
         law, participations = LAWS.get(sampling), self.max_participations
         if law is not None and law.fixes_participations and participations is None:

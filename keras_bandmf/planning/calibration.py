@@ -236,6 +236,7 @@ def calibrated_run(
         ValueError: A value or a combination cannot be accounted for.
     """
     epsilon, delta = checked_epsilon(epsilon), checked_delta(delta)
+    checked_int("max_bands", max_bands)
     amplification = resolved_amplification(amplification, sampling)
     if amplification == "secret_group":
         if sampling == "fixed_order":

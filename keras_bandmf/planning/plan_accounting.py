@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import dp_accounting
 
-from keras_bandmf._checks import checked_float
+from keras_bandmf._checks import checked_float, checked_int
 from keras_bandmf.accounting.accountant import epsilon_of
 from keras_bandmf.accounting.amplification.certificate import Certificate
 from keras_bandmf.planning.arguments import KnownStrategy, strategy_in_words
@@ -118,6 +118,8 @@ class PlanAccounting:
             >>> plan.epsilon(steps=4) < plan.epsilon(steps=5) < plan.epsilon()
             True
         """
+        if steps is not None:
+            steps = checked_int("steps", steps, 0)
         whole = steps is None or steps == self.num_steps
         known = self._known_group_epsilon if whole else epsilon_of(self.dp_event(steps), self.delta)
         if self.certificate is None or known <= self.certificate.epsilon:

@@ -113,11 +113,7 @@ def enable_rgp(
     }
     head_scale = checked_float("head_scale", head_scale, above=0.0)
     restart = checked_bool("restart", restart)
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            "Expected `model` to be a keras.Model of Keras 3. "
-            f"Received: model of type {type(model).__name__}"
-        )
+    _check_model(model)
     if not model.built:
         raise ValueError(
             "Expected `model` to be built, because carriers need kernels. Call it once on data, or "
@@ -162,6 +158,7 @@ def merge_rgp(model: keras.Model) -> keras.Model:
         >>> model.layers[0].get_config()["rank"] is None
         True
     """
+    _check_model(model)
     merged = False
     for layer in all_layers(model):
         own = own_weights(layer)
@@ -181,6 +178,14 @@ def merge_rgp(model: keras.Model) -> keras.Model:
     # A step that was traced with the carriers would continue to use them.
     model.train_function = None
     return model
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "Expected `model` to be a keras.Model of Keras 3. "
+            f"Received: model of type {type(model).__name__}"
+        )
 
 
 def _candidates(

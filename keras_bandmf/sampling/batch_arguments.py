@@ -53,9 +53,10 @@ def refuse_alone(name: str, value: Any, needed: str, given: Any) -> None:
         given: That argument.
 
     Raises:
-        ValueError: The number is given and the argument is not.
+        TypeError: The number is no integer.
+        ValueError: It is below 1, or it is given and the argument is not.
     """
-    if value != 1 and given is None:
+    if checked_int(name, value) != 1 and given is None:
         raise ValueError(
             f"Expected `{needed}` together with `{name}`. Received: {name}={value!r} and "
             f"{needed}=None."

@@ -162,7 +162,7 @@ class BandedStrategy(Strategy):
         checked_choice("solver", solver, tuple(SOLVERS))
         check_shape(num_steps, num_bands)
         gain = checked_float("gain", gain, above=0.0, below=1.0)
-        if checkpoint_seconds != math.inf:
+        if not isinstance(checkpoint_seconds, float) or checkpoint_seconds != math.inf:
             checkpoint_seconds = checked_float(
                 "checkpoint_seconds", checkpoint_seconds, minimum=0.0
             )

@@ -60,11 +60,23 @@ class ClippedFraction(keras.callbacks.Callback):
 
 
 def flat_callbacks(callbacks: Callbacks) -> list[keras.callbacks.Callback]:
-    """Returns the callbacks given to `fit` as a flat list, however they are nested."""
+    """Returns the callbacks given to `fit` as a flat list, however they are nested.
+
+    Raises:
+        TypeError: If one is no callback.
+    """
     inner = getattr(callbacks, "callbacks", callbacks)
     if isinstance(inner, (list, tuple)):
         return [callback for part in inner for callback in flat_callbacks(part)]
-    return [] if inner is None else [inner]
+    if inner is None:
+        return []
+    if isinstance(inner, type) or not hasattr(inner, "set_model"):
+        what = "the class " + inner.__name__ if isinstance(inner, type) else repr(inner)
+        raise TypeError(
+            "Expected `callbacks` to hold instances of keras.callbacks.Callback. Received: "
+            f"{what}. Use for example `callbacks=[keras.callbacks.CSVLogger('log.csv')]`."
+        )
+    return [inner]
 
 
 def unknown_callbacks(callbacks: Iterable[keras.callbacks.Callback]) -> list[str]:

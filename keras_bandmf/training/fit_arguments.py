@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import types
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -12,7 +14,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bandmf import _distribution
-from keras_bandmf._checks import PrivacyError
+from keras_bandmf._checks import PrivacyError, checked_int
+from keras_bandmf._keras_internals import compiled_loss
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.units import ROW
 from keras_bandmf.sampling import PrivateBatches
@@ -66,6 +69,69 @@ def check_distribution(model: keras.Model, own_order: bool) -> None:
             "`plan.batches(x, y)`: they are split over the workers, so that each row is used once. "
             "Received: data in an order of your own, as the plan declares"
         )
+
+
+def check_lengths(epochs: Any, initial_epoch: Any, steps_per_epoch: Any) -> None:
+    """Refuses lengths of a `fit` that are no numbers.
+
+    Args:
+        epochs: The argument of `fit`, as are the others.
+        initial_epoch: See `epochs`.
+        steps_per_epoch: See `epochs`.
+
+    Raises:
+        TypeError: If one is no integer.
+        ValueError: If one is negative, or `steps_per_epoch` is zero.
+    """
+    checked_int("initial_epoch", initial_epoch, 0)
+    if epochs is not None:
+        checked_int("epochs", epochs, 0, "None trains what is left of the plan.")
+    if steps_per_epoch is not None:
+        checked_int("steps_per_epoch", steps_per_epoch, hint="None takes the plan's.")
+
+
+def check_trainable(model: keras.Model, y: Any) -> None:
+    """Refuses a `fit` without a loss, or without the targets that it is computed from.
+
+    Args:
+        model: The compiled model.
+        y: The targets of a few rows, or None.
+
+    Raises:
+        ValueError: If one is missing. A `compute_loss` of the model's own needs neither.
+    """
+    if type(model).compute_loss is not keras.Model.compute_loss or "compute_loss" in vars(model):
+        return
+    if compiled_loss(model) is None:
+        raise ValueError(
+            "A private `fit` needs a loss of which each example has a gradient. Received: a model "
+            "that was compiled with loss=None. Use `model.compile(optimizer=..., loss=...)`."
+        )
+    if y is None:
+        raise ValueError(
+            "Expected `y`, because the model was compiled with a loss that compares outputs with "
+            "targets. Received: y=None. Use `model.fit(x, y)`, `plan.batches(x, y)`, or a dataset "
+            "of (x, y)."
+        )
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Says of an error of TensorFlow that it was the first rows, and shows no graph.
+
+    Raises:
+        ValueError: In place of an error of TensorFlow about a value.
+    """
+    try:
+        yield
+    except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+        says = [line.strip() for line in error.message.splitlines() if line.strip()]
+        cause = [line for line in says if "{{node" not in line][-1:]
+        raise ValueError(
+            "The model or its loss fails on the first rows, which was found before the first step. "
+            "Often a label is not below the number of outputs, or an entry not below the size of "
+            f"an Embedding. Received: rows of which TensorFlow says: {' '.join(cause)}"
+        ) from error
 
 
 def refuse_changed_data(class_weight: dict | None, validation_split: float) -> None:
@@ -218,6 +284,13 @@ def checked_epochs(
         return initial_epoch + 1 if epochs is None else epochs
     if epochs is None:
         return initial_epoch + -(-steps_left // steps_per_epoch)
+    if epochs - initial_epoch > -(-steps_left // steps_per_epoch) > 0:
+        _LOGGER.warning(
+            "`fit` ends when the %d steps that are left of the plan are made. Received: epochs=%d, "
+            "which is more. `epochs=None` trains what is left.",
+            steps_left,
+            epochs,
+        )
     unused = steps_left - (epochs - initial_epoch) * steps_per_epoch
     if unused > 0:
         _LOGGER.warning(

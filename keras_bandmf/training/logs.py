@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_bandmf._keras_internals import loss_of_training_step, loss_tracker
 from keras_bandmf.clipping.attached import all_with_attached
 from keras_bandmf.clipping.clipped import ClippedGradients
-from keras_bandmf.clipping.losses import overrides_compute_loss
+from keras_bandmf.clipping.losses import is_mean_of_rows, overrides_compute_loss
 
 
 class StepLogs:
@@ -18,7 +18,8 @@ class StepLogs:
 
     Keras's own code computes losses and metrics, from the outputs that the step has anyway: the
     losses are those before clipping, of all outputs, in the sense of the user's `compute_loss`.
-    Padding is taken out before, and a step without examples changes no metric.
+    A loss that is the mean of the losses of rows, which clipping has computed, is not computed
+    again. Padding is taken out before, and a step without examples changes no metric.
 
     Formal guarantees:
         None for the logs: they are computed from the examples without noise. Of what Keras's code
@@ -59,20 +60,30 @@ class StepLogs:
         self._y, self._sample_weight = unpadded(y), unpadded(sample_weight)
         # Without its mask and logits, an output has another loss.
         self._y_pred = all_with_attached(unpadded(clipped.outputs), unpadded(clipped.attached))
+        self._losses = unpadded(clipped.losses)
 
     def note_losses(self) -> None:
         """Updates the metrics of the losses. Call it before the weights are updated."""
         model = self._model
         regularized = [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]
         with keras.StatelessScope(regularized) as scope:
-            loss = loss_of_training_step(model, self._x, self._y, self._y_pred, self._sample_weight)
-            # Keras divides it by the number of replicas, for the gradients.
-            replicas = tf.distribute.get_strategy().num_replicas_in_sync
-            loss_tracker(model).update_state(loss * replicas, sample_weight=self._count)
+            loss = self._loss()
+            loss_tracker(model).update_state(loss, sample_weight=self._count)
         for variable in model.metrics_variables:
             value = scope.get_current_value(variable)
             if value is not None:
                 variable.assign(tf.where(self._count > 0, value, variable.value))
+
+    def _loss(self) -> tf.Tensor:
+        """Returns the loss of the step with what weight regularizers add to it."""
+        model = self._model
+        if is_mean_of_rows(model, self._y_pred):
+            count = tf.cast(tf.maximum(self._count, 1), self._losses.dtype)
+            penalties = [tf.cast(penalty, count.dtype) for penalty in model.losses]
+            return tf.add_n([tf.reduce_sum(self._losses) / count, *penalties])
+        loss = loss_of_training_step(model, self._x, self._y, self._y_pred, self._sample_weight)
+        # Keras divides it by the number of replicas, for the gradients.
+        return loss * tf.distribute.get_strategy().num_replicas_in_sync
 
     def metrics(self) -> dict[str, Any]:
         """Updates the other metrics, and returns the values of all."""

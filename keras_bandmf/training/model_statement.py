@@ -56,6 +56,11 @@ def statement(model: keras.Model, delta: float | None = None) -> Statement:
         >>> statement.epsilon == plan.epsilon()
         True
     """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "Expected `model` to be a keras.Model of Keras 3. Received: model of type "
+            f"{type(model).__name__}."
+        )
     every = (run.statement() for run in history.runs_of(model.weights))
     statements = [one for one in every if one.steps_charged]
     ran = bool(statements)

@@ -13,9 +13,9 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf import clipping
-from keras_bandmf._checks import PrivacyError
+from keras_bandmf._checks import PrivacyError, checked_bool
 from keras_bandmf._keras_internals import build_model
-from keras_bandmf.clipping.checks.refusals import checked_microbatch_size
+from keras_bandmf.clipping.checks.refusals import checked_microbatch_size, refuse_stateful
 from keras_bandmf.clipping.clipped import clipped_for_noise
 from keras_bandmf.clipping.losses import no_replicas
 from keras_bandmf.optimizers.bandmf import BandMFOptimizer
@@ -191,6 +191,7 @@ class _PrivateTraining:
 
     def set_options(self, microbatch_size: int | str | None, report_clipping: bool) -> None:
         """Sets the options of `privatize`."""
+        checked_bool("report_clipping", report_clipping)
         self._microbatch_size = microbatch_size
         self._report: callback_policy.ClippedFraction | None = None
         if report_clipping:
@@ -204,7 +205,13 @@ class _PrivateTraining:
         Raises:
             ValueError: If the model is not compiled with a `BandMFOptimizer`.
         """
-        optimizer = self.model.optimizer
+        optimizer = getattr(self.model, "optimizer", None)  # Keras sets it in `compile`
+        if optimizer is None:
+            raise ValueError(
+                "The model must be compiled first, with `model.compile(optimizer="
+                "keras_bandmf.BandMFOptimizer(...), loss=...)`. Received: the model "
+                f"{self.model.name!r}, which has no optimizer."
+            )
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             raise PrivacyError(
                 "Under 'mixed_float16' Keras skips steps by looking at the gradients, which is "
@@ -243,7 +250,7 @@ class _PrivateTraining:
         """Refuses to train, because the sampling of a single batch is not accounted for."""
         raise PrivacyError(
             "A private model does not train on single batches: their sampling is not accounted "
-            "for. Use `model.fit(plan.batches(x, y))`."
+            "for. Received: a call of `train_on_batch`. Use `model.fit(plan.batches(x, y))`."
         )
 
     def make_train_function(self, force: bool = False) -> Callable:
@@ -385,6 +392,7 @@ class _PrivateTraining:
         """
         model, optimizer = self.model, self.optimizer
         optimizer.check_process()
+        fit_arguments.check_lengths(epochs, initial_epoch, steps_per_epoch)
         validation_freq = validation.checked_frequency(
             validation_data, validation_steps, validation_batch_size, validation_freq
         )
@@ -495,6 +503,8 @@ class _PrivateTraining:
         """
         model, optimizer = self.model, self.optimizer
         parts = (sample["x"], sample.get("y"), sample.get("sample_weight"))
+        fit_arguments.check_trainable(model, sample.get("y"))
+        refuse_stateful(model)
         with model.distribute_strategy.scope():
             # Metrics too: made inside a replica, their variables would break the graph.
             build_model(model, keras.tree.map_structure(_symbolic_batch, parts))
@@ -510,7 +520,7 @@ class _PrivateTraining:
         state = (optimizer, tuple(id(variable) for variable in model.trainable_variables))
         # `compile` drops the train function: loss and layers may have changed.
         if model.train_function is None or self._checked != state:
-            with no_replicas():
+            with no_replicas(), fit_arguments.explained():
                 clipping.check_model(model, *parts, clipping=optimizer.clipping)
             self._checked = state
 

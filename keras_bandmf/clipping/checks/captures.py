@@ -123,8 +123,8 @@ class Watch:
                 raise Refused(
                     "A training forward pass or loss may write no variable but metrics: what it "
                     "writes would carry data past the noise. Remove the update (running "
-                    "statistics: use GroupNormalization or LayerNormalization; a seed generator: "
-                    "make it an attribute of its layer). "
+                    "statistics: use GroupNormalization or LayerNormalization; a recurrent state: "
+                    "`stateful=False`; a seed generator: make it an attribute of its layer). "
                     f"Received: writes to {self._name(handle, walk)}"
                 )
         for tensor in keras.tree.flatten(results):

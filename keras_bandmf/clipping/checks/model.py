@@ -146,7 +146,8 @@ def _check_written(snapshot: Snapshot) -> None:
         raise PrivacyError(
             "A training forward pass may write no variable but seed generators and metrics: what "
             "it writes would carry data past the noise. Remove the update (running statistics: use "
-            f"GroupNormalization or LayerNormalization). Received: writes to {', '.join(written)}"
+            "GroupNormalization or LayerNormalization; a recurrent state: `stateful=False`). "
+            f"Received: writes to {', '.join(written)}"
         )
 
 

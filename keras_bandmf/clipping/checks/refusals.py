@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_bandmf._checks import PrivacyError, checked_int
 from keras_bandmf._environment import refuse_loose_arithmetic
-from keras_bandmf._keras_internals import all_layers
+from keras_bandmf._keras_internals import all_layers, compiled_loss
 from keras_bandmf.clipping.losses import overrides_compute_loss, with_mean_by_weight
 from keras_bandmf.clipping.rowwise.known_layers import GROUP_OR_LAYER_NORM, replacement_of
 
@@ -182,16 +182,81 @@ def _refuse_layer(layer: keras.layers.Layer) -> None:
             f"{type(layer).__name__} mixes the examples of a batch, so no example has a gradient "
             f"of its own. Use {instead}. {where}"
         )
-    if getattr(layer, "stateful", False):
+    refuse_stateful(layer)
+    if isinstance(layer, keras.layers.SpectralNormalization):
         raise PrivacyError(
-            "With `stateful=True` a layer carries the state of one batch into the next, past the "
-            f"noise. Use stateful=False. {where}"
+            "SpectralNormalization overwrites the kernel of its layer in each forward pass, past "
+            "the optimizer: a private step may run several passes, and clips gradients by the "
+            "kernel that it was given. Wrap no layer, and give the layer a constraint that is "
+            "applied after each step, such as `kernel_constraint=keras.constraints.UnitNorm()`, or "
+            "a `keras.constraints.Constraint` of your own that divides the kernel by its largest "
+            f"singular value. {where}"
         )
     if getattr(layer, "activity_regularizer", None) is not None:
         raise PrivacyError(
             "`activity_regularizer` adds a loss that depends on the data of the whole batch. "
             f"Remove it; weight regularizers (`kernel_regularizer=`) are fine. {where}"
         )
+
+
+def refuse_no_rows(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> None:
+    """Refuses data that is not arrays of as many rows each, or lacks targets.
+
+    Args:
+        model: The model.
+        x: Its inputs.
+        y: The targets.
+        sample_weight: The weights.
+        loss: None for the compiled loss.
+
+    Raises:
+        TypeError: If `x` holds no array, or a part holds something else.
+        ValueError: If arrays have different numbers of rows, or there are no targets for a loss.
+    """
+    parts = {"x": x, "y": y, "sample_weight": sample_weight}
+    rows: int | None = None
+    for name, part in parts.items():
+        found = [leaf for leaf in keras.tree.flatten(part) if leaf is not None]
+        if name == "x" and not found:
+            raise TypeError(f"Expected `x` to hold arrays or tensors. Received: x={x!r}.")
+        for leaf in found:
+            shape = getattr(leaf, "shape", None)
+            if shape is None or getattr(shape, "rank", len(tuple(shape) or ())) == 0:
+                raise TypeError(
+                    f"Expected `{name}` to hold arrays or tensors with one row for each example. "
+                    f"Received: {name} with {leaf!r}."
+                )
+            count = None if getattr(shape, "rank", 1) is None else shape[0]
+            rows = count if rows is None else rows
+            if None not in (count, rows) and count != rows:
+                raise ValueError(
+                    f"Expected `{name}` to have as many rows as `x`, {rows}. Received: {name} of "
+                    f"shape {tuple(shape)}."
+                )
+    compares = loss is None and compiled_loss(model) is not None
+    if y is None and compares and not overrides_compute_loss(model):
+        raise ValueError(
+            "Expected `y`, because the model was compiled with a loss that compares outputs with "
+            "targets. Received: y=None."
+        )
+
+
+def refuse_stateful(layer: keras.layers.Layer) -> None:
+    """Refuses a recurrent layer that keeps its state, which Keras can build for one size only.
+
+    Args:
+        layer: A layer, or a model with such layers.
+
+    Raises:
+        PrivacyError: If it, or a layer in it, has `stateful=True`.
+    """
+    for each in all_layers(layer):
+        if getattr(each, "stateful", False):
+            raise PrivacyError(
+                "With `stateful=True` a layer carries the state of one batch into the next, past "
+                "the noise. Make it with `stateful=False`. Received: layer "
+                f"'{each.path or each.name}' of type {type(each).__name__}"
+            )
 
 
 def _may_use_cudnn(layer: keras.layers.Layer) -> bool:

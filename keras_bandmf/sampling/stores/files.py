@@ -91,6 +91,8 @@ class StoredRows:
     """
 
     def __init__(self, path: str | os.PathLike):
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"Expected `path` to be the path of a folder. Received: path={path!r}.")
         self._path = pathlib.Path(path).absolute()
         manifest = _read_manifest(self._path)
         self._num_rows: int = manifest["num_rows"]
