@@ -59,19 +59,42 @@ class Library:
         program: its file.
         private: the steps to compare with its plain one.
         option: of the command line that names its interpreter; None for this one.
+        packages: whose versions the heading names.
+        models: it has steps for; None for all.
     """
 
     name: str
     program: str
     private: tuple[str, ...]
     option: str | None
+    packages: tuple[str, ...]
+    models: tuple[str, ...] | None = None
 
 
 LIBRARIES = (
-    Library("keras_bandmf", "clipping_ours.py", ("clipped",), None),
-    Library("tf-privacy", "clipping_tfp.py", ("clipped",), "tfp_python"),
-    Library("jax-privacy", "clipping_jax.py", ("clipped", "with noise"), "jax_python"),
-    Library("opacus", "clipping_opacus.py", ("hooks", "ghost"), "opacus_python"),
+    Library("keras_bandmf", "clipping_ours.py", ("clipped",), None, ("tensorflow", "keras")),
+    Library(
+        "tf-privacy",
+        "clipping_tfp.py",
+        ("clipped",),
+        "tfp_python",
+        ("tensorflow-privacy", "tensorflow"),
+    ),
+    Library(
+        "jax-privacy",
+        "clipping_jax.py",
+        ("core", "clipped", "with noise"),
+        "jax_python",
+        ("jax-privacy", "jax", "keras"),
+    ),
+    Library(
+        "opacus",
+        "clipping_opacus.py",
+        ("hooks", "ghost"),
+        "opacus_python",
+        ("opacus", "torch"),
+        ("mlp", "cnn", "bert", "embedding", "lstm"),
+    ),
 )
 
 
@@ -172,6 +195,15 @@ def main(arguments: list[str] | None = None, sizes: Sizes = FULL) -> None:
     for library in LIBRARIES[1:]:
         parser.add_argument(f"--{library.option}", help=f"interpreter for {library.program}")
     options = parser.parse_args(arguments)
+    pythons = {
+        library: getattr(options, library.option) if library.option else sys.executable
+        for library in LIBRARIES
+    }
+    for library, python in pythons.items():
+        if python is not None:
+            task = {"packages": library.packages, "minutes": options.minutes}
+            found = run(python, "clipping_measure.py", task)
+            print(f"{library.name}: " + ", ".join(" ".join(pair) for pair in found.items()))
     print(HEADER)
     for model in options.models:
         for batch in options.batches or BATCHES[model]:
@@ -179,8 +211,9 @@ def main(arguments: list[str] | None = None, sizes: Sizes = FULL) -> None:
             task["minutes"] = options.minutes
             task["sizes"] = dataclasses.asdict(sizes)
             ours = None
-            for library in LIBRARIES:
-                python = getattr(options, library.option) if library.option else sys.executable
+            for library, python in pythons.items():
+                if library.models is not None and model not in library.models:
+                    continue
                 if python is None:
                     absent = f"absent (--{library.option} PATH)"
                     print(f"{model:<10}{batch:>6} {library.name:<28}  {absent}", flush=True)

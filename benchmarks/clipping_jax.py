@@ -1,7 +1,8 @@
-"""Steps of jax-privacy's Keras API on the same Keras models, for `clipping.py`.
+"""Steps of jax-privacy on the same Keras models, for `clipping.py`; all of them compiled.
 
-For an environment with `jax-privacy`, `keras` and `keras-hub`. That API always adds noise: its
-own step is "with noise"; "clipped" is the call for clipped gradients it makes, and no noise.
+For an environment with `jax-privacy`, `keras` and `keras-hub`. "core" is its `clipped_grad` of a
+pure loss function, without noise, and the update. Its Keras API always adds noise: that step is
+"with noise"; "clipped" is the call for clipped gradients that the API makes, and no noise.
 """
 
 from __future__ import annotations
@@ -96,7 +97,30 @@ def clipped(name: str, batch: int, sizes: Sizes) -> Step:
     return _repeated(train_step, _state(model), x, y)
 
 
-STEPS = {"plain": plain, "clipped": clipped, "with noise": with_noise}
+def core(name: str, batch: int, sizes: Sizes) -> Step:
+    """Clipped gradients of a pure function of weights and data, and the update."""
+    model, x, y = _prepared(name, batch, sizes)
+    model._symbolic_build(data_batch=(x, y))
+    weights, others, slots, metrics = _state(model)
+
+    def loss(weights, x, y):
+        outputs, _ = model.stateless_call(weights, others, x, training=True)
+        return model.loss(y, outputs)
+
+    gradients = jax_privacy.clipped_grad(
+        loss, l2_clip_norm=1.0, batch_argnums=(1, 2), normalize_by=batch, return_values=True
+    )
+
+    def train_step(state, data):
+        weights, slots = state
+        found, aux = gradients(weights, *data)
+        weights, slots = model.optimizer.stateless_apply(slots, found, weights)
+        return {"loss": aux.values.mean()}, (weights, slots)
+
+    return _repeated(train_step, (weights, slots), x, y)
+
+
+STEPS = {"plain": plain, "core": core, "clipped": clipped, "with noise": with_noise}
 
 if __name__ == "__main__":
     answer(STEPS, sys.argv[1])

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib.metadata
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -136,3 +138,12 @@ def answer(factories: dict[str, Callable[[str, int, Sizes], Step]], task: str) -
         times = seconds([step(kind) for kind in asked["timed"]], asked["repeats"])
         found["seconds"] = dict(zip(asked["timed"], times.T.tolist(), strict=True))
     print(json.dumps(found))
+
+
+def versions(packages: list[str]) -> dict[str, str]:
+    """The versions of packages in this environment."""
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+if __name__ == "__main__":
+    print(json.dumps(versions(json.loads(sys.argv[1])["packages"])))

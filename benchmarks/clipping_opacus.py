@@ -10,6 +10,7 @@ import sys
 import torch
 from clipping_measure import Sizes, Step, answer, data
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+from opacus.layers import DPLSTM
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
@@ -89,7 +90,23 @@ class MeanEmbedding(nn.Module):
         return self.rest(self.table(x).mean(1))
 
 
-def build(name: str, sizes: Sizes) -> nn.Module:
+class LastOutput(nn.Module):
+    """An LSTM over a sequence, and a linear layer on its last output.
+
+    Its layer is PyTorch's own in the plain step and opacus's DPLSTM in private ones, since opacus
+    takes no other.
+    """
+
+    def __init__(self, sizes: Sizes, layer: type[nn.Module]):
+        super().__init__()
+        self.recurrent = layer(sizes.features, sizes.units_over_time, batch_first=True)
+        self.classes = nn.Linear(sizes.units_over_time, 10)
+
+    def forward(self, x):
+        return self.classes(self.recurrent(x)[0][:, -1])
+
+
+def build(name: str, sizes: Sizes, private: bool = False) -> nn.Module:
     """The model of that name."""
     torch.manual_seed(0)
     if name == "mlp":
@@ -101,6 +118,8 @@ def build(name: str, sizes: Sizes) -> nn.Module:
         convolutions = (nn.Conv2d(1, f, 3), nn.ReLU(), nn.Conv2d(f, 2 * f, 3), nn.ReLU())
         dense = (nn.Linear(12 * 12 * 2 * f, 128), nn.ReLU(), nn.Linear(128, 10))
         return nn.Sequential(*convolutions, nn.MaxPool2d(2), nn.Flatten(), *dense)
+    if name == "lstm":
+        return LastOutput(sizes, DPLSTM if private else nn.LSTM)
     return {"bert": Bert, "embedding": MeanEmbedding}[name](sizes)
 
 
@@ -136,7 +155,7 @@ def plain(name: str, batch: int, sizes: Sizes) -> Step:
 
 def hooks(name: str, batch: int, sizes: Sizes) -> Step:
     """The default mode: gradients of every example, written out."""
-    model = GradSampleModule(build(name, sizes))
+    model = GradSampleModule(build(name, sizes, private=True))
     optimizer = DPOptimizer(
         torch.optim.SGD(model.parameters(), lr=1e-3),
         noise_multiplier=0.0,
@@ -149,7 +168,7 @@ def hooks(name: str, batch: int, sizes: Sizes) -> Step:
 def ghost(name: str, batch: int, sizes: Sizes) -> Step:
     """Ghost clipping: norms first, then a second backward pass."""
     model = GradSampleModuleFastGradientClipping(
-        build(name, sizes), max_grad_norm=1.0, use_ghost_clipping=True
+        build(name, sizes, private=True), max_grad_norm=1.0, use_ghost_clipping=True
     )
     optimizer = DPOptimizerFastGradientClipping(
         torch.optim.SGD(model.parameters(), lr=1e-3),

@@ -1,14 +1,19 @@
-"""Peak memory of a clipped step over the logical batch size: `python benchmarks/microbatches.py`.
+"""Memory of clipped gradients over the logical batch size, beside what "auto" reckons with.
 
-Each measurement is a process of its own: it makes the model and the data, takes two clipped steps
-in one compiled function, and reports its largest resident size (`ru_maxrss`) and that before the
-first step, the data included. The difference is what the steps needed.
+    python benchmarks/microbatches.py [--models mlp cnn bert] [--batches 256 1024 4096]
+        [--sizes none auto 128]
+
+Each measurement is a process of its own: what computing the clipped sums takes at its peak above
+what the process had before, the data included, once it is compiled (`clipping_measure.memory`).
+"reckoned" is what the trace says about one microbatch (`paths.liveness`); "auto" allows 1 GiB that
+grows with the examples. The last column is measured over reckoned.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 
@@ -16,68 +21,65 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 
-def peak():
-    """Largest resident size of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def measure(name, batch, size):
-    """Peak memory before and after two clipped steps, in MiB."""
+def measure(name: str, batch: int, size: int | str | None) -> dict:
+    """The memory in MiB, measured and reckoned, and the size of a microbatch."""
     import clipping_models as models
     import keras
-    import numpy as np
     import tensorflow as tf
+    from clipping_measure import FULL, data, memory
 
     import keras_bandmf as bandmf
+    from keras_bandmf.clipping.paths.microbatches import (
+        TAKEN_FOR_ALIVE,
+        rows_at_a_time,
+        step_memory,
+    )
 
-    keras.utils.set_random_seed(0)
-    model = {"mlp": models.mlp, "cnn": models.cnn}[name]()
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    rng = np.random.default_rng(0)
-    x = tf.constant(rng.standard_normal((batch, *model.input_shape[1:]), dtype="float32"))
-    y = tf.constant(rng.integers(0, 10, size=batch))
+    model = models.compiled(name)
+    x, y = keras.tree.map_structure(tf.constant, data(name, batch, FULL))
+    most = rows_at_a_time(model, x, y, None, None) if size == "auto" else size or batch
+    chunks = -(-batch // min(most, batch))
+    rows = -(-batch // chunks)
 
     @tf.function(autograph=False)
     def step(x, y):
         return bandmf.clipped_gradients(model, x, y, microbatch_size=size).sums
 
-    before = peak()
-    for _ in range(2):
-        total = sum(float(tf.reduce_sum(tf.abs(s))) for s in step(x, y))
-    if not np.isfinite(total):
-        raise ValueError(f"Expected finite sums. Received: {total}")
-    return {"before": before, "after": peak()}
+    found = memory(lambda: step(x, y))
+    # A chunk has one more row, which is masked.
+    alive = step_memory(model, x, y, None, None).peak(rows + (rows < batch))
+    return {"rows": rows, "measured": found, "reckoned": TAKEN_FOR_ALIVE * alive / 2**20}
 
 
-def in_a_process(name, batch, size):
+def in_a_process(*task) -> dict:
     """`measure` in a fresh process."""
-    command = [sys.executable, __file__, "--one", json.dumps([name, batch, size])]
+    command = [sys.executable, __file__, "--one", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main():
+def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["mlp", "cnn"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[512, 2048, 8192])
-    parser.add_argument("--sizes", nargs="+", default=["128", "auto", "none"])
+    parser.add_argument("--models", nargs="+", default=["mlp", "cnn", "bert"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[256, 1024, 4096])
+    parser.add_argument("--sizes", nargs="+", default=["none", "auto", "128"])
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(*json.loads(options.one))))
         return
-    header = ("model", "microbatch", "batch", "start MiB", "peak MiB", "steps MiB")
-    print("{:<6}{:>11}{:>8}{:>11}{:>10}{:>11}".format(*header))
+    columns = ("model", "microbatch", "batch", "rows", "MiB", "reckoned", "ratio")
+    print("{:<10}{:>11}{:>8}{:>8}{:>8}{:>10}{:>8}".format(*columns))
     for name in options.models:
         for text in options.sizes:
             size = {"none": None, "auto": "auto"}[text] if text.isalpha() else int(text)
             for batch in options.batches:
                 found = in_a_process(name, batch, size)
-                before, after = found["before"], found["after"]
+                measured, reckoned = found["measured"], found["reckoned"]
                 print(
-                    f"{name:<6}{text:>11}{batch:>8}{before:>11.0f}{after:>10.0f}"
-                    f"{after - before:>11.0f}",
+                    f"{name:<10}{text:>11}{batch:>8}{found['rows']:>8}{measured:>8.0f}"
+                    f"{reckoned:>10.0f}{measured / reckoned:>8.2f}",
                     flush=True,
                 )
 

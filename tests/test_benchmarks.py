@@ -94,6 +94,8 @@ def clipping(monkeypatch):
     module, measure, _, ours = (importlib.import_module(name) for name in names)
 
     def in_process(python, program, task):
+        if program == "clipping_measure.py":
+            return {name: "1.2.3" for name in task["packages"]}
         if python == "peer":
             if program == "clipping_opacus.py":
                 raise RuntimeError("no such operation")
@@ -128,7 +130,9 @@ def table_of_clipping(clipping, capsys, models, *more):
         small_hidden=8,
     )
     module.main(["--models", *models, "--batches", "3", "--repeats", "3", *more], sizes)
-    return capsys.readouterr().out.splitlines()[1:]
+    *versions, table = capsys.readouterr().out.split("model ", 1)
+    assert "keras_bandmf: tensorflow 1.2.3, keras 1.2.3" in versions[0]
+    return table.splitlines()[1:]
 
 
 def test_clipping_beside_its_peers(clipping, capsys):
@@ -162,7 +166,8 @@ def test_clipping_of_every_model(clipping, capsys):
     ours = [line for line in lines if "keras_bandmf" in line]
     assert [line.split()[0] for line in ours] == ["mlp", "cnn", "bert", *models[2:]]
     assert not any("failed" in line for line in lines)
-    assert sum("absent" in line for line in lines) == 3 * len(models)
+    # There is no T5 and no DeBERTa for opacus.
+    assert sum("absent" in line for line in lines) == 3 * len(models) - 2
 
 
 def test_the_benchmark_of_amplification_has_a_row_for_each_law(monkeypatch):

@@ -329,7 +329,7 @@ def clipped_for_noise(
     if general is None:
         try:
             if size == "auto":
-                most = rows_at_a_time(model, x, y, sample_weight, loss)
+                most = rows_at_a_time(model, x, y, sample_weight, loss, float64_sums)
                 size = max(1, most // rows_per_example)
             if size is None:
                 result = clip_at_once(by_batch(clip_by_book_keeping), *data)

@@ -156,9 +156,12 @@ def _stacked(
 
     # In float64, because a long chain of float32 additions could round by more than is charged.
     sums = [tf.cast(s, tf.float64) for s in sums]
-    # One iteration at a time, because running several would cost the memory that chunks save.
+    # One iteration at a time, and none beside step 0, because running several would cost the
+    # memory that chunks save.
+    with tf.control_dependencies(sums):
+        start = tf.identity(1)
     _, sums, arrays = tf.while_loop(
-        lambda i, *_: i < count, body, (tf.constant(1), sums, arrays), parallel_iterations=1
+        lambda i, *_: i < count, body, (start, sums, arrays), parallel_iterations=1
     )
     return sums, [a.stack() for a in arrays]
 

@@ -98,8 +98,16 @@ def trial_reason(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: A
     return None
 
 
-def trial_graph(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: Any) -> tf.Graph:
-    """Traces the book-keeping path on `TRIAL_ROWS` symbolic rows: no other axis has that size.
+def trial_graph(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    loss: Any,
+    rows: int = TRIAL_ROWS,
+    float64_sums: bool = False,
+) -> tf.Graph:
+    """Traces the book-keeping path on so many symbolic rows that no other axis has that size.
 
     Formal guarantees: of a graph, that every tensor between the layers of functional models has the
     shape that the model declared, and the rows on axis 0 (`checked_shapes`). Each trace that trains
@@ -110,19 +118,19 @@ def trial_graph(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: An
     """
 
     def spec(t: tf.Tensor) -> tf.TensorSpec:
-        return tf.TensorSpec([TRIAL_ROWS, *t.shape[1:]], t.dtype)
+        return tf.TensorSpec([rows, *t.shape[1:]], t.dtype)
 
     leaves = [t for t in keras.tree.flatten((x, y, sample_weight)) if t is not None]
     row_loss = batch_loss(model, loss)
 
-    def trial(tensors: list[tf.Tensor]) -> None:
-        rows = iter(tensors)
-        data = on_tensors(lambda _: next(rows), (x, y, sample_weight))
-        mask = tf.ones([TRIAL_ROWS], tf.bool)
-        with checked_shapes(model, TRIAL_ROWS):
-            clip_by_book_keeping(
-                model, data[0], data[1], data[2], mask, Clipper.of(model), row_loss
-            )
+    def trial(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+        given = iter(tensors)
+        data = on_tensors(lambda _: next(given), (x, y, sample_weight))
+        mask = tf.ones([rows], tf.bool)
+        clipper = Clipper.of(model, float64_sums=float64_sums)
+        with checked_shapes(model, rows):
+            found = clip_by_book_keeping(model, data[0], data[1], data[2], mask, clipper, row_loss)
+        return [t for t in keras.tree.flatten(tuple(found)) if t is not None]
 
     # Not under `tf.init_scope`, which stops tapes: every gradient would be None.
     traced = tf.function(trial, autograph=False)
