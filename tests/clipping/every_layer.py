@@ -193,6 +193,7 @@ def keras_model(name):
     features = layers.Flatten()(outputs) if len(outputs.shape) > 1 else outputs[:, None]
     if not keras.backend.standardize_dtype(features.dtype).startswith("float"):
         features = keras.ops.cast(features, "float32")
+    inputs = inputs[0] if len(inputs) == 1 else inputs
     model = keras.Model(inputs, layers.Dense(2, name="after")(features))
     random = np.random.default_rng(0)
     x = [
@@ -212,12 +213,16 @@ class Path(NamedTuple):
     why: str
 
 
-def path_of(name, model):
+def path_of(name, model, x):
     """The path that a model takes, as `explain` says it, and the rules of its layers."""
     try:
         refuse_model(model)
+        with keras.StatelessScope(collect_losses=True) as scope:
+            model(x, training=True)
     except PrivacyError as refusal:
         return Path(name, "refused", str(refusal).split(":")[0].split(". ")[0])
+    if scope.losses:
+        return Path(name, "refused", "`add_loss`: a loss of the whole batch")
     explanation = clipping.explain(model)
     if explanation.route == "general":
         return Path(name, "whole model by example", _classes(explanation.why))
@@ -243,7 +248,7 @@ def keras_paths():
     """A line for each layer of Keras."""
     for name, kind in KERAS.items():
         if name in BUILT:
-            yield path_of(name, keras_model(name)[0])
+            yield path_of(name, *keras_model(name)[:2])
         elif name in known_layers.MIXERS:
             yield Path(name, "refused", f"mixes the examples: use {known_layers.MIXERS[name]}")
         elif known_layers.condition_of(kind) is not None:
@@ -262,4 +267,5 @@ def backbone_paths():
         if name not in backbones.ARGUMENTS:
             yield Path(name, "not looked at", "no small configuration in the catalog")
             continue
-        yield path_of(name, backbones.model_of(getattr(keras_hub.models, name)))
+        model = backbones.model_of(getattr(keras_hub.models, name))
+        yield path_of(name, model, backbones.data_of(model, 2)[0])
