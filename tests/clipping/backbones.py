@@ -159,7 +159,7 @@ ARGUMENTS = {
         "num_layers": 2,
         "layerwise_num_heads": [1, 2],
         "layerwise_sr_ratios": [2, 1],
-        "max_drop_path_rate": 0.1,
+        "max_drop_path_rate": 0.0,
         "layerwise_patch_sizes": [3, 3],
         "layerwise_strides": [2, 2],
         "hidden_dims": [8, 16],
@@ -181,6 +181,7 @@ ARGUMENTS = {
         "num_heads": (2, 2),
         "window_size": 2,
         "patch_size": 2,
+        "drop_path": 0.0,
     },
     "VGGBackbone": {
         "stackwise_num_repeats": [1, 1],
