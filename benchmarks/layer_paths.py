@@ -27,7 +27,7 @@ time: norms and clipped sums agree to 1e-5. For a model of your own ask `clippin
 * **whole model by example**: each example passes the whole model alone. That is exact and slow. The
   last column names the classes that are not known to treat the rows of a batch independently. If
   you know that they do, say so with `clipping.declare_row_wise`.
-* **refused**: it mixes the examples of a batch, so no example has a gradient of its own.
+* **refused**: no private step is possible, and the last column says why.
 """
 
 

@@ -223,6 +223,8 @@ def path_of(name, model, x):
         return Path(name, "refused", str(refusal).split(":")[0].split(". ")[0])
     if scope.losses:
         return Path(name, "refused", "`add_loss`: a loss of the whole batch")
+    if any(id(v) in scope.state_mapping for v in model.non_trainable_weights):
+        return Path(name, "refused", "it writes a variable, which carries data past the noise")
     explanation = clipping.explain(model)
     if explanation.route == "general":
         return Path(name, "whole model by example", _classes(explanation.why))
