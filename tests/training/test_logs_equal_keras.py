@@ -275,7 +275,7 @@ CASES = {
         draws(4),
         [draws(1), draws(3)],
         weights(),
-        loss="mse",
+        loss=["mse", "mse"],
         loss_weights=[3.0, 0.5],
         weighted_metrics=[["mae"], ["mse"]],
     ),
@@ -396,7 +396,8 @@ CASES = {
 def _regularized_heads():
     inputs = keras.Input((4,))
     body = layers.Dense(5, kernel_regularizer="l2")(inputs)
-    return keras.Model(inputs, [layers.Dense(1)(body), layers.Dense(3)(body)])
+    heads = [layers.Dense(1, name="size")(body), layers.Dense(3, name="kind")(body)]
+    return keras.Model(inputs, heads)
 
 
 class LogsOfEachStep(keras.callbacks.Callback):

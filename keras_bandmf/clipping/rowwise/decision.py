@@ -15,6 +15,7 @@ from keras_bandmf._keras_internals import (
     nodes_by_depth,
 )
 from keras_bandmf.clipping.rowwise.known_layers import (
+    MASK_AXES,
     activation_reason,
     array_reason,
     condition_of,
@@ -222,21 +223,37 @@ def _call_reason(node: Any) -> str | None:
 
 def _first_argument(node: Any) -> list[Any]:
     """Returns the tensors that a layer works on; masks and the like have axes of their own."""
-    first = [t for t in keras.tree.flatten(node.arguments.args[:1]) if hasattr(t, "shape")]
+    given = node.arguments.args[:1]
+    bound = None if given else _bound(node)
+    if bound is not None:  # called with keywords alone
+        parameters = list(inspect.signature(type(node.operation).call).parameters)
+        given = [bound[name] for name in parameters[1:2] if name in bound]
+    first = [t for t in keras.tree.flatten(given) if hasattr(t, "shape")]
     return first or node.input_tensors
+
+
+def _bound(node: Any) -> dict[str, Any] | None:
+    """Returns the arguments of a call of a layer by name, or None if they are not its `call`'s."""
+    signature = inspect.signature(type(node.operation).call)
+    try:
+        bound = signature.bind(node.operation, *node.arguments.args, **node.arguments.kwargs)
+    except TypeError:
+        return None
+    return dict(bound.arguments)
 
 
 def _side_reason(node: Any, ranks: set[int]) -> str | None:
     """Returns why an argument after the first may be read along the rows, or None."""
     if isinstance(node.operation, keras.Model):
         return None  # its own layers are looked at
-    try:
-        bound = inspect.signature(type(node.operation).call).bind(
-            node.operation, *node.arguments.args, **node.arguments.kwargs
-        )
-    except TypeError:
+    bound = _bound(node)
+    if bound is None:
         return "its arguments are not those of its `call`"
-    for name, value in list(bound.arguments.items())[2:]:
+    kind = type(node.operation)
+    mask_axes = (
+        MASK_AXES.get(f"{kind.__module__}.{kind.__qualname__}") if is_the_one(kind) else None
+    )
+    for name, value in list(bound.items())[2:]:
         sides = {len(t.shape) for t in keras.tree.flatten(value) if hasattr(t, "shape")}
         if not sides:
             continue
@@ -246,6 +263,8 @@ def _side_reason(node: Any, ranks: set[int]) -> str | None:
             fits = sides == {2}
         elif name == "position_bias":  # added to scores, which have four axes, from the right
             fits = sides == {4}
+        elif name == "attention_mask" and mask_axes is not None:
+            fits = sides == {mask_axes}
         else:
             fits = min(sides) >= (3 if name.endswith("attention_mask") else 2)
         if not fits:

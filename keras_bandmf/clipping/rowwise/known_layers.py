@@ -242,7 +242,8 @@ _MIXERS: dict[type, str] = {
 # Cells that Keras does not export, and layers of keras_hub, by module and name: never imported.
 _OTHERS = """
 keras.src.layers.rnn.conv_lstm.ConvLSTMCell
-keras_hub.src.layers.modeling: cached_multi_head_attention.CachedMultiHeadAttention
+keras_hub.src.layers.modeling: alibi_bias.AlibiBias
+ cached_multi_head_attention.CachedMultiHeadAttention
  f_net_encoder.FNetEncoder masked_lm_head.MaskedLMHead position_embedding.PositionEmbedding
  reversible_embedding.ReversibleEmbedding rms_normalization.RMSNormalization
  rotary_embedding.RotaryEmbedding sine_position_encoding.SinePositionEncoding
@@ -252,6 +253,7 @@ keras_hub.src.models: bloom.bloom_attention.BloomAttention bloom.bloom_decoder.B
  deberta_v3.disentangled_attention_encoder.DisentangledAttentionEncoder
  deberta_v3.disentangled_self_attention.DisentangledSelfAttention
  deberta_v3.relative_embedding.RelativeEmbedding
+ esm.esm_attention.EsmSelfAttention esm.esm_attention.ESMRotaryEmbedding esm.esm_encoder.ESMEncoder
  falcon.falcon_attention.FalconAttention
  falcon.falcon_transformer_decoder.FalconTransformerDecoder
  gemma.gemma_attention.CachedGemmaAttention gemma.gemma_decoder_block.GemmaDecoderBlock
@@ -269,10 +271,21 @@ keras_hub.src.models: bloom.bloom_attention.BloomAttention bloom.bloom_decoder.B
  qwen.qwen_attention.QwenAttention qwen.qwen_decoder.QwenTransformerDecoder
  qwen.qwen_layernorm.QwenLayerNorm qwen3.qwen3_attention.Qwen3Attention
  qwen3.qwen3_decoder.Qwen3TransformerDecoder qwen3.qwen3_layernorm.Qwen3LayerNorm
+ roformer_v2.roformer_v2_attention.RoformerAttention
+ roformer_v2.roformer_v2_attention.RoformerNorm
+ roformer_v2.roformer_v2_attention.RoformrPositionalEmbedding
+ roformer_v2.roformer_v2_encoder.RoformerV2Encoder
+ smollm3.smollm3_layers.SmolLM3Attention smollm3.smollm3_layers.SmolLM3DecoderLayer
+ smollm3.smollm3_layers.SmolLM3MLP smollm3.smollm3_layers.SmolLM3RotaryEmbedding
  t5.t5_layer_norm.T5LayerNorm t5.t5_multi_head_attention.T5MultiHeadAttention
- t5.t5_transformer_layer.T5TransformerLayer
+ t5.t5_transformer_layer.T5TransformerLayer t5gemma.t5gemma_attention.T5GemmaAttention
+ t5gemma.t5gemma_decoder.T5GemmaDecoderLayer t5gemma.t5gemma_encoder.T5GemmaEncoderLayer
+ t5gemma.t5gemma_layers.T5GemmaMLP
  vit.vit_layers.MLP vit.vit_layers.ViTEncoder vit.vit_layers.ViTEncoderBlock
  vit.vit_layers.ViTPatchingAndEmbedding
+ whisper.whisper_backbone.Padder
+ whisper.whisper_cached_multi_head_attention.WhisperCachedMultiHeadAttention
+ whisper.whisper_decoder.WhisperDecoder whisper.whisper_encoder.WhisperEncoder
 """
 # The library's own layers compute what the Keras layers that they derive from compute.
 _OWN = {
@@ -308,11 +321,32 @@ def _names() -> frozenset[str]:
 
 
 OTHER_NAMES = _names()
+# The axes that the `attention_mask` of these must have; that of others has at least three. Those of
+# RoFormer reshape it to the axes of scores, and that of T5Gemma is added to scores as it is.
+MASK_AXES = {
+    "keras_hub.src.models.esm.esm_attention.EsmSelfAttention": 2,
+    "keras_hub.src.models.esm.esm_encoder.ESMEncoder": 2,
+    "keras_hub.src.models.roformer_v2.roformer_v2_attention.RoformerAttention": 2,
+    "keras_hub.src.models.roformer_v2.roformer_v2_encoder.RoformerV2Encoder": 2,
+    "keras_hub.src.models.t5gemma.t5gemma_attention.T5GemmaAttention": 4,
+}
+
+
+def _known_function(layer: Any, rank: Rank) -> str | None:
+    # Of another name it may look up a function of the user's.
+    if layer.hidden_activation != "gelu_approximate":
+        return "its hidden_activation is not 'gelu_approximate'"
+    return _rank(2)(layer, rank)
+
+
 # By the name of the class.
 _OTHER_CONDITIONS: dict[str, Condition] = {
+    "AlibiBias": _rank(4),
+    "ESMRotaryEmbedding": _rank(4),
     "ReversibleEmbedding": _any,
     "RotaryEmbedding": _all(_rank(3), _axis("sequence_axis"), _axis("feature_axis")),
     "LlamaRotaryEmbedding": _all(_rank(3), _axis("sequence_axis"), _axis("feature_axis")),
+    "T5GemmaMLP": _known_function,
     "ViTPatchingAndEmbedding": _rank(4),
 }
 

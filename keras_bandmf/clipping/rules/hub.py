@@ -165,6 +165,7 @@ _RULES: dict[str, LayerRule] = {
     "keras_hub.src.models.phi3.phi3_layernorm.Phi3LayerNorm": _FLOAT32_RMS,
     "keras_hub.src.models.qwen.qwen_layernorm.QwenLayerNorm": _FLOAT32_RMS,
     "keras_hub.src.models.qwen3.qwen3_layernorm.Qwen3LayerNorm": _FLOAT32_RMS,
+    "keras_hub.src.models.roformer_v2.roformer_v2_attention.RoformerNorm": _FLOAT32_RMS,
     "keras_hub.src.models.t5.t5_layer_norm.T5LayerNorm": T5LayerNormRule(),
     "keras_hub.src.models.t5.t5_multi_head_attention.T5MultiHeadAttention": T5AttentionRule(),
     "keras_hub.src.models.vit.vit_layers.ViTPatchingAndEmbedding": ViTEmbeddingRule(),

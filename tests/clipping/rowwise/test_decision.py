@@ -242,6 +242,55 @@ def test_biases_of_t5_have_the_axes_of_scores():
     assert t5_with_biases(4, 4)
 
 
+def hub_layer(name, **settings):
+    module, _, kind = f"keras_hub.src.models.{name}".rpartition(".")
+    pytest.importorskip("keras_hub")
+    return getattr(importlib.import_module(module), kind)(**settings)
+
+
+@pytest.mark.parametrize("axes", [2, 3, 4])
+def test_masks_that_are_reshaped_or_added_as_they_are_have_the_axes_for_it(axes):
+    mask = keras.Input((4,) * (axes - 1))
+    roformer = {"heads": 4, "head_size": 2}
+    masked = {
+        "esm.esm_attention.EsmSelfAttention": (2, roformer),
+        "roformer_v2.roformer_v2_attention.RoformerAttention": (2, roformer),
+        "t5gemma.t5gemma_attention.T5GemmaAttention": (
+            4,
+            {"hidden_size": 6, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 2}
+            | {"query_pre_attn_scalar": 1.0, "attention_bias": False},
+        ),
+    }
+    for name, (expected, settings) in masked.items():
+        try:
+            output = hub_layer(name, **settings)(X, attention_mask=mask)
+        except Exception:  # keras_hub itself refuses
+            assert axes != expected
+            continue
+        output = output[0] if isinstance(output, tuple) else output
+        assert bool(rowwise(keras.Model([X, mask], output)).unknown) == (axes != expected), name
+
+
+def test_a_function_that_is_looked_up_by_name_is_not_known():
+    settings = {"hidden_size": 6, "intermediate_size": 4, "dropout_rate": 0.0}
+    for activation in ("gelu_approximate", "relu"):
+        name = "t5gemma.t5gemma_layers.T5GemmaMLP"
+        output = hub_layer(name, hidden_activation=activation, **settings)(X)
+        assert bool(rowwise(keras.Model(X, output)).unknown) == (activation == "relu")
+
+
+def test_what_a_layer_works_on_may_be_given_by_its_name():
+    """All of its tensors once counted, masks too."""
+    hub = pytest.importorskip("keras_hub")
+    mask = keras.Input((4,), dtype="int32")
+    decoder = hub.layers.TransformerDecoder(4, 2)
+    named = decoder(decoder_sequence=X, decoder_padding_mask=mask)
+    assert not rowwise(keras.Model([X, mask], named)).unknown
+    vectors = layers.Softmax()(inputs=layers.Reshape((24,))(X))
+    assert not rowwise(keras.Model(X, vectors)).unknown
+    assert rowwise(keras.Model([X, S], layers.Softmax()(inputs=S))).unknown
+
+
 MASKED = {
     "pooling": lambda t: layers.GlobalAveragePooling1D()(t),
     "TimeDistributed": lambda t: layers.TimeDistributed(layers.Dense(2))(t)[:, 0],
