@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from keras_bandmf._keras_internals import (
+    all_layers,
     keras_mask,
     own_trainable_variables,
     set_keras_mask,
@@ -17,6 +18,9 @@ from keras_bandmf._keras_internals import (
 from keras_bandmf.clipping.factors import Factor, Rows, Unsupported
 from keras_bandmf.clipping.rules.base import LayerRule
 from keras_bandmf.clipping.seeds import without_draws
+
+# Operations that run a `tf.function`.
+_CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 
 
 class _Call(NamedTuple):
@@ -40,13 +44,27 @@ class ByExampleRule(LayerRule):
         whole: See `LayerRule`.
 
     Formal guarantees: row i of the factors is a function of row i of the recorded inputs and output
-        gradients, and of arguments that belong to no example. Calls that cannot be told apart by
-        example, layers that draw random numbers (a second run would draw others), layers that write
-        a variable and layers that add a loss go the general path.
+        gradients, and of scalars that belong to no example: nothing else of the forward pass can
+        reach the second run, also not through what layers keep (`_sees_one_row`). Calls that cannot
+        be told apart by example, layers that draw random numbers (a second run would draw others),
+        layers that write a variable and layers that add a loss go the general path.
     """
 
     def __init__(self, whole: bool = False):
         self.whole = whole
+
+    def refuses(self, layer: keras.layers.Layer) -> str | None:
+        """Returns a reason for a layer with a `tf.function`, which keeps the first trace's weights.
+
+        The weights of a pass are tensors of that pass: see `recorded`.
+        """
+        kept = any(
+            isinstance(value, tf.types.experimental.PolymorphicFunction)
+            for part in all_layers(layer)
+            for holder in (part, *type(part).__mro__)
+            for value in vars(holder).values()
+        )
+        return "it has a `tf.function`" if kept else None
 
     def uses(self, layer: keras.layers.Layer) -> list[keras.Variable]:
         """Returns all weights inside, if the rule stands for the layers inside."""
@@ -59,11 +77,13 @@ class ByExampleRule(LayerRule):
         variables = self._variables(layer)
         values = [(v, tf.stop_gradient(stored_value(v))) for v in variables]
         scope = keras.StatelessScope(state_mapping=values, collect_losses=True)
+        before = dict(scope.state_mapping)
         with without_draws(layer), scope:
             outputs = type(layer).call(layer, *args, **kwargs)
         if scope.losses:
             raise Unsupported(f"{layer.path}: calls `add_loss`")
-        if len(scope.state_mapping) > len(values):
+        after = scope.state_mapping
+        if len(after) > len(before) or any(after[k] is not value for k, value in before.items()):
             raise Unsupported(f"{layer.path}: writes a variable in its `call`")
         if not all(isinstance(t, tf.Tensor) for t in keras.tree.flatten(outputs)):
             raise Unsupported(f"{layer.path}: returns something that is not a tensor")
@@ -85,6 +105,8 @@ class ByExampleRule(LayerRule):
             i for i, leaf in enumerate(leaves) if _belongs_to_rows(layer, leaf, batch.shape[0])
         ]
         masks = [(i, keras_mask(leaves[i])) for i in split if keras_mask(leaves[i]) is not None]
+        for _, mask in masks:
+            _belongs_to_rows(layer, mask, batch.shape[0])
         rows = ([leaves[i] for i in split], [m for _, m in masks], list(g))
 
         def of_row(row: tuple) -> list[tf.Tensor]:
@@ -98,6 +120,8 @@ class ByExampleRule(LayerRule):
             return _gradients_of_row(layer, variables, args, kwargs, slopes)
 
         with without_draws(layer):
+            if not tf.executing_eagerly():
+                _sees_one_row(layer, of_row, rows, leaves)
             try:
                 found = tf.vectorized_map(of_row, rows, fallback_to_while_loop=False)
             except (
@@ -142,9 +166,43 @@ def _gradients_of_row(
         with keras.StatelessScope(state_mapping=mapping):
             outputs = _floating(layer(*args, **kwargs))
     own = [tf.cast(s[None], t.dtype) for s, t in zip(slopes, outputs, strict=True)]
+    if not all(s.shape.is_compatible_with(t.shape) for s, t in zip(own, outputs, strict=True)):
+        raise Unsupported(f"{layer.path}: a batch of one row does not give one row")
     zero = tf.UnconnectedGradients.ZERO
     found = tape.gradient(outputs, values, output_gradients=own, unconnected_gradients=zero)
     return [tf.convert_to_tensor(g) for g in found]
+
+
+def _sees_one_row(
+    layer: keras.layers.Layer, of_row: Callable[[tuple], Any], rows: tuple, shared: list[Any]
+) -> None:
+    """Checks that the second run of a layer reads of the forward pass what it is given alone.
+
+    A layer may read a tensor that another call left on an object. That has all rows in it.
+
+    Args:
+        layer: The layer.
+        of_row: The second run, a function of one row.
+        rows: What it gets the rows of.
+        shared: Arguments of the call, among them those that all rows share.
+
+    Raises:
+        Unsupported: If it reads another tensor of the graph around it, or calls a `tf.function`,
+            which may read what it kept. An eager tensor cannot be told from a constant of the
+            layer; the trial trace, which is a graph, comes before any eager pass.
+    """
+    specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), rows)
+    traced = tf.function(of_row, autograph=False).get_concrete_function(specs)
+    if any(operation.type in _CALLS for operation in traced.graph.get_operations()):
+        raise Unsupported(f"{layer.path}: its `call` calls a `tf.function`")
+    known = {id(leaf) for leaf in shared if isinstance(leaf, tf.Tensor) and leaf.shape.rank == 0}
+    for tensor in traced.captured_inputs:
+        symbolic = tf.is_symbolic_tensor(tensor) and tensor.dtype != tf.resource
+        if symbolic and id(tensor) not in known:
+            raise Unsupported(
+                f"{layer.path}: its `call` reads a tensor that is not among its arguments "
+                f"({tensor.name})"
+            )
 
 
 def _floating(outputs: Any) -> list[tf.Tensor]:

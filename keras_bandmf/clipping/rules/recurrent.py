@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, TypeAlias
 import keras
 import tensorflow as tf
 
-from keras_bandmf.clipping.factors import Factor, Layout, Outer, Rows
+from keras_bandmf._keras_internals import all_layers
+from keras_bandmf.clipping.factors import Factor, Layout, Outer, Rows, Unsupported
+from keras_bandmf.clipping.rowwise.known_layers import condition_of
 from keras_bandmf.clipping.rules.base import LayerRule, constant, wide
 from keras_bandmf.clipping.shapes import dims, over_rows, product
 
@@ -57,10 +59,15 @@ class Recurrence:
 
 
 class RecurrentRule(LayerRule):
-    """A recurrent layer whose cell is of one of the types that derived rules are written for."""
+    """A recurrent layer whose cell is of one of the types that derived rules are written for.
+
+    Attributes:
+        cell_name: The name of the class of Keras whose `call` the rule knows.
+    """
 
     whole = True
     example_axis = 1
+    cell_name = ""
 
     def drops(self, cell: keras.layers.Layer, rate: float) -> bool:
         """Returns whether Keras's cell uses its dropout masks: most do not at a rate of one."""
@@ -91,8 +98,15 @@ class RecurrentRule(LayerRule):
         return layer.cell.trainable_variables
 
     def refuses(self, layer: keras.layers.Layer) -> str | None:
-        """Returns a reason for a layer that keeps its states."""
-        return "it is stateful" if layer.stateful else None
+        """Returns a reason for a layer that keeps its states, or has another cell than Keras's."""
+        if layer.stateful:
+            return "it is stateful"
+        kind = type(layer.cell)
+        if kind.__name__ != self.cell_name or condition_of(kind) is None:
+            return f"its cell is a {kind.__name__} of its own"
+        # An activation, whose weights the rule would not know.
+        inside = all_layers(layer.cell, include_self=False)
+        return f"its cell holds a layer ({inside[0].name})" if inside else None
 
     def forward(
         self,
@@ -119,6 +133,8 @@ class RecurrentRule(LayerRule):
         state_masks = _as_masks(state_masks) if drops else None
         for of_leaf in keras.tree.flatten(mask)[:1]:
             mask = None if of_leaf is None else tf.cast(of_leaf, tf.bool)
+        if mask is not None and mask.shape.rank != 2:
+            raise Unsupported(f"{layer.path}: its mask has other axes than (batch, time)")
         run = Recurrence(inputs, states, mask, input_masks, state_masks)
         run.projected = self.projected(cell, run)
         return run.projected, run
@@ -183,6 +199,8 @@ class _GatedRule(RecurrentRule):
 class SimpleRNNRule(_GatedRule):
     """SimpleRNN: h = activation(x W + b + h U)."""
 
+    cell_name = "SimpleRNNCell"
+
     def drops(self, cell: keras.layers.Layer, rate: float) -> bool:
         """Returns whether there are masks: this cell uses them at any rate."""
         return rate > 0.0
@@ -201,6 +219,8 @@ class SimpleRNNRule(_GatedRule):
 class LSTMRule(_GatedRule):
     """LSTM: four gates of z = x W + b + h U."""
 
+    cell_name = "LSTMCell"
+
     def step(self, cell: keras.layers.Layer, state_masks: Masks) -> CellStep:
         """Returns one step."""
         recurrent = constant(cell.recurrent_kernel)
@@ -217,6 +237,8 @@ class LSTMRule(_GatedRule):
 
 class GRURule(_GatedRule):
     """GRU, with the reset gate before or after the product with the states."""
+
+    cell_name = "GRUCell"
 
     def input_bias(self, cell: keras.layers.Layer) -> tf.Tensor | None:
         """Returns the bias that is added to x W: the first of two where there are two."""

@@ -30,6 +30,8 @@ class ConvLSTMRule(RecurrentRule):
     Each point in time counts as a row of a convolution, and the rows of an example are added up.
     """
 
+    cell_name = "ConvLSTMCell"
+
     def refuses(self, layer: keras.layers.Layer) -> str | None:
         """Returns a reason for a layer that drops units or keeps its states."""
         if layer.cell.dropout or layer.cell.recurrent_dropout:

@@ -170,7 +170,11 @@ def rule_of(layer: keras.layers.Layer) -> tuple[LayerRule | None, str]:
         return rule, type(rule).__name__
     if not may_be_row_wise(type(layer)):
         return None, f"{reason}, and it is not known to treat rows independently"
-    return ByExampleRule(whole=isinstance(layer, keras.layers.RNN)), f"ByExampleRule: {reason}"
+    by_example = ByExampleRule(whole=isinstance(layer, keras.layers.RNN))
+    why = by_example.refuses(layer)
+    if why is not None:
+        return None, f"{reason}, and {why}"
+    return by_example, f"ByExampleRule: {reason}"
 
 
 class AssignedRules(NamedTuple):

@@ -174,13 +174,39 @@ class Table(Own):
         return inputs * keras.ops.sum(table * self.w)
 
 
+@declare_row_wise
+class Assigning(Own):
+    def call(self, inputs):
+        self.w.assign(0.5 * self.w)
+        return inputs * self.w
+
+
+@declare_row_wise
+class Compiled(Own):
+    """Keeps the trace of a batch, and in it the weights of that pass."""
+
+    @tf.function
+    def call(self, inputs):
+        return inputs * self.w
+
+
+@declare_row_wise
+class CallsCompiled(Own):
+    def call(self, inputs):
+        return self.change(inputs) * self.w
+
+
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
         (Noisy, "draws random numbers"),
         (Losing, "calls `add_loss`"),
         (Counting, "writes a variable"),
+        (Assigning, "writes a variable"),
         (Shared, "not known to be that of the examples"),
+        (Compiled, "it has a `tf.function`"),
+        (lambda: CallsCompiled(tf.function(tf.tanh)), "it has a `tf.function`"),
+        (lambda: CallsCompiled(lambda x: tf.function(tf.tanh)(x)), "calls a `tf.function`"),
     ],
 )
 def test_what_cannot_run_twice_or_apart_goes_the_general_path(layer, why):
@@ -191,6 +217,57 @@ def test_what_cannot_run_twice_or_apart_goes_the_general_path(layer, why):
     except ValueError:  # the general path refuses losses and writes
         pass
     assert explain(model).route == "general" and why in explain(model).why
+
+
+class Notes:
+    """An object of which Keras knows nothing."""
+
+
+@declare_row_wise
+class Leaving(layers.Layer):
+    """Leaves a tensor of all rows on an object."""
+
+    def __init__(self, notes):
+        super().__init__()
+        self.notes = notes
+
+    def call(self, inputs):
+        self.notes.rows = 3.0 * inputs
+        return inputs
+
+
+@declare_row_wise
+class Reading(Own):
+    """Reads that tensor, each row its own: in a second run with one row it would read all."""
+
+    def call(self, inputs):
+        return self.change(inputs * self.w, self.notes.rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda a, b: a * b, "does not give one row"),
+        (lambda a, b: a * b[: tf.shape(a)[0]], "a tensor that is not among its arguments"),
+    ],
+)
+def test_what_another_call_left_behind_does_not_bring_other_rows_into_a_row(change, why):
+    """Without the check, norms of rows changed with other rows, and the sum by more than 2."""
+    notes, reading = Notes(), Reading(change)
+    reading.notes = notes
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, layers.Dense(2)(reading(Leaving(notes)(inputs))))
+    model.compile(loss="mse")
+
+    @tf.function(autograph=False)
+    def norms(x, y):
+        return clipped_gradients(model, x, y).norms
+
+    x, y = tf.constant(data(3)), tf.constant(data(2))
+    before = norms(x, y)
+    after = norms(tf.concat([-30.0 * x[:1], x[1:]], axis=0), y)
+    np.testing.assert_allclose(before[1:], after[1:], rtol=1e-6)
+    assert why in explain(model).why
 
 
 def test_a_frozen_layer_is_not_run_again():

@@ -256,3 +256,42 @@ def test_states_that_stay_are_refused():
     layer = layers.LSTM(UNITS, stateful=True)
     model = keras.Sequential([keras.Input((TIME, WIDTH), batch_size=ROWS), layer])
     assert explain(model).route == "general"
+
+
+def assert_as_one_by_one(model, x, y, route):
+    model.compile(loss="mse")
+    per_example, _ = reference.gradients(model, x, y, None)
+    _, sums = reference.clipped(per_example, 1.0)
+    found = tf.function(lambda x, y: clipped_gradients(model, x, y), autograph=False)(x, y)
+    assert explain(model).route == route
+    assert reference.error(found.sums, sums) < 1e-5
+
+
+@clipping.declare_row_wise
+class TwiceTheInputs(layers.LSTMCell):
+    def call(self, inputs, states, training=False):
+        return super().call(2.0 * inputs, states, training=training)
+
+
+@pytest.mark.parametrize("what", ["cell", "activation", "unrolled"])
+def test_cells_that_are_not_those_of_keras_run_by_example(what):
+    """The rule would compute something else, or not know the weights of the activation."""
+    activation = layers.PReLU()
+    activation.build((None, UNITS))
+    options = {} if what == "cell" else {"activation": activation, "unroll": what == "unrolled"}
+    layer = layers.LSTM(UNITS, **options)
+    if what == "cell":
+        layer.cell = TwiceTheInputs(UNITS)
+    model = keras.Sequential([keras.Input((TIME, WIDTH)), layer, layers.Dense(2)])
+    x, y = (tf.constant(data(*s), tf.float32) for s in ((TIME, WIDTH), (2,)))
+    assert_as_one_by_one(model, x, y, "book-keeping")
+    assert "ByExampleRule" in str(explain(model))
+
+
+def test_a_mask_with_an_axis_of_features_goes_the_general_path():
+    """Its transpose would have time where the examples are expected."""
+    inputs = keras.Input((TIME, WIDTH))
+    mask = keras.ops.any(keras.ops.not_equal(inputs, 0.0), axis=-1, keepdims=True)
+    model = keras.Model(inputs, layers.Dense(2)(layers.LSTM(UNITS)(inputs, mask=mask)))
+    x = tf.constant(data(TIME, WIDTH) * MASK[:, :, None], tf.float32)
+    assert_as_one_by_one(model, x, tf.constant(data(2), tf.float32), "general")
