@@ -85,12 +85,16 @@ def declare_row_wise(layer_class: type) -> type:
     return layer_class
 
 
-def may_be_row_wise(layer_class: type) -> bool:
-    """Returns whether layers of exactly this class are declared or, under conditions, known to be.
+def may_be_row_wise(layer: keras.layers.Layer) -> bool:
+    """Returns whether a layer's class is declared row-wise, or is known to be with its settings.
 
-    Whether a layer of it meets the conditions is found by `rowwise`.
+    The number of axes of its inputs is not known here, nor are the layers inside looked at: whether
+    a model treats rows independently is found by `rowwise`.
     """
-    return layer_class in _DECLARED or condition_of(layer_class) is not None
+    if type(layer) in _DECLARED:
+        return True
+    condition = condition_of(type(layer))
+    return condition is not None and condition(layer, None) is None
 
 
 def rowwise(model: keras.Model) -> Rowwise:

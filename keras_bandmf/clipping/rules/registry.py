@@ -168,7 +168,7 @@ def rule_of(layer: keras.layers.Layer) -> tuple[LayerRule | None, str]:
     reason = f"no rule for {name}" if rule is None else rule.refuses(layer)
     if rule is not None and reason is None:
         return rule, type(rule).__name__
-    if not may_be_row_wise(type(layer)):
+    if not may_be_row_wise(layer):
         return None, f"{reason}, and it is not known to treat rows independently"
     by_example = ByExampleRule(whole=isinstance(layer, keras.layers.RNN))
     why = by_example.refuses(layer)
