@@ -495,7 +495,25 @@ def check(expected, found, tolerance=2e-5):
             )
 
 
-@pytest.mark.parametrize("name", CASES)
+# A model more of a kind that others stand for.
+SLOW = {
+    "convolution",
+    "embedding",
+    "masked_last_state",
+    "masked_sequences_of_many_lengths",
+    "metric_function",
+    "own_compute_loss_without_compiled",
+    "own_loss_class",
+    "regularizer",
+    "several_losses_of_three_outputs",
+    "subclassed",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES],
+)
 def test_logs_are_those_of_keras(name):
     case = CASES[name]()
     check(*both_logs(case), tolerance=2e-2 if case.policy else 2e-5)

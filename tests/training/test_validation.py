@@ -73,7 +73,11 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"run_eagerly": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_evaluated_costs_no_step(name, options):
     make, match = BAD[name]
