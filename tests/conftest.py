@@ -3,6 +3,7 @@
 GPUs are hidden; `CUDA_VISIBLE_DEVICES=0 TF_FORCE_GPU_ALLOW_GROWTH=true pytest` runs tests on one.
 """
 
+import gc
 import os
 import pathlib
 
@@ -25,6 +26,18 @@ tf.config.experimental.enable_tensor_float_32_execution(False)
 def _same_seeds():
     """Every test starts from the same seeds, whatever ran before it."""
     keras.utils.set_random_seed(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_search_through_what_stays():
+    """Keeps the garbage collector away from what earlier files of tests left.
+
+    TensorFlow keeps every function that it compiled. After some hundred tests a single search for
+    garbage took up to minutes, in whichever test it happened to begin.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 # About two minutes on two cores: one or two files of each room.
