@@ -189,6 +189,14 @@ def assert_equal_to_one_by_one(model, x, y, jit=None):
     np.testing.assert_allclose(got_norms, norms, rtol=1e-5, atol=1e-5 * norms.max())
 
 
+def takes_a_rate_of_one():
+    try:
+        keras.random.dropout(np.ones(1, "float32"), 1.0, seed=1)
+    except ValueError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -202,6 +210,8 @@ def assert_equal_to_one_by_one(model, x, y, jit=None):
 @pytest.mark.parametrize("kind", [*KINDS, "before"])
 def test_dropout_draws_what_keras_draws(kind, options):
     """Outputs with the masks of one seed are those of Keras, and gradients those of its tape."""
+    if 1.0 in options.values() and not takes_a_rate_of_one():
+        pytest.skip("this TensorFlow drops some units, but not all")
     x = data(TIME, WIDTH).astype("float32")
     if kind == "before":
         layer = layers.GRU(UNITS, reset_after=False, **options)
