@@ -22,6 +22,11 @@ class LayerRule:
     rest. `gradients` turns what was saved and the gradient of the pre-activation into factors. Axis
     0 is the example throughout. The docstring of `register_rule` has a whole example.
 
+    Attributes:
+        whole: Whether the rule also stands for all layers inside its layer, such as the cell of a
+            recurrent layer: they are not recorded, and need no rule.
+        example_axis: The axis of the examples in what `forward` returns first.
+
     Formal guarantees: the clipped sum of whatever factors a rule returns has norm at most the clip,
     example by example, provided row i of them depends on example i alone. That they are the layer's
     gradients is tested: `check_model` compares every rule of a model with one-example-at-a-time
@@ -47,10 +52,6 @@ class LayerRule:
         >>> clipping.register_rule(Shift, ShiftRule())
         >>> clipping.check_rule(Shift(dtype="float64"), np.ones((2, 3))) < 1e-12
         True
-    Attributes:
-        whole: Whether the rule also stands for all layers inside its layer, such as the cell of a
-            recurrent layer: they are not recorded, and need no rule.
-        example_axis: The axis of the examples in what `forward` returns first.
     """
 
     whole = False
