@@ -100,13 +100,11 @@ class ByExampleRule(LayerRule):
         """Returns the gradients of the layer's weights, written out."""
         variables = self._variables(layer)
         leaves = keras.tree.flatten((saved.args, saved.kwargs))
-        batch = saved.outputs if isinstance(saved.outputs, tf.Tensor) else g[0]
-        split = [
-            i for i, leaf in enumerate(leaves) if _belongs_to_rows(layer, leaf, batch.shape[0])
-        ]
+        batch = _floating(saved.outputs)[0].shape[0]
+        split = [i for i, leaf in enumerate(leaves) if _belongs_to_rows(layer, leaf, batch)]
         masks = [(i, keras_mask(leaves[i])) for i in split if keras_mask(leaves[i]) is not None]
         for _, mask in masks:
-            _belongs_to_rows(layer, mask, batch.shape[0])
+            _belongs_to_rows(layer, mask, batch)
         rows = ([leaves[i] for i in split], [m for _, m in masks], list(g))
 
         def of_row(row: tuple) -> list[tf.Tensor]:
@@ -124,11 +122,8 @@ class ByExampleRule(LayerRule):
                 _sees_one_row(layer, of_row, rows, leaves)
             try:
                 found = tf.vectorized_map(of_row, rows, fallback_to_while_loop=False)
-            except (
-                NotImplementedError,
-                TypeError,
-                ValueError,
-            ):  # an operation without a vectorizer
+            except (NotImplementedError, TypeError, ValueError):
+                # An operation cannot be vectorized.
                 signature = [tf.TensorSpec(v.shape, v.dtype) for v in variables]
                 found = tf.map_fn(of_row, rows, fn_output_signature=signature)
         return [

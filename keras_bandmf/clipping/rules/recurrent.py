@@ -131,10 +131,11 @@ class RecurrentRule(LayerRule):
         input_masks = _as_masks(input_masks) if drops else None
         drops = training and self.drops(cell, cell.recurrent_dropout)
         state_masks = _as_masks(state_masks) if drops else None
-        for of_leaf in keras.tree.flatten(mask)[:1]:
-            mask = None if of_leaf is None else tf.cast(of_leaf, tf.bool)
-        if mask is not None and mask.shape.rank != 2:
-            raise Unsupported(f"{layer.path}: its mask has other axes than (batch, time)")
+        mask = keras.tree.flatten(mask)[0]
+        if mask is not None:
+            mask = tf.cast(mask, tf.bool)
+            if mask.shape.rank != 2:
+                raise Unsupported(f"{layer.path}: its mask has other axes than (batch, time)")
         run = Recurrence(inputs, states, mask, input_masks, state_masks)
         run.projected = self.projected(cell, run)
         return run.projected, run
@@ -148,12 +149,12 @@ class RecurrentRule(LayerRule):
         step = _masked(self.step(layer.cell, saved.state_masks), mask)
         passed = (_unrolled if layer.unroll else _in_time)(step, outputs, saved.states)
         previous = passed.previous
-        saved.previous = _swapped(tf.reverse(previous, [0]) if layer.go_backwards else previous)
+        saved.previous = swapped(tf.reverse(previous, [0]) if layer.go_backwards else previous)
         if mask is None:
-            result = _swapped(passed.hidden) if layer.return_sequences else passed.states[0]
+            result = swapped(passed.hidden) if layer.return_sequences else passed.states[0]
         else:
             sequence = _as_returned(layer, passed.hidden, mask)
-            result = _swapped(sequence) if layer.return_sequences else sequence[-1]
+            result = swapped(sequence) if layer.return_sequences else sequence[-1]
         result = keras.ops.cast(result, layer.compute_dtype)
         if not layer.return_state:
             return result
@@ -163,7 +164,7 @@ class RecurrentRule(LayerRule):
         self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
     ) -> Sequence[tuple[keras.Variable, Factor]]:
         """Returns the gradients of the cell's weights."""
-        return self.cell_gradients(layer.cell, saved, _swapped(g))
+        return self.cell_gradients(layer.cell, saved, swapped(g))
 
 
 class _GatedRule(RecurrentRule):
@@ -174,7 +175,7 @@ class _GatedRule(RecurrentRule):
 
     def projected(self, cell: keras.layers.Layer, run: Recurrence) -> tf.Tensor:
         """Returns x W plus the bias that is added to it."""
-        outputs = _product(_swapped(run.inputs), constant(cell.kernel), run.input_masks)
+        outputs = _product(swapped(run.inputs), constant(cell.kernel), run.input_masks)
         bias = self.input_bias(cell)
         return outputs if bias is None else tf.nn.bias_add(outputs, bias)
 
@@ -224,15 +225,28 @@ class LSTMRule(_GatedRule):
     def step(self, cell: keras.layers.Layer, state_masks: Masks) -> CellStep:
         """Returns one step."""
         recurrent = constant(cell.recurrent_kernel)
+        return lstm_step(cell, lambda hidden: _product(hidden, recurrent, state_masks), 1)
 
-        def step(x: tf.Tensor, states: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
-            hidden, carry = states
-            z = tf.split(x + _product(hidden, recurrent, state_masks), 4, axis=1)
-            carry = cell.recurrent_activation(z[1]) * carry
-            carry += cell.recurrent_activation(z[0]) * cell.activation(z[2])
-            return cell.recurrent_activation(z[3]) * cell.activation(carry), carry
 
-        return step
+def lstm_step(
+    cell: keras.layers.Layer, product_of: Callable[[tf.Tensor], tf.Tensor], axis: int
+) -> CellStep:
+    """Returns one step of an LSTM, whatever its product is.
+
+    Args:
+        cell: The cell.
+        product_of: The product of the last output with the recurrent kernel.
+        axis: The axis of the gates.
+    """
+
+    def step(x: tf.Tensor, states: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
+        hidden, carry = states
+        z = tf.split(x + product_of(hidden), 4, axis=axis)
+        carry = cell.recurrent_activation(z[1]) * carry
+        carry += cell.recurrent_activation(z[0]) * cell.activation(z[2])
+        return cell.recurrent_activation(z[3]) * cell.activation(carry), carry
+
+    return step
 
 
 class GRURule(_GatedRule):
@@ -304,12 +318,12 @@ class GRURule(_GatedRule):
         """Returns the reset gate at all points in time, computed anew from the states."""
         gate = slice(cell.units, 2 * cell.units)
         masks = run.state_masks
-        hidden = _swapped(tf.cast(run.previous, g.dtype))
+        hidden = swapped(tf.cast(run.previous, g.dtype))
         inner = _product(hidden, wide(cell.recurrent_kernel, g)[:, gate], masks and masks[1:2])
         if cell.reset_after and cell.bias is not None:
             inner += wide(cell.bias, g)[1, gate]
         inner += tf.cast(run.projected[..., gate], g.dtype)
-        return _swapped(cell.recurrent_activation(inner))
+        return swapped(cell.recurrent_activation(inner))
 
 
 class AnyRecurrentRule(RecurrentRule):
@@ -499,7 +513,7 @@ def _masked(step: CellStep, mask: tf.Tensor | None) -> Step:
     return masked
 
 
-def _swapped(tensor: tf.Tensor) -> tf.Tensor:
+def swapped(tensor: tf.Tensor) -> tf.Tensor:
     """Returns (batch, time, ...) as (time, batch, ...), and the other way round."""
     return tf.transpose(tensor, [1, 0, *range(2, tensor.shape.rank)])
 

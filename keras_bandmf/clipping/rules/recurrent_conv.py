@@ -11,7 +11,14 @@ import tensorflow as tf
 from keras_bandmf.clipping.factors import Factor, Rows
 from keras_bandmf.clipping.rules.base import constant
 from keras_bandmf.clipping.rules.conv import channels_last, sliding_factor, with_bias
-from keras_bandmf.clipping.rules.recurrent import CellStep, Masks, Recurrence, RecurrentRule
+from keras_bandmf.clipping.rules.recurrent import (
+    CellStep,
+    Masks,
+    Recurrence,
+    RecurrentRule,
+    lstm_step,
+    swapped,
+)
 from keras_bandmf.clipping.shapes import by_example, dims, merge_rows, product
 
 
@@ -40,7 +47,7 @@ class ConvLSTMRule(RecurrentRule):
 
     def projected(self, cell: keras.layers.Layer, run: Recurrence) -> tf.Tensor:
         """Returns x * W + b for all points in time."""
-        inputs = tf.transpose(run.inputs, [1, 0, *range(2, run.inputs.shape.rank)])
+        inputs = swapped(run.inputs)
         kernel = constant(cell.kernel)
         outputs = cell.input_conv(merge_rows(inputs), kernel, padding=cell.padding)
         return by_example(with_bias(cell, outputs), dims(inputs)[1])
@@ -49,15 +56,7 @@ class ConvLSTMRule(RecurrentRule):
         """Returns one step."""
         recurrent = constant(cell.recurrent_kernel)
         axis = 1 if cell.data_format == "channels_first" else -1
-
-        def step(x: tf.Tensor, states: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
-            hidden, carry = states
-            z = tf.split(x + cell.recurrent_conv(hidden, recurrent), 4, axis=axis)
-            carry = cell.recurrent_activation(z[1]) * carry
-            carry += cell.recurrent_activation(z[0]) * cell.activation(z[2])
-            return cell.recurrent_activation(z[3]) * cell.activation(carry), carry
-
-        return step
+        return lstm_step(cell, lambda hidden: cell.recurrent_conv(hidden, recurrent), axis)
 
     def cell_gradients(
         self, cell: keras.layers.Layer, run: Recurrence, g: tf.Tensor
