@@ -137,6 +137,7 @@ def refuse_model(model: keras.Model, sample_weight: Any = None, loss: Any = None
             "`import tensorflow_transform` makes Keras 2). "
             f"Received: model of type {type(model).__module__}.{type(model).__name__}"
         )
+    refuse_stateful(model)
     for layer in all_layers(model):
         _refuse_layer(layer)
     if sample_weight is not None and with_mean_by_weight(model, loss):
@@ -182,7 +183,6 @@ def _refuse_layer(layer: keras.layers.Layer) -> None:
             f"{type(layer).__name__} mixes the examples of a batch, so no example has a gradient "
             f"of its own. Use {instead}. {where}"
         )
-    refuse_stateful(layer)
     if isinstance(layer, keras.layers.SpectralNormalization):
         raise PrivacyError(
             "SpectralNormalization overwrites the kernel of its layer in each forward pass, past "
