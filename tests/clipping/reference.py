@@ -49,3 +49,16 @@ def error(sums, expected):
     largest = max(np.max(np.abs(e)) for e in expected)
     worst = max(np.max(np.abs(np.asarray(s) - e)) for s, e in zip(sums, expected, strict=True))
     return worst / largest if largest else worst
+
+
+def compare(clipped_gradients, model, x, y):
+    """Norms and clipped sums of `clipped_gradients` are those of one example at a time.
+
+    The clip norm is the median of the norms, so that about half of the rows are clipped.
+    """
+    per_example, _ = gradients(model, x, y, None)
+    clip = float(np.median(clipped(per_example, 1.0)[0]))
+    norms, sums = clipped(per_example, clip)
+    found = clipped_gradients(model, x, y, l2_norm_clip=clip)
+    assert error(found.sums, sums) < 1e-5
+    np.testing.assert_allclose(found.norms, norms, rtol=1e-5)
