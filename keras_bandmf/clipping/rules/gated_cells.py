@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import keras
@@ -30,7 +31,12 @@ class GatedCell:
     Args:
         cell: Keras's cell.
         masks: The dropout masks of the states.
+
+    Attributes:
+        keeps: How many tensors like a state are kept.
     """
+
+    keeps = 1
 
     def __init__(self, cell: keras.layers.Layer, masks: Masks):
         self.cell = cell
@@ -60,9 +66,10 @@ class GatedCell:
         """Returns the states after the step, and what is kept."""
         raise NotImplementedError
 
-    def kept_like(self, x: tf.Tensor, states: States) -> list[tf.Tensor]:
-        """Returns tensors of the shapes and dtypes of what is kept."""
-        raise NotImplementedError
+    def kept(self, x: tf.TensorSpec, states: Sequence[tf.TensorSpec]) -> list[tf.TensorSpec]:
+        """Returns the shape and dtype of what is kept: `keeps` states side by side."""
+        batch, units = states[0].shape
+        return [tf.TensorSpec([batch, self.keeps * units], states[0].dtype)]
 
     def backward(self, kept: list[tf.Tensor], slopes: States) -> tuple[tf.Tensor, States]:
         """Returns the gradients by `x` and the states."""
@@ -78,10 +85,6 @@ class SimpleCell(GatedCell):
         hidden = z if self.cell.activation is None else self.cell.activation(z)
         return (hidden,), [hidden]
 
-    def kept_like(self, x: tf.Tensor, states: States) -> list[tf.Tensor]:
-        """Returns one tensor like the state."""
-        return [states[0]]
-
     def backward(self, kept: list[tf.Tensor], slopes: States) -> tuple[tf.Tensor, States]:
         """Returns the gradients by `x` and the state."""
         of_x = _of_tanh(kept[0], slopes[0])
@@ -91,15 +94,13 @@ class SimpleCell(GatedCell):
 class LSTMCell(GatedCell):
     """Four gates of z = x + h U: write, forget, new and read."""
 
+    keeps = 6
+
     def forward(self, x: tf.Tensor, states: States) -> tuple[States, list[tf.Tensor]]:
         """Returns output and carry; keeps the gates and the carry, before and activated."""
         z = x + self.product(states[0])
         new, gates = lstm_gates(self.cell, z, states[1], axis=1)
         return new, [tf.concat([*gates, states[1]], axis=1)]
-
-    def kept_like(self, x: tf.Tensor, states: States) -> list[tf.Tensor]:
-        """Returns a tensor of six times the units."""
-        return [_times(states[0], 6)]
 
     def backward(self, kept: list[tf.Tensor], slopes: States) -> tuple[tf.Tensor, States]:
         """Returns the gradients by `x` and the states."""
@@ -141,11 +142,16 @@ class GRUCell(GatedCell):
     The bias that is added to the product is the second of two.
     """
 
+    keeps = 5
+
+    def __init__(self, cell: keras.layers.Layer, masks: Masks):
+        super().__init__(cell, masks)
+        self.bias = None if cell.bias is None else constant(cell.bias)[1]
+
     def product(self, hidden: tf.Tensor) -> tf.Tensor:
         """Returns the product plus its bias."""
         outputs = super().product(hidden)
-        bias = self.cell.bias
-        return outputs if bias is None else outputs + constant(bias)[1]
+        return outputs if self.bias is None else tf.nn.bias_add(outputs, self.bias)
 
     def forward(self, x: tf.Tensor, states: States) -> tuple[States, list[tf.Tensor]]:
         """Returns the output; keeps the gates, what is reset, and the state."""
@@ -157,10 +163,6 @@ class GRUCell(GatedCell):
         new = self.cell.activation(outer[2] + reset * inner[2])
         kept = tf.concat([update, reset, new, inner[2], hidden], axis=1)
         return (update * hidden + (1 - update) * new,), [kept]
-
-    def kept_like(self, x: tf.Tensor, states: States) -> list[tf.Tensor]:
-        """Returns a tensor of five times the units."""
-        return [_times(states[0], 5)]
 
     def backward(self, kept: list[tf.Tensor], slopes: States) -> tuple[tf.Tensor, States]:
         """Returns the gradients by `x` and the state."""
@@ -195,11 +197,6 @@ def gated_product(x: tf.Tensor, kernel: tf.Tensor, masks: Masks) -> tf.Tensor:
         for part, mask in zip(parts, masks, strict=True)
     ]
     return products[0] if len(products) == 1 else tf.concat(products, axis=-1)
-
-
-def _times(state: tf.Tensor, parts: int) -> tf.Tensor:
-    """Returns a tensor like `parts` states side by side."""
-    return tf.concat([state] * parts, axis=1)
 
 
 def _of_sigmoid(value: tf.Tensor, slope: tf.Tensor) -> tf.Tensor:

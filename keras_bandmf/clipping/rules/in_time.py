@@ -35,8 +35,8 @@ class Cell(Protocol):
             states: The states before the step, each (batch, ...).
         """
 
-    def kept_like(self, x: tf.Tensor, states: States) -> list[tf.Tensor]:
-        """Returns tensors of the shapes and dtypes of what `forward` keeps."""
+    def kept(self, x: tf.TensorSpec, states: Sequence[tf.TensorSpec]) -> list[tf.TensorSpec]:
+        """Returns the shapes and dtypes of what `forward` keeps, given those of its arguments."""
 
     def backward(self, kept: list[tf.Tensor], slopes: States) -> tuple[tf.Tensor, States]:
         """Returns the gradients by `x` and by the states before the step.
@@ -61,8 +61,8 @@ class Retraced:
         """Returns the states after the step, and its inputs."""
         return self.step(x, states), [x, *states]
 
-    def kept_like(self, x: tf.Tensor, states: States) -> list[tf.Tensor]:
-        """Returns the inputs."""
+    def kept(self, x: tf.TensorSpec, states: Sequence[tf.TensorSpec]) -> list[tf.TensorSpec]:
+        """Returns those of the inputs."""
         return [x, *states]
 
     def backward(self, kept: list[tf.Tensor], slopes: States) -> tuple[tf.Tensor, States]:
@@ -103,28 +103,31 @@ def in_time(
         states: The first states, each (batch, ...).
     """
     count = dims(projected)[0]
+    of_one = tf.TensorSpec(projected.shape[1:], projected.dtype)
+    of_states = [tf.TensorSpec(s.shape, s.dtype) for s in states]
     previous: list[tf.Tensor] = []
 
     @tf.custom_gradient
     def run(projected: tf.Tensor, *states: tf.Tensor) -> Any:
-        inputs = _array(projected[0], count).unstack(projected)
+        inputs = _array(of_one, count).unstack(projected)
 
         def forward(t: tf.Tensor, before: Any, kept: list, *states: tf.Tensor) -> tuple:
             new, keeps = cell.forward(inputs.read(t), states)
             kept = [a.write(t, k) for a, k in zip(kept, keeps, strict=True)]
             return (t + 1, before.write(t, states[0]), kept, *_valid(mask, t, new, states))
 
-        before = _array(states[0], count)
-        kept = [_array(like, count) for like in cell.kept_like(projected[0], states)]
+        before = _array(of_states[0], count)
+        kept = [_array(spec, count) for spec in cell.kept(of_one, of_states)]
         _, before, kept, *last = _loop(forward, count, before, kept, *states)
         previous[:] = [before.stack()]
 
-        def gradient(of_hidden: tf.Tensor, *of_states: tf.Tensor) -> tuple:
-            of_outputs = _array(states[0], count).unstack(of_hidden)
+        def gradient(of_hidden: tf.Tensor, *slopes: tf.Tensor) -> tuple:
+            of_outputs = _array(of_states[0], count).unstack(of_hidden)
 
             def backward(i: tf.Tensor, written: tf.TensorArray, *slopes: tf.Tensor) -> tuple:
                 t = count - 1 - i
                 slopes = (slopes[0] + of_outputs.read(t), *slopes[1:])
+                through: States
                 keeps = [a.read(t) for a in kept]
                 if mask is None:
                     of_x, through = cell.backward(keeps, slopes)
@@ -134,7 +137,7 @@ def in_time(
                     through = tuple(map(tf.add, through, _valid(mask, t, zeros, slopes)))
                 return (i + 1, written.write(t, of_x), *through)
 
-            _, written, *slopes = _loop(backward, count, _array(projected[0], count), *of_states)
+            _, written, *slopes = _loop(backward, count, _array(of_one, count), *slopes)
             return (written.stack(), *slopes)
 
         hidden = tf.concat([previous[0][1:], last[0][None]], axis=0)
@@ -164,8 +167,9 @@ def _valid(mask: tf.Tensor | None, t: Any, new: States, old: States) -> States:
     return tuple(tf.where(valid, n, o) for n, o in zip(new, old, strict=True))
 
 
-def _array(like: tf.Tensor, count: Any) -> tf.TensorArray:
-    return tf.TensorArray(like.dtype, count, element_shape=like.shape, clear_after_read=False)
+def _array(of_one: tf.TensorSpec, count: Any) -> tf.TensorArray:
+    dtype, shape = of_one.dtype, of_one.shape
+    return tf.TensorArray(dtype, count, element_shape=shape, clear_after_read=False)
 
 
 def _loop(body: Callable[..., tuple], count: Any, *variables: Any) -> tuple:
