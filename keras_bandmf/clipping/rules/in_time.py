@@ -127,7 +127,6 @@ def in_time(
             def backward(i: tf.Tensor, written: tf.TensorArray, *slopes: tf.Tensor) -> tuple:
                 t = count - 1 - i
                 slopes = (slopes[0] + of_outputs.read(t), *slopes[1:])
-                through: States
                 keeps = [a.read(t) for a in kept]
                 if mask is None:
                     of_x, through = cell.backward(keeps, slopes)
@@ -137,8 +136,9 @@ def in_time(
                     through = tuple(map(tf.add, through, _valid(mask, t, zeros, slopes)))
                 return (i + 1, written.write(t, of_x), *through)
 
-            _, written, *slopes = _loop(backward, count, _array(of_one, count), *slopes)
-            return (written.stack(), *slopes)
+            written = _array(of_one, count)
+            _, written, *through = _loop(backward, count, written, *slopes)
+            return (written.stack(), *through)
 
         hidden = tf.concat([previous[0][1:], last[0][None]], axis=0)
         return (hidden, *last), gradient
