@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_bandmf.clipping.factors import Layout, Lookup, Outer, Rows, Unsupported, prefers_product
+from keras_bandmf.clipping.factors import (
+    NORM_BLOCK,
+    Layout,
+    Lookup,
+    Outer,
+    Rows,
+    Unsupported,
+    prefers_product,
+)
 from keras_bandmf.clipping.merge import Tied, merged
 from keras_bandmf.clipping.modes import AutomaticClipping
 from keras_bandmf.clipping.rules.embedding import lookup
@@ -125,6 +133,26 @@ def test_gram_never_understates_a_cancelling_norm():
         factor = Outer(tf.constant(a), tf.constant(g), Layout((4, 3)))
         below += float(factor.squared_norms()[0]) < 0.9 * norm
     assert below == 0
+
+
+@pytest.mark.parametrize("size", [7, 64, 100_003, 1_048_577, 4_718_592])
+@pytest.mark.parametrize("jit", [False, True])
+def test_norms_of_equal_numbers_keep_their_bound(size, jit):
+    """Equal numbers round alike in each addition: a chain as long as they are many loses most."""
+    values = tf.fill([2, size], tf.constant(0.1))
+    found = tf.function(lambda v: Rows(v).squared_norms(), jit_compile=jit)(values).numpy()
+    exact = size * float(np.float32(0.1)) ** 2
+    assert np.all(np.abs(found / exact - 1) <= (NORM_BLOCK + size / NORM_BLOCK) * 2.0**-24)
+    assert np.all(np.abs(found / exact - 1) < 4e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", [0, 1500, 2999])
+def test_numbers_that_are_not_finite_show_in_the_norm(bad, where):
+    values = np.ones((2, 3000), "float32")
+    values[0, where] = bad
+    found = Rows(tf.constant(values)).squared_norms().numpy()
+    assert not np.isfinite(found[0]) and found[1] == 3000.0
 
 
 def test_product_only_where_it_is_small():

@@ -221,8 +221,9 @@ def sliding_factor(
         parts = [list(row) for _, row in itertools.groupby(slices.offsets, key=lambda k: k[:-1])]
     values: list[tf.Tensor] = []
     for part in parts:
-        # One after the other: all slices at once would be as many copies of the inputs.
-        with tf.control_dependencies(values[-1:]):
+        # Two at a time: all slices at once would be as many copies of the inputs, and one alone
+        # leaves processors idle while it is copied.
+        with tf.control_dependencies(values[-2:-1]):
             a = tf.concat([slices.at(k) for k in part], axis=-1)
             values.append(Outer(a, g, layout).as_rows().values)
     return Rows(tf.concat(values, axis=2), layout)

@@ -7,8 +7,8 @@ pre-activations, and the gradients of both kernels are sums over time of product
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -17,15 +17,16 @@ from keras_bandmf._keras_internals import all_layers
 from keras_bandmf.clipping.factors import Factor, Layout, Outer, Rows, Unsupported
 from keras_bandmf.clipping.rowwise.known_layers import condition_of
 from keras_bandmf.clipping.rules.base import LayerRule, constant, wide
-from keras_bandmf.clipping.shapes import dims, over_rows, product
-
-# None, one mask for all gates, or one for each gate.
-Masks: TypeAlias = "list[tf.Tensor] | None"
-# (what the inputs add to the pre-activations at a point in time, states) -> states, of which the
-# first is the output.
-CellStep = Callable[[tf.Tensor, tuple[tf.Tensor, ...]], tuple[tf.Tensor, ...]]
-# The same, with the number of the point in time first.
-Step = Callable[[tf.Tensor, tf.Tensor, tuple[tf.Tensor, ...]], tuple[tf.Tensor, ...]]
+from keras_bandmf.clipping.rules.gated_cells import (
+    GRUCell,
+    LSTMCell,
+    Masks,
+    SimpleCell,
+    cell_of,
+    gated_product,
+)
+from keras_bandmf.clipping.rules.in_time import Cell, Retraced, States, in_time, unrolled
+from keras_bandmf.clipping.shapes import dims
 
 
 class Recurrence:
@@ -77,7 +78,7 @@ class RecurrentRule(LayerRule):
         """Returns the part of the pre-activations that depends on the inputs alone."""
         raise NotImplementedError
 
-    def step(self, cell: keras.layers.Layer, state_masks: Masks) -> CellStep:
+    def step(self, cell: keras.layers.Layer, state_masks: Masks) -> Cell:
         """Returns what the cell does at one point in time, its weights constant."""
         raise NotImplementedError
 
@@ -146,8 +147,8 @@ class RecurrentRule(LayerRule):
         if layer.go_backwards:
             outputs = tf.reverse(outputs, [0])
             mask = None if mask is None else tf.reverse(mask, [0])
-        step = _masked(self.step(layer.cell, saved.state_masks), mask)
-        passed = (_unrolled if layer.unroll else _in_time)(step, outputs, saved.states)
+        step = self.step(layer.cell, saved.state_masks)
+        passed = (unrolled if layer.unroll else in_time)(step, mask, outputs, saved.states)
         previous = passed.previous
         saved.previous = swapped(tf.reverse(previous, [0]) if layer.go_backwards else previous)
         if mask is None:
@@ -175,7 +176,7 @@ class _GatedRule(RecurrentRule):
 
     def projected(self, cell: keras.layers.Layer, run: Recurrence) -> tf.Tensor:
         """Returns x W plus the bias that is added to it."""
-        outputs = _product(swapped(run.inputs), constant(cell.kernel), run.input_masks)
+        outputs = gated_product(swapped(run.inputs), constant(cell.kernel), run.input_masks)
         bias = self.input_bias(cell)
         return outputs if bias is None else tf.nn.bias_add(outputs, bias)
 
@@ -206,15 +207,9 @@ class SimpleRNNRule(_GatedRule):
         """Returns whether there are masks: this cell uses them at any rate."""
         return rate > 0.0
 
-    def step(self, cell: keras.layers.Layer, state_masks: Masks) -> CellStep:
+    def step(self, cell: keras.layers.Layer, state_masks: Masks) -> Cell:
         """Returns one step."""
-        recurrent = constant(cell.recurrent_kernel)
-
-        def step(x: tf.Tensor, states: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
-            z = x + _product(states[0], recurrent, state_masks)
-            return (z if cell.activation is None else cell.activation(z),)
-
-        return step
+        return cell_of(SimpleCell(cell, state_masks))
 
 
 class LSTMRule(_GatedRule):
@@ -222,31 +217,9 @@ class LSTMRule(_GatedRule):
 
     cell_name = "LSTMCell"
 
-    def step(self, cell: keras.layers.Layer, state_masks: Masks) -> CellStep:
+    def step(self, cell: keras.layers.Layer, state_masks: Masks) -> Cell:
         """Returns one step."""
-        recurrent = constant(cell.recurrent_kernel)
-        return lstm_step(cell, lambda hidden: _product(hidden, recurrent, state_masks), 1)
-
-
-def lstm_step(
-    cell: keras.layers.Layer, product_of: Callable[[tf.Tensor], tf.Tensor], axis: int
-) -> CellStep:
-    """Returns one step of an LSTM, whatever its product is.
-
-    Args:
-        cell: The cell.
-        product_of: The product of the last output with the recurrent kernel.
-        axis: The axis of the gates.
-    """
-
-    def step(x: tf.Tensor, states: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
-        hidden, carry = states
-        z = tf.split(x + product_of(hidden), 4, axis=axis)
-        carry = cell.recurrent_activation(z[1]) * carry
-        carry += cell.recurrent_activation(z[0]) * cell.activation(z[2])
-        return cell.recurrent_activation(z[3]) * cell.activation(carry), carry
-
-    return step
+        return cell_of(LSTMCell(cell, state_masks))
 
 
 class GRURule(_GatedRule):
@@ -261,32 +234,24 @@ class GRURule(_GatedRule):
         bias = constant(cell.bias)
         return bias[0] if cell.reset_after else bias
 
-    def step(self, cell: keras.layers.Layer, state_masks: Masks) -> CellStep:
+    def step(self, cell: keras.layers.Layer, state_masks: Masks) -> Cell:
         """Returns one step."""
-        recurrent = constant(cell.recurrent_kernel)
+        if cell.reset_after:
+            return cell_of(GRUCell(cell, state_masks))
         units = cell.units
-        bias = constant(cell.bias)[1] if cell.reset_after and cell.bias is not None else None
+        recurrent = constant(cell.recurrent_kernel)
 
-        def step(x: tf.Tensor, states: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
+        def step(x: tf.Tensor, states: States) -> States:
             (hidden,) = states
-            if cell.reset_after:
-                inner = _product(hidden, recurrent, state_masks)
-                inner = inner if bias is None else inner + bias
-                z = tf.split(x[:, : 2 * units] + inner[:, : 2 * units], 2, axis=1)
-                update, reset = map(cell.recurrent_activation, z)
-                new = x[:, 2 * units :] + reset * inner[:, 2 * units :]
-            else:
-                masks = state_masks
-                inner = _product(hidden, recurrent[:, : 2 * units], masks and masks[:2])
-                z = tf.split(x[:, : 2 * units] + inner, 2, axis=1)
-                update, reset = map(cell.recurrent_activation, z)
-                kept = reset * (
-                    hidden if masks is None else hidden * tf.cast(masks[2], hidden.dtype)
-                )
-                new = x[:, 2 * units :] + tf.matmul(kept, recurrent[:, 2 * units :])
+            masks = state_masks
+            inner = gated_product(hidden, recurrent[:, : 2 * units], masks and masks[:2])
+            z = tf.split(x[:, : 2 * units] + inner, 2, axis=1)
+            update, reset = map(cell.recurrent_activation, z)
+            kept = reset * (hidden if masks is None else hidden * tf.cast(masks[2], hidden.dtype))
+            new = x[:, 2 * units :] + tf.matmul(kept, recurrent[:, 2 * units :])
             return (update * hidden + (1 - update) * cell.activation(new),)
 
-        return step
+        return Retraced(step)
 
     def cell_gradients(
         self, cell: keras.layers.Layer, run: Recurrence, g: tf.Tensor
@@ -319,7 +284,7 @@ class GRURule(_GatedRule):
         gate = slice(cell.units, 2 * cell.units)
         masks = run.state_masks
         hidden = swapped(tf.cast(run.previous, g.dtype))
-        inner = _product(hidden, wide(cell.recurrent_kernel, g)[:, gate], masks and masks[1:2])
+        inner = gated_product(hidden, wide(cell.recurrent_kernel, g)[:, gate], masks and masks[1:2])
         if cell.reset_after and cell.bias is not None:
             inner += wide(cell.bias, g)[1, gate]
         inner += tf.cast(run.projected[..., gate], g.dtype)
@@ -347,7 +312,7 @@ class AnyRecurrentRule(RecurrentRule):
         """Returns that of the cell's rule."""
         return self._of_cells[type(cell)].projected(cell, run)
 
-    def step(self, cell: keras.layers.Layer, state_masks: Masks) -> CellStep:
+    def step(self, cell: keras.layers.Layer, state_masks: Masks) -> Cell:
         """Returns that of the cell's rule."""
         return self._of_cells[type(cell)].step(cell, state_masks)
 
@@ -362,33 +327,12 @@ def _as_masks(masks: Any) -> Masks:
     return masks if isinstance(masks, list) else [masks]
 
 
-def _product(x: tf.Tensor, kernel: tf.Tensor, masks: Masks) -> tf.Tensor:
-    """Returns (x * mask) W, with a mask for each gate if there are several.
-
-    Args:
-        x: Shape (batch, in) or (time, batch, in).
-        kernel: Shape (in, gates * units).
-        masks: Each of shape (batch, in).
-    """
-    if masks is None:
-        # One product of matrices: TensorFlow is slower at one for each point in time.
-        sizes = dims(x)
-        flat = tf.matmul(tf.reshape(x, [product(sizes[:-1]), sizes[-1]]), kernel)
-        return tf.reshape(flat, [*sizes[:-1], kernel.shape[1]])
-    parts = tf.split(kernel, len(masks), axis=1)
-    products = [
-        _product(x * tf.cast(mask, x.dtype), part, None)
-        for part, mask in zip(parts, masks, strict=True)
-    ]
-    return products[0] if len(products) == 1 else tf.concat(products, axis=-1)
-
-
 def _factor(x: tf.Tensor, masks: Masks, g: tf.Tensor) -> Outer:
-    """Returns the gradients of the kernel in `_product` over all points in time.
+    """Returns the gradients of the kernel in `gated_product` over all points in time.
 
     Args:
         x: Shape (batch, time, in).
-        masks: As for `_product`.
+        masks: As for `gated_product`.
         g: Shape (batch, time, gates * units): the gradient of the product.
     """
     x = tf.cast(x, g.dtype)
@@ -408,109 +352,6 @@ def _by_gate(inputs: list[tf.Tensor], g: tf.Tensor) -> Outer:
     units = g.shape[-1] // count
     layout = Layout((width, count * units), (count, width, units), (1, 0, 2))
     return Outer(tf.stack(inputs, axis=1), tf.stack(tf.split(g, count, axis=2), axis=1), layout)
-
-
-class _Passed(NamedTuple):
-    """A pass through a sequence; time is axis 0.
-
-    Attributes:
-        hidden: The first state after each point in time.
-        states: All states after the last one.
-        previous: The first state before each point in time, without a gradient.
-    """
-
-    hidden: tf.Tensor
-    states: tuple[tf.Tensor, ...]
-    previous: tf.Tensor
-
-
-def _in_time(step: Step, projected: tf.Tensor, states: Sequence[tf.Tensor]) -> _Passed:
-    """Runs a step over axis 0, with a gradient that runs each step once more on the way back.
-
-    That keeps nothing but the states, and takes less time than TensorFlow's own gradient of a loop,
-    which keeps every tensor of every step.
-
-    Args:
-        step: One point in time; its first argument is the number of it.
-        projected: Shape (time, batch, ...).
-        states: The first states, each (batch, ...).
-    """
-    count = dims(projected)[0]
-    kept: list[tf.Tensor] = []
-
-    @tf.custom_gradient
-    def run(projected: tf.Tensor, *states: tf.Tensor) -> Any:
-        def forward(t: tf.Tensor, written: list[tf.TensorArray], *states: tf.Tensor) -> tuple:
-            written = [w.write(t, s) for w, s in zip(written, states, strict=True)]
-            return (t + 1, written, *step(t, projected[t], states))
-
-        before = [tf.TensorArray(s.dtype, count, element_shape=s.shape) for s in states]
-        _, before, *last = _loop(forward, count, tf.constant(0), before, *states)
-        before = [written.stack() for written in before]
-        kept[:] = before[:1]
-
-        def gradient(of_hidden: tf.Tensor, *of_states: tf.Tensor) -> tuple:
-            def backward(i: tf.Tensor, written: tf.TensorArray, *slopes: tf.Tensor) -> tuple:
-                t = count - 1 - i
-                slopes = (slopes[0] + of_hidden[t], *slopes[1:])
-                inputs = [projected[t], *(s[t] for s in before)]
-                with tf.GradientTape(watch_accessed_variables=False) as tape:
-                    tape.watch(inputs)
-                    after = step(t, inputs[0], tuple(inputs[1:]))
-                zero = tf.UnconnectedGradients.ZERO
-                of_projected, *slopes = tape.gradient(
-                    after, inputs, output_gradients=list(slopes), unconnected_gradients=zero
-                )
-                return (i + 1, written.write(t, of_projected), *slopes)
-
-            shape = projected.shape[1:]
-            written = tf.TensorArray(projected.dtype, count, element_shape=shape)
-            _, written, *slopes = _loop(backward, count, tf.constant(0), written, *of_states)
-            return (written.stack(), *slopes)
-
-        hidden = tf.concat([before[0][1:], last[0][None]], axis=0)
-        return (hidden, *last), gradient
-
-    hidden, *last = run(projected, *states)
-    return _Passed(hidden, tuple(last), tf.stop_gradient(kept[0]))
-
-
-def _loop(body: Callable[..., tuple], count: Any, *variables: Any) -> tuple:
-    return tf.while_loop(
-        lambda t, *_: t < count,
-        body,
-        variables,
-        maximum_iterations=count,
-        parallel_iterations=1,
-    )
-
-
-def _unrolled(step: Step, projected: tf.Tensor, states: Sequence[tf.Tensor]) -> _Passed:
-    """Returns what `_in_time` returns, with every step in the graph; the length must be known."""
-    current, before, hidden = tuple(states), [], []
-    for t in range(projected.shape[0]):
-        before.append(current[0])
-        current = step(tf.constant(t), projected[t], current)
-        hidden.append(current[0])
-    return _Passed(tf.stack(hidden), current, tf.stop_gradient(tf.stack(before)))
-
-
-def _masked(step: CellStep, mask: tf.Tensor | None) -> Step:
-    """Returns a step that leaves the states as they are where the mask is False.
-
-    Args:
-        step: What the cell does.
-        mask: Shape (time, batch), bool, or None.
-    """
-
-    def masked(t: tf.Tensor, x: tf.Tensor, states: tuple[tf.Tensor, ...]) -> tuple:
-        new = step(x, states)
-        if mask is None:
-            return new
-        valid = over_rows(mask[t], states[0])
-        return tuple(tf.where(valid, n, s) for n, s in zip(new, states, strict=True))
-
-    return masked
 
 
 def swapped(tensor: tf.Tensor) -> tf.Tensor:

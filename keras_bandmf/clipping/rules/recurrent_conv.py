@@ -11,14 +11,9 @@ import tensorflow as tf
 from keras_bandmf.clipping.factors import Factor, Rows
 from keras_bandmf.clipping.rules.base import constant
 from keras_bandmf.clipping.rules.conv import channels_last, sliding_factor, with_bias
-from keras_bandmf.clipping.rules.recurrent import (
-    CellStep,
-    Masks,
-    Recurrence,
-    RecurrentRule,
-    lstm_step,
-    swapped,
-)
+from keras_bandmf.clipping.rules.gated_cells import Masks, lstm_gates
+from keras_bandmf.clipping.rules.in_time import Cell, Retraced, States
+from keras_bandmf.clipping.rules.recurrent import Recurrence, RecurrentRule, swapped
 from keras_bandmf.clipping.shapes import by_example, dims, merge_rows, product
 
 
@@ -52,11 +47,16 @@ class ConvLSTMRule(RecurrentRule):
         outputs = cell.input_conv(merge_rows(inputs), kernel, padding=cell.padding)
         return by_example(with_bias(cell, outputs), dims(inputs)[1])
 
-    def step(self, cell: keras.layers.Layer, state_masks: Masks) -> CellStep:
+    def step(self, cell: keras.layers.Layer, state_masks: Masks) -> Cell:
         """Returns one step."""
         recurrent = constant(cell.recurrent_kernel)
         axis = 1 if cell.data_format == "channels_first" else -1
-        return lstm_step(cell, lambda hidden: cell.recurrent_conv(hidden, recurrent), axis)
+
+        def step(x: tf.Tensor, states: States) -> States:
+            hidden, carry = states
+            return lstm_gates(cell, x + cell.recurrent_conv(hidden, recurrent), carry, axis)[0]
+
+        return Retraced(step)
 
     def cell_gradients(
         self, cell: keras.layers.Layer, run: Recurrence, g: tf.Tensor

@@ -63,6 +63,17 @@ def test_rule(kind, options, masked):
     assert clipping.check_rule(layer, x, **({"mask": MASK} if masked else {})) < 1e-12
 
 
+@pytest.mark.parametrize("time", [1, 10, 13])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lengths(kind, time):
+    """Points in time share iterations: these lengths need one, two, and as many as there are."""
+    x = data(time, WIDTH)
+    layer = built(kind(UNITS, dtype="float64", return_sequences=True), x)
+    assert clipping.check_rule(layer, x) < 1e-12
+    mask = np.random.default_rng(3).random((ROWS, time)) < 0.6
+    assert clipping.check_rule(layer, x, mask=mask) < 1e-12
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", OPTIONS[:2])
 def test_first_states_and_a_mask(kind, options):
