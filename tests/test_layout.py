@@ -9,6 +9,7 @@ import tensorflow as tf
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "keras_bandmf"
+COMMAND_LINE = ROOT / "keras_bandmf_cli"
 
 
 def build_targets():
@@ -36,7 +37,9 @@ def test_build_names_every_file_once():
     files = [file for srcs, _ in build_targets().values() for file in srcs]
     assert len(files) == len(set(files))
     expected = {
-        str(p.relative_to(ROOT)) for d in (PACKAGE, ROOT / "tests") for p in d.rglob("*.py")
+        str(p.relative_to(ROOT))
+        for folder in (PACKAGE, COMMAND_LINE, ROOT / "tests")
+        for p in folder.rglob("*.py")
     }
     assert set(files) == expected
 

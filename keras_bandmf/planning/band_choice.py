@@ -48,6 +48,8 @@ class BandChoice:
 
     Attributes:
         candidates: The candidates, by sampling law and ascending number of bands.
+        limited_by: The largest number of bands that was to be considered, if the best candidate
+            stands there and more might be better; else None.
 
     Example:
         >>> import keras_bandmf as bandmf
@@ -64,6 +66,7 @@ class BandChoice:
     """
 
     candidates: tuple[BandCandidate, ...]
+    limited_by: int | None = None
 
     @property
     def best(self) -> BandCandidate:
@@ -108,6 +111,11 @@ class BandChoice:
             lines.append(
                 f"{star} {row.num_bands:>6}  {row.sampling:<14}  {sigma:>16}  "
                 f"{rounded_up(row.expected_rmse, 5):>13}  {rounded_up(ratio, 4):>8}"
+            )
+        if self.limited_by is not None:
+            lines.append(
+                f"The limit of {self.limited_by} bands is what ended the search: more may be "
+                "better (max_bands)."
             )
         return "\n".join(lines)
 
@@ -225,7 +233,12 @@ def choose_bands(
     else:
         for bands in _grid(schedule, max_bands):
             rmse(bands)
-    return BandChoice(tuple(found[bands] for bands in sorted(found)))
+    choice = BandChoice(tuple(found[bands] for bands in sorted(found)))
+    limited = num_bands is None and changes_noise and choice.best.num_bands == max(found)
+    most = min(schedule.law.max_bands(schedule), schedule.num_steps)
+    if limited and 1 < max_bands < most:
+        return dataclasses.replace(choice, limited_by=max_bands)
+    return choice
 
 
 def _grid(schedule: Schedule, max_bands: int) -> list[int]:

@@ -170,6 +170,7 @@ def _compared(
     # Both ways of sampling compare the same strategies.
     make_strategy = functools.cache(arguments.quick_strategy)
     candidates: list[BandCandidate] = []
+    limits: dict[SamplingName, int | None] = {}
     for name in _AUTO if sampling == "auto" else (sampling,):
         choice = choose_bands(
             arguments.schedule(name, 1),
@@ -180,7 +181,9 @@ def _compared(
             max_bands=max_bands,
         )
         candidates += choice.candidates
-    return BandChoice(tuple(candidates))
+        limits[name] = choice.limited_by
+    found = BandChoice(tuple(candidates))
+    return dataclasses.replace(found, limited_by=limits[found.best.sampling])
 
 
 def resolved_amplification(

@@ -1,16 +1,19 @@
 """The command line: the report, the files, and mistakes reported without a traceback."""
 
+import dataclasses
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from keras_bandmf import __main__ as command_line
-from keras_bandmf.__main__ import main
 from keras_bandmf.audit import AuditReport
 from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.planning.statement import Statement
+from keras_bandmf_cli import commands
+from keras_bandmf_cli.command_line import main
 
 GOOD = {
     "num_examples": "1000",
@@ -145,6 +148,101 @@ def test_as_a_module():
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "--help"], ["plan"], command(epsilon="much"), ["train"]]
+)
+def test_help_and_mistakes_are_answered_without_tensorflow(arguments):
+    program = (
+        "import sys\n"
+        "sys.modules['tensorflow'] = sys.modules['keras_bandmf'] = None  # importing them fails\n"
+        "from keras_bandmf_cli.command_line import main\n"
+        f"raise SystemExit(main({arguments!r}))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == (0 if "--help" in arguments else 2), run.stderr
+    assert "usage: keras-bandmf" in run.stdout + run.stderr
+
+
+def test_nothing_but_the_report_is_written(tmp_path):
+    """TensorFlow's first lines do not appear, but what it says when it fails does."""
+    (tmp_path / "plan.json").write_text(PLAN.to_json())
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    program = [sys.executable, "-m", "keras_bandmf_cli", "show", "plan.json"]
+    options = {"capture_output": True, "text": True, "cwd": tmp_path, "check": False}
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment["PYTHONPATH"] = os.pathsep.join([here, environment.get("PYTHONPATH", "")])
+    run = subprocess.run(program, env=environment, **options)
+    assert (run.returncode, run.stdout, run.stderr) == (0, f"{PLAN}\n", "")
+    (tmp_path / "keras").mkdir()
+    (tmp_path / "keras" / "__init__.py").write_text("raise ImportError('a broken keras')")
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
+    run = subprocess.run(program, env=environment, **options)
+    assert run.returncode == 1 and "a broken keras" in run.stderr
+
+
+PLAN = TrainingPlan(
+    num_examples=1000, batch_size=50, epochs=1, noise_multiplier=1.0, delta=1e-5, num_bands=2
+)
+
+
+def test_plans_and_statements_are_shown(capsys, tmp_path):
+    plan, statement = tmp_path / "plan.json", tmp_path / "statement.json"
+    plan.write_text(PLAN.to_json())
+    assert main(["show", str(plan)]) == 0
+    assert capsys.readouterr().out == f"{PLAN}\n"
+    assert main(["statement", str(plan), f"--json={statement}"]) == 0
+    assert capsys.readouterr().out.startswith(f"{PLAN.statement()}\n")
+    assert Statement.from_json(statement.read_text()) == PLAN.statement()
+    assert main(["show", str(statement)]) == 0
+    assert capsys.readouterr().out == f"{PLAN.statement()}\n"
+    for kept in (plan, statement):
+        assert main(["verify", str(kept)]) == 0
+        assert capsys.readouterr().out.startswith("Verified: ")
+
+
+def test_a_false_epsilon_is_not_confirmed(capsys, tmp_path):
+    kept = tmp_path / "statement.json"
+    true = PLAN.statement()
+    kept.write_text(dataclasses.replace(true, epsilon=0.99 * true.epsilon).to_json())
+    assert main(["verify", str(kept)]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("NOT THE SAME") and err == ""
+
+
+@pytest.mark.parametrize("name", ["show", "statement", "verify"])
+@pytest.mark.parametrize("text", ["", "[]", '{"format": "other"}', None])
+def test_files_that_are_neither(name, text, capsys, tmp_path):
+    if text is not None:
+        (tmp_path / "kept.json").write_text(text)
+    assert main([name, str(tmp_path / "kept.json")]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "kept.json" in err and err.count("\n") == 1
+    assert main([name]) == 2
+
+
+def test_a_large_delta_is_noted(capsys):
+    assert main(command(num_bands="2", delta="0.01")) == 0
+    assert "Note: delta = 0.01 exceeds 1 / num_examples = 0.001" in capsys.readouterr().out
+
+
+def test_the_plan_and_its_row_have_one_noise_multiplier(capsys):
+    assert main(command()) == 0
+    plan, table = capsys.readouterr().out.split("Bands compared")
+    (sigma,) = re.findall(r"noise multiplier +(\S+)", plan)
+    (row,) = (line.split() for line in table.splitlines() if line.startswith("*"))
+    assert row[3] == sigma
+
+
+def test_the_limit_of_bands_is_named_where_it_binds(capsys):
+    run = {"num_examples": "100000000", "num_steps": "2000", "batch_size": "50000"}
+    assert main(command("compare", **run, delta="1e-9", max_bands="4")) == 0
+    assert "The limit of 4 bands is what ended the search" in capsys.readouterr().out
+    assert main(command("compare", max_bands="16")) == 0
+    assert "limit" not in capsys.readouterr().out
+
+
 def test_random_allocation_is_certified_unless_it_is_to_be_known(capsys, tmp_path):
     document = tmp_path / "plan.json"
     run = {
@@ -211,7 +309,7 @@ def test_an_audit_that_contradicts_its_plan_ends_with_1(capsys, tmp_path, monkey
             scores_out=rows,
         )
 
-    monkeypatch.setattr(command_line, "audit_steps", contradicts)
+    monkeypatch.setattr(commands, "audit_steps", contradicts)
     assert main(["audit", f"--plan={document}", "--trials=64", "--confidence=0.9"]) == 1
     out, err = capsys.readouterr()
     assert "FALSE" in out

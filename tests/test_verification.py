@@ -1,4 +1,4 @@
-"""The example that computes a statement's epsilon again, in a process without this package."""
+"""The module that computes a statement's epsilon again, in a process without this package."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import pytest
 from keras_bandmf.record.composition import compose
 from tests.plans import make_plan
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "verify_statement.py"
+SCRIPT = pathlib.Path(__file__).parent.parent / "keras_bandmf_cli" / "verification.py"
 PROGRAM = """
 import runpy, sys
 sys.modules["keras_bandmf"] = None  # importing it fails

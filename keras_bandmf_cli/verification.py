@@ -1,12 +1,13 @@
 """Computes the epsilon of a privacy statement again, with dp_accounting and SciPy alone.
 
-    python examples/verify_statement.py statement.json
+    python -m keras_bandmf_cli.verification statement.json
 
-The file is what `statement.to_json()` wrote. Nothing of keras_bandmf is imported. What is checked:
-that the events of the statement (rounds, sampling probability, noise multiplier) have its epsilon
-at its `accounted_delta`, to four digits. What is not: that the run was what the events say; that is
-the package's own claim. The epsilon of a secret group is an upper confidence bound from samples,
-and no other library computes it: only that of a known group is computed, which must be above it.
+The file is what `statement.to_json()` wrote. Nothing of keras_bandmf is imported, and this module
+also runs alone: copy it. What is checked: that the events of the statement (rounds, sampling
+probability, noise multiplier) have its epsilon at its `accounted_delta`, to four digits. What is
+not: that the run was what the events say; that is the package's own claim. The epsilon of a secret
+group is an upper confidence bound from samples, and no other library computes it: only that of a
+known group is computed, which must be above it.
 """
 
 from __future__ import annotations
