@@ -16,7 +16,8 @@ class EpsilonSoFar(keras.callbacks.Callback):
     The plan's accountant computes the number. It is rounded up to the digits that Keras's progress
     bar shows. It shows progress and is not a guarantee: earlier runs on the same weights come on
     top of it, and a run that ends early is charged in full. `keras_bandmf.statement` counts all of
-    that.
+    that. `fit` runs it before all other callbacks, wherever it stands in the list, and adds one
+    where there is a `keras.callbacks.TensorBoard`.
 
     Example:
         >>> import keras, numpy as np

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_bandmf as bandmf
 from keras_bandmf.training import callback_policy
@@ -21,6 +22,51 @@ def test_epsilon_so_far_is_in_the_history_and_grows_to_the_plans():
     first, last = history.history["epsilon"]
     assert plan.epsilon(12) <= first <= plan.epsilon(12) + 1e-4
     assert first < plan.epsilon() <= last <= plan.epsilon() + 1e-4
+
+
+class Seen(keras.callbacks.Callback):
+    """Keeps what is in the logs when its turn comes."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.names = set(logs)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_epsilon_is_in_the_logs_of_callbacks_that_stand_before_it(nested):
+    plan = runs.make_plan(num_steps=12)
+    model = runs.compiled(runs.counting_model(), plan)
+    seen = Seen()
+    callbacks = [seen, bandmf.callbacks.EpsilonSoFar()]
+    callbacks = [[callbacks]] if nested else callbacks
+    model.fit(plan.batches(*runs.counting_data()), callbacks=callbacks, verbose=0)
+    assert "epsilon" in seen.names
+
+
+def scalars(folder):
+    """The tags and values in the event files of a folder."""
+    found = {}
+    for file in folder.rglob("events.*"):
+        for record in tf.data.TFRecordDataset(str(file)):
+            for value in tf.compat.v1.Event.FromString(record.numpy()).summary.value:
+                found.setdefault(value.tag, []).append(tf.make_ndarray(value.tensor))
+    return found
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_tensorboard_shows_epsilon(asked, tmp_path):
+    pytest.importorskip("tensorboard")
+    plan = runs.make_plan(num_steps=24)
+    model = runs.compiled(runs.counting_model(), plan)
+    callbacks = [keras.callbacks.TensorBoard(tmp_path)]
+    if asked:
+        callbacks.append(bandmf.callbacks.EpsilonSoFar())
+    history = model.fit(
+        plan.batches(*runs.counting_data()), epochs=2, callbacks=callbacks, verbose=0
+    )
+    shown = scalars(tmp_path)["epoch_epsilon"]
+    np.testing.assert_allclose(shown, history.history["epsilon"], rtol=1e-6)
+    assert len(shown) == 2
+    assert callback_policy.unknown_callbacks(callbacks) == []
 
 
 def test_stop_at_epsilon_stays_within_the_target_and_the_run_is_charged_in_full():

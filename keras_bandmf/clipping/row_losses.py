@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras_bandmf.clipping.attached import attached_to, with_attached
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import BatchLoss
+from keras_bandmf.clipping.vectorized import vectorized
 
 
 class RowLosses(NamedTuple):
@@ -71,7 +72,7 @@ def per_example_losses(
     # The tape of the forward pass must not record what happens here.
     tensors = [[[tf.stop_gradient(t) for t in leaf.tensors] for leaf in part] for part in leaves]
     try:
-        losses, slopes = tf.vectorized_map(one, tensors)
+        losses, slopes = vectorized(one, tensors)
     except Unsupported:
         raise
     except Exception:  # an operation that cannot be vectorized, or a mistake, which `map_fn` shows

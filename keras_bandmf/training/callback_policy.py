@@ -79,6 +79,18 @@ def flat_callbacks(callbacks: Callbacks) -> list[keras.callbacks.Callback]:
     return [inner]
 
 
+def with_epsilon(callbacks: list[keras.callbacks.Callback]) -> list[keras.callbacks.Callback]:
+    """Returns the callbacks with `EpsilonSoFar` first, so that all others find it in the logs.
+
+    Where there is a TensorBoard and no `EpsilonSoFar`, one is added.
+    """
+    first = [c for c in callbacks if isinstance(c, EpsilonSoFar)]
+    rest = [c for c in callbacks if not isinstance(c, EpsilonSoFar)]
+    if not first and any(isinstance(c, keras.callbacks.TensorBoard) for c in rest):
+        first = [EpsilonSoFar()]
+    return [*first, *rest]
+
+
 def unknown_callbacks(callbacks: Iterable[keras.callbacks.Callback]) -> list[str]:
     """Returns the class names of callbacks that are not known to leave the run alone."""
     known = (ClippedFraction, EpsilonSoFar, StepGuard, StopAtEpsilon, *_KNOWN)

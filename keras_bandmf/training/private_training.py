@@ -399,7 +399,7 @@ class _PrivateTraining:
         x, y, sample_weight = task_data.plain_rows(model, x, y, sample_weight)
         way = own_batches.way_of(x, optimizer)
         fit_arguments.check_distribution(model, way == "own order")
-        listed = callback_policy.flat_callbacks(callbacks)
+        listed = callback_policy.with_epsilon(callback_policy.flat_callbacks(callbacks))
         validates = validation_data is not None or bool(validation_split and way == "rows")
         monitored = callback_policy.check_callbacks(listed, validates)
         of_rows: list[str] = []

@@ -18,6 +18,7 @@ from keras_bandmf._keras_internals import (
 from keras_bandmf.clipping.factors import Factor, Rows, Unsupported
 from keras_bandmf.clipping.rules.base import LayerRule
 from keras_bandmf.clipping.seeds import without_draws
+from keras_bandmf.clipping.vectorized import vectorized
 
 # Operations that run a `tf.function`.
 _CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
@@ -121,7 +122,7 @@ class ByExampleRule(LayerRule):
             if not tf.executing_eagerly():
                 _sees_one_row(layer, of_row, rows, leaves)
             try:
-                found = tf.vectorized_map(of_row, rows, fallback_to_while_loop=False)
+                found = vectorized(of_row, rows, or_loop=False)
             except (NotImplementedError, TypeError, ValueError):
                 # An operation cannot be vectorized.
                 signature = [tf.TensorSpec(v.shape, v.dtype) for v in variables]
