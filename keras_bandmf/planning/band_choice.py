@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from keras_bandmf._checks import checked_int
+from keras_bandmf._html import columns
 from keras_bandmf._printed import rounded_down, rounded_up
 from keras_bandmf.accounting.accountant import COARSE_ACCURACY, calibrate_noise
 from keras_bandmf.noise.shards import ShardLayout
@@ -16,6 +17,7 @@ from keras_bandmf.sampling.schedule import Schedule
 
 # The noise keeps num_bands - 1 copies of the model in float32.
 DEFAULT_MAX_BANDS = 128
+_COLUMNS = ("bands", "sampling", "noise multiplier", "expected RMSE", "/ DP-SGD")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,24 +102,34 @@ class BandChoice:
 
     def __str__(self) -> str:
         """A table; the best row is starred, and the last column is relative to `dp_sgd`."""
-        lines = [
-            f"{'bands':>8}  {'sampling':<14}  {'noise multiplier':>16}  {'expected RMSE':>13}  "
-            f"{'/ DP-SGD':>8}"
+        form = "{:>8}  {:<14}  {:>16}  {:>13}  {:>8}"
+        lines = [form.format(*_COLUMNS)]
+        for row, cells in zip(self.candidates, self._cells(), strict=True):
+            line = form.format(*cells)
+            lines.append("*" + line[1:] if row is self.best else line)
+        return "\n".join([*lines, *self._notes()])
+
+    def _repr_html_(self) -> str:
+        best = self.candidates.index(self.best)
+        return columns(_COLUMNS, self._cells(), best, self._notes())
+
+    def _cells(self) -> list[list[str]]:
+        return [
+            [
+                str(row.num_bands),
+                row.sampling,
+                rounded_down(row.noise_multiplier, 6),
+                rounded_up(row.expected_rmse, 5),
+                rounded_up(row.expected_rmse / self.dp_sgd.expected_rmse, 4),
+            ]
+            for row in self.candidates
         ]
-        for row in self.candidates:
-            star = "*" if row is self.best else " "
-            sigma = rounded_down(row.noise_multiplier, 6)
-            ratio = row.expected_rmse / self.dp_sgd.expected_rmse
-            lines.append(
-                f"{star} {row.num_bands:>6}  {row.sampling:<14}  {sigma:>16}  "
-                f"{rounded_up(row.expected_rmse, 5):>13}  {rounded_up(ratio, 4):>8}"
-            )
-        if self.limited_by is not None:
-            lines.append(
-                f"The limit of {self.limited_by} bands is what ended the search: more may be "
-                "better (max_bands)."
-            )
-        return "\n".join(lines)
+
+    def _notes(self) -> list[str]:
+        if self.limited_by is None:
+            return []
+        limit = f"The limit of {self.limited_by} bands is what ended the search"
+        return [f"{limit}: more may be better (max_bands)."]
 
 
 def max_bands_for_memory(num_parameters: int, memory_bytes: int, num_replicas: int = 1) -> int:

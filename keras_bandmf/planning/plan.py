@@ -12,6 +12,7 @@ from typing import Any, Literal
 import keras
 
 from keras_bandmf import strategies
+from keras_bandmf._html import facts
 from keras_bandmf.accounting.accountant import checked_delta
 from keras_bandmf.accounting.amplification.certificate import Certificate
 from keras_bandmf.planning import band_choice
@@ -26,7 +27,7 @@ from keras_bandmf.planning.arguments import (
 from keras_bandmf.planning.calibration import Amplification, kept_run
 from keras_bandmf.planning.plan_accounting import PlanAccounting
 from keras_bandmf.planning.plan_json import plan_arguments, plan_document
-from keras_bandmf.planning.plan_table import plan_table
+from keras_bandmf.planning.plan_table import plan_facts, plan_table
 from keras_bandmf.planning.progress import CalibrationProgress
 from keras_bandmf.planning.secret_group import check_certificate
 from keras_bandmf.planning.units import ROW, check_unit_ids, checked_unit
@@ -466,6 +467,9 @@ class TrainingPlan(PlanAccounting):
     def __str__(self) -> str:
         """The plan as a table."""
         return plan_table(self)
+
+    def _repr_html_(self) -> str:
+        return facts("TrainingPlan", plan_facts(self))
 
 
 def _set_fields(

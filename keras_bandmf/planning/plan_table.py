@@ -16,16 +16,15 @@ if TYPE_CHECKING:
 
 
 def plan_table(plan: TrainingPlan) -> str:
-    """Returns what `print(plan)` shows.
+    """Returns what `print(plan)` shows: one line for each fact."""
+    rows = plan_facts(plan)
+    return "\n".join(["TrainingPlan", *(f"  {name:<18}{text}" for name, text in rows)])
 
-    Args:
-        plan: The plan.
 
-    Returns:
-        One line for each fact.
-    """
+def plan_facts(plan: TrainingPlan) -> list[tuple[str, str]]:
+    """Returns the names and texts of what a plan says of itself."""
     epochs = plan.num_steps / plan.steps_per_epoch
-    rows = [
+    return [
         ("examples" if plan.unit == ROW else f"units ({plan.unit})", f"{plan.num_examples}"),
         ("batch size", f"{plan.batch_size}"),
         ("steps", f"{plan.num_steps} ({rounded_up(epochs, 4)} epochs of {plan.steps_per_epoch})"),
@@ -40,7 +39,6 @@ def plan_table(plan: TrainingPlan) -> str:
         ("expected RMSE", f"{rounded_up(plan.expected_rmse, 6)} {rmse_unit(plan.workload)}"),
         ("fingerprint", plan.fingerprint[:16]),
     ]
-    return "\n".join(["TrainingPlan", *(f"  {name:<18}{text}" for name, text in rows)])
 
 
 def workload_in_words(workload: Workload | None) -> str:

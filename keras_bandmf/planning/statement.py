@@ -8,6 +8,7 @@ import textwrap
 from typing import Any
 
 from keras_bandmf._checks import checked_float, checked_int
+from keras_bandmf._html import facts
 from keras_bandmf._printed import rounded_down, rounded_up
 from keras_bandmf.accounting.composition import Event
 from keras_bandmf.planning.attacker import AttackerTerms
@@ -271,8 +272,7 @@ class Statement:
 
     def __str__(self) -> str:
         """The statement as a text."""
-        title = "Privacy statement" if self.executed else "Privacy statement: planned, not executed"
-        lines = [title, "=" * len(title)]
+        lines = [self._title, "=" * len(self._title)]
         if not self.private:
             lines += [f"NOT PRIVATE: {self.not_private_reason}.", self._claim("would be"), ""]
         else:
@@ -283,6 +283,19 @@ class Statement:
             lines += ["", "Caveats:", *(_bullet(text) for text in self.caveats)]
         lines += ["", "Not covered:", *(_bullet(text) for text in self.not_covered)]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = _rows_of_runs(self) if self.runs else _rows(self)
+        verb = "are" if self.executed and self.private else "would be"
+        first = [] if self.private else [("NOT PRIVATE", f"{self.not_private_reason}.")]
+        claim = " ".join(self._claim(verb).split())
+        notes = [("caveat", text) for text in self.caveats]
+        notes += [("not covered", text) for text in self.not_covered]
+        return facts(self._title, [*first, ("claim", claim), *rows, *notes])
+
+    @property
+    def _title(self) -> str:
+        return "Privacy statement" if self.executed else "Privacy statement: planned, not executed"
 
     def _claim(self, verb: str) -> str:
         condition = "" if self.private else "If that were otherwise, "

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from keras_bandmf._checks import checked_choice
+from keras_bandmf._html import facts
+from keras_bandmf._printed import rounded_up
 from keras_bandmf.strategies.arguments import (
     ERRORS,
     ErrorMeasure,
@@ -16,6 +18,9 @@ from keras_bandmf.strategies.arguments import (
     reduced,
 )
 from keras_bandmf.strategies.workload import Workload
+
+# Up to so many, the error takes no time that one would notice in a notebook.
+_FEW_STEPS = 100_000
 
 
 class Strategy(abc.ABC):
@@ -62,6 +67,16 @@ class Strategy(abc.ABC):
           AttributeError: if C is not banded, so that `hasattr` tells banded strategies from others.
         """
         raise AttributeError(self._not_banded("num_bands"))
+
+    def _repr_html_(self) -> str:
+        rows = [("steps", str(self.num_steps))]
+        if hasattr(self, "num_bands"):
+            rows.append(("bands", str(self.num_bands)))
+        rows.append(("workload", "prefix sums" if self.workload is None else repr(self.workload)))
+        if self.num_steps <= _FEW_STEPS:
+            of_steps = self.per_step_error()
+            rows.append(("RMSE at unit noise", rounded_up(float(np.mean(of_steps)) ** 0.5, 6)))
+        return facts(type(self).__name__, rows)
 
     @abc.abstractmethod
     def per_step_error(self) -> np.ndarray:
