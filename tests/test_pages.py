@@ -91,6 +91,19 @@ def test_the_pages_that_a_newcomer_reads_first_always_run():
     assert first <= {param.id for param in pages_with_code()} - SLOW
 
 
+def test_links_of_the_readme_lead_somewhere():
+    """Those between pages are checked by `mkdocs build --strict`."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^):]+?)(?:#([^)]*))?\)", text)
+    assert len(links) > 20
+    for path, anchor in links:
+        page = ROOT / path
+        assert page.is_file(), path
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
+
+
 def test_slow_pages_exist():
     assert {name_of(page) for page in PAGES} >= SLOW
 
