@@ -527,6 +527,9 @@ class PrivateBatches:
             dataset = dataset.map(self._augmentation)
         options = tf.data.Options()
         options.deterministic = True
+        # There is nothing to tune, and the thread that would tune may miss that it is to end: an
+        # iterator that was collected while a later model was traced held it up for up to a minute.
+        options.autotune.enabled = False
         options.experimental_distribute.auto_shard_policy = (
             tf.data.experimental.AutoShardPolicy.DATA
         )

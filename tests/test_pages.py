@@ -1,0 +1,153 @@
+"""The pages: every block of Python in README.md and in docs/ runs, in the order of its page.
+
+The blocks of a page share one namespace and a folder of their own. What a page takes for granted,
+such as the reader's data, stands before its first block in a comment that begins with "setup":
+small stand-ins, of the kinds and shapes that the page speaks of.
+"""
+
+import dataclasses
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+# These take more than a few seconds.
+SLOW = {"docs/audit.md", "docs/choosing_a_plan.md"}
+# In a language of its own, a block must not look like Python that runs.
+LANGUAGES = {"python", "bash", "text", "json"}
+
+_BLOCKS = re.compile(
+    r"^```python\n(?P<python>.*?)^```$|^<!-- setup\n(?P<setup>.*?)^-->$", re.MULTILINE | re.DOTALL
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Code of a page, and the line of the page on which it begins."""
+
+    code: str
+    line: int
+    is_setup: bool
+
+
+def name_of(page):
+    """The path of a page in the repository."""
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks_of(text):
+    """The blocks of Python of a page and their setups, in their order."""
+    found = []
+    for match in _BLOCKS.finditer(text):
+        kind = match.lastgroup
+        line = text.count("\n", 0, match.start(kind))
+        found.append(Block(match[kind], line, kind == "setup"))
+    return found
+
+
+def shown(text):
+    """The blocks that a reader sees."""
+    return [block for block in blocks_of(text) if not block.is_setup]
+
+
+def run(blocks, name):
+    """Runs blocks in one namespace; an error names the line of the page."""
+    namespace = {"__name__": "__page__"}
+    for block in blocks:
+        exec(compile("\n" * block.line + block.code, name, "exec"), namespace)
+
+
+def statements_of(text):
+    """The privacy statements that a page shows as printed."""
+    return re.findall(r"^```text\n(Privacy statement.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def words(text):
+    """Text without its numbers, which a newer SciPy may change in their last digits."""
+    return re.sub(r"[0-9a-f]{12,}|[\d.]+(e-\d+)?", "#", " ".join(text.split()))
+
+
+def pages_with_code():
+    """The pages that have blocks, slow ones marked."""
+    for page in PAGES:
+        if shown(page.read_text(encoding="utf-8")):
+            name = name_of(page)
+            yield pytest.param(page, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pages say in words what these warn of
+@pytest.mark.parametrize("page", pages_with_code())
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text(encoding="utf-8")
+    run(blocks_of(text), name_of(page))
+    printed = words(capsys.readouterr().out)
+    assert all(words(statement) in printed for statement in statements_of(text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_of_python_is_found(page):
+    """Whatever a reader takes for a block of Python is one that the test above runs."""
+    text = page.read_text(encoding="utf-8")
+    fences = re.findall(r"^[ >]*(?:```|~~~)(.*)$", text, re.MULTILINE)
+    opening, closing = fences[::2], fences[1::2]
+    assert not any(closing), "a block is not closed"
+    assert set(opening) <= LANGUAGES
+    assert opening.count("python") == len(shown(text))
+    assert text.count("<!-- setup") == len(blocks_of(text)) - len(shown(text))
+
+
+def test_the_pages_that_a_newcomer_reads_first_always_run():
+    first = {"README.md", "docs/index.md", "docs/fit.md", "docs/statement.md"}
+    assert first <= {param.id for param in pages_with_code()} - SLOW
+
+
+def test_links_of_the_readme_lead_somewhere():
+    """Those between pages are checked by `mkdocs build --strict`."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^):]+?)(?:#([^)]*))?\)", text)
+    assert len(links) > 20
+    for path, anchor in links:
+        page = ROOT / path
+        assert page.is_file(), path
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
+
+
+def test_slow_pages_exist():
+    assert {name_of(page) for page in PAGES} >= SLOW
+
+
+def test_blocks_share_a_namespace_and_errors_name_their_line():
+    text = (
+        "# A\n\n<!-- setup\nx = 1\n-->\n\n```python\ny = x + 1\n```\n\n```python\nz = y + w\n```\n"
+    )
+    assert [block.is_setup for block in blocks_of(text)] == [True, False, False]
+    with pytest.raises(NameError, match="'w'") as error:
+        run(blocks_of(text), "page.md")
+    assert error.traceback[-1].lineno + 1 == 12
+
+
+def test_the_api_pages_name_every_public_object():
+    import keras_bandmf
+
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "docs/api").iterdir()}
+    modules = {name for name in pages if f"::: keras_bandmf.{name}\n" in pages[name]}
+    named = set(re.findall(r"^::: keras_bandmf\.(\w+)$", pages["keras_bandmf"], re.MULTILINE))
+    same = {"make_private", "__version__"}  # named in the text
+    assert all(f"`{name}`" in pages["keras_bandmf"] for name in same)
+    assert named | same | modules >= set(keras_bandmf.__all__)
+    assert modules - set(keras_bandmf.__all__) == {"plots", "tf_privacy"}
+    assert all(f"({name}.md)" in pages["index"] for name in pages if name != "index")
+
+
+def test_every_line_of_a_statement_is_explained():
+    text = (ROOT / "docs/statement.md").read_text(encoding="utf-8")
+    (statement,) = statements_of(text)
+    table = statement.split("\n\n")[1]  # after the claim
+    names = {line[:11].strip() for line in table.splitlines() if not line.startswith(" ")}
+    assert {"epsilon", "delta", "at deltas", "run key", "plan"} <= names
+    assert not {name for name in names if f"- **{name}**" not in text}
