@@ -6,8 +6,10 @@ small stand-ins, of the kinds and shapes that the page speaks of.
 """
 
 import dataclasses
+import os
 import pathlib
 import re
+import subprocess
 
 import pytest
 
@@ -19,17 +21,23 @@ SLOW = {"docs/audit.md", "docs/choosing_a_plan.md"}
 LANGUAGES = {"python", "bash", "text", "json"}
 
 _BLOCKS = re.compile(
-    r"^```python\n(?P<python>.*?)^```$|^<!-- setup\n(?P<setup>.*?)^-->$", re.MULTILINE | re.DOTALL
+    r"^<!-- environment: (?P<environment>\w+) -->\n```python\n(?P<elsewhere>.*?)^```$"
+    r"|^```python\n(?P<python>.*?)^```$|^<!-- setup\n(?P<setup>.*?)^-->$",
+    re.MULTILINE | re.DOTALL,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Code of a page, and the line of the page on which it begins."""
+    """Code of a page, and the line of the page on which it begins.
+
+    A block may need another environment, of a library that cannot share this one.
+    """
 
     code: str
     line: int
     is_setup: bool
+    environment: str | None = None
 
 
 def name_of(page):
@@ -43,7 +51,7 @@ def blocks_of(text):
     for match in _BLOCKS.finditer(text):
         kind = match.lastgroup
         line = text.count("\n", 0, match.start(kind))
-        found.append(Block(match[kind], line, kind == "setup"))
+        found.append(Block(match[kind], line, kind == "setup", match["environment"]))
     return found
 
 
@@ -56,6 +64,8 @@ def run(blocks, name):
     """Runs blocks in one namespace; an error names the line of the page."""
     namespace = {"__name__": "__page__"}
     for block in blocks:
+        if block.environment is not None:
+            continue
         exec(compile("\n" * block.line + block.code, name, "exec"), namespace)
 
 
@@ -85,6 +95,38 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     run(blocks_of(text), name_of(page))
     printed = words(capsys.readouterr().out)
     assert all(words(statement) in printed for statement in statements_of(text))
+
+
+def blocks_elsewhere():
+    """The blocks that need another environment, with their pages."""
+    for page in PAGES:
+        for block in shown(page.read_text(encoding="utf-8")):
+            if block.environment is not None:
+                yield pytest.param(block, id=f"{name_of(page)}-{block.line}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", blocks_elsewhere())
+def test_the_python_of_other_environments_runs(block, tmp_path):
+    """The interpreter of environment X is what KERAS_BANDMF_PYTHON_X names."""
+    variable = f"KERAS_BANDMF_PYTHON_{block.environment.upper()}"
+    if variable not in os.environ:
+        pytest.skip(f"{variable} names no interpreter")
+    run = subprocess.run(
+        [os.environ[variable], "-c", block.code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_other_environments_are_those_of_the_migration_pages():
+    assert {param.values[0].environment for param in blocks_elsewhere()} == {
+        "jax_privacy",
+        "opacus",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
