@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ _SLICES = {"Slice", "StridedSlice"}
 # Operations whose output is there for the whole step, whatever the rows.
 _LASTING = {"Const", "ReadVariableOp"}
 _OPAQUE = (tf.resource, tf.variant, tf.string)
+_LOOPS = {"While", "StatelessWhile"}
 
 
 class Moment(NamedTuple):
@@ -72,9 +74,9 @@ def memory_of(graph: tf.Graph, rows: int, unit: int) -> Memory:
 
     Returns:
         The memory: a function of the trace alone, the same on each machine with the same version
-        of TensorFlow. Scratch memory of kernels, what is inside of loops, branches and functions,
-        and tensors of unknown shape are not counted; in-place operations are counted as if they
-        were not.
+        of TensorFlow. Lists that a loop reads or fills are counted. Scratch memory of kernels, what
+        else is inside of loops, branches and functions, and tensors of unknown shape are not;
+        in-place operations are counted as if they were not.
     """
     operations = _needed(graph)
     moments: set[Moment] = set()
@@ -164,6 +166,9 @@ def _source(operation: tf.Operation, position: int) -> tf.Tensor | None:
     """Returns the input whose memory an output is, or None if it has its own."""
     if operation.type in _VIEWS:
         return operation.inputs[position]
+    if operation.type in _LOOPS and operation.outputs[position].dtype == tf.variant:
+        given = operation.inputs[position]
+        return None if _is_empty_list(given) else given
     if operation.type in _SLICES:
         whole, part = operation.inputs[0], operation.outputs[0]
         same = whole.shape.num_elements() == part.shape.num_elements()
@@ -175,11 +180,31 @@ def _source(operation: tf.Operation, position: int) -> tf.Tensor | None:
 
 def _sizes(tensor: tf.Tensor, unit: int) -> tuple[int, int]:
     """Returns the bytes of a tensor: those that are fixed, and those that grow with the rows."""
-    dtype, count = tensor.dtype.base_dtype, tensor.shape.num_elements()
+    dtype, count = _elements(tensor)
     if not count or dtype in _OPAQUE or tensor.op.type in _LASTING:
         return 0, 0
     size = count * dtype.size
     return (size, 0) if count % unit else (0, size)
+
+
+def _elements(tensor: tf.Tensor) -> tuple[tf.DType, int | None]:
+    """Returns the dtype and the number of the elements of a tensor, or of the list that it is."""
+    operation = tensor.op
+    if operation.type == "TensorListFromTensor":
+        return _elements(operation.inputs[0])
+    if operation.type in _LOOPS:
+        given = operation.inputs[tensor.value_index]
+        if _is_empty_list(given):
+            shape, length = map(tf.get_static_value, given.op.inputs)
+            known = shape is not None and length is not None and (shape >= 0).all()
+            count = int(length) * math.prod(shape.tolist()) if known else None
+            return given.op.get_attr("element_dtype"), count
+    return tensor.dtype.base_dtype, tensor.shape.num_elements()
+
+
+def _is_empty_list(tensor: tf.Tensor) -> bool:
+    """Returns whether this is a list that has places and no memory yet: a loop fills it."""
+    return tensor.op.type == "TensorListReserve"
 
 
 def _largest(moments: Iterable[Moment]) -> Iterator[Moment]:

@@ -68,8 +68,9 @@ class GatedCell:
 
     def kept(self, x: tf.TensorSpec, states: Sequence[tf.TensorSpec]) -> list[tf.TensorSpec]:
         """Returns the shape and dtype of what is kept: `keeps` states side by side."""
-        batch, units = states[0].shape
-        return [tf.TensorSpec([batch, self.keeps * units], states[0].dtype)]
+        # A state that was given may have a width that is not known yet.
+        width = self.keeps * self.kernel.shape[0]
+        return [tf.TensorSpec([states[0].shape[0], width], states[0].dtype)]
 
     def backward(self, kept: list[tf.Tensor], slopes: States) -> tuple[tf.Tensor, States]:
         """Returns the gradients by `x` and the states."""

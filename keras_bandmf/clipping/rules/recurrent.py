@@ -99,12 +99,14 @@ class RecurrentRule(LayerRule):
         return layer.cell.trainable_variables
 
     def refuses(self, layer: keras.layers.Layer) -> str | None:
-        """Returns a reason for a layer that keeps its states, or has another cell than Keras's."""
+        """Returns a reason for a layer that keeps its states, or whose cell the rule misreads."""
         if layer.stateful:
             return "it is stateful"
         kind = type(layer.cell)
         if kind.__name__ != self.cell_name or condition_of(kind) is None:
             return f"its cell is a {kind.__name__} of its own"
+        if layer.cell.compute_dtype != layer.compute_dtype:
+            return f"its cell computes in {layer.cell.compute_dtype}, not {layer.compute_dtype}"
         # An activation, whose weights the rule would not know.
         inside = all_layers(layer.cell, include_self=False)
         return f"its cell holds a layer ({inside[0].name})" if inside else None

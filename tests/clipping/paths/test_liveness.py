@@ -60,6 +60,40 @@ def test_control_dependencies_keep_copies_apart(ordered, alive):
     assert (1 + alive) * 10 * COLUMN <= peak < (1.1 + alive) * 10 * COLUMN
 
 
+def test_lists_that_loops_fill_and_read_are_counted():
+    """A loop hides what it keeps of its steps for another one, as recurrent layers do."""
+
+    def there_and_back(x):
+        kept = tf.TensorArray(tf.float32, 6, element_shape=x.shape, clear_after_read=False)
+
+        def there(i, kept, x):
+            return i + 1, kept.write(i, x), tf.sin(x)
+
+        def back(i, x):
+            return i + 1, x * kept.read(5 - i)
+
+        _, kept, x = tf.while_loop(lambda i, *_: i < 6, there, (0, kept, x))
+        return tf.while_loop(lambda i, *_: i < 6, back, (0, x))[1]
+
+    # What is kept, what goes into a loop, and what comes out; integers besides.
+    peak = traced(there_and_back, (ROWS, 10)).peak(ROWS)
+    assert 8 * 10 * COLUMN <= peak < 8 * 10 * COLUMN + 200
+
+
+def test_a_list_of_a_tensor_is_a_copy():
+    def total(x):
+        rows = tf.TensorArray(tf.float32, 6, element_shape=x.shape[1:]).unstack(x)
+
+        def add(i, y):
+            return i + 1, y + rows.read(i)
+
+        return tf.while_loop(lambda i, _: i < 6, add, (0, tf.zeros([ROWS, 1])))[1]
+
+    # At the copy, and later the list beside the sum that goes in, and the one that comes out.
+    peak = traced(total, (6, ROWS, 1)).peak(ROWS)
+    assert 12 * COLUMN <= peak < 14 * COLUMN
+
+
 def test_views_take_no_memory():
     def views(x):
         y = tf.reshape(tf.identity(x), [ROWS, 2, 5])[:7]

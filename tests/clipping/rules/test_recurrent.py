@@ -279,13 +279,13 @@ def test_states_that_stay_are_refused():
     assert explain(model).route == "general"
 
 
-def assert_as_one_by_one(model, x, y, route):
+def assert_as_one_by_one(model, x, y, route, tolerance=1e-5):
     model.compile(loss="mse")
     per_example, _ = reference.gradients(model, x, y, None)
     _, sums = reference.clipped(per_example, 1.0)
     found = tf.function(lambda x, y: clipped_gradients(model, x, y), autograph=False)(x, y)
     assert explain(model).route == route
-    assert reference.error(found.sums, sums) < 1e-5
+    assert reference.error(found.sums, sums) < tolerance
 
 
 @clipping.declare_row_wise
@@ -306,6 +306,19 @@ def test_cells_that_are_not_those_of_keras_run_by_example(what):
     model = keras.Sequential([keras.Input((TIME, WIDTH)), layer, layers.Dense(2)])
     x, y = (tf.constant(data(*s), tf.float32) for s in ((TIME, WIDTH), (2,)))
     assert_as_one_by_one(model, x, y, "book-keeping")
+    assert "ByExampleRule" in str(explain(model))
+
+
+@pytest.mark.parametrize(
+    ("inside", "around"), [("float64", "float32"), ("float32", "mixed_bfloat16")]
+)
+def test_a_cell_of_another_dtype_than_its_layer_runs_by_example(inside, around):
+    """Keras casts the inputs when it calls the cell; the rule does not call it."""
+    layer = layers.RNN(layers.LSTMCell(UNITS, dtype=inside), dtype=around)
+    model = keras.Sequential([keras.Input((TIME, WIDTH)), layer, layers.Dense(2, dtype="float32")])
+    x, y = (tf.constant(data(*s), tf.float32) for s in ((TIME, WIDTH), (2,)))
+    tolerance = 1e-2 if around == "mixed_bfloat16" else 1e-5
+    assert_as_one_by_one(model, x, y, "book-keeping", tolerance)
     assert "ByExampleRule" in str(explain(model))
 
 
