@@ -126,6 +126,7 @@ def test_other_environments_are_those_of_the_migration_pages():
     assert {param.values[0].environment for param in blocks_elsewhere()} == {
         "jax_privacy",
         "opacus",
+        "tf_privacy",
     }
 
 
