@@ -1,4 +1,4 @@
-"""LoRA in a private `fit`: Keras's files lose its factors, and zeros train on noise alone."""
+"""What would train LoRA on noise alone: factors that a file set to zero, quantized logits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import keras
 
-from keras_bandmf._keras_internals import all_layers
+from keras_bandmf._keras_internals import all_layers, nodes_by_depth
+from keras_bandmf.clipping.rowwise.decision import graph_of
 
 # The factors A and B of W + s A B, by the names of Keras.
 _FACTORS = (("lora_kernel_a", "lora_kernel_b"), ("lora_embeddings_a", "lora_embeddings_b"))
@@ -50,6 +51,37 @@ def refuse_zero_factors(model: keras.Model) -> None:
             'model.trainable_variables if v.name in ("lora_kernel_a", "lora_embeddings_a")]`. '
             f"To go on with the run that was interrupted, save it by {_CHECKPOINT}."
         )
+
+
+def refuse_quantized_logits(model: keras.Model) -> None:
+    """Refuses a quantized table of tokens that gives the logits of a functional model.
+
+    Where Keras quantizes the inputs of such a table, it rounds them and gives the rounding no
+    gradient: of each position only the largest entry gets one, through the scale.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: If gradients would have to pass such a table.
+    """
+    graph = graph_of(model)
+    nodes = nodes_by_depth(graph) if graph is not None else {}
+    for node in (node for of_depth in nodes.values() for node in of_depth):
+        table = node.operation
+        if (
+            node.arguments.kwargs.get("reverse")
+            and getattr(table, "quantization_mode", None) is not None
+            and getattr(table, "inputs_quantizer", None) is not None
+        ):
+            raise ValueError(
+                "Keras has no usable gradient through a quantized table of tokens that also gives "
+                "the logits: it rounds what comes in, and only the largest entry of each position "
+                f"gets a gradient. Received: layer '{table.path}' quantized to "
+                f"{table.quantization_mode}. Leave tables out: "
+                f"`model.backbone.quantize({table.quantization_mode!r}, filters=lambda layer: not "
+                "isinstance(layer, keras.layers.Embedding))`."
+            )
 
 
 def refuse_backup(model: keras.Model, callbacks: Iterable[keras.callbacks.Callback]) -> None:

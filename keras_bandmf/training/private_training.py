@@ -508,6 +508,7 @@ class _PrivateTraining:
         fit_arguments.check_trainable(model, sample.get("y"))
         refuse_stateful(model)
         low_rank.refuse_zero_factors(model)
+        low_rank.refuse_quantized_logits(model)
         with model.distribute_strategy.scope():
             # Metrics too: made inside a replica, their variables would break the graph.
             build_model(model, keras.tree.map_structure(_symbolic_batch, parts))

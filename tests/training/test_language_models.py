@@ -1,5 +1,7 @@
 """Tasks of keras_hub as their users know them: raw rows in, LoRA or all weights, files out."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -167,6 +169,42 @@ def test_keras_files_do_not_keep_the_factors(tmp_path):
     exec(line, {"keras": keras, "model": other})
     other.fit(LINES, epochs=1, steps_per_epoch=1, verbose=0)
     assert other.optimizer.steps_done == 1
+
+
+def quantized_gpt2(filters=None):
+    model = make("gpt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # layers that Keras does not quantize
+        model.backbone.quantize("int8", filters=filters)
+    model.backbone.enable_lora(2)
+    return model
+
+
+def test_quantized_tables_that_give_the_logits_are_refused():
+    model = compiled(quantized_gpt2(), PLAN)
+    with pytest.raises(ValueError, match=r"quantized table.*logits.*`model.backbone.quantize\("):
+        model.fit(LINES, verbose=0)
+    assert not model.optimizer.built
+    # What Keras does, on which the refusal rests.
+    hidden = tf.random.normal([1, 3, 8])
+    with tf.GradientTape() as tape:
+        tape.watch(hidden)
+        logits = tf.square(model.backbone.token_embedding(hidden, reverse=True))
+    slopes = tape.gradient(logits, hidden)
+    np.testing.assert_array_equal(np.count_nonzero(slopes, axis=-1), [[1, 1, 1]])
+    np.testing.assert_array_equal(np.argmax(np.abs(slopes), -1), np.argmax(np.abs(hidden), -1))
+
+
+@pytest.mark.slow
+def test_a_quantized_base_is_trained_on_the_fast_path():
+    model = quantized_gpt2(lambda layer: not isinstance(layer, keras.layers.Embedding))
+    compiled(model, PLAN)
+    before = {v.path: np.array(v) for v in model.weights}
+    model.fit(LINES, verbose=0)
+    assert clipping.explain(model).route == "book-keeping"
+    moved = {v.path for v in model.weights if not np.array_equal(before[v.path], v)}
+    assert moved == {v.path for v in model.trainable_variables}
+    assert model.generate("a b", max_length=6).startswith("a b")
 
 
 def test_a_backup_that_would_lose_the_factors_is_refused(tmp_path):
