@@ -71,7 +71,8 @@ def private_texts() -> list[str]:
 def small_model(texts: list[str], length: int, epochs: int) -> keras.Model:
     """A GPT-2 of two layers that is trained on public texts, as is its tokenizer."""
     trainer = tokenizers.ByteLevelBPETokenizer()
-    trainer.train_from_iterator(texts, vocab_size=1000, special_tokens=["<|endoftext|>"])
+    special = ["<|pad|>", "<|endoftext|>"]  # keras_hub pads GPT-2's texts with token 0
+    trainer.train_from_iterator(texts, vocab_size=1000, special_tokens=special)
     models = keras_hub.models
     with tempfile.TemporaryDirectory() as folder:
         trainer.save_model(folder)

@@ -3,7 +3,6 @@
 import pathlib
 import re
 
-import numpy as np
 import pytest
 
 import keras_bandmf as bandmf
@@ -26,6 +25,6 @@ def test_the_page_runs_as_it_is_copied(tmp_path, monkeypatch, capsys):
     assert statement.private and statement.epsilon <= 8.0 and statement.num_bands == 16
     assert str(statement) in printed
     assert names["loss_after"] < names["loss_before"]
-    assert np.exp(names["loss_after"]) > 1.0
+    assert re.search(r"\['the nurse \w+", printed), "nothing was generated after the prompt"
     assert (tmp_path / "served" / "saved_model.pb").exists()
     assert bandmf.clipping.explain(names["small"]).rows
