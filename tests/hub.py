@@ -1,5 +1,7 @@
 """Tiny tasks of keras_hub, made offline: a vocabulary of a few words, and texts of them."""
 
+import io
+
 import keras
 import numpy as np
 
@@ -66,6 +68,59 @@ def gpt2():
     preprocessor = models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=8)
     backbone = models.GPT2Backbone(len(_PIECES), 1, 2, 8, 16, dropout=0.0, max_sequence_length=8)
     return models.GPT2CausalLM(backbone, preprocessor=preprocessor)
+
+
+def _sentence_pieces(**options):
+    """The bytes of a vocabulary of sentence pieces, trained on the lines."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES),
+        model_writer=model,
+        vocab_size=12,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()
+
+
+def gemma():
+    """A causal language model with grouped queries, gated layers and a scaled table."""
+    import keras_hub
+
+    keras.utils.set_random_seed(7)
+    models = keras_hub.models
+    tokenizer = models.GemmaTokenizer(
+        _sentence_pieces(
+            **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3},
+            **{f"{name}_piece": f"<{name}>" for name in ("pad", "eos", "bos", "unk")},
+        )
+    )
+    preprocessor = models.GemmaCausalLMPreprocessor(tokenizer, sequence_length=8)
+    backbone = models.GemmaBackbone(
+        vocabulary_size=tokenizer.vocabulary_size(),
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=8,
+        intermediate_dim=16,
+        head_dim=4,
+    )
+    return models.GemmaCausalLM(backbone, preprocessor=preprocessor)
+
+
+def llama():
+    """A causal language model whose head is a table of its own."""
+    import keras_hub
+
+    keras.utils.set_random_seed(7)
+    models = keras_hub.models
+    tokenizer = models.LlamaTokenizer(_sentence_pieces(unk_id=0, bos_id=1, eos_id=2))
+    preprocessor = models.LlamaCausalLMPreprocessor(tokenizer, sequence_length=8)
+    backbone = models.LlamaBackbone(tokenizer.vocabulary_size(), 1, 2, 8, 16, 1)
+    return models.LlamaCausalLM(backbone, preprocessor=preprocessor)
 
 
 def image_classifier():

@@ -3,6 +3,7 @@
 import importlib
 import math
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -85,6 +86,26 @@ def test_the_rule_is_judged_at_the_nearest_candidate(example):
     assert swept.rule == 4.0
     (four,) = (row for row in swept.choice.candidates if row.num_bands == 4)
     assert swept.rmse_by_rule == four.expected_rmse >= swept.choice.best.expected_rmse
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", [[], ["--int8"]], ids=["float32", "int8"])
+def test_lora_trains_its_own_weights_alone_and_its_noise_is_small(example, base, capsys):
+    pytest.importorskip("keras_hub")
+    size = ["--most", "400", "--public_epochs", "1", "--batch_size", "40", "--length", "16"]
+    example("lora_language_model").main([*base, *size, "--steps", "8", "--bands", "4"])
+    printed = capsys.readouterr().out
+    trained = [line for line in printed.splitlines() if "lora_kernel_a" in line]
+    assert len(trained) == 4 and all("| book-keeping |" in line for line in trained)
+    assert "frozen weights that moved: 0" in printed
+    lora, everything = (
+        int(re.search(rf"\| {name} \| .* \| ([\d,]+) bytes", printed)[1].replace(",", ""))
+        for name in ("LoRA", "all")
+    )
+    assert lora == 4 * 3 * 5 * 1024  # three rows of 4,608 weights, in whole chunks
+    assert everything > 20 * lora
+    assert re.search(r"perplexity on 40 held-out texts: \d+\.\d+ before, \d+\.\d+ after", printed)
+    assert "epsilon    8 by the PLD accountant" in printed
 
 
 @pytest.mark.slow

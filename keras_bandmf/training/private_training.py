@@ -27,6 +27,7 @@ from keras_bandmf.training import (
     callback_policy,
     fit_arguments,
     keras_faults,
+    low_rank,
     own_batches,
     task_data,
     validation,
@@ -402,6 +403,7 @@ class _PrivateTraining:
         listed = callback_policy.with_epsilon(callback_policy.flat_callbacks(callbacks))
         validates = validation_data is not None or bool(validation_split and way == "rows")
         monitored = callback_policy.check_callbacks(listed, validates)
+        low_rank.refuse_backup(model, listed)
         of_rows: list[str] = []
         if way == "rows":
             asked = own_batches.Asked(
@@ -505,6 +507,8 @@ class _PrivateTraining:
         parts = (sample["x"], sample.get("y"), sample.get("sample_weight"))
         fit_arguments.check_trainable(model, sample.get("y"))
         refuse_stateful(model)
+        low_rank.refuse_zero_factors(model)
+        low_rank.refuse_quantized_logits(model)
         with model.distribute_strategy.scope():
             # Metrics too: made inside a replica, their variables would break the graph.
             build_model(model, keras.tree.map_structure(_symbolic_batch, parts))

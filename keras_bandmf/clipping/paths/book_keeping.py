@@ -23,7 +23,7 @@ from keras_bandmf.clipping.losses import BatchLoss
 from keras_bandmf.clipping.merge import merged
 from keras_bandmf.clipping.paths.declared_shapes import checked_shapes
 from keras_bandmf.clipping.row_losses import per_example_losses
-from keras_bandmf.clipping.rules.base import LayerRule
+from keras_bandmf.clipping.rules.base import LayerRule, called_method
 from keras_bandmf.clipping.rules.registry import assigned_rules
 from keras_bandmf.clipping.shapes import by_example, over_rows
 
@@ -274,7 +274,7 @@ def _as_tensor(g: Any, dtype: tf.DType) -> tf.Tensor:
 def tapped(
     model: keras.layers.Layer, tape: tf.GradientTape, records: list[_Record]
 ) -> Iterator[None]:
-    """Replaces `call` on every layer instance whose rule gives gradients of trainable weights.
+    """Replaces the method that runs, on every layer whose rule gives gradients of trained weights.
 
     Args:
         model: A model or layer. It and the layers in it are recorded.
@@ -291,12 +291,12 @@ def tapped(
     try:
         for layer, rule in assigned.rules:
             # Bypasses Keras's attribute tracking, and changes this instance only.
-            vars(layer)["call"] = _recording(layer, rule, tape, records)
+            vars(layer)[called_method(layer)] = _recording(layer, rule, tape, records)
             replaced.append(layer)
         yield
     finally:
         for layer in replaced:
-            del vars(layer)["call"]
+            del vars(layer)[called_method(layer)]
 
 
 def _recording(

@@ -21,6 +21,7 @@ from keras_bandmf.clipping.rowwise.known_layers import (
     condition_of,
     inner_rank,
     is_the_one,
+    quantized_reason,
     replaced_reason,
 )
 from keras_bandmf.clipping.rowwise.known_operations import operation_reason
@@ -91,6 +92,8 @@ def may_be_row_wise(layer: keras.layers.Layer) -> bool:
     The number of axes of its inputs is not known here, nor are the layers inside looked at: whether
     a model treats rows independently is found by `rowwise`.
     """
+    if quantized_reason(layer, None) is not None:
+        return False
     if type(layer) in _DECLARED:
         return True
     condition = condition_of(type(layer))
@@ -155,9 +158,7 @@ def _own_reason(layer: Any, rank: int | None, found: Rowwise) -> str | None:
         why = replaced_reason(layer)
     if why is not None:
         return why
-    if getattr(layer, "quantization_mode", None) is not None:
-        return "it is quantized"
-    why = activation_reason(layer) or array_reason(layer)
+    why = activation_reason(layer) or array_reason(layer) or quantized_reason(layer, rank)
     if why is not None:
         return why
     if type(layer) in _DECLARED:

@@ -392,6 +392,31 @@ def array_reason(layer: keras.layers.Layer) -> str | None:
     return None
 
 
+# The kernels of these in int8 are frozen arrays, and their inputs are scaled along axes alone.
+_IN_INT8 = frozenset("Dense EinsumDense Embedding ReversibleEmbedding".split())
+
+
+def quantized_reason(layer: keras.layers.Layer, rank: Rank) -> str | None:
+    """Returns why a quantized layer may mix rows, or None; None for all others."""
+    mode = getattr(layer, "quantization_mode", None)
+    if mode is None:
+        return None
+    kind = type(layer)
+    if mode != "int8" or kind.__name__ not in _IN_INT8 or condition_of(kind) is None:
+        return f"it is quantized, and nothing is known of {kind.__name__} in {mode}"
+    quantizer = getattr(layer, "inputs_quantizer", None)
+    if quantizer is None:
+        return None
+    if type(quantizer) is not keras.quantizers.AbsMaxQuantizer:
+        return f"it is quantized, and {type(quantizer).__name__} of its inputs is not known"
+    # By the release of Keras, and by the layer, one of these is taken, or the last axis.
+    for axes in (quantizer.axis, getattr(layer, "quantization_axis", None), -1):
+        why = None if axes is None else axis_reason(axes, rank, "axis of its quantizer")
+        if why is not None:
+            return why
+    return None
+
+
 def inner_rank(layer: keras.layers.Layer, rank: Rank) -> Rank:
     """Returns the rank of what the layers inside a layer get, or None where it is not known."""
     if rank is None or type(layer) not in _KERAS:

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_bandmf._keras_internals import kernel_of
+from keras_bandmf._keras_internals import kernel_of, stored_value
 from keras_bandmf.clipping.factors import Factor, Layout, Outer, Rows, Unsupported
 from keras_bandmf.clipping.shapes import positions, sum_to
 
@@ -150,6 +150,19 @@ def constant(variable: Any) -> tf.Tensor:
     return tf.stop_gradient(keras.ops.convert_to_tensor(variable))
 
 
+def called_method(layer: keras.layers.Layer) -> str:
+    """Returns the name of the method that Keras runs when the layer is called."""
+    return "call" if getattr(layer, "quantization_mode", None) is None else "quantized_call"
+
+
+def quantized_outputs(layer: keras.layers.Layer, inputs: tf.Tensor) -> tf.Tensor:
+    """Returns the outputs of a quantized layer, with its trained weights behind `stop_gradient`."""
+    variables = layer.trainable_variables
+    values = [(v, tf.stop_gradient(stored_value(v))) for v in variables]
+    with keras.StatelessScope(state_mapping=values):
+        return type(layer).quantized_call(layer, inputs)  # that of the instance is recorded
+
+
 def lora_scale(layer: keras.layers.Layer) -> float:
     """Returns the factor in front of A B in a layer whose LoRA is enabled."""
     return layer.lora_alpha / layer.lora_rank
@@ -161,13 +174,22 @@ def wide(variable: keras.Variable, like: tf.Tensor) -> tf.Tensor:
 
 
 class KernelRule(LayerRule):
-    """What the rules of layers with a kernel, a bias, LoRA and an activation have in common."""
+    """What the rules of layers with a kernel, a bias, LoRA and an activation have in common.
+
+    Attributes:
+        knows_int8: Whether the rule gives the gradients of LoRA and bias over a kernel in int8.
+    """
+
+    knows_int8 = False
 
     def refuses(self, layer: keras.layers.Layer) -> str | None:
-        """Returns a reason for a quantized layer."""
-        if getattr(layer, "quantization_mode", None) is not None:
-            return "the layer is quantized"
-        return None
+        """Returns a reason for a quantized layer, unless it is one that the rule knows."""
+        mode = getattr(layer, "quantization_mode", None)
+        # `quantized_call` does not give what comes before an activation.
+        plain = getattr(layer, "activation", None) in (None, keras.activations.linear)
+        if mode is None or (self.knows_int8 and mode == "int8" and plain):
+            return None
+        return f"the layer is quantized ({mode})"
 
 
 class LinearRule(KernelRule):
@@ -205,6 +227,8 @@ class LinearRule(KernelRule):
 class DenseRule(LinearRule):
     """Dense on (batch, ..., in)."""
 
+    knows_int8 = True
+
     def linear(self, layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
         """Returns x W."""
         return keras.ops.matmul(inputs, kernel)
@@ -217,6 +241,8 @@ class DenseRule(LinearRule):
 
     def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
         """Returns x W + b, and x for the gradients."""
+        if layer.quantization_mode is not None:
+            return quantized_outputs(layer, inputs), inputs
         outputs = self.linear(layer, inputs, constant(layer.kernel))
         if layer.bias is not None:
             outputs = keras.ops.add(outputs, constant(layer.bias))
@@ -236,6 +262,8 @@ class DenseRule(LinearRule):
                 (a, matrix(x, tf.matmul(scaled, wide(b, g), transpose_b=True))),
                 (b, matrix(tf.matmul(x, wide(a, g)), scaled)),
             ]
+        elif layer.quantization_mode is not None:
+            found = []
         else:
             kernel = kernel_of(layer)
             found = [(kernel, self.kernel_factor(layer, x, g, tuple(kernel.shape)))]

@@ -16,7 +16,7 @@ from keras_bandmf._keras_internals import (
     stored_value,
 )
 from keras_bandmf.clipping.factors import Factor, Rows, Unsupported
-from keras_bandmf.clipping.rules.base import LayerRule
+from keras_bandmf.clipping.rules.base import LayerRule, called_method
 from keras_bandmf.clipping.seeds import without_draws
 from keras_bandmf.clipping.vectorized import vectorized
 
@@ -80,7 +80,7 @@ class ByExampleRule(LayerRule):
         scope = keras.StatelessScope(state_mapping=values, collect_losses=True)
         before = dict(scope.state_mapping)
         with without_draws(layer), scope:
-            outputs = type(layer).call(layer, *args, **kwargs)
+            outputs = getattr(type(layer), called_method(layer))(layer, *args, **kwargs)
         if scope.losses:
             raise Unsupported(f"{layer.path}: calls `add_loss`")
         after = scope.state_mapping

@@ -10,7 +10,13 @@ import tensorflow as tf
 
 from keras_bandmf._keras_internals import kernel_of
 from keras_bandmf.clipping.factors import Factor, Layout, Outer, Rows, Unsupported
-from keras_bandmf.clipping.rules.base import LinearRule, constant, lora_scale, wide
+from keras_bandmf.clipping.rules.base import (
+    LinearRule,
+    constant,
+    lora_scale,
+    quantized_outputs,
+    wide,
+)
 from keras_bandmf.clipping.shapes import dims, product, sum_to
 
 
@@ -21,6 +27,8 @@ class EinsumDenseRule(LinearRule):
         equation: None for that of the layer; else the one to compute by in its place, for
             `linear` and `kernel_factor` alone.
     """
+
+    knows_int8 = True
 
     def __init__(self, equation: str | None = None):
         self._equation = equation
@@ -46,6 +54,8 @@ class EinsumDenseRule(LinearRule):
 
     def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
         """Returns the einsum plus the bias, and the inputs for the gradients."""
+        if layer.quantization_mode is not None:
+            return quantized_outputs(layer, inputs), inputs
         outputs = self.linear(layer, inputs, constant(layer.kernel))
         if layer.bias is not None:
             outputs = keras.ops.add(outputs, constant(layer.bias))
@@ -60,6 +70,8 @@ class EinsumDenseRule(LinearRule):
         if layer.lora_enabled:
             equation = _known_equation(layer, layer.equation, x, lora=True)
             found = _lora(layer, equation, x, lora_scale(layer) * g)
+        elif layer.quantization_mode is not None:
+            found = []
         else:
             kernel = kernel_of(layer)
             found = [(kernel, self.kernel_factor(layer, x, g, tuple(kernel.shape)))]

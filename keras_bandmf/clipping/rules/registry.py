@@ -8,7 +8,7 @@ import keras
 
 from keras_bandmf._keras_internals import all_layers, recomputes_activations, trained_layers
 from keras_bandmf.clipping.rowwise.decision import declare_row_wise, may_be_row_wise
-from keras_bandmf.clipping.rules.base import DenseRule, LayerRule
+from keras_bandmf.clipping.rules.base import DenseRule, LayerRule, called_method
 from keras_bandmf.clipping.rules.by_example import ByExampleRule
 from keras_bandmf.clipping.rules.conv import (
     ConvRule,
@@ -160,8 +160,8 @@ def rule_of(layer: keras.layers.Layer) -> tuple[LayerRule | None, str]:
         (The rule, its name and why it is this one), or (None, the reason why there is none).
     """
     rule = vars(layer).get(_OWN_RULE) or _known(type(layer))
-    if "call" in vars(layer):
-        return None, "its `call` was replaced on the instance"
+    if called_method(layer) in vars(layer):
+        return None, f"its `{called_method(layer)}` was replaced on the instance"
     if recomputes_activations(layer):
         return None, "it recomputes its activations (remat)"
     name = type(layer).__name__
