@@ -50,6 +50,26 @@ class RootMeanSquareRule(ScaleRule):
         return outputs + self.offset * normalized, normalized
 
 
+class LayerScaleRule(ScaleRule):
+    """DINOV2LayerScale and DINOV3LayerScale: the inputs times a vector, along the last axis."""
+
+    def refuses(self, layer: keras.layers.Layer) -> str | None:
+        """Returns None: these layers always work along the last axis."""
+        return None
+
+    def weights(self, layer: keras.layers.Layer) -> tuple[Any, Any]:
+        """Returns the vector; there is no offset."""
+        return layer.lambda1, None
+
+    def axes(self, layer: keras.layers.Layer, rank: int) -> list[int]:
+        """Returns the last axis."""
+        return [rank - 1]
+
+    def normalized(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tf.Tensor:
+        """Returns the inputs as they are."""
+        return inputs
+
+
 class PositionEmbeddingRule(LayerRule):
     """PositionEmbedding: the first rows of a table for every example, or rows by index."""
 
@@ -156,6 +176,8 @@ _RULES: dict[str, LayerRule] = {
         ReversibleEmbeddingRule()
     ),
     "keras_hub.src.models.deberta_v3.relative_embedding.RelativeEmbedding": RelativeEmbeddingRule(),
+    "keras_hub.src.models.dinov2.dinov2_layers.DINOV2LayerScale": LayerScaleRule(),
+    "keras_hub.src.models.dinov3.dinov3_layers.DINOV3LayerScale": LayerScaleRule(),
     "keras_hub.src.models.gemma.rms_normalization.RMSNormalization": RootMeanSquareRule(offset=1.0),
     "keras_hub.src.models.gemma3.gemma3_layers.RMSNormalization": RootMeanSquareRule(offset=1.0),
     "keras_hub.src.models.gpt_oss.gpt_oss_layer_norm.GptOssLayerNormalization": _FLOAT32_RMS,

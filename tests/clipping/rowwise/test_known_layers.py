@@ -93,7 +93,9 @@ _T5_GEMMA_BLOCK = {
     "layer_type": "sliding_attention",
     "sliding_window": 2,
 }
-_X, _HEADS = (5, 8), (5, 2, 4)
+_X, _HEADS, _IMAGE = (5, 8), (5, 2, 4), (4, 4, 3)
+_DINO = {"num_layers": 1, "hidden_dim": 8, "num_heads": 2, "intermediate_dim": 5}
+_PATCHES = {"hidden_dim": 8, "patch_size": 2, "num_register_tokens": 2}
 # Name -> settings, the shapes of an example's inputs, and its masks by the names of arguments.
 HUB = {
     "layers.modeling.alibi_bias.AlibiBias": ({}, [(2, 5, 5)], {}),
@@ -113,12 +115,40 @@ HUB = {
         [_X],
         {},
     ),
+    "models.deit.deit_layers.DeiTEmbeddings": (
+        {"image_size": (4, 4), "patch_size": (2, 2), "hidden_dim": 8},
+        [_IMAGE],
+        {},
+    ),
+    "models.deit.deit_layers.DeiTEncoder": (_DINO, [_X], {}),
+    "models.dinov2.dinov2_layers.DINOV2Embedding": (
+        {**_PATCHES, "image_shape": (4, 4), "position_embedding_shape": (4, 4)},
+        [_IMAGE],
+        {"masks": (4,)},
+    ),
+    "models.dinov2.dinov2_layers.DINOV2Encoder": ({**_DINO, "use_swiglu_ffn": True}, [_X], {}),
+    "models.dinov3.dinov3_layers.DINOV3Embedding": (_PATCHES, [_IMAGE], {"masks": (4,)}),
+    "models.dinov3.dinov3_layers.DINOV3Encoder": (
+        {**_DINO, "use_gated_mlp": True},
+        [_X],
+        {"attention_mask": (1, 5, 5)},
+    ),
     "models.esm.esm_attention.ESMRotaryEmbedding": ({}, [_HEADS, _HEADS], {}),
     "models.esm.esm_attention.EsmSelfAttention": (_ROFORMER, [_X], {"attention_mask": (5,)}),
     "models.esm.esm_encoder.ESMEncoder": (
         {**_ROFORMER, "intermediate_size": 5},
         [_X],
         {"attention_mask": (5,)},
+    ),
+    "models.mit.mit_layers.HierarchicalTransformerEncoder": (
+        {"project_dim": 8, "num_heads": 2, "sr_ratio": 2},
+        [(16, 8)],
+        {},
+    ),
+    "models.mit.mit_layers.OverlappingPatchingAndEmbedding": (
+        {"project_dim": 8, "patch_size": 3, "stride": 2},
+        [_IMAGE],
+        {},
     ),
     "models.roformer_v2.roformer_v2_attention.RoformerAttention": (
         _ROFORMER,
@@ -253,4 +283,5 @@ def changed(kept, array):
 
 
 def leaves(outputs):
-    return [t for t in keras.tree.flatten(outputs) if t is not None]
+    """The tensors among outputs; DeiT's encoder returns empty ones, too."""
+    return [t for t in keras.tree.flatten(outputs) if t is not None and t.shape[0] != 0]
