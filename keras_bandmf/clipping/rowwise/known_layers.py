@@ -280,6 +280,9 @@ keras_hub.src.models: bloom.bloom_attention.BloomAttention bloom.bloom_decoder.B
  mit.mit_layers.DropPath mit.mit_layers.HierarchicalTransformerEncoder mit.mit_layers.MixFFN
  mit.mit_layers.OverlappingPatchingAndEmbedding mit.mit_layers.SegFormerMultiheadAttention
  mixtral.mixtral_layer_norm.MixtralLayerNormalization
+ pali_gemma.pali_gemma_decoder_block.PaliGemmaDecoderBlock
+ pali_gemma.pali_gemma_vit.PaliGemmaVitAttention pali_gemma.pali_gemma_vit.PaliGemmaVitEmbeddings
+ pali_gemma.pali_gemma_vit.PaliGemmaVitEncoder pali_gemma.pali_gemma_vit.PaliGemmaVitEncoderBlock
  phi3.phi3_attention.Phi3Attention phi3.phi3_decoder.Phi3Decoder phi3.phi3_layernorm.Phi3LayerNorm
  qwen.qwen_attention.QwenAttention qwen.qwen_decoder.QwenTransformerDecoder
  qwen.qwen_layernorm.QwenLayerNorm qwen3.qwen3_attention.Qwen3Attention
@@ -294,6 +297,10 @@ keras_hub.src.models: bloom.bloom_attention.BloomAttention bloom.bloom_decoder.B
  t5.t5_transformer_layer.T5TransformerLayer t5gemma.t5gemma_attention.T5GemmaAttention
  t5gemma.t5gemma_decoder.T5GemmaDecoderLayer t5gemma.t5gemma_encoder.T5GemmaEncoderLayer
  t5gemma.t5gemma_layers.T5GemmaMLP
+ t5gemma2.t5gemma2_attention.T5Gemma2Attention
+ t5gemma2.t5gemma2_attention.T5Gemma2MergedAttention
+ t5gemma2.t5gemma2_decoder.T5Gemma2DecoderLayer t5gemma2.t5gemma2_encoder.T5Gemma2EncoderLayer
+ t5gemma2.t5gemma2_layers.T5Gemma2MLP
  vit.vit_layers.MLP vit.vit_layers.ViTEncoder vit.vit_layers.ViTEncoderBlock
  vit.vit_layers.ViTPatchingAndEmbedding
  whisper.whisper_backbone.Padder
@@ -344,10 +351,16 @@ MASK_AXES = {
     "keras_hub.src.models.esm.esm_encoder.ESMEncoder": 2,
     "keras_hub.src.models.roformer_v2.roformer_v2_attention.RoformerAttention": 2,
     "keras_hub.src.models.roformer_v2.roformer_v2_encoder.RoformerV2Encoder": 2,
+    "keras_hub.src.models.pali_gemma.pali_gemma_vit.PaliGemmaVitAttention": 4,
     "keras_hub.src.models.t5gemma.t5gemma_attention.T5GemmaAttention": 4,
+    "keras_hub.src.models.t5gemma2.t5gemma2_attention.T5Gemma2Attention": 4,
+    "keras_hub.src.models.t5gemma2.t5gemma2_attention.T5Gemma2MergedAttention": 4,
 }
-# Arguments with which these may not be called: an entry for each layer is taken along axis 0.
+# Arguments with which these may not be called. Of one an entry for each layer is taken by axis 0;
+# the others are added to scores as they are, and Keras passes masks of any number of axes.
 REFUSED_ARGUMENTS = {
+    "keras_hub.src.models.pali_gemma.pali_gemma_vit.PaliGemmaVitEncoder": "mask",
+    "keras_hub.src.models.pali_gemma.pali_gemma_vit.PaliGemmaVitEncoderBlock": "mask",
     "keras_hub.src.models.deit.deit_layers.DeiTEncoder": "attention_masks",
 }
 # Layers whose outputs depend on the sizes of their input and on no row, and arguments for such.
@@ -376,10 +389,13 @@ _OTHER_CONDITIONS: dict[str, Condition] = {
     "DeiTEmbeddings": _rank(4),
     "ESMRotaryEmbedding": _rank(4),
     "OverlappingPatchingAndEmbedding": _rank(4),
+    "PaliGemmaVitEmbeddings": _rank(4),
+    "PaliGemmaVitEncoder": _rank(4),
     "ReversibleEmbedding": _any,
     "RotaryEmbedding": _all(_rank(3), _axis("sequence_axis"), _axis("feature_axis")),
     "LlamaRotaryEmbedding": _all(_rank(3), _axis("sequence_axis"), _axis("feature_axis")),
     "T5GemmaMLP": _known_function,
+    "T5Gemma2MLP": _known_function,
     "ViTPatchingAndEmbedding": _rank(4),
 }
 

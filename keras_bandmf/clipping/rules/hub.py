@@ -130,8 +130,9 @@ class MaskedLMHeadRule(LayerRule):
 class ViTEmbeddingRule(LayerRule):
     """ViTPatchingAndEmbedding: class token and positions, which belong to no example's inputs.
 
-    The layer looks its positions up once for the whole batch; here they are added to every example,
-    so that each has a gradient of its own.
+    PaliGemmaVitEmbeddings is the same without a class token. The layer looks its positions up once
+    for the whole batch; here they are added to every example, so that each has a gradient of its
+    own.
     """
 
     def refuses(self, layer: keras.layers.Layer) -> str | None:
@@ -145,11 +146,11 @@ class ViTEmbeddingRule(LayerRule):
     def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
         """Returns the patches with class token and positions added to every example."""
         patches = layer.patch_embedding(inputs)
-        if layer.data_format == "channels_first":
+        if layer.patch_embedding.data_format == "channels_first":
             patches = tf.transpose(patches, [0, 2, 3, 1])
         sizes = dims(patches)
         patches = tf.reshape(patches, [sizes[0], layer.num_patches, sizes[-1]])
-        if layer.use_class_token:
+        if _has_class_token(layer):
             token = tf.cast(constant(layer.class_token), patches.dtype)
             token = tf.broadcast_to(token, [sizes[0], 1, sizes[-1]])
             patches = tf.concat([token, patches], axis=1)
@@ -161,7 +162,7 @@ class ViTEmbeddingRule(LayerRule):
     ) -> Sequence[tuple[keras.Variable, Factor]]:
         """Returns the gradients of the positions and of the class token."""
         found = [(_plain_table(layer), Rows(g))]
-        if layer.use_class_token:
+        if _has_class_token(layer):
             shape = tuple(layer.class_token.shape)
             found.append((layer.class_token, Rows(g[:, :1], Layout(shape))))
         return found
@@ -184,6 +185,7 @@ _RULES: dict[str, LayerRule] = {
     "keras_hub.src.models.llama.llama_layernorm.LlamaLayerNorm": _FLOAT32_RMS,
     "keras_hub.src.models.mistral.mistral_layer_norm.MistralLayerNormalization": _FLOAT32_RMS,
     "keras_hub.src.models.mixtral.mixtral_layer_norm.MixtralLayerNormalization": _FLOAT32_RMS,
+    "keras_hub.src.models.pali_gemma.pali_gemma_vit.PaliGemmaVitEmbeddings": ViTEmbeddingRule(),
     "keras_hub.src.models.phi3.phi3_layernorm.Phi3LayerNorm": _FLOAT32_RMS,
     "keras_hub.src.models.qwen.qwen_layernorm.QwenLayerNorm": _FLOAT32_RMS,
     "keras_hub.src.models.qwen3.qwen3_layernorm.Qwen3LayerNorm": _FLOAT32_RMS,
@@ -219,6 +221,10 @@ class _FirstRows:
 
     def __call__(self, total: tf.Tensor) -> tf.Tensor:
         return tf.pad(total, [[0, self.count - dims(total)[0]], [0, 0]])
+
+
+def _has_class_token(layer: keras.layers.Layer) -> bool:
+    return getattr(layer, "use_class_token", False)
 
 
 def _plain_table(layer: keras.layers.Layer) -> keras.Variable | None:

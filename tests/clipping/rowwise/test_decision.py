@@ -251,11 +251,15 @@ def hub_layer(name, **settings):
 
 @pytest.mark.parametrize("axes", [2, 3, 4])
 def test_masks_that_are_reshaped_or_added_as_they_are_have_the_axes_for_it(axes):
-    mask = keras.Input((4,) * (axes - 1))
+    mask = keras.Input({2: (4,), 3: (4, 4), 4: (1, 4, 4)}[axes])
     roformer = {"heads": 4, "head_size": 2}
     masked = {
         "esm.esm_attention.EsmSelfAttention": (2, roformer),
         "roformer_v2.roformer_v2_attention.RoformerAttention": (2, roformer),
+        "pali_gemma.pali_gemma_vit.PaliGemmaVitAttention": (
+            4,
+            {"hidden_dim": 6, "num_heads": 2},
+        ),
         "dinov3.dinov3_layers.DINOV3Attention": (4, {"hidden_dim": 6, "num_heads": 2}),
         "t5gemma.t5gemma_attention.T5GemmaAttention": (
             4,
@@ -281,6 +285,17 @@ def test_masks_of_which_a_layer_takes_one_by_axis_0_are_refused():
         encoder = hub_layer("deit.deit_layers.DeiTEncoder", **{**_ONE_LAYER, "num_heads": 2})
         output = encoder(X, **({} if masks is None else {"attention_masks": masks}))[0]
         assert bool(rowwise(keras.Model(X, output)).unknown) == (masks is not None)
+
+
+@pytest.mark.parametrize("explicit", [None, True, False])
+def test_masks_that_are_added_to_scores_whatever_their_axes_are_refused(explicit):
+    """Also those that Keras passes of itself: `Masking` makes one of two axes."""
+    block = hub_layer(
+        "pali_gemma.pali_gemma_vit.PaliGemmaVitEncoderBlock", num_heads=2, intermediate_dim=4
+    )
+    options = {"mask": X[:, None, :, :4] > 0} if explicit else {}
+    output = block(layers.Masking()(X) if explicit is False else X, **options)
+    assert bool(rowwise(keras.Model(X, output)).unknown) == (explicit is not None)
 
 
 def test_what_is_added_to_the_inputs_has_their_axes():

@@ -150,6 +150,17 @@ HUB = {
         [_IMAGE],
         {},
     ),
+    "models.pali_gemma.pali_gemma_decoder_block.PaliGemmaDecoderBlock": (
+        {"hidden_dim": 8, "intermediate_dim": 5, "head_dim": 4, "num_query_heads": 2}
+        | {"num_key_value_heads": 1},
+        [_X],
+        {"padding_mask": (3,), "response_mask": (3,)},
+    ),
+    "models.pali_gemma.pali_gemma_vit.PaliGemmaVitEncoder": (
+        {**_DINO, "patch_size": 2, "image_size": 4},
+        [_IMAGE],
+        {},
+    ),
     "models.roformer_v2.roformer_v2_attention.RoformerAttention": (
         _ROFORMER,
         [_X],
@@ -213,6 +224,21 @@ HUB = {
         [_X],
         {},
     ),
+    "models.t5gemma2.t5gemma2_attention.T5Gemma2Attention": (
+        _T5_GEMMA,
+        [_X],
+        {"attention_mask": (1, 5, 5)},
+    ),
+    "models.t5gemma2.t5gemma2_decoder.T5Gemma2DecoderLayer": (
+        _T5_GEMMA_BLOCK,
+        [[_X, _X]],
+        {"self_attention_padding_mask": (5,), "cross_attention_padding_mask": (5,)},
+    ),
+    "models.t5gemma2.t5gemma2_encoder.T5Gemma2EncoderLayer": (
+        _T5_GEMMA_BLOCK,
+        [_X],
+        {"padding_mask": (5,)},
+    ),
     "models.whisper.whisper_backbone.Padder": ({}, [_X], {}),
     "models.whisper.whisper_decoder.WhisperDecoder": (
         {"intermediate_dim": 5, "num_heads": 2},
@@ -249,7 +275,7 @@ def test_a_row_is_not_changed_by_others_in_layers_of_keras_hub(name):
             lambda shape, rows=rows: random.normal(size=(rows, *shape)).astype("float32"),
             lambda shape, rows=rows: random.integers(0, 2, size=(rows, *shape)) == 1,
         )
-        if "T5GemmaAttention" in name:  # its mask is added to scores
+        if name.endswith(("T5GemmaAttention", "T5Gemma2Attention")):  # its mask is added to scores
             masks = {"attention_mask": -1e9 * masks["attention_mask"].astype("float32")}
         layer(*inputs, **masks)
         for v in layer.trainable_variables:
