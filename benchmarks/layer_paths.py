@@ -27,7 +27,17 @@ time: norms and clipped sums agree to 1e-5. For a model of your own ask `clippin
 * **whole model by example**: each example passes the whole model alone. That is exact and slow. The
   last column names the classes that are not known to treat the rows of a batch independently. If
   you know that they do, say so with `clipping.declare_row_wise`.
-* **refused**: no private step is possible, and the last column says why.
+* **refused**: no private step is possible, and the last column says why. What mixes the examples of
+  a batch was found by `clipping.check_model`, which `fit` calls.
+
+Some backbones are refused for what keras_hub does:
+
+* CLIP, MetaCLIP 2 and SigLIP compare each image of a batch with each text. Their vision and text
+  encoders can be trained by themselves.
+* XLNet reshapes the padding mask where a transposition is meant, so that rows whose lengths differ
+  get each other's masks.
+* Stable Diffusion 3 takes the number of steps and the guidance scale from the first row.
+* SAM 3 gives attention a mask of two axes, which is read along the queries in place of the rows.
 """
 
 

@@ -3,6 +3,8 @@
 import keras
 import numpy as np
 
+from tests.clipping import backbones_of_parts
+
 VOCABULARY, LENGTH = 50, 6
 _TEXT = {
     "vocabulary_size": VOCABULARY,
@@ -200,6 +202,169 @@ ARGUMENTS = {
         "num_output_channels": 8,
         "window_size": 2,
     },
+    "CSPNetBackbone": {
+        "stem_filters": 8,
+        "stem_kernel_size": 3,
+        "stem_strides": 1,
+        "stackwise_depth": [1, 1],
+        "stackwise_strides": 2,
+        "stackwise_num_filters": [8, 8],
+        "block_type": "dark_block",
+        "stage_type": "csp",
+        "block_ratio": [0.5],
+        "stem_padding": "same",
+        "image_shape": (16, 16, 3),
+    },
+    "EfficientNetBackbone": {
+        "stackwise_kernel_sizes": [3, 3],
+        "stackwise_num_repeats": [1, 1],
+        "stackwise_input_filters": [8, 8],
+        "stackwise_output_filters": [8, 8],
+        "stackwise_expansion_ratios": [1, 2],
+        "stackwise_squeeze_and_excite_ratios": [0.0, 0.25],
+        "stackwise_strides": [1, 2],
+        "stackwise_block_types": ["fused", "unfused"],
+        "width_coefficient": 1.0,
+        "depth_coefficient": 1.0,
+        "num_features": 16,
+        "input_shape": (16, 16, 3),
+    },
+    "FluxBackbone": {
+        "input_channels": 4,
+        "hidden_size": 16,
+        "mlp_ratio": 2.0,
+        "num_heads": 2,
+        "depth": 1,
+        "depth_single_blocks": 1,
+        "axes_dim": [2, 4, 2],
+        "theta": 10_000,
+        "use_bias": True,
+        "guidance_embed": True,
+        "image_shape": (5, 4),
+        "text_shape": (3, 4),
+        "image_ids_shape": (5, 3),
+        "text_ids_shape": (3, 3),
+        "y_shape": (4,),
+    },
+    "Gemma3nBackbone": {
+        "text_vocab_size": VOCABULARY,
+        "text_hidden_size": 16,
+        "num_hidden_layers": 2,
+        "pad_token_id": 0,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "intermediate_size": [24, 24],
+        "hidden_activation": "gelu_approximate",
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 4,
+        "rope_theta": 10_000.0,
+        "max_position_embeddings": 16,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 4,
+        "altup_num_inputs": 2,
+        "laurel_rank": 2,
+    },
+    "Gemma4Backbone": {**_QUERIES, "image_size": 8, "head_dim": 4, "sliding_window_size": 4},
+    "HGNetV2Backbone": {
+        "depths": [1],
+        "embedding_size": 8,
+        "hidden_sizes": [16],
+        "stem_channels": [3, 8, 8],
+        "hidden_act": "relu",
+        "use_learnable_affine_block": True,
+        "stackwise_stage_filters": [[8, 8, 16, 1, 1, 3]],
+        "apply_downsample": [False],
+        "use_lightweight_conv_block": [False],
+        "image_shape": (16, 16, 3),
+    },
+    "MobileNetBackbone": {
+        "stackwise_expansion": [[8], [8]],
+        "stackwise_num_blocks": [1, 1],
+        "stackwise_num_filters": [[8], [8]],
+        "stackwise_kernel_size": [[3], [3]],
+        "stackwise_num_strides": [[2], [1]],
+        "stackwise_se_ratio": [[None], [0.25]],
+        "stackwise_activation": [["relu"], ["relu"]],
+        "stackwise_padding": [[1], [1]],
+        "output_num_filters": 8,
+        "depthwise_filters": 8,
+        "depthwise_stride": 1,
+        "depthwise_residual": False,
+        "squeeze_and_excite": 0.5,
+        "last_layer_filter": 8,
+        "input_num_filters": 8,
+        "image_shape": (16, 16, 3),
+    },
+    "MobileNetV5Backbone": {
+        "stackwise_block_types": [["er"], ["uir"]],
+        "stackwise_num_blocks": [1, 1],
+        "stackwise_num_filters": [[8], [8]],
+        "stackwise_strides": [[2], [1]],
+        "stackwise_act_layers": [["relu"], ["relu"]],
+        "stackwise_exp_ratios": [[2.0], [2.0]],
+        "stackwise_se_ratios": [[0.0], [0.0]],
+        "stackwise_dw_kernel_sizes": [[0], [3]],
+        "stackwise_dw_start_kernel_sizes": [[0], [0]],
+        "stackwise_dw_end_kernel_sizes": [[0], [0]],
+        "stackwise_exp_kernel_sizes": [[3], [0]],
+        "stackwise_pw_kernel_sizes": [[1], [0]],
+        "stackwise_num_heads": [[0], [0]],
+        "stackwise_key_dims": [[0], [0]],
+        "stackwise_value_dims": [[0], [0]],
+        "stackwise_kv_strides": [[0], [0]],
+        "stackwise_use_cpe": [[False], [False]],
+        "stem_size": 8,
+        "use_msfa": False,
+        "image_shape": (16, 16, 3),
+    },
+    "MoonshineBackbone": {
+        "vocabulary_size": VOCABULARY,
+        "filter_dim": 16,
+        "encoder_num_layers": 1,
+        "decoder_num_layers": 1,
+        "hidden_dim": 16,
+        "intermediate_dim": 24,
+        "encoder_num_heads": 2,
+        "decoder_num_heads": 2,
+        "partial_rotary_factor": 0.5,
+    },
+    "PaliGemmaBackbone": {
+        **_QUERIES,
+        "image_size": 8,
+        "head_dim": 4,
+        "vit_patch_size": 4,
+        "vit_num_heads": 2,
+        "vit_hidden_dim": 16,
+        "vit_num_layers": 1,
+        "vit_intermediate_dim": 24,
+    },
+    "Qwen3_5MoeBackbone": {
+        "vocabulary_size": VOCABULARY,
+        "num_layers": 4,
+        "num_query_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_dim": 16,
+        "moe_intermediate_dim": 8,
+        "shared_expert_intermediate_size": 8,
+        **_EXPERTS,
+        **_LINEAR,
+    },
+    "T5Gemma2Backbone": {**_TWO_SIDES, "use_query_key_norm": True},
+    "VideoPrismBackbone": {
+        "num_frames": 2,
+        "patch_size": 4,
+        "hidden_dim": 16,
+        "intermediate_dim": 24,
+        "num_heads": 2,
+        "num_spatial_layers": 1,
+        "num_temporal_layers": 1,
+        "num_auxiliary_layers": 1,
+        "vocabulary_size": VOCABULARY,
+        "num_text_layers": 1,
+        "image_shape": (8, 8, 3),
+    },
     "WhisperBackbone": {**_TEXT, "num_mels": 4, "max_encoder_sequence_length": 16},
     "XceptionBackbone": {
         "stackwise_conv_filters": [[4, 8], [8, 8]],
@@ -208,6 +373,16 @@ ARGUMENTS = {
     },
 }
 
+# Shapes of inputs that are not `LENGTH` long.
+_SHAPES = {
+    "SAM3PromptableConceptBackbone": {"boxes": (2, 5), "box_labels": (2,)},
+    "MoonshineBackbone": {"encoder_input_values": (1400, 1), "encoder_padding_mask": (1400,)},
+    "SAMBackbone": {"points": (1, 2), "labels": (1,), "boxes": (1, 2, 2), "masks": (0, 16, 16, 1)},
+}
+# Outputs left out: of SAM, without a row for each example; of SAM 3, of other shapes than declared.
+_LEFT_OUT = {"prompt_dense_positional_embeddings", "presence_logits", "pred_masks"}
+NAMES = sorted([*ARGUMENTS, *backbones_of_parts.ARGUMENTS])
+
 
 def model_of(kind):
     """A backbone of this class with a head of two outputs; dropout is off.
@@ -215,29 +390,52 @@ def model_of(kind):
     Raises:
         KeyError: If the catalog has no arguments for it.
     """
-    backbone = kind(**ARGUMENTS[kind.__name__])
+    name = kind.__name__
+    made_of_parts = backbones_of_parts.ARGUMENTS.get(name)
+    backbone = kind(**(made_of_parts() if made_of_parts else ARGUMENTS[name]))
     for layer in backbone._flatten_layers():
         if isinstance(getattr(layer, "rate", None), float):
             layer.rate = 0.0
-    pooled = []
-    for output in keras.tree.flatten(backbone.output):
-        between = list(range(1, len(output.shape) - 1))
-        pooled.append(keras.ops.mean(output, axis=between) if between else output)
+    outputs = backbone.output
+    if isinstance(outputs, dict):
+        outputs = [t for key, t in outputs.items() if key not in _LEFT_OUT]
+    floating = [t for t in keras.tree.flatten(outputs) if _is_floating(t)]
+    pooled = [_pooled(t) for t in floating]
     features = keras.layers.Concatenate()(pooled) if len(pooled) > 1 else pooled[0]
-    return keras.Model(backbone.input, keras.layers.Dense(2)(features))
+    return keras.Model(backbone.input, keras.layers.Dense(2)(features), name=name)
+
+
+def _is_floating(tensor):
+    return keras.backend.standardize_dtype(tensor.dtype).startswith("float")
+
+
+def _pooled(output):
+    """An output as a matrix of a known width, with a row for each example."""
+    if output.shape[-1] is None:  # such as similarities with all examples of a batch
+        return keras.ops.mean(output, axis=-1, keepdims=True)
+    between = list(range(1, len(output.shape) - 1))
+    return keras.ops.mean(output, axis=between) if between else output
 
 
 def data_of(model, rows):
-    """Random (x, y) for a model of `model_of`: the last place of masks is padding."""
+    """Random (x, y) for a model of `model_of`; each row has a length of its own."""
     random = np.random.default_rng(0)
+    shapes = _SHAPES.get(model.name, {})
 
     def of_input(tensor):
-        shape = (rows, *(LENGTH if size is None else size for size in tensor.shape[1:]))
+        sizes = shapes.get(tensor.name, tensor.shape[1:])
+        shape = (rows, *(LENGTH if size is None else size for size in sizes))
         if "mask" in tensor.name:
-            values = np.ones(shape, "int32")
-            values[..., -1] = 0
+            each = (rows, *[1] * (len(shape) - 1))
+            lengths = random.integers(1, shape[-1], size=each, endpoint=True)
+            values = np.broadcast_to(np.arange(shape[-1]) < lengths, shape)
         elif "position" in tensor.name:
             values = np.broadcast_to(np.arange(shape[1]), shape)
+        elif tensor.name == "boxes":  # of SAM 3: the image's place in the batch, and sizes
+            values = random.uniform(0.3, 0.6, size=shape)
+            values[..., 0] = 0
+        elif "label" in tensor.name:
+            values = random.integers(0, 2, size=shape)
         elif keras.backend.standardize_dtype(tensor.dtype).startswith("int"):
             values = random.integers(1, 2 if "segment" in tensor.name else VOCABULARY, size=shape)
         else:

@@ -5,15 +5,18 @@
 """
 
 import inspect
+import re
 from typing import NamedTuple
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import layers
 
 from keras_bandmf import PrivacyError, clipping
 from keras_bandmf.clipping.checks.refusals import refuse_model
 from keras_bandmf.clipping.rowwise import known_layers
+from keras_bandmf.clipping.rowwise.decision import rowwise
 from tests.clipping import backbones
 
 S, V, V3 = (6, 4), (8, 8, 3), (4, 4, 4, 2)
@@ -213,12 +216,14 @@ class Path(NamedTuple):
     why: str
 
 
-def path_of(name, model, x):
+def path_of(name, model, x, y):
     """The path that a model takes, as `explain` says it, and the rules of its layers."""
     try:
         refuse_model(model)
         with keras.StatelessScope(collect_losses=True) as scope:
-            model(x, training=True)
+            model(
+                keras.tree.map_structure(lambda t: t[:1], x), training=True
+            )  # SAM 3 fails on more
     except PrivacyError as refusal:
         return Path(name, "refused", str(refusal).split(":")[0].split(". ")[0])
     if scope.losses:
@@ -227,7 +232,16 @@ def path_of(name, model, x):
         return Path(name, "refused", "it writes a variable, which carries data past the noise")
     explanation = clipping.explain(model)
     if explanation.route == "general":
-        return Path(name, "whole model by example", _classes(explanation.why))
+        try:
+            clipping.check_model(model, x, y, loss="mse")
+        except PrivacyError as refusal:
+            mixer = re.search(r"of type (\w+) mixes examples", str(refusal))
+            return Path(
+                name, "refused", f"{mixer[1]} mixes the examples" if mixer else str(refusal)
+            )
+        except tf.errors.OpError:
+            return Path(name, "refused", "its own forward pass fails on several rows")
+        return Path(name, "whole model by example", _classes(rowwise(model).unknown))
     rows = [row for row in explanation.rows if row[0].split("/")[0] not in _AROUND]
     by_example = sorted({kind for _, kind, route, _ in rows if route == "by example"})
     if by_example:
@@ -239,18 +253,19 @@ def path_of(name, model, x):
 _AROUND = ("before_0", "before_1", "after")
 
 
-def _classes(why):
-    """The classes of layers that a reason for the general path names, without their paths."""
-    reasons = why.removeprefix("rows may be mixed: ").split(". If it treats")[0].split("; ")
-    kinds = [reason.split(" of type ")[-1].split(" and ")[0] for reason in reasons]
-    return "; ".join(sorted(set(kinds)))
+def _classes(unknown):
+    """The classes that may mix rows, and of those that could keep them apart why they may not."""
+    reasons = [reason.split(" of type ")[-1].split(": ", 1) for reason in unknown]
+    found = {kind: f"{kind} ({why})" for kind, why in sorted(reasons)}
+    found |= {kind: kind for kind, why in reasons if "not known to treat rows" in why}
+    return ", ".join(sorted(found.values()))
 
 
 def keras_paths():
     """A line for each layer of Keras."""
     for name, kind in KERAS.items():
         if name in BUILT:
-            yield path_of(name, *keras_model(name)[:2])
+            yield path_of(name, *keras_model(name))
         elif name in known_layers.MIXERS:
             yield Path(name, "refused", f"mixes the examples: use {known_layers.MIXERS[name]}")
         elif known_layers.condition_of(kind) is not None:
@@ -266,8 +281,5 @@ def backbone_paths():
     for name in dir(keras_hub.models):
         if not name.endswith("Backbone") or name == "Backbone":
             continue
-        if name not in backbones.ARGUMENTS:
-            yield Path(name, "not looked at", "no small configuration in the catalog")
-            continue
         model = backbones.model_of(getattr(keras_hub.models, name))
-        yield path_of(name, model, backbones.data_of(model, 2)[0])
+        yield path_of(name, model, *backbones.data_of(model, 4))

@@ -16,6 +16,7 @@ from keras_bandmf._keras_internals import (
 )
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.rowwise.decision import graph_of
+from keras_bandmf.clipping.rowwise.known_layers import holds_no_row
 
 
 @contextlib.contextmanager
@@ -35,9 +36,9 @@ def checked_shapes(model: keras.Model, rows: int | None = None) -> Iterator[None
     Formal guarantees: of a call that returns, that every tensor between the layers and operations
     of the functional models that ran has the declared number of axes; the declared size, or one
     that is not known yet, along each axis from 1 on; and on axis 0, where sizes are known, that of
-    the model's inputs. With `rows`, besides, that axis 0 has this size, that no other axis has it
-    unless it was declared, and that no size is unknown which the inputs and the model have made
-    known.
+    the model's inputs, or the declared one of tensors that hold no row. With `rows`, besides, that
+    axis 0 has this size, that no other axis has it unless it was declared, and that no size is
+    unknown which the inputs and the model have made known.
     """
     graphs = {id(g): g for part in all_layers(model) if (g := graph_of(part)) is not None}
     before = {key: vars(graph).get(RUN_GRAPH) for key, graph in graphs.items()}
@@ -112,7 +113,9 @@ def _refuse(
     shape, promised = tuple(shape), tuple(declared.shape)
     fits = len(shape) == len(promised)
     for axis, (size, expected) in enumerate(zip(shape, promised, strict=False)):
-        if axis == 0:
+        if axis == 0 and holds_no_row(declared):
+            fits = fits and size == expected
+        elif axis == 0:
             known = inputs[0].shape[0] if rows is None else rows
             fits = fits and (size == known or (rows is None and None in (size, known)))
         elif expected is None:

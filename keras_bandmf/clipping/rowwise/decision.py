@@ -15,10 +15,13 @@ from keras_bandmf._keras_internals import (
     nodes_by_depth,
 )
 from keras_bandmf.clipping.rowwise.known_layers import (
+    ARGUMENTS_WITHOUT_ROWS,
     MASK_AXES,
+    REFUSED_ARGUMENTS,
     activation_reason,
     array_reason,
     condition_of,
+    holds_no_row,
     inner_rank,
     is_the_one,
     quantized_reason,
@@ -217,7 +220,7 @@ def _call_reason(node: Any) -> str | None:
     for argument in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
         if hasattr(argument, "shape") and not isinstance(argument, keras.KerasTensor):
             return "it is called with a constant, which may have an axis where the rows are"
-    tensors = [*node.input_tensors, *node.outputs]
+    tensors = [t for t in (*node.input_tensors, *node.outputs) if not holds_no_row(t)]
     if any(not len(t.shape) or t.shape[0] != tensors[0].shape[0] for t in tensors):
         return "axis 0 is not the rows in all of its inputs and outputs"
     ranks = {len(t.shape) for t in _first_argument(node)}
@@ -255,17 +258,22 @@ def _side_reason(node: Any, ranks: set[int]) -> str | None:
     if bound is None:
         return "its arguments are not those of its `call`"
     kind = type(node.operation)
-    mask_axes = (
-        MASK_AXES.get(f"{kind.__module__}.{kind.__qualname__}") if is_the_one(kind) else None
-    )
+    full_name = f"{kind.__module__}.{kind.__qualname__}" if is_the_one(kind) else ""
+    mask_axes = MASK_AXES.get(full_name)
     for name, value in list(bound.items())[2:]:
         sides = {len(t.shape) for t in keras.tree.flatten(value) if hasattr(t, "shape")}
         if not sides:
             continue
+        if name == REFUSED_ARGUMENTS.get(full_name):
+            return f"its `{name}` may be read along the rows"
         if name == "mask" and isinstance(node.operation, keras.layers.Softmax):
             fits = sides == ranks
         elif name == "mask" and isinstance(node.operation, keras.layers.Attention):
             fits = sides == {2}
+        elif name == ARGUMENTS_WITHOUT_ROWS.get(full_name):
+            fits = all(holds_no_row(t) for t in keras.tree.flatten(value))
+        elif name == "input_tensor":  # added as it is
+            fits = sides == ranks
         elif name == "position_bias":  # added to scores, which have four axes, from the right
             fits = sides == {4}
         elif name == "attention_mask" and mask_axes is not None:

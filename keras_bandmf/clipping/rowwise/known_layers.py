@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bandmf._keras_internals import attention_axes_of
+from keras_bandmf._keras_internals import attention_axes_of, call_that_made
 
 # The rank of the first input where a functional model tells it, else None: inside a layer of this
 # table, whose own code was read, or inside one whose author vouches for it.
@@ -253,6 +253,17 @@ keras_hub.src.models: bloom.bloom_attention.BloomAttention bloom.bloom_decoder.B
  deberta_v3.disentangled_attention_encoder.DisentangledAttentionEncoder
  deberta_v3.disentangled_self_attention.DisentangledSelfAttention
  deberta_v3.relative_embedding.RelativeEmbedding
+ deit.deit_layers.DeiTEmbeddings deit.deit_layers.DeiTEncoder deit.deit_layers.DeiTEncoderBlock
+ deit.deit_layers.DeiTIntermediate deit.deit_layers.DeiTOutput
+ dinov2.dinov2_layers.DINOV2Attention dinov2.dinov2_layers.DINOV2Embedding
+ dinov2.dinov2_layers.DINOV2Encoder dinov2.dinov2_layers.DINOV2Layer
+ dinov2.dinov2_layers.DINOV2LayerScale dinov2.dinov2_layers.DINOV2MLP
+ dinov2.dinov2_layers.DINOV2PatchEmbedding dinov2.dinov2_layers.DINOV2SwiGLUFFN
+ dinov3.dinov3_layers.DINOV3Attention dinov3.dinov3_layers.DINOV3Embedding
+ dinov3.dinov3_layers.DINOV3Encoder dinov3.dinov3_layers.DINOV3GatedMLP
+ dinov3.dinov3_layers.DINOV3Layer dinov3.dinov3_layers.DINOV3LayerScale
+ dinov3.dinov3_layers.DINOV3MLP dinov3.dinov3_layers.DINOV3PatchEmbedding
+ dinov3.dinov3_layers.DINOV3RopePositionEmbedding
  esm.esm_attention.EsmSelfAttention esm.esm_attention.ESMRotaryEmbedding esm.esm_encoder.ESMEncoder
  falcon.falcon_attention.FalconAttention
  falcon.falcon_transformer_decoder.FalconTransformerDecoder
@@ -266,7 +277,12 @@ keras_hub.src.models: bloom.bloom_attention.BloomAttention bloom.bloom_decoder.B
  mistral.mistral_attention.CachedMistralAttention
  mistral.mistral_layer_norm.MistralLayerNormalization
  mistral.mistral_transformer_decoder.MistralTransformerDecoder
+ mit.mit_layers.DropPath mit.mit_layers.HierarchicalTransformerEncoder mit.mit_layers.MixFFN
+ mit.mit_layers.OverlappingPatchingAndEmbedding mit.mit_layers.SegFormerMultiheadAttention
  mixtral.mixtral_layer_norm.MixtralLayerNormalization
+ pali_gemma.pali_gemma_decoder_block.PaliGemmaDecoderBlock
+ pali_gemma.pali_gemma_vit.PaliGemmaVitAttention pali_gemma.pali_gemma_vit.PaliGemmaVitEmbeddings
+ pali_gemma.pali_gemma_vit.PaliGemmaVitEncoder pali_gemma.pali_gemma_vit.PaliGemmaVitEncoderBlock
  phi3.phi3_attention.Phi3Attention phi3.phi3_decoder.Phi3Decoder phi3.phi3_layernorm.Phi3LayerNorm
  qwen.qwen_attention.QwenAttention qwen.qwen_decoder.QwenTransformerDecoder
  qwen.qwen_layernorm.QwenLayerNorm qwen3.qwen3_attention.Qwen3Attention
@@ -281,6 +297,10 @@ keras_hub.src.models: bloom.bloom_attention.BloomAttention bloom.bloom_decoder.B
  t5.t5_transformer_layer.T5TransformerLayer t5gemma.t5gemma_attention.T5GemmaAttention
  t5gemma.t5gemma_decoder.T5GemmaDecoderLayer t5gemma.t5gemma_encoder.T5GemmaEncoderLayer
  t5gemma.t5gemma_layers.T5GemmaMLP
+ t5gemma2.t5gemma2_attention.T5Gemma2Attention
+ t5gemma2.t5gemma2_attention.T5Gemma2MergedAttention
+ t5gemma2.t5gemma2_decoder.T5Gemma2DecoderLayer t5gemma2.t5gemma2_encoder.T5Gemma2EncoderLayer
+ t5gemma2.t5gemma2_layers.T5Gemma2MLP
  vit.vit_layers.MLP vit.vit_layers.ViTEncoder vit.vit_layers.ViTEncoderBlock
  vit.vit_layers.ViTPatchingAndEmbedding
  whisper.whisper_backbone.Padder
@@ -322,13 +342,32 @@ def _names() -> frozenset[str]:
 
 OTHER_NAMES = _names()
 # The axes that the `attention_mask` of these must have; that of others has at least three. Those of
-# RoFormer reshape it to the axes of scores, and that of T5Gemma is added to scores as it is.
+# RoFormer reshape it to the axes of scores, those of T5Gemma and DINOv3 use it for them as it is.
 MASK_AXES = {
+    "keras_hub.src.models.dinov3.dinov3_layers.DINOV3Attention": 4,
+    "keras_hub.src.models.dinov3.dinov3_layers.DINOV3Encoder": 4,
+    "keras_hub.src.models.dinov3.dinov3_layers.DINOV3Layer": 4,
     "keras_hub.src.models.esm.esm_attention.EsmSelfAttention": 2,
     "keras_hub.src.models.esm.esm_encoder.ESMEncoder": 2,
     "keras_hub.src.models.roformer_v2.roformer_v2_attention.RoformerAttention": 2,
     "keras_hub.src.models.roformer_v2.roformer_v2_encoder.RoformerV2Encoder": 2,
+    "keras_hub.src.models.pali_gemma.pali_gemma_vit.PaliGemmaVitAttention": 4,
     "keras_hub.src.models.t5gemma.t5gemma_attention.T5GemmaAttention": 4,
+    "keras_hub.src.models.t5gemma2.t5gemma2_attention.T5Gemma2Attention": 4,
+    "keras_hub.src.models.t5gemma2.t5gemma2_attention.T5Gemma2MergedAttention": 4,
+}
+# Arguments with which these may not be called. Of one an entry for each layer is taken by axis 0;
+# the others are added to scores as they are, and Keras passes masks of any number of axes.
+REFUSED_ARGUMENTS = {
+    "keras_hub.src.models.pali_gemma.pali_gemma_vit.PaliGemmaVitEncoder": "mask",
+    "keras_hub.src.models.pali_gemma.pali_gemma_vit.PaliGemmaVitEncoderBlock": "mask",
+    "keras_hub.src.models.deit.deit_layers.DeiTEncoder": "attention_masks",
+}
+# Layers whose outputs depend on the sizes of their input and on no row, and arguments for such.
+_WITHOUT_ROWS = frozenset({"keras_hub.src.models.dinov3.dinov3_layers.DINOV3RopePositionEmbedding"})
+ARGUMENTS_WITHOUT_ROWS = {
+    f"keras_hub.src.models.dinov3.dinov3_layers.{name}": "position_embeddings"
+    for name in ("DINOV3Attention", "DINOV3Encoder", "DINOV3Layer")
 }
 
 
@@ -342,11 +381,21 @@ def _known_function(layer: Any, rank: Rank) -> str | None:
 # By the name of the class.
 _OTHER_CONDITIONS: dict[str, Condition] = {
     "AlibiBias": _rank(4),
+    "DINOV2Embedding": _rank(4),
+    "DINOV2PatchEmbedding": _rank(4),
+    "DINOV3Embedding": _rank(4),
+    "DINOV3PatchEmbedding": _rank(4),
+    "DINOV3RopePositionEmbedding": _rank(4),
+    "DeiTEmbeddings": _rank(4),
     "ESMRotaryEmbedding": _rank(4),
+    "OverlappingPatchingAndEmbedding": _rank(4),
+    "PaliGemmaVitEmbeddings": _rank(4),
+    "PaliGemmaVitEncoder": _rank(4),
     "ReversibleEmbedding": _any,
     "RotaryEmbedding": _all(_rank(3), _axis("sequence_axis"), _axis("feature_axis")),
     "LlamaRotaryEmbedding": _all(_rank(3), _axis("sequence_axis"), _axis("feature_axis")),
     "T5GemmaMLP": _known_function,
+    "T5Gemma2MLP": _known_function,
     "ViTPatchingAndEmbedding": _rank(4),
 }
 
@@ -371,6 +420,14 @@ def condition_of(layer_class: type) -> Condition | None:
     if name in _OWN and is_the_one(layer_class):
         layer_class = _OWN[name]
     return _KERAS.get(layer_class)
+
+
+def holds_no_row(tensor: keras.KerasTensor) -> bool:
+    """Returns whether a tensor of a functional model is the same for all rows, or empty."""
+    size = tensor.shape[0] if len(tensor.shape) else None
+    kind = type(call_that_made(tensor)[0])
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return size == 0 or (size is not None and name in _WITHOUT_ROWS and is_the_one(kind))
 
 
 def replaced_reason(operation: Any) -> str | None:

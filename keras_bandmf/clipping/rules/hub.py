@@ -50,6 +50,26 @@ class RootMeanSquareRule(ScaleRule):
         return outputs + self.offset * normalized, normalized
 
 
+class LayerScaleRule(ScaleRule):
+    """DINOV2LayerScale and DINOV3LayerScale: the inputs times a vector, along the last axis."""
+
+    def refuses(self, layer: keras.layers.Layer) -> str | None:
+        """Returns None: these layers always work along the last axis."""
+        return None
+
+    def weights(self, layer: keras.layers.Layer) -> tuple[Any, Any]:
+        """Returns the vector; there is no offset."""
+        return layer.lambda1, None
+
+    def axes(self, layer: keras.layers.Layer, rank: int) -> list[int]:
+        """Returns the last axis."""
+        return [rank - 1]
+
+    def normalized(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tf.Tensor:
+        """Returns the inputs as they are."""
+        return inputs
+
+
 class PositionEmbeddingRule(LayerRule):
     """PositionEmbedding: the first rows of a table for every example, or rows by index."""
 
@@ -110,8 +130,9 @@ class MaskedLMHeadRule(LayerRule):
 class ViTEmbeddingRule(LayerRule):
     """ViTPatchingAndEmbedding: class token and positions, which belong to no example's inputs.
 
-    The layer looks its positions up once for the whole batch; here they are added to every example,
-    so that each has a gradient of its own.
+    PaliGemmaVitEmbeddings is the same without a class token. The layer looks its positions up once
+    for the whole batch; here they are added to every example, so that each has a gradient of its
+    own.
     """
 
     def refuses(self, layer: keras.layers.Layer) -> str | None:
@@ -125,11 +146,11 @@ class ViTEmbeddingRule(LayerRule):
     def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
         """Returns the patches with class token and positions added to every example."""
         patches = layer.patch_embedding(inputs)
-        if layer.data_format == "channels_first":
+        if layer.patch_embedding.data_format == "channels_first":
             patches = tf.transpose(patches, [0, 2, 3, 1])
         sizes = dims(patches)
         patches = tf.reshape(patches, [sizes[0], layer.num_patches, sizes[-1]])
-        if layer.use_class_token:
+        if _has_class_token(layer):
             token = tf.cast(constant(layer.class_token), patches.dtype)
             token = tf.broadcast_to(token, [sizes[0], 1, sizes[-1]])
             patches = tf.concat([token, patches], axis=1)
@@ -141,7 +162,7 @@ class ViTEmbeddingRule(LayerRule):
     ) -> Sequence[tuple[keras.Variable, Factor]]:
         """Returns the gradients of the positions and of the class token."""
         found = [(_plain_table(layer), Rows(g))]
-        if layer.use_class_token:
+        if _has_class_token(layer):
             shape = tuple(layer.class_token.shape)
             found.append((layer.class_token, Rows(g[:, :1], Layout(shape))))
         return found
@@ -156,12 +177,15 @@ _RULES: dict[str, LayerRule] = {
         ReversibleEmbeddingRule()
     ),
     "keras_hub.src.models.deberta_v3.relative_embedding.RelativeEmbedding": RelativeEmbeddingRule(),
+    "keras_hub.src.models.dinov2.dinov2_layers.DINOV2LayerScale": LayerScaleRule(),
+    "keras_hub.src.models.dinov3.dinov3_layers.DINOV3LayerScale": LayerScaleRule(),
     "keras_hub.src.models.gemma.rms_normalization.RMSNormalization": RootMeanSquareRule(offset=1.0),
     "keras_hub.src.models.gemma3.gemma3_layers.RMSNormalization": RootMeanSquareRule(offset=1.0),
     "keras_hub.src.models.gpt_oss.gpt_oss_layer_norm.GptOssLayerNormalization": _FLOAT32_RMS,
     "keras_hub.src.models.llama.llama_layernorm.LlamaLayerNorm": _FLOAT32_RMS,
     "keras_hub.src.models.mistral.mistral_layer_norm.MistralLayerNormalization": _FLOAT32_RMS,
     "keras_hub.src.models.mixtral.mixtral_layer_norm.MixtralLayerNormalization": _FLOAT32_RMS,
+    "keras_hub.src.models.pali_gemma.pali_gemma_vit.PaliGemmaVitEmbeddings": ViTEmbeddingRule(),
     "keras_hub.src.models.phi3.phi3_layernorm.Phi3LayerNorm": _FLOAT32_RMS,
     "keras_hub.src.models.qwen.qwen_layernorm.QwenLayerNorm": _FLOAT32_RMS,
     "keras_hub.src.models.qwen3.qwen3_layernorm.Qwen3LayerNorm": _FLOAT32_RMS,
@@ -197,6 +221,10 @@ class _FirstRows:
 
     def __call__(self, total: tf.Tensor) -> tf.Tensor:
         return tf.pad(total, [[0, self.count - dims(total)[0]], [0, 0]])
+
+
+def _has_class_token(layer: keras.layers.Layer) -> bool:
+    return getattr(layer, "use_class_token", False)
 
 
 def _plain_table(layer: keras.layers.Layer) -> keras.Variable | None:

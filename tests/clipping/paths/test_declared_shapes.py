@@ -12,6 +12,7 @@ from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.paths.book_keeping import forward
 from keras_bandmf.clipping.paths.declared_shapes import checked_shapes
 from keras_bandmf.clipping.paths.routing import trial_reason
+from keras_bandmf.clipping.rowwise.decision import rowwise
 
 
 def normed(t):
@@ -54,6 +55,26 @@ def test_tensors_of_another_shape_than_declared_go_one_row_at_a_time(name, lengt
     )
     found = spec(tf.ones([3, 6, 4]), tf.ones([3, 1])).numpy().decode()
     assert "is not of the declared shape" in found
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_what_is_declared_to_be_empty_must_be_empty(empty):
+    """An empty tensor may be returned beside the rows, as by DeiT's encoder."""
+
+    class Beside(layers.Layer):
+        def call(self, x):
+            return x, x[:0] if empty else x
+
+        def compute_output_shape(self, shape):
+            return shape, (0, *shape[1:])
+
+    clipping.declare_row_wise(Beside)
+    x = keras.Input((4,))
+    model = keras.Model(x, layers.Dense(1)(Beside()(x)[0]))
+    model.compile(loss="mse")
+    reason = trial_reason(model, tf.ones([3, 4]), tf.ones([3, 1]), None, None)
+    assert reason is None if empty else "is not of the declared shape" in reason
+    assert (explain(model).route == "book-keeping") and not rowwise(model).unknown
 
 
 def test_every_trace_is_looked_at_also_those_with_an_unknown_number_of_rows():

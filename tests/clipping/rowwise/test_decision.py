@@ -251,11 +251,16 @@ def hub_layer(name, **settings):
 
 @pytest.mark.parametrize("axes", [2, 3, 4])
 def test_masks_that_are_reshaped_or_added_as_they_are_have_the_axes_for_it(axes):
-    mask = keras.Input((4,) * (axes - 1))
+    mask = keras.Input({2: (4,), 3: (4, 4), 4: (1, 4, 4)}[axes])
     roformer = {"heads": 4, "head_size": 2}
     masked = {
         "esm.esm_attention.EsmSelfAttention": (2, roformer),
         "roformer_v2.roformer_v2_attention.RoformerAttention": (2, roformer),
+        "pali_gemma.pali_gemma_vit.PaliGemmaVitAttention": (
+            4,
+            {"hidden_dim": 6, "num_heads": 2},
+        ),
+        "dinov3.dinov3_layers.DINOV3Attention": (4, {"hidden_dim": 6, "num_heads": 2}),
         "t5gemma.t5gemma_attention.T5GemmaAttention": (
             4,
             {"hidden_size": 6, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 2}
@@ -270,6 +275,48 @@ def test_masks_that_are_reshaped_or_added_as_they_are_have_the_axes_for_it(axes)
             continue
         output = output[0] if isinstance(output, tuple) else output
         assert bool(rowwise(keras.Model([X, mask], output)).unknown) == (axes != expected), name
+
+
+_ONE_LAYER = {"num_layers": 1, "num_heads": 4, "hidden_dim": 6, "intermediate_dim": 4}
+
+
+def test_masks_of_which_a_layer_takes_one_by_axis_0_are_refused():
+    for masks in (None, X[:, None, :, :4] > 0):
+        encoder = hub_layer("deit.deit_layers.DeiTEncoder", **{**_ONE_LAYER, "num_heads": 2})
+        output = encoder(X, **({} if masks is None else {"attention_masks": masks}))[0]
+        assert bool(rowwise(keras.Model(X, output)).unknown) == (masks is not None)
+
+
+@pytest.mark.parametrize("explicit", [None, True, False])
+def test_masks_that_are_added_to_scores_whatever_their_axes_are_refused(explicit):
+    """Also those that Keras passes of itself: `Masking` makes one of two axes."""
+    block = hub_layer(
+        "pali_gemma.pali_gemma_vit.PaliGemmaVitEncoderBlock", num_heads=2, intermediate_dim=4
+    )
+    options = {"mask": X[:, None, :, :4] > 0} if explicit else {}
+    output = block(layers.Masking()(X) if explicit is False else X, **options)
+    assert bool(rowwise(keras.Model(X, output)).unknown) == (explicit is not None)
+
+
+def test_what_is_added_to_the_inputs_has_their_axes():
+    for other, same in ((X, True), (V, False)):
+        output = hub_layer("deit.deit_layers.DeiTOutput", hidden_dim=6)(X, other)
+        assert bool(rowwise(keras.Model([X, V], output)).unknown) != same
+
+
+def test_positions_that_come_from_rows_are_refused_where_positions_without_rows_are_expected():
+    image, tokens = keras.Input((4, 4, 3)), keras.Input((4, 8))
+    settings = {**_ONE_LAYER, "num_heads": 2, "hidden_dim": 8}
+    positions = hub_layer(
+        "dinov3.dinov3_layers.DINOV3RopePositionEmbedding",
+        **{"hidden_dim": 8, "num_heads": 2, "rope_theta": 100.0, "patch_size": 2},
+    )(image)
+    for given, known in ((positions, True), ((tokens[:, 0, :4], tokens[:, 0, :4]), False)):
+        encoder = hub_layer("dinov3.dinov3_layers.DINOV3Encoder", **settings)
+        output = encoder(tokens, position_embeddings=given)[0]
+        assert bool(rowwise(keras.Model([image, tokens], output)).unknown) != known
+    added = keras.Model([image, tokens], tokens[:, :, :4] + positions[0])
+    assert rowwise(added).unknown
 
 
 def test_a_function_that_is_looked_up_by_name_is_not_known():
