@@ -16,13 +16,14 @@ from keras_bandmf.planning.band_choice import BandChoice
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.plan_table import rmse_unit
 from keras_bandmf.planning.statement import Statement
-from keras_bandmf.strategies import ToeplitzStrategy
+from keras_bandmf.strategies import Strategy, ToeplitzStrategy
 
 if TYPE_CHECKING:  # Everything but pictures works without matplotlib.
     from matplotlib.axes import Axes
+    from matplotlib.colors import SymLogNorm
     from matplotlib.figure import Figure
 
-__all__ = ["plot_audit", "plot_plan", "plot_trade_off"]
+__all__ = ["plot_audit", "plot_epsilon", "plot_plan", "plot_strategy", "plot_trade_off"]
 
 _BLUE, _GREY = "#1f5fa8", "#8a8a8a"
 _COLORS = {"cyclic_poisson": _BLUE, "random_allocation": "#7b4ea3", "fixed_order": "#3a9a5c"}
@@ -34,6 +35,8 @@ _HOW = {
 # The deltas whose epsilons bound the picture of an audit, beside the plan's own.
 _MAX_POINTS = 2000
 _MAX_STEPS = 10**8  # The most steps that `per_step_error` accepts.
+_MAX_MATRIX_STEPS = 2_048  # A picture of more rows would show no single one.
+_EPSILONS = 25  # Each takes an accounting of its own.
 
 
 def plot_plan(
@@ -230,6 +233,117 @@ def plot_trade_off(
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def plot_epsilon(plan: TrainingPlan, path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draws the epsilon of the steps taken so far, as `plan.epsilon(steps)` says it.
+
+    It shows progress: a run that ends early is charged in full.
+
+    Args:
+        plan: the plan; with noise.
+        path: the file to which the picture is saved. None saves nothing.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        TypeError: if `plan` is not a `TrainingPlan`.
+        ValueError: if the plan has no noise.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> from keras_bandmf.plots import plot_epsilon
+        >>> plan = bandmf.TrainingPlan(
+        ...     num_examples=1000, batch_size=100, epochs=2, num_bands=4,
+        ...     noise_multiplier=1.0, delta=1e-5)
+        >>> plot_epsilon(plan).axes[0].get_xlabel()
+        'step'
+    """
+    if not isinstance(plan, TrainingPlan):
+        raise TypeError(f"Expected `plan` to be a TrainingPlan. Received: plan={plan!r}.")
+    if plan.noise_multiplier == 0.0:
+        raise ValueError(
+            "Expected a plan with noise, because epsilon is infinite without. Received: "
+            "noise_multiplier=0.0. Use `TrainingPlan.calibrate`, which finds it."
+        )
+    figure = _new_figure(panels=1)
+    (axis,) = figure.axes
+    steps = np.unique(np.linspace(1, plan.num_steps, _EPSILONS).astype(int))
+    values = [plan.epsilon(int(step)) for step in steps]
+    axis.plot([0, *steps], [0.0, *values], color=_BLUE)
+    axis.axhline(values[-1], color=_GREY, linestyle=":", label=f"all {plan.num_steps} steps")
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("step")
+    axis.set_ylabel("epsilon")
+    axis.set_title(
+        f"Epsilon of the steps so far, at delta = {rounded_up(plan.delta, 2)}", fontsize=10
+    )
+    axis.legend(frameon=False, loc="lower right")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def plot_strategy(strategy: Strategy, path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draws a strategy as images: C, and its inverse, whose rows weight the noise of a step.
+
+    Args:
+        strategy: a strategy of at most 2,048 steps whose C is square.
+        path: the file to which the picture is saved. None saves nothing.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        TypeError: if `strategy` is not a `Strategy`.
+        ValueError: if it has more steps, or C is not square.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> from keras_bandmf.plots import plot_strategy
+        >>> strategy = bandmf.strategies.ToeplitzStrategy.optimize(num_steps=20, num_bands=4)
+        >>> [axis.get_title() for axis in plot_strategy(strategy).axes[:2]]
+        ['C', 'its inverse']
+    """
+    if not isinstance(strategy, Strategy):
+        raise TypeError(f"Expected `strategy` to be a Strategy. Received: strategy={strategy!r}.")
+    if strategy.num_steps > _MAX_MATRIX_STEPS:
+        raise ValueError(
+            f"Expected at most {_MAX_MATRIX_STEPS} steps for a picture of a matrix. Received: "
+            f"num_steps={strategy.num_steps}. Optimize one of the same bands for fewer steps."
+        )
+    matrix = strategy.materialize()
+    if matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(
+            f"Expected a square matrix. Received: {type(strategy).__name__}, of shape "
+            f"{matrix.shape}."
+        )
+    figure = _new_figure(panels=2)
+    names = ("C", "its inverse")
+    for axis, name, values in zip(figure.axes, names, (matrix, np.linalg.inv(matrix)), strict=True):
+        # Small entries far from the diagonal would be white on a linear scale.
+        largest = float(np.max(np.abs(values)))
+        image = axis.imshow(
+            values, cmap="RdBu_r", norm=_around_zero(largest), interpolation="nearest"
+        )
+        axis.grid(visible=False)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("step of the noise")
+        axis.set_ylabel("step")
+        figure.colorbar(image, ax=axis, shrink=0.8)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _around_zero(largest: float) -> SymLogNorm:
+    """Returns a scale that is linear near zero and logarithmic beyond."""
+    from matplotlib.colors import SymLogNorm
+
+    return SymLogNorm(linthresh=1e-2 * largest, vmin=-largest, vmax=largest)
 
 
 def require_matplotlib() -> None:

@@ -9,8 +9,8 @@ import scipy.stats
 from keras_bandmf.audit import AuditReport
 from keras_bandmf.planning.band_choice import BandCandidate, BandChoice
 from keras_bandmf.planning.plan import TrainingPlan
-from keras_bandmf.plots import plot_audit, plot_plan, plot_trade_off
-from keras_bandmf.strategies import Workload
+from keras_bandmf.plots import plot_audit, plot_epsilon, plot_plan, plot_strategy, plot_trade_off
+from keras_bandmf.strategies import ToeplitzStrategy, Workload
 from tests.plans import make_plan
 
 
@@ -161,3 +161,44 @@ def test_the_trade_off_is_between_no_and_perfect_privacy(plan, tmp_path):
         plot_trade_off(make_plan(noise_multiplier=0.0))
     with pytest.raises(TypeError, match="source"):
         plot_trade_off(None)
+
+
+def test_epsilon_grows_to_that_of_the_plan(plan, tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = plot_epsilon(plan, tmp_path / "epsilon.png")
+    curve, limit = figure.axes[0].get_lines()
+    steps, values = curve.get_data()
+    assert (steps[0], values[0], steps[-1]) == (0, 0.0, plan.num_steps)
+    assert list(values) == sorted(values)
+    assert values[-1] == limit.get_ydata()[0] == plan.epsilon()
+    assert values[5] == plan.epsilon(int(steps[5]))
+    assert (tmp_path / "epsilon.png").stat().st_size > 5_000
+
+
+def test_a_strategy_is_drawn_as_it_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    strategy = ToeplitzStrategy.optimize(num_steps=12, num_bands=3)
+    figure = plot_strategy(strategy, tmp_path / "strategy.png")
+    dense = strategy.materialize()
+    shown = [axis.images[0].get_array() for axis in figure.axes[:2]]
+    np.testing.assert_array_equal(shown[0], dense)
+    np.testing.assert_allclose(shown[0] @ shown[1], np.eye(12), atol=1e-12)
+    assert (tmp_path / "strategy.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "message"),
+    [
+        (lambda: plot_epsilon("plan"), TypeError, "plan='plan'"),
+        (lambda: plot_epsilon(make_plan(noise_multiplier=0.0)), ValueError, "with noise"),
+        (lambda: plot_strategy(None), TypeError, "strategy=None"),
+        (
+            lambda: plot_strategy(ToeplitzStrategy(np.ones(1), 3_000)),
+            ValueError,
+            "at most 2048 steps",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn(draw, error, message):
+    with pytest.raises(error, match=message):
+        draw()
