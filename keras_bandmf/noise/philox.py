@@ -30,35 +30,32 @@ def words(low: tf.Tensor, high: tf.Tensor, key: tf.Tensor) -> Words:
         Four tensors of the broadcast shape: words below 2**32. They are uint64, because processors
         convert between widths slowly.
     """
+    # Constants are made once: each one takes time when a graph is traced.
+    mask, half = tf.constant(2**32 - 1, tf.uint64), tf.constant(32, tf.uint64)
+    multipliers = [tf.constant(number, tf.uint64) for number in _MULTIPLIERS]
+    weyl = [tf.constant(number, tf.uint64) for number in _WEYL]
+
+    def lower(value: tf.Tensor) -> tf.Tensor:
+        return tf.bitwise.bitwise_and(value, mask)
+
+    def upper(value: tf.Tensor) -> tf.Tensor:
+        return tf.bitwise.right_shift(value, half)
+
     # Only the lower half of each word counts. What the upper half holds is dropped when the word is
     # multiplied, and at the end.
-    first, second, third, fourth = low, _upper(low), high, _upper(high)
-    even, odd = key, _upper(key)
+    first, second, third, fourth = low, upper(low), high, upper(high)
+    even, odd = key, upper(key)
     for _ in range(_ROUNDS):
-        product, other = _multiply(first, _MULTIPLIERS[0]), _multiply(third, _MULTIPLIERS[1])
+        # Products of 32-bit numbers, in 64 bits.
+        product, other = lower(first) * multipliers[0], lower(third) * multipliers[1]
         first, second, third, fourth = (
-            _xor(_xor(_upper(other), second), even),
+            _xor(_xor(upper(other), second), even),
             other,
-            _xor(_xor(_upper(product), fourth), odd),
+            _xor(_xor(upper(product), fourth), odd),
             product,
         )
-        even, odd = even + tf.constant(_WEYL[0], tf.uint64), odd + tf.constant(_WEYL[1], tf.uint64)
-    return _lower(first), _lower(second), _lower(third), _lower(fourth)
-
-
-def _lower(value: tf.Tensor) -> tf.Tensor:
-    """Returns the lower 32 bits of uint64 values."""
-    return tf.bitwise.bitwise_and(value, tf.constant(2**32 - 1, tf.uint64))
-
-
-def _upper(value: tf.Tensor) -> tf.Tensor:
-    """Returns the upper 32 bits of uint64 values."""
-    return tf.bitwise.right_shift(value, tf.constant(32, tf.uint64))
-
-
-def _multiply(value: tf.Tensor, multiplier: int) -> tf.Tensor:
-    """Returns the product, in 64 bits, of the lower 32 bits of values and a 32-bit number."""
-    return _lower(value) * tf.constant(multiplier, tf.uint64)
+        even, odd = even + weyl[0], odd + weyl[1]
+    return lower(first), lower(second), lower(third), lower(fourth)
 
 
 def _xor(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
