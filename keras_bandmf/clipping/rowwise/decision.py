@@ -119,7 +119,8 @@ def rowwise(model: keras.Model) -> Rowwise:
     (`declared_shapes`); a model that differs goes the general path. The tables were made by reading
     the sources of Keras and keras_hub, and rest on that reading. Methods replaced on an instance of
     a layer or operation, other than `build` and `quantize`, are found, and on a functional model
-    those that run its graph; what is replaced inside other objects that a layer holds is not.
+    those that run its graph; so are functions that a known layer holds, in place of a layer inside,
+    say. What is replaced inside other objects that a layer holds is not.
     """
     found = Rowwise([], [])
     _look(model, None, found, set())

@@ -459,14 +459,16 @@ def function_reason(layer: keras.layers.Layer) -> str | None:
 
     Its code calls what it holds: a function in the place of a layer inside is not seen as a layer.
     """
-    for name, value in vars(layer).items():
-        if not callable(value) or isinstance(value, (keras.layers.Layer, type)):
-            continue
+    for name, held in vars(layer).items():
         if name in ("build", "quantize", "inputs_quantizer") or "activation" in name:
             continue  # wrapped by Keras itself, or looked at by others
-        if name.endswith(_OF_WEIGHTS) or _made_by(type(layer), value):
+        if name.endswith(_OF_WEIGHTS):
             continue
-        return f"its {name.lstrip('_')} is a function of your own"
+        values = held.values() if isinstance(held, dict) else held
+        for value in values if isinstance(held, (dict, list, tuple)) else (held,):
+            known = not callable(value) or isinstance(value, (keras.layers.Layer, type))
+            if not known and not _made_by(type(layer), value):
+                return f"a function of your own is in its {name.lstrip('_')}"
     return None
 
 

@@ -340,18 +340,23 @@ def test_a_function_in_the_place_of_the_one_that_a_layer_made_is_seen(name):
     x = np.random.default_rng(0).normal(size=(3, 4, 6))
     one, other = (np.array(layer(x * scale)) for scale in (1, np.array([1, 2, 2])[:, None, None]))
     assert np.abs(one[0] - other[0]).max() > 1e-6
-    assert "its act_fn is a function of your own" in rowwise(model).unknown[0]
+    assert "a function of your own is in its act_fn" in rowwise(model).unknown[0]
     assert not may_be_row_wise(layer)
 
 
-def test_a_function_in_the_place_of_a_layer_inside_is_seen():
+def test_functions_in_the_place_of_layers_inside_are_seen():
     layer = hub_layer(
         "dinov2.dinov2_layers.DINOV2Layer", hidden_dim=6, num_heads=2, intermediate_dim=4
     )
     model = keras.Model(X, layer(X))
     assert not rowwise(model).unknown
     layer.drop_path = lambda x, training: centred(x)
-    assert "its drop_path is a function of your own" in rowwise(model).unknown[0]
+    assert "a function of your own is in its drop_path" in rowwise(model).unknown[0]
+    encoder = hub_layer("dinov2.dinov2_layers.DINOV2Encoder", **{**_ONE_LAYER, "num_heads": 2})
+    model = keras.Model(X, encoder(X)[0])
+    assert not rowwise(model).unknown
+    encoder.layers = [lambda x, training: centred(x)]
+    assert "a function of your own is in its layers" in rowwise(model).unknown[0]
 
 
 def centred(x):
