@@ -13,6 +13,7 @@ from keras_bandmf._keras_internals import all_layers
 from keras_bandmf.clipping.checks.snapshot import Snapshot
 from keras_bandmf.clipping.checks.unseen import unseen
 from keras_bandmf.clipping.paths.book_keeping import forward
+from keras_bandmf.clipping.rules.base import called_method
 
 SameRow = Callable[[tf.Tensor, tf.Tensor, int], bool]
 
@@ -81,14 +82,18 @@ def _recorded(model: keras.Model, calls: list[_Call]) -> Iterator[None]:
     for part in [model, *operations.values()]:
         for operation in getattr(part, "operations", []):
             operations.setdefault(id(operation), operation)
-    replaced = [op for op in operations.values() if "call" not in vars(op)]
+    replaced = [
+        (op, method)
+        for op in operations.values()
+        if (method := called_method(op)) not in vars(op)  # an operation has only `call`
+    ]
     try:
-        for operation in replaced:
-            vars(operation)["call"] = _recording(operation, operation.call, calls)
+        for operation, method in replaced:
+            vars(operation)[method] = _recording(operation, getattr(operation, method), calls)
         yield
     finally:
-        for operation in replaced:
-            vars(operation).pop("call", None)
+        for operation, method in replaced:
+            vars(operation).pop(method, None)
 
 
 def _recording(operation: Any, original: Callable, calls: list[_Call]) -> Callable:

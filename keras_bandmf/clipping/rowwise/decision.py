@@ -21,6 +21,7 @@ from keras_bandmf.clipping.rowwise.known_layers import (
     activation_reason,
     array_reason,
     condition_of,
+    function_reason,
     holds_no_row,
     inner_rank,
     is_the_one,
@@ -100,7 +101,9 @@ def may_be_row_wise(layer: keras.layers.Layer) -> bool:
     if type(layer) in _DECLARED:
         return True
     condition = condition_of(type(layer))
-    return condition is not None and condition(layer, None) is None
+    if condition is None or function_reason(layer) is not None:
+        return False
+    return condition(layer, None) is None
 
 
 def rowwise(model: keras.Model) -> Rowwise:
@@ -116,7 +119,8 @@ def rowwise(model: keras.Model) -> Rowwise:
     (`declared_shapes`); a model that differs goes the general path. The tables were made by reading
     the sources of Keras and keras_hub, and rest on that reading. Methods replaced on an instance of
     a layer or operation, other than `build` and `quantize`, are found, and on a functional model
-    those that run its graph; what is replaced inside other objects that a layer holds is not.
+    those that run its graph; so are functions that a known layer holds, in place of a layer inside,
+    say. What is replaced inside other objects that a layer holds is not.
     """
     found = Rowwise([], [])
     _look(model, None, found, set())
@@ -175,7 +179,7 @@ def _own_reason(layer: Any, rank: int | None, found: Rowwise) -> str | None:
     if condition is None:
         kind = "a model with a `call` of its own" if isinstance(layer, keras.Model) else "a layer"
         return f"{kind} that is not known to treat rows independently"
-    return condition(layer, rank)
+    return function_reason(layer) or condition(layer, rank)
 
 
 def graph_of(layer: Any) -> FunctionalModel | None:

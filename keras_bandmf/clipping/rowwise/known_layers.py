@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -372,7 +373,7 @@ ARGUMENTS_WITHOUT_ROWS = {
 
 
 def _known_function(layer: Any, rank: Rank) -> str | None:
-    # Of another name it may look up a function of the user's.
+    # Of another name it may look up a function of the user's. What it holds: `function_reason`.
     if layer.hidden_activation != "gelu_approximate":
         return "its hidden_activation is not 'gelu_approximate'"
     return _rank(2)(layer, rank)
@@ -449,6 +450,35 @@ def array_reason(layer: keras.layers.Layer) -> str | None:
     return None
 
 
+# Functions by these names are called on weights alone.
+_OF_WEIGHTS = ("initializer", "regularizer", "constraint")
+
+
+def function_reason(layer: keras.layers.Layer) -> str | None:
+    """Returns why a layer of the table may mix rows, if it holds a function that it did not make.
+
+    Its code calls what it holds: a function in the place of a layer inside is not seen as a layer.
+    """
+    for name, held in vars(layer).items():
+        if name in ("build", "quantize", "inputs_quantizer") or "activation" in name:
+            continue  # wrapped by Keras itself, or looked at by others
+        if name.endswith(_OF_WEIGHTS):
+            continue
+        values = held.values() if isinstance(held, dict) else held
+        for value in values if isinstance(held, (dict, list, tuple)) else (held,):
+            known = not callable(value) or isinstance(value, (keras.layers.Layer, type))
+            if not known and not _made_by(type(layer), value):
+                return f"a function of your own is in its {name.lstrip('_')}"
+    return None
+
+
+def _made_by(kind: type, function: Any) -> bool:
+    """Returns whether a function was written in the `__init__` of this class, as its lambda."""
+    code = getattr(function, "__code__", None)
+    init = getattr(inspect.unwrap(kind.__init__), "__code__", None)  # type: ignore[misc]
+    return any(constant is code for constant in getattr(init, "co_consts", ()) if constant)
+
+
 # The kernels of these in int8 are frozen arrays, and their inputs are scaled along axes alone.
 _IN_INT8 = frozenset("Dense EinsumDense Embedding ReversibleEmbedding".split())
 
@@ -461,6 +491,12 @@ def quantized_reason(layer: keras.layers.Layer, rank: Rank) -> str | None:
     kind = type(layer)
     if mode != "int8" or kind.__name__ not in _IN_INT8 or condition_of(kind) is None:
         return f"it is quantized, and nothing is known of {kind.__name__} in {mode}"
+    if isinstance(layer, keras.layers.EinsumDense) and layer.lora_enabled:
+        # Keras computes einsum(x, A) B, which is along the last axis whatever that is: in a result
+        # of one axis it is that of the rows, in others it need not be that of the kernel's outputs.
+        _, kernel, result = layer.equation.replace(" ", "").replace("->", ",").split(",")
+        if kernel[-1] != result[-1]:
+            return "it is quantized, and LoRA's product is not along the last axis of its kernel"
     quantizer = getattr(layer, "inputs_quantizer", None)
     if quantizer is None:
         return None

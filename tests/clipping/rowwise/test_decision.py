@@ -13,7 +13,7 @@ from keras import layers, ops
 from keras_bandmf import clipping
 from keras_bandmf.clipping import explain
 from keras_bandmf.clipping.rowwise import known_layers
-from keras_bandmf.clipping.rowwise.decision import rowwise
+from keras_bandmf.clipping.rowwise.decision import may_be_row_wise, rowwise
 from tests.clipping import zoo
 
 LAYERS = {
@@ -325,6 +325,48 @@ def test_a_function_that_is_looked_up_by_name_is_not_known():
         name = "t5gemma.t5gemma_layers.T5GemmaMLP"
         output = hub_layer(name, hidden_activation=activation, **settings)(X)
         assert bool(rowwise(keras.Model(X, output)).unknown) == (activation == "relu")
+
+
+@pytest.mark.parametrize(
+    "name", ["t5gemma.t5gemma_layers.T5Gemma", "t5gemma2.t5gemma2_layers.T5Gemma2"]
+)
+def test_a_function_in_the_place_of_the_one_that_a_layer_made_is_seen(name):
+    """Their `act_fn` is no activation by its name, and its class has no method of that name."""
+    settings = {"hidden_size": 6, "intermediate_size": 4, "dropout_rate": 0.0}
+    layer = hub_layer(f"{name}MLP", hidden_activation="gelu_approximate", **settings)
+    model = keras.Model(X, layer(X))
+    assert not rowwise(model).unknown
+    layer.act_fn = centred
+    x = np.random.default_rng(0).normal(size=(3, 4, 6))
+    one, other = (np.array(layer(x * scale)) for scale in (1, np.array([1, 2, 2])[:, None, None]))
+    assert np.abs(one[0] - other[0]).max() > 1e-6
+    assert "a function of your own is in its act_fn" in rowwise(model).unknown[0]
+    assert not may_be_row_wise(layer)
+
+
+def test_functions_in_the_place_of_layers_inside_are_seen():
+    layer = hub_layer(
+        "dinov2.dinov2_layers.DINOV2Layer", hidden_dim=6, num_heads=2, intermediate_dim=4
+    )
+    model = keras.Model(X, layer(X))
+    assert not rowwise(model).unknown
+    layer.drop_path = lambda x, training: centred(x)
+    assert "a function of your own is in its drop_path" in rowwise(model).unknown[0]
+    encoder = hub_layer("dinov2.dinov2_layers.DINOV2Encoder", **{**_ONE_LAYER, "num_heads": 2})
+    model = keras.Model(X, encoder(X)[0])
+    assert not rowwise(model).unknown
+    encoder.layers = [lambda x, training: centred(x)]
+    assert "a function of your own is in its layers" in rowwise(model).unknown[0]
+
+
+def centred(x):
+    return x - keras.ops.mean(x, axis=0, keepdims=True)
+
+
+def test_functions_of_weights_alone_may_be_of_your_own():
+    own = {"kernel_initializer": lambda shape, dtype: keras.ops.ones(shape, dtype)}
+    own |= {"kernel_constraint": lambda kernel: kernel}
+    assert not rowwise(keras.Model(X, layers.Dense(2, **own)(X))).unknown
 
 
 def test_what_a_layer_works_on_may_be_given_by_its_name():

@@ -108,6 +108,39 @@ def test_quantizers_that_may_mix_rows_send_the_model_to_the_general_path():
     assert "axis of its quantizer" in rowwise(model).unknown[0]
 
 
+def test_a_quantized_layer_that_mixes_rows_is_named():
+    layer = layers.Dense(6, name="culprit")
+    model, x, y = quantized(layer, (4, 5), activation_quantizer=OfTheBatch())
+    with pytest.raises(ValueError, match="layer '.*culprit'"):
+        clipping.check_model(model, x, y)
+
+
+def test_lora_along_the_axis_of_the_rows_is_refused():
+    """In int8 Keras multiplies with B along the last axis, here that of the rows."""
+    inputs = keras.Input((3,))
+    layer = layers.EinsumDense("ab,b->a", ())
+    model = keras.Model(inputs, layer(inputs))
+    layer.quantize("int8", config=keras.quantizers.Int8QuantizationConfig(**WEIGHTS_ALONE))
+    assert not rowwise(model).unknown
+    layer.enable_lora(3)
+    moved_away(model)
+    x = RNG.normal(size=(3, 3)).astype("float32")
+    one, other = np.array(layer(x)), np.array(layer(x * np.array([[1], [2], [2]])))
+    assert abs(one[0] - other[0]) > 1e-3
+    assert "LoRA's product is not along the last axis" in rowwise(model).unknown[0]
+
+
+@pytest.mark.parametrize(
+    ("equation", "outputs", "shape"),
+    [("abc,cde->abed", (4, 3, 3), (4, 5)), ("abc,dc->abd", (4, 3), (4, 3))],
+)
+def test_lora_along_an_axis_that_is_not_the_last_has_its_true_gradient(equation, outputs, shape):
+    layer = layers.EinsumDense(equation, outputs)
+    model, x, y = quantized(layer, shape, rank=3)
+    assert "LoRA's product is not along the last axis" in rowwise(model).unknown[0]
+    reference.compare(clipping.clipped_gradients, model, x, y)
+
+
 def test_four_bits_and_subclasses_take_the_general_path():
     class Own(layers.Dense):
         pass
