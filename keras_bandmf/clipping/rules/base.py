@@ -224,10 +224,50 @@ class LinearRule(KernelRule):
         raise NotImplementedError
 
 
-class DenseRule(LinearRule):
-    """Dense on (batch, ..., in)."""
+class ProductRule(LinearRule):
+    """Dense and EinsumDense: a product with a kernel, plus a bias. A kernel in int8 is frozen."""
 
     knows_int8 = True
+
+    def lora_factors(
+        self, layer: keras.layers.Layer, x: tf.Tensor, g: tf.Tensor
+    ) -> list[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of LoRA's two factors.
+
+        Args:
+            layer: The layer, whose LoRA is enabled.
+            x: The inputs, of the dtype of `g`.
+            g: The gradient of the summed losses by the product.
+        """
+        raise NotImplementedError
+
+    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns the product plus the bias, and the inputs for the gradients."""
+        if layer.quantization_mode is not None:
+            return quantized_outputs(layer, inputs), inputs
+        outputs = self.linear(layer, inputs, constant(layer.kernel))
+        if layer.bias is not None:
+            outputs = keras.ops.add(outputs, constant(layer.bias))
+        return outputs, inputs
+
+    def gradients(
+        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
+    ) -> Sequence[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of the kernel, or of LoRA's two factors, and of the bias."""
+        x = tf.cast(saved, g.dtype)
+        found: list[tuple[keras.Variable, Factor]] = []
+        if layer.lora_enabled:
+            found = self.lora_factors(layer, x, g)
+        elif layer.quantization_mode is None:
+            kernel = kernel_of(layer)
+            found = [(kernel, self.kernel_factor(layer, x, g, tuple(kernel.shape)))]
+        if layer.bias is not None:
+            found.append((layer.bias, Rows(sum_to(g, tuple(layer.bias.shape)))))
+        return found
+
+
+class DenseRule(ProductRule):
+    """Dense on (batch, ..., in)."""
 
     def linear(self, layer: keras.layers.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
         """Returns x W."""
@@ -239,37 +279,17 @@ class DenseRule(LinearRule):
         """Returns x'g."""
         return matrix(tf.cast(inputs, g.dtype), g)
 
-    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        """Returns x W + b, and x for the gradients."""
-        if layer.quantization_mode is not None:
-            return quantized_outputs(layer, inputs), inputs
-        outputs = self.linear(layer, inputs, constant(layer.kernel))
-        if layer.bias is not None:
-            outputs = keras.ops.add(outputs, constant(layer.bias))
-        return outputs, inputs
-
-    def gradients(
-        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
-    ) -> Sequence[tuple[keras.Variable, Factor]]:
-        """Returns x'g for the kernel, or LoRA's two factors, and g summed for the bias."""
-        x = tf.cast(saved, g.dtype)
-        found: list[tuple[keras.Variable, Factor]]
-        if layer.lora_enabled:
-            # Outputs are x (W + s A B): A sees g B', B sees x A.
-            a, b = layer.lora_kernel_a, layer.lora_kernel_b
-            scaled = lora_scale(layer) * g
-            found = [
-                (a, matrix(x, tf.matmul(scaled, wide(b, g), transpose_b=True))),
-                (b, matrix(tf.matmul(x, wide(a, g)), scaled)),
-            ]
-        elif layer.quantization_mode is not None:
-            found = []
-        else:
-            kernel = kernel_of(layer)
-            found = [(kernel, self.kernel_factor(layer, x, g, tuple(kernel.shape)))]
-        if layer.bias is not None:
-            found.append((layer.bias, Rows(sum_to(g, tuple(layer.bias.shape)))))
-        return found
+    def lora_factors(
+        self, layer: keras.layers.Layer, x: tf.Tensor, g: tf.Tensor
+    ) -> list[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of A and B."""
+        # Outputs are x (W + s A B): A sees g B', B sees x A.
+        a, b = layer.lora_kernel_a, layer.lora_kernel_b
+        scaled = lora_scale(layer) * g
+        return [
+            (a, matrix(x, tf.matmul(scaled, wide(b, g), transpose_b=True))),
+            (b, matrix(tf.matmul(x, wide(a, g)), scaled)),
+        ]
 
 
 def matrix(x: tf.Tensor, g: tf.Tensor) -> Outer:

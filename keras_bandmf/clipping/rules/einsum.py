@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import keras
 import tensorflow as tf
 
-from keras_bandmf._keras_internals import kernel_of
-from keras_bandmf.clipping.factors import Factor, Layout, Outer, Rows, Unsupported
+from keras_bandmf.clipping.factors import Factor, Layout, Outer, Unsupported
 from keras_bandmf.clipping.rules.base import (
-    LinearRule,
-    constant,
+    ProductRule,
     lora_scale,
-    quantized_outputs,
     wide,
 )
-from keras_bandmf.clipping.shapes import dims, product, sum_to
+from keras_bandmf.clipping.shapes import dims, product
 
 
-class EinsumDenseRule(LinearRule):
+class EinsumDenseRule(ProductRule):
     """EinsumDense with any equation whose batch label stays in front and out of the kernel.
 
     Args:
         equation: None for that of the layer; else the one to compute by in its place, for
             `linear` and `kernel_factor` alone.
     """
-
-    knows_int8 = True
 
     def __init__(self, equation: str | None = None):
         self._equation = equation
@@ -52,32 +44,12 @@ class EinsumDenseRule(LinearRule):
         equation = _known_equation(layer, self._equation or layer.equation, x, lora=False)
         return equation.factor(x, g, shape)
 
-    def forward(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        """Returns the einsum plus the bias, and the inputs for the gradients."""
-        if layer.quantization_mode is not None:
-            return quantized_outputs(layer, inputs), inputs
-        outputs = self.linear(layer, inputs, constant(layer.kernel))
-        if layer.bias is not None:
-            outputs = keras.ops.add(outputs, constant(layer.bias))
-        return outputs, inputs
-
-    def gradients(
-        self, layer: keras.layers.Layer, saved: Any, g: tf.Tensor
-    ) -> Sequence[tuple[keras.Variable, Factor]]:
-        """Returns the gradients of the kernel, or of LoRA's two factors, and of the bias."""
-        x = tf.cast(saved, g.dtype)
-        found: list[tuple[keras.Variable, Factor]]
-        if layer.lora_enabled:
-            equation = _known_equation(layer, layer.equation, x, lora=True)
-            found = _lora(layer, equation, x, lora_scale(layer) * g)
-        elif layer.quantization_mode is not None:
-            found = []
-        else:
-            kernel = kernel_of(layer)
-            found = [(kernel, self.kernel_factor(layer, x, g, tuple(kernel.shape)))]
-        if layer.bias is not None:
-            found.append((layer.bias, Rows(sum_to(g, tuple(layer.bias.shape)))))
-        return found
+    def lora_factors(
+        self, layer: keras.layers.Layer, x: tf.Tensor, g: tf.Tensor
+    ) -> list[tuple[keras.Variable, Factor]]:
+        """Returns the gradients of LoRA's two factors, by the layer's own equation."""
+        equation = _known_equation(layer, layer.equation, x, lora=True)
+        return _lora(layer, equation, x, lora_scale(layer) * g)
 
 
 def _known_equation(

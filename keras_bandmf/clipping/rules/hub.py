@@ -16,27 +16,19 @@ from keras_bandmf.clipping.rules.base import LayerRule, constant, matrix
 from keras_bandmf.clipping.rules.embedding import ReversibleEmbeddingRule, lookup
 from keras_bandmf.clipping.rules.hub_deberta import RelativeEmbeddingRule
 from keras_bandmf.clipping.rules.hub_t5 import T5AttentionRule, T5LayerNormRule
-from keras_bandmf.clipping.rules.scale import ScaleRule
+from keras_bandmf.clipping.rules.scale import LastAxisRule
 from keras_bandmf.clipping.shapes import dims, sum_to
 
 
-class RootMeanSquareRule(ScaleRule):
+class RootMeanSquareRule(LastAxisRule):
     """LlamaLayerNorm and its like: x / rms(x) * (offset + scale) over the last axis, in float32."""
 
     def __init__(self, offset: float = 0.0):
         self.offset = offset
 
-    def refuses(self, layer: keras.layers.Layer) -> str | None:
-        """Returns None: these layers always work along the last axis."""
-        return None
-
     def weights(self, layer: keras.layers.Layer) -> tuple[Any, Any]:
         """Returns the scale; there is no offset."""
         return layer.scale, None
-
-    def axes(self, layer: keras.layers.Layer, rank: int) -> list[int]:
-        """Returns the last axis."""
-        return [rank - 1]
 
     def normalized(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tf.Tensor:
         """Returns x / rms(x), computed in float32."""
@@ -50,20 +42,12 @@ class RootMeanSquareRule(ScaleRule):
         return outputs + self.offset * normalized, normalized
 
 
-class LayerScaleRule(ScaleRule):
+class LayerScaleRule(LastAxisRule):
     """DINOV2LayerScale and DINOV3LayerScale: the inputs times a vector, along the last axis."""
-
-    def refuses(self, layer: keras.layers.Layer) -> str | None:
-        """Returns None: these layers always work along the last axis."""
-        return None
 
     def weights(self, layer: keras.layers.Layer) -> tuple[Any, Any]:
         """Returns the vector; there is no offset."""
         return layer.lambda1, None
-
-    def axes(self, layer: keras.layers.Layer, rank: int) -> list[int]:
-        """Returns the last axis."""
-        return [rank - 1]
 
     def normalized(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tf.Tensor:
         """Returns the inputs as they are."""

@@ -11,24 +11,16 @@ import tensorflow as tf
 from keras_bandmf._keras_internals import t5_bucket
 from keras_bandmf.clipping.factors import Factor, Rows, Unsupported
 from keras_bandmf.clipping.rules.base import LayerRule, constant
-from keras_bandmf.clipping.rules.scale import ScaleRule
+from keras_bandmf.clipping.rules.scale import LastAxisRule
 from keras_bandmf.clipping.shapes import dims
 
 
-class T5LayerNormRule(ScaleRule):
+class T5LayerNormRule(LastAxisRule):
     """T5LayerNorm: x / rms(x) * weight over the last axis."""
-
-    def refuses(self, layer: keras.layers.Layer) -> str | None:
-        """Returns None: the layer always works along the last axis."""
-        return None
 
     def weights(self, layer: keras.layers.Layer) -> tuple[Any, Any]:
         """Returns the weight; there is no offset."""
         return layer.weight, None
-
-    def axes(self, layer: keras.layers.Layer, rank: int) -> list[int]:
-        """Returns the last axis."""
-        return [rank - 1]
 
     def normalized(self, layer: keras.layers.Layer, inputs: tf.Tensor) -> tf.Tensor:
         """Returns x / rms(x)."""

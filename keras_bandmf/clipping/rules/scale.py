@@ -110,6 +110,18 @@ class RMSNormalizationRule(ScaleRule):
         return keras.ops.rms_normalization(inputs, axis=layer.axis, epsilon=layer.epsilon)
 
 
+class LastAxisRule(ScaleRule):
+    """Layers without an `axis`, which always work along the last one."""
+
+    def axes(self, layer: keras.layers.Layer, rank: int) -> list[int]:
+        """Returns the last axis."""
+        return [rank - 1]
+
+    def refuses(self, layer: keras.layers.Layer) -> str | None:
+        """Returns None."""
+        return None
+
+
 class PReLURule(LayerRule):
     """PReLU: outputs = relu(x) - alpha * relu(-x)."""
 
