@@ -8,13 +8,12 @@ from collections.abc import Iterable, Sequence
 _LEFT = ' style="text-align: left"'
 
 
-def facts(caption: str, rows: Iterable[tuple[str, str]], notes: Iterable[str] = ()) -> str:
+def facts(caption: str, rows: Iterable[tuple[str, str]]) -> str:
     """Returns a table of names and texts.
 
     Args:
         caption: What stands above it.
         rows: The names and texts.
-        notes: What stands below it, each in a line of its own.
 
     Example:
         >>> facts("Plan", [("steps", "40"), ("bands", "< 4")])
@@ -26,8 +25,7 @@ style="text-align: left">&lt; 4</td></tr></table>'
         f"<tr><th{_LEFT}>{html.escape(name)}</th><td{_LEFT}>{html.escape(text)}</td></tr>"
         for name, text in rows
     ]
-    below = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    return f"<table><caption>{html.escape(caption)}</caption>{''.join(lines)}</table>{below}"
+    return f"<table><caption>{html.escape(caption)}</caption>{''.join(lines)}</table>"
 
 
 def columns(

@@ -94,9 +94,7 @@ def plot_plan(
         f"epsilon = {rounded_up(plan.epsilon(), 3)}, delta = {rounded_up(plan.delta, 2)}",
         fontsize=11,
     )
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    return _saved(figure, path)
 
 
 def plot_audit(
@@ -167,9 +165,7 @@ def plot_audit(
         f"the plan states {rounded_up(report.epsilon, 3)} at delta = {rounded_up(report.delta, 2)}",
         fontsize=11,
     )
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    return _saved(figure, path)
 
 
 def plot_trade_off(
@@ -230,9 +226,7 @@ def plot_trade_off(
         fontsize=10,
     )
     axis.legend(frameon=False)
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    return _saved(figure, path)
 
 
 def plot_epsilon(plan: TrainingPlan, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -281,9 +275,7 @@ def plot_epsilon(plan: TrainingPlan, path: str | os.PathLike[str] | None = None)
         f"Epsilon of the steps so far, at delta = {rounded_up(plan.delta, 2)}", fontsize=10
     )
     axis.legend(frameon=False, loc="lower right")
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    return _saved(figure, path)
 
 
 def plot_strategy(strategy: Strategy, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -334,9 +326,7 @@ def plot_strategy(strategy: Strategy, path: str | os.PathLike[str] | None = None
         axis.set_xlabel("step of the noise")
         axis.set_ylabel("step")
         figure.colorbar(image, ax=axis, shrink=0.8)
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    return _saved(figure, path)
 
 
 def _around_zero(largest: float) -> SymLogNorm:
@@ -378,6 +368,13 @@ def _new_figure(panels: int) -> Figure:
     for axis in np.ravel(figure.subplots(1, panels)):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3, linewidth=0.6)
+    return figure
+
+
+def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    """Returns a figure, and writes it where there is a path."""
+    if path is not None:
+        figure.savefig(path, dpi=150)
     return figure
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from keras_bandmf.audit import audit_steps
-from keras_bandmf.planning.band_choice import BandChoice
+from keras_bandmf.planning.band_choice import BandCandidate, BandChoice
 from keras_bandmf.planning.calibration import compare_bands, resolved_amplification
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.progress import ProgressBar
@@ -88,8 +88,7 @@ def _plan(arguments: argparse.Namespace) -> str:
             amplification=amplification,
             unit=arguments.unit,
         )
-    if not known:
-        choice = _with_sigma_of(choice, plan)
+        choice = _with_numbers_of(choice, plan)
     report = f"{plan}\n\nBands compared at this epsilon and delta{known}:\n{choice}"
     report += "".join(f"\n\nNote: {caveat}." for caveat in plan.statement().caveats)
     if arguments.json is not None:
@@ -101,10 +100,10 @@ def _plan(arguments: argparse.Namespace) -> str:
     return report
 
 
-def _with_sigma_of(choice: BandChoice, plan: TrainingPlan) -> BandChoice:
+def _with_numbers_of(choice: BandChoice, plan: TrainingPlan) -> BandChoice:
     """Returns the comparison with the numbers of the plan in its row, which are finer."""
 
-    def row_of(row: Any) -> Any:
+    def row_of(row: BandCandidate) -> BandCandidate:
         if (row.num_bands, row.sampling) != (plan.num_bands, plan.sampling):
             return row
         return dataclasses.replace(
@@ -121,8 +120,7 @@ def _show(arguments: argparse.Namespace) -> str:
 
 def _statement(arguments: argparse.Namespace) -> str:
     """Returns the statement of a plan, and writes it where that was asked for."""
-    read = _read(arguments.file)
-    statement = read.statement() if isinstance(read, TrainingPlan) else read
+    statement = _statement_in(arguments.file)
     if arguments.json is None:
         return str(statement)
     arguments.json.write_text(statement.to_json() + "\n", encoding="utf-8")
@@ -135,12 +133,17 @@ def _verify(arguments: argparse.Namespace) -> str:
     Raises:
         NotConfirmedError: It is not that of the statement.
     """
-    read = _read(arguments.file)
-    statement = read.statement() if isinstance(read, TrainingPlan) else read
+    statement = _statement_in(arguments.file)
     confirmed, text = verification.verify(json.loads(statement.to_json()))
     if not confirmed:
         raise NotConfirmedError(text)
     return text
+
+
+def _statement_in(file: pathlib.Path) -> Statement:
+    """Returns the statement in a file, or that of the plan in it."""
+    read = _read(file)
+    return read.statement() if isinstance(read, TrainingPlan) else read
 
 
 def _read(file: pathlib.Path) -> TrainingPlan | Statement:

@@ -29,7 +29,6 @@ from keras_bandmf.planning.arguments import (
 )
 from keras_bandmf.planning.band_choice import (
     DEFAULT_MAX_BANDS,
-    BandCandidate,
     BandChoice,
     choose_bands,
     expected_rmse,
@@ -169,10 +168,8 @@ def _compared(
     refuse_comparison(arguments.strategy)
     # Both ways of sampling compare the same strategies.
     make_strategy = functools.cache(arguments.quick_strategy)
-    candidates: list[BandCandidate] = []
-    limits: dict[SamplingName, int | None] = {}
-    for name in _AUTO if sampling == "auto" else (sampling,):
-        choice = choose_bands(
+    choices = {
+        name: choose_bands(
             arguments.schedule(name, 1),
             epsilon,
             delta,
@@ -180,10 +177,10 @@ def _compared(
             num_bands=num_bands,
             max_bands=max_bands,
         )
-        candidates += choice.candidates
-        limits[name] = choice.limited_by
-    found = BandChoice(tuple(candidates))
-    return dataclasses.replace(found, limited_by=limits[found.best.sampling])
+        for name in (_AUTO if sampling == "auto" else (sampling,))
+    }
+    found = BandChoice(tuple(row for choice in choices.values() for row in choice.candidates))
+    return dataclasses.replace(found, limited_by=choices[found.best.sampling].limited_by)
 
 
 def resolved_amplification(
