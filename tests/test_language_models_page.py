@@ -6,6 +6,7 @@ import re
 import pytest
 
 import keras_bandmf as bandmf
+from tests import test_pages
 
 pytest.importorskip("keras_hub")
 pytest.importorskip("tokenizers")
@@ -15,10 +16,8 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs" / "language_models.md"
 
 def test_the_page_runs_as_it_is_copied(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    names = {}
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), names)
+    blocks = test_pages.blocks_of(PAGE.read_text(encoding="utf-8"))
+    names = test_pages.run(blocks, test_pages.name_of(PAGE))
     model, printed = names["model"], capsys.readouterr().out
     assert len(blocks) >= 8
     statement = bandmf.statement(model)

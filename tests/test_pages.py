@@ -66,12 +66,13 @@ def shown(text):
 
 
 def run(blocks, name):
-    """Runs blocks in one namespace; an error names the line of the page."""
+    """Runs blocks in one namespace and returns it; an error names the line of the page."""
     namespace = {"__name__": "__page__"}
     for block in blocks:
         if block.environment is not None:
             continue
         exec(compile("\n" * block.line + block.code, name, "exec"), namespace)
+    return namespace
 
 
 def run_elsewhere(python, code, folder):

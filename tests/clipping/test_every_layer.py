@@ -63,8 +63,7 @@ def compare(name, model, x, y):
     for v in model.trainable_variables:
         v.assign(v + 0.2 * random.normal(size=v.shape))
     clipping.check_model(model, x, y)
-    whole = expected.path == "whole model by example"
-    assert clipping.explain(model).route == ("general" if whole else "book-keeping")
+    assert every_layer.path_of(name, model, x, y) == expected
     reference.compare(clipping.clipped_gradients, model, x, y)
 
 
