@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 from keras.src.backend import compute_output_spec
 from keras.src.backend.common.global_state import get_global_attribute
+from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.models.functional import Functional
 from keras.src.ops import core, linalg, nn
 from keras.src.ops import math as math_operations
@@ -328,6 +329,41 @@ def traced_symbolically(function: Callable[..., Any], *data: Any) -> Any:
 def resolved_loss(loss: Any) -> CompileLoss:
     """Returns a loss as `compile(loss=loss)` would resolve it: a function (y_true, y_pred)."""
     return CompileLoss(loss)
+
+
+def only_loss(compiled: CompileLoss, y: Any, y_pred: Any) -> keras.losses.Loss | None:
+    """Returns what `compile` made of the loss of a model with one output; None if it is weighted.
+
+    Args:
+        compiled: What `compiled_loss` or `resolved_loss` returned.
+        y: A tensor of targets.
+        y_pred: A tensor of outputs.
+    """
+    if type(compiled) is not CompileLoss or keras.tree.is_nested(compiled._user_loss):
+        return None
+    if not compiled.built:  # as on its first call; a single loss makes no variable
+        compiled.build(y, y_pred)
+    found = compiled._flat_losses
+    if len(found) != 1:
+        return None
+    return found[0].loss if found[0].path == () and found[0].loss_weights is None else None
+
+
+def function_of_loss(loss: Any) -> tuple[Callable[..., Any], dict[str, Any]] | None:
+    """Returns what one of Keras's losses calls, a function (y_true, y_pred, **settings).
+
+    Args:
+        loss: A loss.
+
+    Returns:
+        The function and the settings; None if a class or an instance overrides how it is called.
+    """
+    kind = type(loss)
+    if not isinstance(loss, LossFunctionWrapper) or {"call", "__call__"} & set(vars(loss)):
+        return None
+    if kind.call is not LossFunctionWrapper.call or kind.__call__ is not keras.losses.Loss.__call__:
+        return None
+    return loss.fn, dict(loss._fn_kwargs)
 
 
 def loss_of_training_step(

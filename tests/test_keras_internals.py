@@ -343,6 +343,33 @@ def test_what_compile_made():
     np.testing.assert_allclose(internals.resolved_loss("mae")(y, 3.0 * y), 2.0)
 
 
+def test_the_only_loss_and_its_function():
+    y, y_pred = tf.ones((2, 2)), tf.zeros((2, 2))
+    compiled = internals.resolved_loss("mse")
+    loss = internals.only_loss(compiled, y, y_pred)
+    assert compiled.built and isinstance(loss, keras.losses.Loss)
+    assert internals.function_of_loss(loss) == (keras.losses.mean_squared_error, {})
+    huber = keras.losses.Huber(delta=0.5)
+    assert internals.function_of_loss(huber) == (keras.losses.huber, {"delta": 0.5})
+    assert internals.function_of_loss(keras.losses.CTC())[0] is keras.losses.ctc
+    for weighted in ({"loss": "mse", "loss_weights": 2.0}, {"loss": ["mse", "mae"]}):
+        model = nested()[0]
+        model.compile("sgd", **weighted)
+        assert internals.only_loss(internals.compiled_loss(model), y, y_pred) is None
+
+    class Own(keras.losses.MeanSquaredError):
+        """Calls something else."""
+
+        def __call__(self, y_true, y_pred, sample_weight=None):
+            return tf.reduce_sum(y_pred)
+
+    changed = keras.losses.MeanSquaredError()
+    changed.call = lambda y_true, y_pred: y_pred
+    assert internals.function_of_loss(Own()) is None
+    assert internals.function_of_loss(changed) is None
+    assert internals.function_of_loss(lambda y_true, y_pred: y_pred) is None
+
+
 def test_the_loss_of_a_training_step_is_compute_loss():
     class Own(keras.Model):
         """Has a loss of its own."""

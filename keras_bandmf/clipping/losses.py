@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,32 @@ from keras_bandmf._keras_internals import (
     traced_symbolically,
 )
 
-BatchLoss = Callable[[Any, Any, Any, Any], tf.Tensor]
+
+@dataclasses.dataclass(frozen=True)
+class BatchLoss:
+    """The function (x, y, y_pred, sample_weight) -> scalar that Keras would minimize.
+
+    Attributes:
+        compute: The function.
+        compiled: What `compile` made of the losses, if that is all that `compute` calls.
+    """
+
+    compute: Callable[[Any, Any, Any, Any], tf.Tensor]
+    compiled: Any = None
+
+    def __call__(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
+        """Returns the loss of a batch, without side effects and scaling for distribution.
+
+        Args:
+            x: The inputs.
+            y: The targets, or None.
+            y_pred: The outputs.
+            sample_weight: The weights, or None.
+        """
+        # Metrics inside the loss would count every example as a step: StatelessScope drops that.
+        with no_replicas(), keras.StatelessScope():
+            value = self.compute(x, y, y_pred, sample_weight)
+        return tf.reduce_sum(tf.convert_to_tensor(value))
 
 
 def overrides_compute_loss(model: keras.Model) -> bool:
@@ -26,7 +52,7 @@ def overrides_compute_loss(model: keras.Model) -> bool:
 
 
 def batch_loss(model: keras.Model, loss: Any = None) -> BatchLoss:
-    """Returns the function (x, y, y_pred, sample_weight) -> scalar that Keras would minimize.
+    """Returns the loss that Keras would minimize.
 
     Without weight regularizers (they belong after the noise), without the factor 1 / replicas that
     Keras applies under a distribution, and without touching a metric.
@@ -43,7 +69,7 @@ def batch_loss(model: keras.Model, loss: Any = None) -> BatchLoss:
         def compute(x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
             return loss_of_training_step(model, x, y, y_pred, sample_weight)
 
-        return _alone(compute)
+        return BatchLoss(compute)
 
     compiled = compiled_loss(model) if loss is None else _compiled(loss)
     if compiled is None:
@@ -51,17 +77,16 @@ def batch_loss(model: keras.Model, loss: Any = None) -> BatchLoss:
             "Expected a compiled model or `loss=`, because there is no loss to differentiate. Call "
             f"`model.compile(optimizer, loss=...)` first or pass `loss=`. Received: loss={loss!r}"
         )
-    alone = _alone(lambda x, y, y_pred, sample_weight: compiled(y, y_pred, sample_weight))
 
-    def single(x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
-        if len(keras.tree.flatten(y_pred)) > 1:
+    def call(x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
+        if loss is not None and len(keras.tree.flatten(y_pred)) > 1:
             raise ValueError(
                 "Expected one output with `loss=`. Use `compile(loss=...)` for several outputs. "
                 f"Received: {len(keras.tree.flatten(y_pred))} outputs"
             )
-        return alone(x, y, y_pred, sample_weight)
+        return compiled(y, y_pred, sample_weight)
 
-    return alone if loss is None else single
+    return BatchLoss(call, compiled)
 
 
 def build_loss(model: keras.Model, x: Any, y: Any) -> None:
@@ -124,18 +149,6 @@ def is_mean_of_rows(model: keras.Model, outputs: Any) -> bool:
     reduction = getattr(model.loss, "reduction", "sum_over_batch_size")
     means = reduction in ("sum_over_batch_size", "mean")
     return means and keras_mask(leaves[0]) is None and not with_ignored_class(model)
-
-
-def _alone(compute: BatchLoss) -> BatchLoss:
-    """Returns `compute` with its side effects and its scaling for distribution taken away."""
-
-    def alone(x: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
-        # Metrics inside the loss would count every example as a step: StatelessScope drops that.
-        with no_replicas(), keras.StatelessScope():
-            value = compute(x, y, y_pred, sample_weight)
-        return tf.reduce_sum(tf.convert_to_tensor(value))
-
-    return alone
 
 
 @contextlib.contextmanager

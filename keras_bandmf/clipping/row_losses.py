@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_bandmf._keras_internals import only_loss
 from keras_bandmf.clipping.attached import attached_to, with_attached
 from keras_bandmf.clipping.factors import Unsupported
-from keras_bandmf.clipping.losses import BatchLoss
+from keras_bandmf.clipping.known_losses import losses_of_rows
+from keras_bandmf.clipping.losses import BatchLoss, no_replicas
 from keras_bandmf.clipping.vectorized import vectorized
 
 
@@ -33,7 +35,8 @@ def per_example_losses(
     """Returns the loss of every example: `loss` on a batch of that one row.
 
     Sample weights, temporal weights, masks, several outputs and loss weights act as they do there.
-    Losses are vectorized, layers never are. The slopes are taken row by row, too, not from the
+    A loss of Keras that takes rows by themselves (`known_losses`) is computed on all of them.
+    Others are vectorized, layers never are. Their slopes are taken row by row, too, not from the
     vectorized loss: under XLA its gradient made every step as slow as a compilation (measured).
 
     Args:
@@ -46,6 +49,9 @@ def per_example_losses(
     Raises:
         Unsupported: If the loss reads one of `weights`.
     """
+    known = _of_known_loss(loss, y, y_pred, sample_weight)
+    if known is not None:
+        return known
     parts = (y, y_pred, sample_weight)
     leaves = [[_Leaf(leaf) for leaf in keras.tree.flatten(part)] for part in parts]
     outputs = [t for leaf in leaves[1] for t in leaf.tensors if t.dtype.is_floating]
@@ -83,12 +89,41 @@ def per_example_losses(
     return RowLosses(losses, outputs, slopes)
 
 
+def _of_known_loss(loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any) -> RowLosses | None:
+    """Returns the losses of a model with one output by `known_losses`, or None."""
+    if loss.compiled is None or any(map(keras.tree.is_nested, (y, y_pred, sample_weight))):
+        return None
+    output = _Leaf(y_pred)
+    if y is None or "mask" in output.names or not y_pred.dtype.is_floating:
+        return None
+    single = only_loss(loss.compiled, y, y_pred)
+    if single is None:
+        return None
+    # The tape of the forward pass must not record what happens here.
+    tensors = [tf.stop_gradient(t) for t in output.tensors]
+    with tf.GradientTape(watch_accessed_variables=False) as tape, no_replicas():
+        tape.watch(tensors)
+        losses = losses_of_rows(single, y, output.of_row(tensors), sample_weight)
+        if losses is None:
+            return None
+        total = tf.reduce_sum(losses)
+    slopes = tape.gradient(total, tensors)
+    used = [
+        (t, tf.convert_to_tensor(s))
+        for t, s in zip(output.tensors, slopes, strict=True)
+        if s is not None
+    ]
+    return RowLosses(
+        tf.cast(losses, keras.config.floatx()), [t for t, _ in used], [s for _, s in used]
+    )
+
+
 class _Leaf:
     """A tensor and what Keras hangs on it and reads in losses: its mask and its logits."""
 
     def __init__(self, leaf: tf.Tensor | None):
         attached = attached_to(leaf)
-        self._names = list(attached)
+        self.names = list(attached)
         self.tensors = [] if leaf is None else [leaf, *attached.values()]
 
     def of_row(self, rows: list[tf.Tensor]) -> tf.Tensor | None:
@@ -96,4 +131,4 @@ class _Leaf:
         if not rows:
             return None
         leaf, *rest = rows
-        return with_attached(leaf, dict(zip(self._names, rest, strict=True)))
+        return with_attached(leaf, dict(zip(self.names, rest, strict=True)))

@@ -12,8 +12,12 @@ import tensorflow as tf
 
 def dims(tensor: tf.Tensor) -> list[Any]:
     """Returns the sizes of a tensor: a Python int where static, else a scalar int32 tensor."""
-    dynamic = tf.shape(tensor)
-    return [dynamic[i] if d is None else d for i, d in enumerate(tensor.shape.as_list())]
+    known = tensor.shape.as_list()
+    if None not in known:
+        return known
+    # One operation for all axes: slices are five for each.
+    found = tf.unstack(tf.shape(tensor))
+    return [size if d is None else d for size, d in zip(found, known, strict=True)]
 
 
 def product(sizes: list[Any]) -> Any:
