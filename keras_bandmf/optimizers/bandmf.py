@@ -72,10 +72,10 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
             the noise is the rounding of an exact normal (see `noise.CorrelatedNoise`), and norms
             and sums of gradients are computed in float64 (see `noise.lattice.charged_norm`). The
             noise costs four to six times as much, the clipped sums about five times on a processor;
-            with a GPU the noise costs 30 to 160 times as much (docs/gpu.md). `fit` works with
-            `jit_compile=True`; `apply_clipped` in a program of XLA of your own is refused.
-        seed: An integer, for tests only: anyone can then recompute the noise, and the statement
-            says "not private". By default keys come from the operating system.
+            with a GPU the noise costs 30 to 160 times as much (docs/gpu.md). `fit` may be compiled
+            by XLA; `apply_clipped` in a program of XLA of your own is refused.
+        seed: An integer, for tests only: anyone can recompute the noise, and the statement says
+            "not private". Else the operating system draws the keys, also after `set_random_seed`.
         replay: Whether to keep the noise key when a checkpoint is restored, which repeats, bit for
             bit where the device's kernels repeat (docs/gpu.md), steps that were never released. By
             default a new key is drawn.

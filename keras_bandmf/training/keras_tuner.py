@@ -5,6 +5,7 @@ KerasTuner itself is not imported: its callbacks are recognized by the package o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,25 +44,28 @@ def check(callbacks: Iterable[Any], validates: bool) -> list[str]:
     if not any(_is_own(callback) for callback in callbacks):
         return []
     if not any(isinstance(callback, PrivacyLedger) for callback in callbacks):
-        raise PrivacyError(
+        raise _ending(
+            PrivacyError,
             "Every trial of KerasTuner trains on the private data, and all of them together cost "
             "more than the one that is chosen. Received: a search without a PrivacyLedger. Use "
             "`ledger = keras_bandmf.callbacks.PrivacyLedger(folder)`, then "
-            "`tuner.search(..., callbacks=[ledger])`, and print `ledger.statement()`."
+            "`tuner.search(..., callbacks=[ledger])`, and print `ledger.statement()`.",
         )
     names = _objectives(callbacks)
     for name in names:
         if not name.startswith("val_"):
-            raise PrivacyError(
+            raise _ending(
+                PrivacyError,
                 "KerasTuner must choose by a metric of validation data that is public or disjoint "
                 "from the training data, such as objective='val_loss': training metrics are not "
-                f"private. Received: objective={name!r}"
+                f"private. Received: objective={name!r}",
             )
     if names and not validates:
-        raise ValueError(
+        raise _ending(
+            ValueError,
             f"KerasTuner chooses by {names[0]!r}, which does not exist without validation data. "
             "Pass `validation_data` to `tuner.search` that is public or disjoint from the training "
-            "data. Received: validation_data=None"
+            "data. Received: validation_data=None",
         )
     return [f"KerasTuner({name})" for name in names]
 
@@ -75,6 +79,14 @@ def remarks(callbacks: Iterable[Any]) -> list[str]:
         "KerasTuner chose by a value that code of the user returned: it must not have been "
         "computed from training metrics or data, which are not private"
     ]
+
+
+def _ending(kind: type[Exception], message: str) -> Exception:
+    """Returns an error that ends the search: after others KerasTuner goes on with a new trial."""
+    fatal = getattr(sys.modules.get("keras_tuner.errors"), "FatalError", None)
+    if fatal is None:
+        return kind(message)
+    return type(kind.__name__, (kind, fatal), {})(message)
 
 
 def _is_own(value: Any) -> bool:
