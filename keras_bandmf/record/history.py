@@ -318,7 +318,9 @@ def from_json(text: str) -> tuple[list[PastRun], bool]:
     runs = []
     for entry in facts["runs"]:
         past = Statement.from_json(entry["statement"])
-        runs.append(PastRun(str(entry["run_id"]), checked_int("started", entry["started"]), past))
+        # `of_statement` counts from 0.
+        started = checked_int("started", entry["started"], minimum=0)
+        runs.append(PastRun(str(entry["run_id"]), started, past))
     return runs, facts["is_known"] is True
 
 

@@ -21,10 +21,10 @@ from keras_bandmf.record.composition import compose
 from keras_bandmf.record.history import PastRun
 from keras_bandmf.record.run_record import RunRecord
 
-#: In the statement of each run alone; that of the ledger leaves it out.
+#: In the statement of each run; that of the ledger leaves it out.
 ONE_OF_SEVERAL = (
-    "this run is in a PrivacyLedger, and epsilon is of this run alone: what was chosen among "
-    "several runs costs what the ledger's `statement()` says"
+    "a PrivacyLedger keeps this run: what was chosen among its runs costs what the `statement()` "
+    "of the ledger says, and not this epsilon, unless all of them are composed here"
 )
 
 

@@ -207,10 +207,10 @@ def test_a_fit_that_is_not_private_is_refused(ledger):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     model.compile("sgd", loss="mse")
     with pytest.raises(bandmf.PrivacyError, match=r"privatize\(model\).*Received: the model"):
-        model.fit([[1.0, 2.0, 3.0]], [[1.0]], callbacks=[ledger], verbose=0)
+        model.fit(np.ones((1, 3)), np.ones((1, 1)), callbacks=[ledger], verbose=0)
     train(ledger)
     with pytest.raises(bandmf.PrivacyError, match="not private"):
-        model.fit([[1.0, 2.0, 3.0]], [[1.0]], callbacks=[ledger], verbose=0)
+        model.fit(np.ones((1, 3)), np.ones((1, 1)), callbacks=[ledger], verbose=0)
 
 
 def test_wrong_arguments(ledger):
