@@ -317,6 +317,12 @@ MISTAKES = {
         r"Received: learning_rate=CosineDecay, beta_1=0.5.*"
         r"Adam\(learning_rate=..., beta_1=0.5\)",
     ),
+    "a config and momentum": (
+        lambda: bandmf.BandMFOptimizer(
+            {"class_name": "SGD", "config": {"learning_rate": 0.1}}, PLAN, momentum=0.9
+        ),
+        r"Received: momentum=0.9. Use `BandMFOptimizer\(keras.optimizers.SGD\(momentum=0.9",
+    ),
     "no optimizer": (
         lambda: bandmf.BandMFOptimizer(epsilon=2.0, delta=1e-3),
         r"Received: no `optimizer`. Use .*SGD\(learning_rate=...\), epsilon=..., delta=...\)`",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -19,6 +20,7 @@ from keras_bandmf.noise.finite import check_tail
 from keras_bandmf.noise.lattice import charged_norm
 from keras_bandmf.noise.regenerated import refuse_exact
 from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.planning.plan_target import CalibrationOptions
 from keras_bandmf.planning.secret_group import rounding_factor
 
 if TYPE_CHECKING:
@@ -288,9 +290,12 @@ def _refuse_inner_arguments(optimizer: Any, target: str, options: Mapping[str, A
     Raises:
         TypeError: There are some, or there is no optimizer.
     """
-    kind = _kind(optimizer, options or {})
+    options = options or {}
+    if optimizer is not None and options.keys() <= CalibrationOptions.__annotations__.keys():
+        return
+    kind = _kind(optimizer, options)
     known = _settings(kind) | _settings(keras.optimizers.SGD) | _settings(keras.optimizers.Adam)
-    given = {name: value for name, value in (options or {}).items() if name in known}
+    given = {name: value for name, value in options.items() if name in known}
     if optimizer is not None and not given:
         return
     passed = {name: _written(value, "...") for name, value in given.items()}
@@ -318,9 +323,11 @@ def _kind(optimizer: Any, options: Mapping[str, Any]) -> type[keras.optimizers.O
     """Returns the class of an optimizer, however it is given; where it is not, one to propose."""
     if isinstance(optimizer, type) and issubclass(optimizer, keras.optimizers.Optimizer):
         return optimizer
+    if isinstance(optimizer, keras.optimizers.Optimizer):
+        return type(optimizer)
     if optimizer is not None:
         try:
-            return type(keras.optimizers.get(optimizer))
+            return type(keras.optimizers.get(copy.deepcopy(optimizer)))  # Keras changes a config
         except (KeyError, TypeError, ValueError):
             pass
     adam = options.keys() & (_settings(keras.optimizers.Adam) - _settings(keras.optimizers.SGD))

@@ -195,15 +195,15 @@ class PrivacyLedger(keras.callbacks.Callback):
         """
         # A loop of the user's own may make the steps that are left, and tells no ledger.
         loops = record.plan.declares_participations
-        first_id = record.run_id
+        first_id, made_steps = record.run_id, record.steps > 0
         self._note(record, model, True, remarks)
         try:
             yield
         finally:
             if record.steps:
                 self._note(record, model, loops)
-            if not record.steps or record.run_id != first_id:
-                # A callback restored another run, in whose entry the steps before that are, too.
+            if not made_steps and (not record.steps or record.run_id != first_id):
+                # It never began: it failed, or a callback restored another run in its place.
                 self._path(first_id).unlink(missing_ok=True)
 
     def _note(
