@@ -9,11 +9,10 @@ released gradients of one training run, and on the final model of another one. D
 from __future__ import annotations
 
 import argparse
-import os
 import pathlib
 import tempfile
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import quiet  # noqa: F401 - first
 
 import keras
 from sklearn.datasets import load_digits

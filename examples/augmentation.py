@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import quiet  # noqa: F401 - first
 
 import keras
 import matplotlib
@@ -126,8 +125,8 @@ def main() -> None:
     draw(curves, options.epsilon, options.output / "augmentation.png")
     for label, runs in curves.items():
         final = np.array(runs)[:, -1]
-        spread = final.std(ddof=1) if len(final) > 1 else 0.0
-        print(f"{label:<16} {final.mean():.4f} +- {spread:.4f}")
+        spread = f" +- {final.std(ddof=1):.4f}" if len(final) > 1 else ""
+        print(f"{label:<16} {final.mean():.4f}{spread}")
 
 
 if __name__ == "__main__":

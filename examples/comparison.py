@@ -130,15 +130,17 @@ def report(results: list[Result]) -> str:
     """Returns a table of the final test accuracies."""
     lines = [
         f"{'mechanism':<16} {'bands':>5} {'noise':>7} {'expected RMSE':>14} "
-        f"{'epsilon':>8} {'delta':>8}   test accuracy (mean +- sd over runs)"
+        f"{'epsilon':>8} {'delta':>8}   test accuracy"
+        + " (mean +- sd over runs)"
+        * (len(results[0].accuracy) > 1)
     ]
     for result in results:
         plan, final = result.plan, result.accuracy[:, -1]
-        spread = final.std(ddof=1) if len(final) > 1 else 0.0
+        spread = f" +- {final.std(ddof=1):.4f}" if len(final) > 1 else ""
         lines.append(
             f"{result.label:<16} {plan.num_bands:>5} {plan.noise_multiplier:>7.3f} "
             f"{plan.expected_rmse:>14.3f} {plan.epsilon():>8.3f} {plan.delta:>8.0e}   "
-            f"{final.mean():.4f} +- {spread:.4f}"
+            f"{final.mean():.4f}{spread}"
         )
     return "\n".join(lines)
 
@@ -161,21 +163,21 @@ def draw(task: Task, results: list[Result], path: pathlib.Path) -> None:
         mean = result.accuracy.mean(axis=0)
         epochs = np.arange(1, len(mean) + 1)
         accuracies.plot(epochs, mean, color=color, label=label)
-        accuracies.fill_between(
-            epochs,
-            result.accuracy.min(axis=0),
-            result.accuracy.max(axis=0),
-            color=color,
-            alpha=0.2,
-        )
+        if len(result.accuracy) > 1:
+            accuracies.fill_between(
+                epochs,
+                result.accuracy.min(axis=0),
+                result.accuracy.max(axis=0),
+                color=color,
+                alpha=0.2,
+            )
     errors.set(
         title="Noise in the sum of all updates so far",
         xlabel="step",
         ylabel="standard deviation / clip norm",
     )
-    accuracies.set(
-        title=f"Test accuracy on {task.name} (band: all runs)", xlabel="epoch", ylabel="accuracy"
-    )
+    band = " (band: all runs)" * (len(results[0].accuracy) > 1)
+    accuracies.set(title=f"Test accuracy on {task.name}{band}", xlabel="epoch", ylabel="accuracy")
     for axes in (errors, accuracies):
         axes.grid(alpha=0.3)
         axes.legend()

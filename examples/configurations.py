@@ -13,6 +13,8 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 
+import quiet  # noqa: F401 - first
+
 import keras
 
 import keras_bandmf as bandmf

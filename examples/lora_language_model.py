@@ -16,13 +16,12 @@ import argparse
 import importlib
 import inspect
 import math
-import os
 import pathlib
 import pydoc_data.topics
 import re
 import tempfile
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import quiet  # noqa: F401 - first
 
 import keras
 import keras_hub

@@ -8,10 +8,9 @@ Fetches MNIST through `keras.datasets.mnist`; `--data mnist.npz` reads a file of
 from __future__ import annotations
 
 import argparse
-import os
 import pathlib
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import quiet  # noqa: F401 - first
 
 import keras
 import numpy as np

@@ -8,11 +8,10 @@ The data ships with scikit-learn. Prints test accuracy and epsilon, and draws qu
 from __future__ import annotations
 
 import argparse
-import os
 import pathlib
 import tempfile
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import quiet  # noqa: F401 - first
 
 import keras
 from sklearn.datasets import load_digits

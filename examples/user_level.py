@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import pathlib
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import quiet  # noqa: F401 - first
 
 import keras
 import numpy as np

@@ -6,8 +6,9 @@ import keras
 
 from keras_bandmf._checks import checked_float
 from keras_bandmf._printed import raised_for_progress
+from keras_bandmf.record.ledger import PrivacyLedger
 
-__all__ = ["EpsilonSoFar", "StopAtEpsilon"]
+__all__ = ["EpsilonSoFar", "PrivacyLedger", "StopAtEpsilon"]
 
 
 class EpsilonSoFar(keras.callbacks.Callback):

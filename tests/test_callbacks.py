@@ -1,5 +1,7 @@
 """The callbacks of a private fit."""
 
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -252,3 +254,34 @@ def test_a_step_that_was_made_on_rows_of_another_one_is_not_private():
     with pytest.raises(ValueError, match="changed during `fit`"):
         guard.on_train_batch_end(0)
     assert not bandmf.statement(model).private
+
+
+def of_keras_tuner(objective):
+    """What KerasTuner adds to a trial; `tests/test_keras_tuner.py` has the real ones."""
+    kind = type("SaveBestEpoch", (keras.callbacks.Callback,), {"__module__": "keras_tuner.src"})
+    callback = kind()
+    callback.objective = types.SimpleNamespace(name=objective)
+    return callback
+
+
+def test_trials_of_keras_tuner_need_a_ledger_and_public_metrics(tmp_path):
+    ledger = bandmf.callbacks.PrivacyLedger(tmp_path)
+    check = callback_policy.check_callbacks
+    with pytest.raises(bandmf.PrivacyError, match=r"search without.*callbacks=\[ledger\]"):
+        check([of_keras_tuner("val_loss")])
+    with pytest.raises(bandmf.PrivacyError, match="Received: objective='loss'"):
+        check([of_keras_tuner("loss"), ledger])
+    with pytest.raises(ValueError, match="Received: validation_data=None"):
+        check([of_keras_tuner("val_loss"), ledger], validates=False)
+    assert check([of_keras_tuner("val_loss"), ledger]) == ["KerasTuner(val_loss)"]
+    assert check([ledger], validates=False) == []
+    returned = [of_keras_tuner("default_objective"), ledger]
+    assert check(returned, validates=False) == []
+    assert any("code of the user" in remark for remark in callback_policy.remarks(returned, []))
+
+
+def test_the_tuner_of_a_user_is_named_in_the_statement(tmp_path):
+    own, users = of_keras_tuner("val_loss"), of_keras_tuner("val_loss")
+    users.tuner = types.SimpleNamespace()
+    assert callback_policy.unknown_callbacks([own]) == []
+    assert callback_policy.unknown_callbacks([users]) == ["SaveBestEpoch"]

@@ -2,16 +2,21 @@
 
 import importlib
 import math
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
+import keras_bandmf as bandmf
 from keras_bandmf.strategies import BandedStrategy
 from tests.strategies import reference
 
-pytest.importorskip("matplotlib")
+axes = pytest.importorskip("matplotlib.axes")
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 SMALL = ["--max_steps", "16", "--num_steps", "32", "--epochs", "4", "--epsilons", "4", "8"]
 
@@ -115,3 +120,55 @@ def test_the_audit_prints_three_reports_and_draws(example, tmp_path, capsys):
     assert printed.count("Privacy audit (step)") == 1
     assert printed.count("Privacy audit (one run)") == 2
     assert (tmp_path / "audit.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_one_seed_has_no_spread(example, tmp_path, monkeypatch, seeds):
+    comparison = example("comparison")
+    plan = bandmf.TrainingPlan(
+        num_examples=100, batch_size=10, epochs=2, noise_multiplier=2.0, delta=1e-5, num_bands=1
+    )
+    accuracy = np.array([[0.5, 0.75], [0.5, 0.25]])[:seeds]
+    results = [comparison.Result(name, plan, accuracy, "") for name in "abcd"]
+    table = comparison.report(results)
+    assert ("+-" in table) == (seeds > 1) and "0.0000" not in table and "nan" not in table
+
+    bands = []
+    monkeypatch.setattr(axes.Axes, "fill_between", lambda *args, **options: bands.append(args))
+    task = comparison.Task("digits", (), (), None, 2, 1.0)
+    comparison.draw(task, results, tmp_path / "picture.png")
+    assert len(bands) == 4 * (seeds > 1)
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_examples_start_quietly_and_show_errors():
+    code = "import os, quiet; os.write(2, b'an error'); import keras_bandmf"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parent}"},
+        check=True,
+    )
+    assert done.stderr == b"an error"
+
+
+def test_only_known_noise_is_left_out(example, monkeypatch, capfd):
+    quiet = example("quiet")
+    lines = [b"I0000 00:00 cudart_stub.cc:31] no GPU\n", b"W0000 a library is missing\n"]
+
+    def write(*_):
+        os.write(2, b"".join(lines))
+
+    monkeypatch.setattr(tf.config, "list_physical_devices", write)
+    quiet.load()
+    assert capfd.readouterr().err.encode() == lines[1]
+
+
+def test_every_example_that_loads_tensorflow_does_so_quietly():
+    for path in EXAMPLES.glob("*.py"):
+        text = path.read_text()
+        first = re.search(r"^(?:import|from) (?:keras|tensorflow|keras_bandmf)\b", text, re.M)
+        ways = ("import quiet", "import configurations", "import comparison")
+        if first and "__main__" in text:
+            assert any(way in text[: first.start()] for way in ways), path.name

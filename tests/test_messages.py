@@ -294,11 +294,61 @@ MISTAKES = {
     ),
     "the class of an optimizer": (
         lambda: bandmf.BandMFOptimizer(keras.optimizers.Adam, PLAN),
-        r"not its class.*BandMFOptimizer\(Adam\(learning_rate=...\)",
+        r"not its class.*BandMFOptimizer\(keras.optimizers.Adam\(learning_rate=...\)",
     ),
     "a learning rate": (
         lambda: bandmf.BandMFOptimizer("adam", PLAN, learning_rate=0.1),
-        r"belongs to the inner optimizer.*Adam\(learning_rate=...\).*learning_rate=0.1",
+        r"Received: learning_rate=0.1. Use "
+        r"`BandMFOptimizer\(keras.optimizers.Adam\(learning_rate=0.1\), plan\)`",
+    ),
+    "a learning rate alone": (
+        lambda: bandmf.BandMFOptimizer(learning_rate=0.1),
+        r"`optimizer`.*Received: learning_rate=0.1, no `optimizer`. Use `BandMFOptimizer\("
+        r"keras.optimizers.SGD\(learning_rate=0.1\), epsilon=..., delta=...\)`",
+    ),
+    "a learning rate in the first place": (
+        lambda: bandmf.BandMFOptimizer(0.1, epsilon=2.0, delta=1e-3),
+        r"`BandMFOptimizer\(keras.optimizers.SGD\(learning_rate=0.1\), epsilon=",
+    ),
+    "a schedule and a beta": (
+        lambda: bandmf.BandMFOptimizer(
+            learning_rate=keras.optimizers.schedules.CosineDecay(0.1, 4), beta_1=0.5
+        ),
+        r"Received: learning_rate=CosineDecay, beta_1=0.5.*"
+        r"Adam\(learning_rate=..., beta_1=0.5\)",
+    ),
+    "a config and momentum": (
+        lambda: bandmf.BandMFOptimizer(
+            {"class_name": "SGD", "config": {"learning_rate": 0.1}}, PLAN, momentum=0.9
+        ),
+        r"Received: momentum=0.9. Use `BandMFOptimizer\(keras.optimizers.SGD\(momentum=0.9",
+    ),
+    "no optimizer": (
+        lambda: bandmf.BandMFOptimizer(epsilon=2.0, delta=1e-3),
+        r"Received: no `optimizer`. Use .*SGD\(learning_rate=...\), epsilon=..., delta=...\)`",
+    ),
+    "weight decay and averages": (
+        lambda: bandmf.BandMFOptimizer(
+            keras.optimizers.SGD(0.1), PLAN, weight_decay=1e-3, use_ema=True, ema_momentum=0.9
+        ),
+        r"Received: weight_decay=0.001, use_ema=True, ema_momentum=0.9. Use `BandMFOptimizer\("
+        r"keras.optimizers.SGD\(weight_decay=0.001, use_ema=True, ema_momentum=0.9, ...\), plan\)",
+    ),
+    "clipping as in Keras": (
+        lambda: bandmf.BandMFOptimizer("sgd", PLAN, global_clipnorm=1.0),
+        r"Received: global_clipnorm=1.0. Use `BandMFOptimizer\('sgd', plan, l2_norm_clip=...\)`",
+    ),
+    "the norm of a batch": (
+        lambda: bandmf.BandMFOptimizer("sgd", PLAN, clipnorm=1.0),
+        r"Received: clipnorm=1.0.*l2_norm_clip=...\)`. `clipnorm`: .*clipped per example",
+    ),
+    "accumulation": (
+        lambda: bandmf.BandMFOptimizer("sgd", PLAN, gradient_accumulation_steps=2),
+        r"gradient_accumulation_steps=2. Use `BandMFOptimizer\('sgd', plan\)`.*microbatch_size",
+    ),
+    "scaling of the loss": (
+        lambda: bandmf.BandMFOptimizer("sgd", PLAN, loss_scale_factor=2.0),
+        r"Received: loss_scale_factor=2.0.*mixed_bfloat16",
     ),
     "epsilon of zero": (
         lambda: bandmf.TrainingPlan.calibrate(**TARGET, epsilon=0),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import keras
@@ -18,6 +20,7 @@ from keras_bandmf.noise.finite import check_tail
 from keras_bandmf.noise.lattice import charged_norm
 from keras_bandmf.noise.regenerated import refuse_exact
 from keras_bandmf.planning.plan import TrainingPlan
+from keras_bandmf.planning.plan_target import CalibrationOptions
 from keras_bandmf.planning.secret_group import rounding_factor
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ _REFUSED_SETTINGS = {
     "gradient_accumulation_steps": "Use `privatize(model, microbatch_size=...)` to save memory.",
     "loss_scale_factor": "Use the dtype policy 'mixed_bfloat16', which needs no loss scaling.",
 }
+_OF_ALL = inspect.signature(keras.optimizers.Optimizer).parameters.keys()
 
 
 def check_arguments(
@@ -206,21 +210,39 @@ def check_accounted(plan: TrainingPlan, source: str | None, rows_per_example: in
         )
 
 
-def checked_inner(optimizer: str | dict | keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """Returns the inner optimizer, after checking that it acts on the noisy sum alone.
+def checked_inner(
+    optimizer: Any, plan: Any = None, options: Mapping[str, Any] | None = None
+) -> keras.optimizers.Optimizer:
+    """Returns the inner optimizer, which the noisy gradients are passed to.
+
+    Formal guarantees:
+        Keras's base optimizer clips, skips, merges or scales steps by its settings, and some of
+        that happens on one replica's share of the noisy sum. All such settings are refused, so
+        that the inner optimizer is a function of the whole noisy sum alone.
 
     Args:
         optimizer: A name, a config, or an optimizer of Keras 3.
+        plan: What `BandMFOptimizer` was given as `plan`; only its presence is looked at.
+        options: The arguments that `BandMFOptimizer` does not name. Those of a Keras optimizer
+            are refused.
+
+    Returns:
+        The optimizer.
 
     Raises:
-        TypeError: If `optimizer` is none of these.
+        TypeError: If `optimizer` is none of these, or an argument belongs to it.
         ValueError: If one of its settings changes which value is released.
     """
+    if isinstance(optimizer, (int, float)) and not isinstance(optimizer, bool):
+        optimizer, options = None, {"learning_rate": optimizer, **(options or {})}
+    _refuse_inner_arguments(
+        optimizer, "epsilon=..., delta=..." if plan is None else "plan", options
+    )
     if isinstance(optimizer, type):
         raise TypeError(
             "Expected `optimizer` to be an optimizer, and not its class. Received: optimizer="
             f"{optimizer.__name__}, without parentheses. Use for example "
-            f"`BandMFOptimizer({optimizer.__name__}(learning_rate=...), ...)`."
+            f"`BandMFOptimizer({_name(optimizer)}(learning_rate=...), ...)`."
         )
     if not isinstance(optimizer, (str, dict, keras.optimizers.Optimizer)):
         raise TypeError(
@@ -255,3 +277,75 @@ def checked_inner(optimizer: str | dict | keras.optimizers.Optimizer) -> keras.o
             f"Received: ema_overwrite_frequency={inner.ema_overwrite_frequency}"
         )
     return inner
+
+
+def _refuse_inner_arguments(optimizer: Any, target: str, options: Mapping[str, Any] | None) -> None:
+    """Refuses arguments of a Keras optimizer beside it or in its place, with the line to write.
+
+    Args:
+        optimizer: The optimizer, or None.
+        target: The arguments for the plan, as they are to be written.
+        options: The arguments that `BandMFOptimizer` does not name.
+
+    Raises:
+        TypeError: There are some, or there is no optimizer.
+    """
+    options = options or {}
+    if optimizer is not None and options.keys() <= CalibrationOptions.__annotations__.keys():
+        return
+    kind = _kind(optimizer, options)
+    known = _settings(kind) | _settings(keras.optimizers.SGD) | _settings(keras.optimizers.Adam)
+    given = {name: value for name, value in options.items() if name in known}
+    if optimizer is not None and not given:
+        return
+    passed = {name: _written(value, "...") for name, value in given.items()}
+    refused = [name for name in passed if name in _REFUSED_SETTINGS]
+    inner = [f"{name}={value}" for name, value in passed.items() if name not in refused]
+    if optimizer is None and not inner:
+        inner = ["learning_rate=..."]
+    if isinstance(optimizer, keras.optimizers.Optimizer) or not inner:
+        inner.append("...")  # the arguments that it has
+    first = repr(optimizer) if isinstance(optimizer, str) and inner == ["..."] else ""
+    first = first or f"{_name(kind)}({', '.join(inner)})"
+    clip = ["l2_norm_clip=..."] * any("clip" in name for name in refused)
+    what = [f"{name}={_written(each, type(each).__name__)}" for name, each in given.items()]
+    if optimizer is None:
+        what.append("no `optimizer`")
+    advice = "".join(f" `{name}`: {_REFUSED_SETTINGS[name]}" for name in refused)
+    raise TypeError(
+        "Expected `optimizer` to be the Keras optimizer that BandMFOptimizer wraps, with its own "
+        f"arguments, such as the learning rate. Received: {', '.join(what)}. Use "
+        f"`BandMFOptimizer({', '.join([first, target, *clip])})`.{advice}"
+    )
+
+
+def _kind(optimizer: Any, options: Mapping[str, Any]) -> type[keras.optimizers.Optimizer]:
+    """Returns the class of an optimizer, however it is given; where it is not, one to propose."""
+    if isinstance(optimizer, type) and issubclass(optimizer, keras.optimizers.Optimizer):
+        return optimizer
+    if isinstance(optimizer, keras.optimizers.Optimizer):
+        return type(optimizer)
+    if optimizer is not None:
+        try:
+            return type(keras.optimizers.get(copy.deepcopy(optimizer)))  # Keras changes a config
+        except (KeyError, TypeError, ValueError):
+            pass
+    adam = options.keys() & (_settings(keras.optimizers.Adam) - _settings(keras.optimizers.SGD))
+    return keras.optimizers.Adam if adam else keras.optimizers.SGD
+
+
+def _settings(kind: type[keras.optimizers.Optimizer]) -> set[str]:
+    """Returns the arguments that a class of Keras optimizers takes, and that all of them take."""
+    named = {*inspect.signature(kind).parameters, *_OF_ALL}
+    return named - {"self", "name", "args", "kwargs"}
+
+
+def _name(kind: type) -> str:
+    """Returns a class as it is written in a call."""
+    own = kind.__module__.split(".")[0] == "keras"
+    return f"keras.optimizers.{kind.__name__}" if own else kind.__name__
+
+
+def _written(value: Any, other: str) -> str:
+    """Returns a value as it is written in a call; `other` for what cannot be."""
+    return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else other

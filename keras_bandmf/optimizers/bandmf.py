@@ -72,11 +72,10 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
             the noise is the rounding of an exact normal (see `noise.CorrelatedNoise`), and norms
             and sums of gradients are computed in float64 (see `noise.lattice.charged_norm`). The
             noise costs four to six times as much, the clipped sums about five times on a processor;
-            with a GPU the noise costs 30 to 160 times as much (docs/gpu.md). `fit` works
-            with `jit_compile=True`; a loop of your own that calls `apply_clipped` in a program of
-            XLA is refused.
-        seed: An integer, for tests only: anyone can then recompute the noise, and the statement
-            says "not private". By default keys come from the operating system.
+            with a GPU the noise costs 30 to 160 times as much (docs/gpu.md). `fit` may be compiled
+            by XLA; `apply_clipped` in a program of XLA of your own is refused.
+        seed: An integer, for tests only: anyone can recompute the noise, and the statement says
+            "not private". Else the operating system draws the keys, also after `set_random_seed`.
         replay: Whether to keep the noise key when a checkpoint is restored, which repeats, bit for
             bit where the device's kernels repeat (docs/gpu.md), steps that were never released. By
             default a new key is drawn.
@@ -116,7 +115,7 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
 
     def __init__(
         self,
-        optimizer: str | dict | keras.optimizers.Optimizer,
+        optimizer: str | dict | keras.optimizers.Optimizer | None = None,  # None is refused
         plan: TrainingPlan | None = None,
         l2_norm_clip: float = 1.0,
         *,
@@ -129,10 +128,11 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
         delta: float | None = None,
         **calibration: Unpack[CalibrationOptions],
     ):
+        inner = checked_inner(optimizer, plan, calibration)
         check_arguments(plan, l2_norm_clip, seed, noise, replay)
         target = PlanTarget.of_arguments(plan, epsilon, delta, calibration)
         super().__init__(learning_rate=0.0, name=name or "bandmf")
-        self._inner_optimizer = checked_inner(optimizer)
+        self._inner_optimizer = inner
         self._plan_of_run = PlanOfRun(plan, target)
         self._l2_norm_clip = float(l2_norm_clip)
         self._clipping = checked_mode(clipping)

@@ -87,12 +87,6 @@ class PlanTarget:
             ValueError: There is a plan and a target, or half a target.
         """
         unknown = sorted(set(options) - CalibrationOptions.__annotations__.keys())
-        if "learning_rate" in unknown:
-            raise TypeError(
-                "`learning_rate` belongs to the inner optimizer: use for example "
-                "`BandMFOptimizer(keras.optimizers.Adam(learning_rate=...), ...)`. Received: "
-                f"learning_rate={options['learning_rate']!r}."
-            )
         if unknown:
             raise TypeError(
                 "Expected, beside `epsilon` and `delta`, only arguments of `TrainingPlan.calibrate`"

@@ -127,7 +127,8 @@ def begin(variables: Sequence[keras.Variable], record: RunRecord) -> None:
         variables: The variables that the optimizer trains.
         record: Its record.
     """
-    observe([variable for variable in variables if is_noted(variable)])
+    if not record.restore_failed:  # while one is under way, its file says what the values are
+        observe([variable for variable in variables if is_noted(variable)])
     add(variables, record)
 
 
@@ -220,9 +221,15 @@ def runs_of(variables: Iterable[keras.Variable]) -> list[Run]:
         The runs, each once.
     """
     found: dict[int, Run] = {id(run): run for v in variables for run in _of(v).runs}
-    live = [run for run in found.values() if isinstance(run, RunRecord)]
+    return distinct(found.values())
+
+
+def distinct(runs: Iterable[Run]) -> list[Run]:
+    """Returns the runs without those that others hold, as `runs_of` explains."""
+    found = list(runs)
+    live = [run for run in found if isinstance(run, RunRecord)]
     past: dict[str, PastRun] = {}
-    for run in found.values():
+    for run in found:
         if isinstance(run, PastRun):
             past[run.run_id] = max(past.get(run.run_id, run), run, key=_extent)
     kept: list[Run] = [*live, *past.values()]
@@ -295,12 +302,25 @@ def to_json(variables: Sequence[keras.Variable], extra_runs: Sequence[Run] = ())
     return write_document(_FORMAT, _VERSION, facts, indent=2)
 
 
-def _from_json(text: str) -> tuple[list[PastRun], bool]:
+def from_json(text: str) -> tuple[list[PastRun], bool]:
+    """Reads what `to_json` wrote.
+
+    Args:
+        text: JSON.
+
+    Returns:
+        The runs, and whether the values of the weights were known.
+
+    Raises:
+        ValueError: It is something else.
+    """
     facts = read_document(text, _FORMAT, {_VERSION: {"runs", "is_known"}})
     runs = []
     for entry in facts["runs"]:
         past = Statement.from_json(entry["statement"])
-        runs.append(PastRun(str(entry["run_id"]), checked_int("started", entry["started"]), past))
+        # `of_statement` counts from 0.
+        started = checked_int("started", entry["started"], minimum=0)
+        runs.append(PastRun(str(entry["run_id"]), started, past))
     return runs, facts["is_known"] is True
 
 
@@ -319,15 +339,18 @@ def take_over(variables: Sequence[keras.Variable], history: Statement | str | os
         TypeError: `history` is none of these.
         ValueError: The file holds no history, or the JSON is of another kind.
     """
+    # What a statement does not know its caveats say, and those are kept.
     if isinstance(history, Statement):
-        parsed = _of_statement(history)
+        parsed = of_statement(history), True
     elif isinstance(history, str) and history.lstrip().startswith("{"):
         is_statement = json.loads(history).get("format") != _FORMAT
         parsed = (
-            _of_statement(Statement.from_json(history)) if is_statement else _from_json(history)
+            (of_statement(Statement.from_json(history)), True)
+            if is_statement
+            else from_json(history)
         )
     elif isinstance(history, (str, os.PathLike)):
-        parsed = _from_json(_read_member(history))
+        parsed = from_json(_read_member(history))
     else:
         raise TypeError(
             "Expected `history` to be a Statement, the JSON of one, or the path of a .keras file "
@@ -343,14 +366,12 @@ def take_over(variables: Sequence[keras.Variable], history: Statement | str | os
         own.seen = own.steps(), _digest(variable)
 
 
-def _of_statement(statement: Statement) -> tuple[list[PastRun], bool]:
-    # A run without an id might be any, and is counted each time it is given.
-    runs = [
+def of_statement(statement: Statement) -> list[PastRun]:
+    """Returns the runs of a statement. One without an id is another run each time it is given."""
+    return [
         PastRun(run.run_id or uuid.uuid4().hex, number, run)
         for number, run in enumerate(statement.runs or (statement,))
     ]
-    # What it does not know its caveats say, and those are kept.
-    return runs, True
 
 
 def _read_member(path: str | os.PathLike) -> str:
@@ -450,7 +471,7 @@ def from_array(
         try:
             facts = json.loads(np.asarray(array, np.uint8).tobytes())
             run, others, known = facts["run"], facts["others"], facts["is_known"]
-            others = _from_json(others)[0] if others else []
+            others = from_json(others)[0] if others else []
             other_id = not record.goes_back_to(run["run_id"])
             digests = [bytes.fromhex(digest) for digest in facts["digests"]]
         except (KeyError, TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -77,10 +77,12 @@ class RunRecord:
         self._plan_of_run = plan_of_run
         self._planned_before: Any = None  # by the `fit` of another process
         self.fits: list[Fit] = []
+        self._under_way: Callable[[], list[Fit]] = list  # the `fit` that has not ended yet
         self.looped = False
         self.restore_failed = False
         self.broken: str | None = None  # why what ran is not what is accounted for
         self.lock = threading.Lock()  # held by a `fit`
+        self.ledgers: dict[Any, Any] = {}  # by folder: they follow the run from then on
         self._clip = l2_norm_clip, clipping
         self._seeded = seeded
         self._restores = 0
@@ -172,10 +174,13 @@ class RunRecord:
         if steps_per_epoch is not None:
             requested = min(requested, first + epochs * steps_per_epoch)
         completed = False
+        # A checkpoint of an epoch must say what the callbacks did, too.
+        self._under_way = lambda: [Fit(source, first, self._counted(), False, tuple(remarks))]
         try:
             yield
             completed = True
         finally:
+            self._under_way = list
             last = self._counted()
             # Whoever stopped it earlier has looked at weights or metrics: charge all steps then.
             completed = completed and last == requested
@@ -220,11 +225,15 @@ class RunRecord:
         self.check_restored()
         return self.describe()
 
-    def describe(self) -> Statement:
-        """Returns the statement of the steps made, whether or not a restore failed after them."""
+    def describe(self, in_full: bool = False) -> Statement:
+        """Returns the statement of the steps made, whether or not a restore failed after them.
+
+        Args:
+            in_full: Whether all steps of the plan are charged, whatever ran so far.
+        """
         self.update()
         steps_run = min(self.steps, self.plan.num_steps)
-        charged = self._steps_charged(steps_run)
+        charged = self.plan.num_steps if in_full else self._steps_charged(steps_run)
         planned = self.plan.statement(charged)
         caveats = [*planned.caveats, *self._caveats(steps_run, charged)]
         reason, origin = None, "the operating system"
@@ -244,7 +253,7 @@ class RunRecord:
             reason = planned.not_private_reason
         elif not drawn:
             reason = None
-        sources = [fit.source for fit in self.fits] + [_LOOP] * self.looped
+        sources = [fit.source for fit in self._every_fit()] + [_LOOP] * self.looped
         mechanism = [planned.mechanism, self._carriers]
         mechanism += ["noise rounded exactly"] * self._exact_noise
         return dataclasses.replace(
@@ -263,6 +272,9 @@ class RunRecord:
             run_id=self.run_id,
             noise_tail=tail,
         )
+
+    def _every_fit(self) -> list[Fit]:
+        return [*self.fits, *self._under_way()]
 
     def _noise_tail(self) -> float:
         return 0.0 if self._exact_noise else tail_total_variation(self._num_values)
@@ -295,7 +307,7 @@ class RunRecord:
                 "the number of rows that it trained on, and is taken as public, as are its batch "
                 "size and its epochs; the guarantee compares data sets under this one plan"
             )
-        caveats += [remark for fit in self.fits for remark in fit.remarks]
+        caveats += [remark for fit in self._every_fit() for remark in fit.remarks]
         if self.looped:
             caveats.append(
                 "a custom training loop made steps: if it was compiled, nobody checked that "
@@ -334,7 +346,7 @@ class RunRecord:
             "exact_noise": self._exact_noise,
             "broken": self.broken,
             "planned_in_fit": self._plan_of_run.to_facts() or self._planned_before,
-            "fits": [dataclasses.asdict(fit) for fit in self.fits],
+            "fits": [dataclasses.asdict(fit) for fit in self._every_fit()],
         }
 
     def take_over(self, facts: dict[str, Any]) -> None:

@@ -9,8 +9,10 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf._checks import PrivacyError
-from keras_bandmf.callbacks import EpsilonSoFar, StopAtEpsilon
+from keras_bandmf.callbacks import EpsilonSoFar, PrivacyLedger, StopAtEpsilon
 from keras_bandmf.clipping.clipped import ClippedGradients
+from keras_bandmf.record.ledger import ONE_OF_SEVERAL
+from keras_bandmf.training import keras_tuner
 from keras_bandmf.training.step_guard import StepGuard
 
 #: What `fit` takes as callbacks: one, a list that may hold lists, or a `CallbackList`.
@@ -93,8 +95,9 @@ def with_epsilon(callbacks: list[keras.callbacks.Callback]) -> list[keras.callba
 
 def unknown_callbacks(callbacks: Iterable[keras.callbacks.Callback]) -> list[str]:
     """Returns the class names of callbacks that are not known to leave the run alone."""
-    known = (ClippedFraction, EpsilonSoFar, StepGuard, StopAtEpsilon, *_KNOWN)
-    return sorted({type(c).__name__ for c in callbacks if type(c) not in known})
+    known = (ClippedFraction, EpsilonSoFar, PrivacyLedger, StepGuard, StopAtEpsilon, *_KNOWN)
+    others = (c for c in callbacks if type(c) not in known and not keras_tuner.is_known(c))
+    return sorted({type(c).__name__ for c in others})
 
 
 def remarks(callbacks: Iterable[keras.callbacks.Callback], monitored: Iterable[str]) -> list[str]:
@@ -112,6 +115,9 @@ def remarks(callbacks: Iterable[keras.callbacks.Callback], monitored: Iterable[s
         f"{each} acted on validation data, which must be public or disjoint from the training data"
         for each in monitored
     ]
+    found += keras_tuner.remarks(callbacks)
+    if any(isinstance(callback, PrivacyLedger) for callback in callbacks):
+        found.append(ONE_OF_SEVERAL)
     if any(isinstance(callback, keras.callbacks.LearningRateScheduler) for callback in callbacks):
         found.append(
             "LearningRateScheduler called a function of the user: it must be a function of the "
@@ -178,7 +184,8 @@ def check_callbacks(
         PrivacyError: If a callback acts on a training metric.
         ValueError: If a callback monitors validation data that is not given.
     """
-    monitored = []
+    callbacks = list(callbacks)
+    monitored = keras_tuner.check(callbacks, validates)
     for callback in callbacks:
         if isinstance(callback, keras.callbacks.TerminateOnNaN):
             raise PrivacyError(

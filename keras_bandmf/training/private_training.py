@@ -20,7 +20,7 @@ from keras_bandmf.clipping.clipped import clipped_for_noise
 from keras_bandmf.clipping.losses import no_replicas
 from keras_bandmf.optimizers.bandmf import BandMFOptimizer
 from keras_bandmf.planning.statement import Statement
-from keras_bandmf.record import fresh
+from keras_bandmf.record import fresh, ledger
 from keras_bandmf.record import history as variable_history
 from keras_bandmf.sampling import PrivateBatches
 from keras_bandmf.training import (
@@ -475,6 +475,7 @@ class _PrivateTraining:
         with (
             self._gate.during_fit(optimizer, source),
             variable_history.remembering(model.weights),
+            ledger.written_down(optimizer.record, model, listed, remarks),
             optimizer.record.fit(source, remarks, epochs - initial_epoch, steps_per_epoch),
             keras_faults.worked_around(model, symbolic_build=batches is None),
             contextlib.nullcontext() if batches is None else batches.reading(),

@@ -247,6 +247,7 @@ def test_a_restored_optimizer_has_the_plan_and_goes_on(road, inner, tmp_path):
     np.testing.assert_allclose(rest, expected[9:], atol=2e-6)
     statement = bandmf.statement(other)
     assert any("made in the first `fit`" in caveat for caveat in statement.caveats)
+    assert not any("history unknown" in caveat for caveat in statement.caveats)
     assert statement.epsilon <= 4.0 and statement.steps_run == 24
 
 

@@ -227,3 +227,22 @@ def test_a_seeded_run_stays_not_private_after_a_restore(tmp_path):
     other = new_run(runs.counting_model, runs.make_plan(), seed=None)
     assert bandmf.statement(other).private
     assert not bandmf.statement(through_weights(model, other, tmp_path)).private
+
+
+@pytest.mark.parametrize("road", [through_weights, through_checkpoint])
+def test_a_checkpoint_within_fit_says_what_the_callbacks_did(road, tmp_path):
+    """Its `fit` has not ended yet, and is the run that the restored weights come from."""
+    plan, data = runs.make_plan(num_steps=24), runs.counting_data()
+    other = new_run(runs.counting_model, plan, seed=None)
+    saves = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: epoch or road(model, other, tmp_path)
+    )
+    model = new_run(runs.counting_model, plan, seed=None)
+    stops = keras.callbacks.EarlyStopping("val_loss")
+    model.fit(
+        plan.batches(*data), validation_data=data, callbacks=[stops, saves], verbose=0, epochs=2
+    )
+    statement = bandmf.statement(other)
+    assert any("EarlyStopping(val_loss)" in caveat for caveat in statement.caveats)
+    assert (statement.steps_run, statement.steps_charged) == (12, 24)
+    assert statement.data.startswith("plan.batches of plan")
