@@ -35,7 +35,7 @@ class NoiseAwareAdam(keras.optimizers.Adam):
 
         phi_i = (standard deviation of Z / expected batch size)^2 * |row i of C^-1|^2.
 
-    Whether it pays depends on the task and on the number of bands: docs/results.md.
+    It did not pay on the tasks of docs/results.md: measure it on yours before you rely on it.
 
     Formal guarantees:
         It is a post-processing of the noisy gradients: beside them it uses public numbers only.
@@ -49,14 +49,12 @@ class NoiseAwareAdam(keras.optimizers.Adam):
     `v_t` is an estimate: where gradients are small beside the noise, `v_t - p_t` is off by about
     `sqrt(2 / k) p_t`, where k is t at first, and later about `2 / (1 - beta_2)`. Below a
     floor of that size it says nothing, and differs from coordinate to coordinate by chance. The
-    paper (Tang, Shpilevskiy and Lécuyer, arXiv 2312.14334) has an absolute floor gamma', to be
-    tuned for each noise and batch size; here it is a share of the variance of the noise, so one
-    number does for several budgets.
+    paper (Tang, Shpilevskiy and Lécuyer, arXiv 2312.14334) has an absolute floor gamma'. Here it
+    is a share of the variance of the noise, so that it need not change with noise or batch size.
 
     Args:
-        learning_rate: A number, a schedule, or a function without arguments. What suits Adam is
-            too large where the floor is low: a coordinate may move by up to
-            `1 / sqrt(variance_floor)` times as much in a step.
+        learning_rate: A number, a schedule, or a function without arguments. Begin with half of
+            what suits Adam: a step may be up to `1 / sqrt(variance_floor)` times as long.
         beta_1: How much of the first moment is kept in a step, in [0, 1).
         beta_2: How much of the second moment is kept in a step, in [0, 1).
         epsilon: What Adam adds to the root, against division by zero where there is no noise.

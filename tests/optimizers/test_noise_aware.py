@@ -209,7 +209,11 @@ def trained_in_a_graph():
 
 @pytest.mark.parametrize(
     ("replicas", "options"),
-    [(1, {"run_eagerly": True}), (1, {"jit_compile": True}), (2, {})],
+    [
+        pytest.param(1, {"run_eagerly": True}, marks=pytest.mark.slow),
+        (1, {"jit_compile": True}),
+        (2, {}),
+    ],
     ids=["eager", "xla", "two replicas"],
 )
 def test_every_way_to_train_gives_the_same_weights(replicas, options):
