@@ -6,7 +6,7 @@ import types
 from keras_bandmf import audit, callbacks, clipping, layers, noise, sources, strategies, tfx_input
 from keras_bandmf._checks import PrivacyError
 from keras_bandmf.clipping import ClippedGradients, clipped_gradients
-from keras_bandmf.optimizers import BandMFOptimizer
+from keras_bandmf.optimizers import BandMFOptimizer, NoiseAwareAdam
 from keras_bandmf.planning.band_choice import BandChoice, max_bands_for_memory
 from keras_bandmf.planning.calibration import compare_bands
 from keras_bandmf.planning.group_privacy import group_epsilon
@@ -29,6 +29,7 @@ __all__ = [
     "BandChoice",
     "BandMFOptimizer",
     "ClippedGradients",
+    "NoiseAwareAdam",
     "PrivacyError",
     "PrivateBatches",
     "ProgressBar",

@@ -96,6 +96,19 @@ def own_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]
     return optimizer._variables
 
 
+def adam_moments(
+    optimizer: keras.optimizers.Adam, variable: keras.Variable
+) -> tuple[keras.Variable, keras.Variable]:
+    """Returns the first and the second moment that Adam keeps of the gradients of a variable.
+
+    Args:
+        optimizer: The optimizer, which is built.
+        variable: A variable that it was built with, as `update_step` gets it.
+    """
+    index = optimizer._get_variable_index(variable)
+    return optimizer._momentums[index], optimizer._velocities[index]
+
+
 class CheckpointHooks:
     """A base class whose two methods are called when `tf.train.Checkpoint` saves and restores.
 

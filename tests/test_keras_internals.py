@@ -113,6 +113,18 @@ def test_variables_of_an_optimizer():
     assert len(own) >= 3  # the counter, and a momentum for each weight
 
 
+def test_the_moments_of_adam():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+    optimizer = keras.optimizers.Adam(beta_1=0.5, beta_2=0.75)
+    optimizer.build(model.trainable_variables)
+    gradients = [tf.fill(variable.shape, 4.0 + i) for i, variable in enumerate(model.weights)]
+    optimizer.apply(gradients, model.trainable_variables)
+    for index, variable in enumerate(model.trainable_variables):
+        first, second = internals.adam_moments(optimizer, variable.value)
+        np.testing.assert_allclose(first.numpy(), gradients[index] * 0.5)
+        np.testing.assert_allclose(second.numpy(), gradients[index] ** 2 * 0.25)
+
+
 def test_checkpoints_call_the_hooks(tmp_path):
     class Counter(_keras_internals.CheckpointHooks, tf.Module):
         def __init__(self, count):

@@ -25,6 +25,7 @@ from keras_bandmf.optimizers.arguments import (
     fingerprint,
     noise_stddev,
 )
+from keras_bandmf.optimizers.noise_aware import tell_noise
 from keras_bandmf.optimizers.plain_gradients import RefusesPlainGradients
 from keras_bandmf.optimizers.state import RunState, checked_fields, is_of_no_run, state_of_no_run
 from keras_bandmf.planning.plan import TrainingPlan
@@ -59,7 +60,8 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
         changes a weight to anything but NaN.
 
     Args:
-        optimizer: The inner optimizer: a name, a config, or a `keras.optimizers.Optimizer`.
+        optimizer: The inner optimizer: a name, a config, or a `keras.optimizers.Optimizer`. Adam
+            that knows the noise is `keras_bandmf.NoiseAwareAdam`.
         plan: The `TrainingPlan` of the run. Leave it out to have the first `fit` on arrays make one
             for `epsilon` and `delta`, with `TrainingPlan.calibrate`, from the number of rows, the
             batch size and the epochs: see `PlanTarget.plan_for`. It is then part of the config and
@@ -227,18 +229,14 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
             plan, clip = self.plan, self.l2_norm_clip
             carriers = RunCarriers(variables, plan.strategy)
             stddev = noise_stddev(plan, self.clipping, clip, carriers.shapes, self.float64_sums)
+            tell_noise(self.inner_optimizer, plan, stddev, carriers)
             if self._build_later is None:
                 self.inner_optimizer.build(variables)
             super().build(variables)
             self._noised_variables = tuple(map(id, variables))
+            run = fingerprint(self, variables, carriers.description)
             self._run_state = RunState(
-                plan.strategy,
-                stddev,
-                carriers.shapes,
-                fingerprint(self, variables, carriers.description),
-                self.seed,
-                carriers,
-                self.noise == "exact",
+                plan.strategy, stddev, carriers.shapes, run, self.seed, carriers, self.float64_sums
             )
             self._record.follow(self)
             history.begin(variables, self._record)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from keras_bandmf import workload_from_optimizer
-from keras_bandmf.strategies import Workload
+from keras_bandmf.strategies import ToeplitzStrategy, Workload
 from tests.plans import dense_workload
 
 N = 9
@@ -129,3 +129,24 @@ def test_bad_rates_and_bad_arguments():
         workload_from_optimizer(SGD(0.1), 9.0)
     with pytest.raises(ValueError, match="num_steps=0"):
         workload_from_optimizer(SGD(0.1), 0)
+
+
+def test_for_adam_prefix_sums_are_a_better_workload_than_its_momentum():
+    """Adam's correction of its start counts the first gradients fully: docs/choosing_a_plan.md."""
+    n, bands = 100, 11
+    # The second moment is frozen: it is nothing beside `epsilon`, which the rate makes up for.
+    optimizer = keras.optimizers.Adam(1e8, beta_1=0.9, beta_2=0.0, epsilon=1e8)
+    weights, rows = keras.Variable(np.zeros(n, np.float32)), []
+    for i in range(n):
+        optimizer.apply([keras.ops.eye(n)[i]], [weights])
+        rows.append(-weights.numpy().astype(np.float64))
+    rows = np.array(rows)
+    np.testing.assert_allclose(rows[0], np.eye(n)[0], atol=1e-6)
+
+    def error(strategy):
+        return np.linalg.norm(rows @ np.linalg.inv(strategy.materialize()))
+
+    prefix = error(ToeplitzStrategy.optimize(n, bands))
+    momentum = error(ToeplitzStrategy.optimize(n, bands, workload=Workload(n, momentum=0.9)))
+    assert 1.09 < momentum / prefix < 1.11
+    assert prefix < 0.5 * error(ToeplitzStrategy.optimize(n, 1))
