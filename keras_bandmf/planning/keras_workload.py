@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import keras
@@ -22,7 +22,13 @@ _REFUSED_SETTINGS = (
 )
 
 
-def workload_from_optimizer(optimizer: keras.optimizers.SGD, num_steps: int) -> Workload:
+def workload_from_optimizer(
+    optimizer: keras.optimizers.SGD,
+    num_steps: int,
+    *,
+    curvatures: Sequence[float] | np.ndarray = (0.0,),
+    curvature_weights: Sequence[float] | np.ndarray | None = None,
+) -> Workload:
     """Returns the workload of Keras's SGD with its momentum, weight decay and learning rates.
 
     Pass it as `workload` to `TrainingPlan.calibrate`, which also takes the optimizer itself. Step
@@ -35,6 +41,9 @@ def workload_from_optimizer(optimizer: keras.optimizers.SGD, num_steps: int) -> 
     Args:
         optimizer: A `keras.optimizers.SGD`: the one that `BandMFOptimizer` wraps, not the wrapper.
         num_steps: n, the number of steps, at least 1.
+        curvatures: Of the loss, as in `strategies.Workload`: none unless they are given. They must
+            not come from private data.
+        curvature_weights: One positive number for each curvature, or None for equal ones.
 
     Returns:
         The `Workload` of n steps.
@@ -42,7 +51,8 @@ def workload_from_optimizer(optimizer: keras.optimizers.SGD, num_steps: int) -> 
     Raises:
         TypeError: `optimizer` is not a Keras optimizer, or `num_steps` is not an integer.
         ValueError: The weights are not linear in the gradients (Adam and similar optimizers,
-            clipping, averaged weights), or rates are negative, not finite or all zero.
+            clipping, averaged weights), rates are negative, not finite or all zero, or SGD would
+            diverge in a direction of one of the curvatures.
 
     Example:
         >>> import keras
@@ -51,6 +61,9 @@ def workload_from_optimizer(optimizer: keras.optimizers.SGD, num_steps: int) -> 
         >>> workload = bandmf.workload_from_optimizer(optimizer, num_steps=100)
         >>> workload.num_steps, workload.momentum
         (100, 0.9)
+        >>> curved = bandmf.workload_from_optimizer(optimizer, 100, curvatures=[0.01, 0.1, 1.0])
+        >>> curved.curvature_weights == (1 / 3, 1 / 3, 1 / 3)
+        True
     """
     num_steps = checked_int("num_steps", num_steps)
     if not isinstance(optimizer, keras.optimizers.Optimizer):
@@ -78,6 +91,8 @@ def workload_from_optimizer(optimizer: keras.optimizers.SGD, num_steps: int) -> 
         momentum=float(optimizer.momentum),
         nesterov=bool(optimizer.nesterov),
         weight_decay=float(optimizer.weight_decay or 0.0),
+        curvatures=curvatures,
+        curvature_weights=curvature_weights,
     )
 
 
