@@ -73,6 +73,21 @@ def test_a_constant_rate_stays_a_number():
     assert isinstance(found.learning_rates, float)
 
 
+def test_curvatures_are_given_beside_the_optimizer():
+    optimizer = SGD(SCHEDULES.CosineDecay(0.5, N), momentum=0.8, nesterov=True, weight_decay=0.1)
+    flat = workload_from_optimizer(optimizer, N)
+    found = workload_from_optimizer(
+        optimizer, N, curvatures=[0.1, 2.0], curvature_weights=np.array([1.0, 3.0])
+    )
+    expected = {**flat.get_config(), "curvatures": [0.1, 2.0], "curvature_weights": [0.25, 0.75]}
+    assert found.get_config() == expected
+    assert workload_from_optimizer(optimizer, N, curvatures=[0.0]) == flat
+    with pytest.raises(ValueError, match="`curvatures` to be at most .*Received: a curvature of 5"):
+        workload_from_optimizer(optimizer, N, curvatures=[0.1, 5.0])
+    with pytest.raises(ValueError, match="`curvature_weights`.*Received"):
+        workload_from_optimizer(optimizer, N, curvatures=[0.1], curvature_weights=[1.0, 2.0])
+
+
 class OwnSGD(SGD):
     """Could update in any way."""
 
