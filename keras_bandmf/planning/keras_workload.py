@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import keras
 import numpy as np
 
-from keras_bandmf._checks import checked_int
+from keras_bandmf._checks import checked_choice, checked_int
 from keras_bandmf.strategies import Workload
+from keras_bandmf.strategies.workload import stable_curvature
 
 _WAY_OUT = "Leave `workload` out: prefix sums are the usual choice for any optimizer."
 # With any of these the weights are no longer the sums of gradients that a `Workload` describes.
@@ -20,13 +22,15 @@ _REFUSED_SETTINGS = (
     "loss_scale_factor",
     "gradient_accumulation_steps",
 )
+# With "auto": in how many steps SGD undoes the noise along each curvature, in units of the run.
+_UNDONE_IN = (4.0, 1.0, 0.25, 0.0625)
 
 
 def workload_from_optimizer(
     optimizer: keras.optimizers.SGD,
     num_steps: int,
     *,
-    curvatures: Sequence[float] | np.ndarray = (0.0,),
+    curvatures: Sequence[float] | np.ndarray | Literal["auto"] = (0.0,),
     curvature_weights: Sequence[float] | np.ndarray | None = None,
 ) -> Workload:
     """Returns the workload of Keras's SGD with its momentum, weight decay and learning rates.
@@ -42,7 +46,9 @@ def workload_from_optimizer(
         optimizer: A `keras.optimizers.SGD`: the one that `BandMFOptimizer` wraps, not the wrapper.
         num_steps: n, the number of steps, at least 1.
         curvatures: Of the loss, as in `strategies.Workload`: none unless they are given. They must
-            not come from private data.
+            not come from private data. "auto" takes four that depend on the optimizer alone: along
+            them, SGD undoes most of the noise of a step within 4 n, n, n / 4 and n / 16 steps. This
+            is a rule of thumb, with the results that docs/results.md has.
         curvature_weights: One positive number for each curvature, or None for equal ones.
 
     Returns:
@@ -61,9 +67,9 @@ def workload_from_optimizer(
         >>> workload = bandmf.workload_from_optimizer(optimizer, num_steps=100)
         >>> workload.num_steps, workload.momentum
         (100, 0.9)
-        >>> curved = bandmf.workload_from_optimizer(optimizer, 100, curvatures=[0.01, 0.1, 1.0])
-        >>> curved.curvature_weights == (1 / 3, 1 / 3, 1 / 3)
-        True
+        >>> curved = bandmf.workload_from_optimizer(optimizer, 100, curvatures="auto")
+        >>> [round(h, 4) for h in curved.curvatures]
+        [0.0005, 0.002, 0.008, 0.032]
     """
     num_steps = checked_int("num_steps", num_steps)
     if not isinstance(optimizer, keras.optimizers.Optimizer):
@@ -85,15 +91,33 @@ def workload_from_optimizer(
         _refuse("use_ema=True")
     if optimizer.weight_decay and _excludes_variables(optimizer):
         _refuse("variables excluded from weight decay")
-    return Workload(
+    flat = Workload(
         num_steps,
         _rates(optimizer, num_steps),
         momentum=float(optimizer.momentum),
         nesterov=bool(optimizer.nesterov),
         weight_decay=float(optimizer.weight_decay or 0.0),
-        curvatures=curvatures,
-        curvature_weights=curvature_weights,
     )
+    if isinstance(curvatures, str):
+        checked_choice("curvatures", curvatures, ("auto",), hint="Or pass a list of numbers.")
+        curvatures = _spread_curvatures(flat)
+    return dataclasses.replace(flat, curvatures=curvatures, curvature_weights=curvature_weights)
+
+
+def _spread_curvatures(flat: Workload) -> np.ndarray:
+    """Returns curvatures that suit the learning rates and the length of the run.
+
+    SGD with learning rate r and a slowly changing gradient moves by r / (1 - momentum) times that
+    gradient in each step, so it takes about (1 - momentum) / (r h) steps to undo the noise in a
+    direction of curvature h.
+    """
+    # Never within less than 2 steps, where learning rates are hardly stable.
+    steps = np.maximum(2.0, flat.num_steps * np.array(_UNDONE_IN))
+    spread = (1.0 - flat.momentum) / (float(np.mean(flat.learning_rates)) * steps)
+    largest = float(np.max(flat.learning_rates))
+    limit = stable_curvature(largest, flat.momentum, flat.nesterov, flat.weight_decay)
+    # A schedule may have far larger rates than its mean.
+    return np.minimum(spread, 0.5 * limit)
 
 
 def _refuse(setting: str) -> NoReturn:
