@@ -20,6 +20,8 @@ from keras_bandmf.strategies import (
     ToeplitzStrategy,
     Workload,
 )
+from keras_bandmf.strategies.toeplitz_workload import constant_rate_coefficients
+from keras_bandmf.strategies.workload import num_curvatures
 
 #: Strategies that a plan finds by itself.
 StrategyName = Literal["toeplitz", "banded"]
@@ -184,8 +186,8 @@ class PlanArguments:
             num_bands: b.
 
         Returns:
-            The strategy object that was given, if it has these bands; otherwise the Toeplitz
-            optimum for prefix sums, made for the workload.
+            The strategy object that was given, if it has these bands; otherwise a nearly
+            optimal Toeplitz strategy: see the function of this name.
         """
         if not isinstance(self.strategy, str) and num_bands == self.strategy.num_bands:
             return self.strategy
@@ -327,7 +329,7 @@ def resolve_workload(workload: Any, num_steps: int) -> Workload | None:
 
 
 def quick_strategy(num_steps: int, workload: Workload | None, num_bands: int) -> ToeplitzStrategy:
-    """Returns the Toeplitz optimum for prefix sums, made for a workload, to compare bands by.
+    """Returns a nearly optimal Toeplitz strategy for a workload, to compare bands by.
 
     Args:
         num_steps: n.
@@ -336,8 +338,12 @@ def quick_strategy(num_steps: int, workload: Workload | None, num_bands: int) ->
 
     Returns:
         A strategy whose `workload` is A: the optimum for prefix sums, within a few percent of it
-        for others, at the cost of one evaluation instead of a search.
+        for others, at the cost of one evaluation instead of a search. With curvatures, where that
+        may be a third above the optimum, it is the optimum for a constant learning rate.
     """
+    if workload is not None and workload.is_curved:
+        coefficients = constant_rate_coefficients(workload, num_bands, "mean")
+        return ToeplitzStrategy(coefficients, num_steps, workload=workload)
     best = ToeplitzStrategy.optimize(num_steps, num_bands)
     if workload is None or workload == Workload(num_steps):
         return best
@@ -355,15 +361,16 @@ def refine_strategy(
     Args:
         name: The name of a strategy.
         quick: A strategy made by `quick_strategy`.
-        max_work: n b^2 up to which a Toeplitz strategy is searched for under a workload; None is
-            no limit.
+        max_work: n b^2, times the number of curvatures, up to which a Toeplitz strategy is searched
+            for under a workload; None is no limit.
 
     Returns:
         A strategy object.
     """
     n, b, workload = quick.num_steps, quick.num_bands, quick.workload
     toeplitz = quick
-    if workload is not None and b > 1 and (max_work is None or n * b * b <= max_work):
+    work = n * b * b * num_curvatures(workload)
+    if workload is not None and b > 1 and (max_work is None or work <= max_work):
         toeplitz = ToeplitzStrategy.optimize(n, b, workload=workload)
     if name == "toeplitz":
         return toeplitz

@@ -43,7 +43,8 @@ from keras_bandmf.sampling.laws import LAWS, SAMPLINGS, SamplingName
 from keras_bandmf.sampling.schedule import Schedule
 from keras_bandmf.strategies import Workload
 
-# n b^2 up to which the chosen Toeplitz strategy is searched for under a workload: some seconds.
+# n b^2, times the number of curvatures, up to which the chosen Toeplitz strategy is searched for
+# under a workload: some seconds.
 _MAX_SEARCH = 2 * 10**7
 
 
@@ -91,8 +92,9 @@ def compare_bands(
     """Returns the comparison behind `TrainingPlan.calibrate`, for the same arguments.
 
     Noise multipliers are coarse, some tenths of a percent above what is needed. Strategies are
-    Toeplitz strategies. Under a workload their coefficients are those for prefix sums, so the
-    plan, whose strategy is optimized for the workload, has a somewhat lower RMSE than its row.
+    Toeplitz strategies. Under a workload their coefficients are those for prefix sums (with
+    curvatures, for a constant learning rate), so the plan, whose strategy is optimized for the
+    workload, has a somewhat lower RMSE than its row.
 
     Formal guarantees: looks at no data, so the choice costs no privacy. Rows of different
     `sampling` meet the same (epsilon, delta) under different adjacencies: zero-out for a fixed

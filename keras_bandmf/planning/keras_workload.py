@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn
 
 import keras
 import numpy as np
 
-from keras_bandmf._checks import checked_int
+from keras_bandmf._checks import checked_choice, checked_int
 from keras_bandmf.strategies import Workload
+from keras_bandmf.strategies.workload import stable_curvature
 
 _WAY_OUT = "Leave `workload` out: prefix sums are the usual choice for any optimizer."
 # With any of these the weights are no longer the sums of gradients that a `Workload` describes.
@@ -20,9 +22,17 @@ _REFUSED_SETTINGS = (
     "loss_scale_factor",
     "gradient_accumulation_steps",
 )
+# With "auto": in how many steps SGD undoes the noise along each curvature, in units of the run.
+_UNDONE_IN = (4.0, 1.0, 0.25, 0.0625)
 
 
-def workload_from_optimizer(optimizer: keras.optimizers.SGD, num_steps: int) -> Workload:
+def workload_from_optimizer(
+    optimizer: keras.optimizers.SGD,
+    num_steps: int,
+    *,
+    curvatures: Sequence[float] | np.ndarray | Literal["auto"] = (0.0,),
+    curvature_weights: Sequence[float] | np.ndarray | None = None,
+) -> Workload:
     """Returns the workload of Keras's SGD with its momentum, weight decay and learning rates.
 
     Pass it as `workload` to `TrainingPlan.calibrate`, which also takes the optimizer itself. Step
@@ -35,6 +45,11 @@ def workload_from_optimizer(optimizer: keras.optimizers.SGD, num_steps: int) -> 
     Args:
         optimizer: A `keras.optimizers.SGD`: the one that `BandMFOptimizer` wraps, not the wrapper.
         num_steps: n, the number of steps, at least 1.
+        curvatures: Of the loss, as in `strategies.Workload`: none unless they are given. They must
+            not come from private data. "auto" takes four that depend on the optimizer alone: along
+            them, SGD undoes most of the noise of a step within 4 n, n, n / 4 and n / 16 steps. This
+            is a rule of thumb, with the results that docs/results.md has.
+        curvature_weights: One positive number for each curvature, or None for equal ones.
 
     Returns:
         The `Workload` of n steps.
@@ -42,7 +57,8 @@ def workload_from_optimizer(optimizer: keras.optimizers.SGD, num_steps: int) -> 
     Raises:
         TypeError: `optimizer` is not a Keras optimizer, or `num_steps` is not an integer.
         ValueError: The weights are not linear in the gradients (Adam and similar optimizers,
-            clipping, averaged weights), or rates are negative, not finite or all zero.
+            clipping, averaged weights), rates are negative, not finite or all zero, or SGD would
+            diverge in a direction of one of the curvatures.
 
     Example:
         >>> import keras
@@ -51,6 +67,9 @@ def workload_from_optimizer(optimizer: keras.optimizers.SGD, num_steps: int) -> 
         >>> workload = bandmf.workload_from_optimizer(optimizer, num_steps=100)
         >>> workload.num_steps, workload.momentum
         (100, 0.9)
+        >>> curved = bandmf.workload_from_optimizer(optimizer, 100, curvatures="auto")
+        >>> [round(h, 4) for h in curved.curvatures]
+        [0.0005, 0.002, 0.008, 0.032]
     """
     num_steps = checked_int("num_steps", num_steps)
     if not isinstance(optimizer, keras.optimizers.Optimizer):
@@ -72,13 +91,33 @@ def workload_from_optimizer(optimizer: keras.optimizers.SGD, num_steps: int) -> 
         _refuse("use_ema=True")
     if optimizer.weight_decay and _excludes_variables(optimizer):
         _refuse("variables excluded from weight decay")
-    return Workload(
+    flat = Workload(
         num_steps,
         _rates(optimizer, num_steps),
         momentum=float(optimizer.momentum),
         nesterov=bool(optimizer.nesterov),
         weight_decay=float(optimizer.weight_decay or 0.0),
     )
+    if isinstance(curvatures, str):
+        checked_choice("curvatures", curvatures, ("auto",), hint="Or pass a list of numbers.")
+        curvatures = _spread_curvatures(flat)
+    return dataclasses.replace(flat, curvatures=curvatures, curvature_weights=curvature_weights)
+
+
+def _spread_curvatures(flat: Workload) -> np.ndarray:
+    """Returns curvatures that suit the learning rates and the length of the run.
+
+    SGD with learning rate r and a slowly changing gradient moves by r / (1 - momentum) times that
+    gradient in each step, so it takes about (1 - momentum) / (r h) steps to undo the noise in a
+    direction of curvature h.
+    """
+    # Never within less than 2 steps, where learning rates are hardly stable.
+    steps = np.maximum(2.0, flat.num_steps * np.array(_UNDONE_IN))
+    spread = (1.0 - flat.momentum) / (float(np.mean(flat.learning_rates)) * steps)
+    largest = float(np.max(flat.learning_rates))
+    limit = stable_curvature(largest, flat.momentum, flat.nesterov, flat.weight_decay)
+    # A schedule may have far larger rates than its mean.
+    return np.minimum(spread, 0.5 * limit)
 
 
 def _refuse(setting: str) -> NoReturn:

@@ -213,8 +213,9 @@ class TrainingPlan(PlanAccounting):
             max_participations: As in the constructor.
             min_separation: Fixed order only, in steps: declared for data that the user feeds.
             workload: As in the constructor. With `num_bands="auto"`, candidates are compared by
-                their coefficients for prefix sums; the chosen one is then optimized for the
-                workload if `n * b**2 <= 2e7`. For larger problems pass `num_bands` to force that
+                their coefficients for prefix sums (with curvatures, for a constant learning rate);
+                the chosen one is then optimized for the workload if `n * b**2`, times the number
+                of curvatures, is at most 2e7. For larger problems pass `num_bands` to force that
                 optimization.
             amplification: How the secrecy of the sampler is counted. "known_group" gives the group
                 of each example away to the adversary, and its steps under random allocation.
@@ -323,7 +324,8 @@ class TrainingPlan(PlanAccounting):
         """The expected error, sigma * S * sqrt(mean error) / expected participations.
 
         Its unit is the clip norm; under a workload, it is the clip norm times the learning rate.
-        Compare it only with that of another plan under the same workload.
+        With curvatures, the mean error is their weighted mean. Compare it only with that of another
+        plan under the same workload.
         """
         mean_error = self.strategy.loss("mean")
         return band_choice.expected_rmse(self.schedule, self.noise_multiplier, mean_error)

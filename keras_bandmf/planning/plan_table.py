@@ -52,6 +52,13 @@ def workload_in_words(workload: Workload | None) -> str:
         parts.append(f"{kind} {workload.momentum:g}")
     if workload.weight_decay:
         parts.append(f"weight decay {workload.weight_decay:g}")
+    if workload.is_curved:
+        flattest, steepest = min(workload.curvatures), max(workload.curvatures)
+        if flattest == steepest:
+            parts.append(f"curvature {steepest:g}")
+        else:
+            count = len(workload.curvatures)
+            parts.append(f"{count} curvatures from {flattest:g} to {steepest:g}")
     return "SGD, " + ", ".join(parts)
 
 

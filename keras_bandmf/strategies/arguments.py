@@ -25,17 +25,24 @@ def check_bands(num_bands: int, num_steps: int) -> None:
         )
 
 
-def check_shape(num_steps: int, num_bands: int) -> None:
+def check_shape(num_steps: int, num_bands: int, num_curvatures: int = 1) -> None:
     """Refuses more bands than steps, and more entries of C than memory can hold.
 
     Args:
       num_steps: n.
       num_bands: b.
+      num_curvatures: those of the workload: each has its own share of the memory.
 
     Raises:
-      ValueError: if b is above n, or n b above `MAX_ENTRIES`.
+      ValueError: if b is above n, or the product of all above `MAX_ENTRIES`.
     """
     check_bands(num_bands, num_steps)
+    if num_curvatures > 1 and num_steps * num_bands * num_curvatures > MAX_ENTRIES:
+        raise ValueError(
+            "Expected num_steps * num_bands * the number of curvatures to be at most "
+            f"{MAX_ENTRIES}. Received: num_steps={num_steps}, num_bands={num_bands}, a workload "
+            f"with {num_curvatures} curvatures. Use fewer of them, or fewer bands."
+        )
     if num_steps * num_bands > MAX_ENTRIES:
         raise ValueError(
             "Expected num_steps * num_bands to be at most "

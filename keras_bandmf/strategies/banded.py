@@ -33,6 +33,7 @@ from keras_bandmf.strategies.workload import (
     Workload,
     blocks_of,
     checked_workload,
+    num_curvatures,
     workload_config,
     workload_of,
 )
@@ -82,6 +83,7 @@ class BandedStrategy(Strategy):
         object.__setattr__(self, "columns", _checked_columns(self.columns))
         object.__setattr__(self, "num_steps", len(self.columns))
         checked_workload(self.workload, self.num_steps)
+        check_shape(self.num_steps, self.num_bands, num_curvatures(self.workload))
 
     @classmethod
     def optimize(
@@ -168,6 +170,7 @@ class BandedStrategy(Strategy):
             )
         checked_function("callback", callback, "It takes a `Progress`.")
         checked_workload(workload, num_steps)
+        check_shape(num_steps, num_bands, num_curvatures(workload))
         first = None if start is None else _start_columns(start, num_steps, num_bands)
         store = checkpoints = None
         if cache_dir is not None:

@@ -23,10 +23,12 @@ from keras_bandmf.strategies.search.banded import normalize_columns, power_mean
 from keras_bandmf.strategies.search.staged import descend_in_stages
 from keras_bandmf.strategies.sensitivity import banded_sensitivity
 from keras_bandmf.strategies.toeplitz import ToeplitzStrategy
+from keras_bandmf.strategies.toeplitz_workload import constant_rate_coefficients
 from keras_bandmf.strategies.workload import (
     Workload,
     blocks_of,
     checked_workload,
+    num_curvatures,
     workload_config,
     workload_of,
 )
@@ -135,10 +137,12 @@ class BlockDiagonalStrategy(Strategy):
             )
         check_shape(num_steps, num_bands)
         checked_workload(workload, num_steps)
+        check_shape(num_steps, num_bands, num_curvatures(workload))
         starts = [np.eye(1, num_bands).repeat(block_steps, axis=0)]
         if num_bands > 1:
-            toeplitz = ToeplitzStrategy.optimize(block_steps, num_bands)
-            starts.append(normalize_columns(np.tile(toeplitz.coefficients, (block_steps, 1))))
+            starts.append(_toeplitz_start(block_steps, num_bands, None))
+            if workload is not None and workload.is_curved:
+                starts.append(_toeplitz_start(block_steps, num_bands, workload))
         errors = _BlockErrors(num_steps, num_bands, workload)
 
         def loss(point: np.ndarray) -> float:
@@ -293,6 +297,15 @@ class _BlockErrors:
         block = point.reshape(-1, b)
         columns = _repeated(block * _within(len(block), b), n) * _within(n, b)
         return columns, np.linalg.norm(columns, axis=1, keepdims=True)
+
+
+def _toeplitz_start(block_steps: int, num_bands: int, workload: Workload | None) -> np.ndarray:
+    """Returns the columns of a block from the Toeplitz optimum, near that of a workload if any."""
+    if workload is None:
+        coefficients = ToeplitzStrategy.optimize(block_steps, num_bands).coefficients
+    else:
+        coefficients = constant_rate_coefficients(workload, num_bands, "mean")
+    return normalize_columns(np.tile(coefficients, (block_steps, 1)))
 
 
 def _repeated(block: np.ndarray, num_steps: int) -> np.ndarray:

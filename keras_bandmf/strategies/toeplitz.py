@@ -14,6 +14,7 @@ from keras_bandmf.strategies.arguments import (
     ERRORS,
     ErrorMeasure,
     check_bands,
+    check_shape,
     config_of,
     reduced,
 )
@@ -22,7 +23,11 @@ from keras_bandmf.strategies.coefficients import checked_coefficients, square_ro
 from keras_bandmf.strategies.errors import normalized, toeplitz
 from keras_bandmf.strategies.search.scipy_lbfgs import Progress, minimize
 from keras_bandmf.strategies.sensitivity import banded_toeplitz, toeplitz_sensitivity
-from keras_bandmf.strategies.toeplitz_workload import optimal_for_workload, workload_errors
+from keras_bandmf.strategies.toeplitz_workload import (
+    constant_rate_coefficients,
+    optimal_for_workload,
+    workload_errors,
+)
 from keras_bandmf.strategies.workload import (
     Workload,
     checked_workload,
@@ -112,8 +117,8 @@ class ToeplitzStrategy(Strategy):
           callback: called after every iteration with a `Progress` whose `value` is the logarithm
             of the raw loss.
           workload: A, of n steps. None stands for prefix sums. For any other workload, the loss of
-            C itself is minimized, starting from the optimum for prefix sums, and an iteration
-            costs O(n b^2).
+            C itself is minimized, starting from the optimum for prefix sums (with curvatures, from
+            that for a constant learning rate), and an iteration costs O(n b^2).
 
         Returns:
           The strategy.
@@ -137,7 +142,11 @@ class ToeplitzStrategy(Strategy):
         column_normalize = checked_bool("column_normalize", column_normalize)
         checked_function("callback", callback, "It takes a `Progress`.")
         checked_workload(workload, num_steps)
-        coefficients = _optimal_coefficients(num_steps, num_bands, error, callback)
+        if workload is not None and workload.is_curved:
+            check_shape(num_steps, num_bands, len(workload.curvatures))
+            coefficients = constant_rate_coefficients(workload, num_bands, error)
+        else:
+            coefficients = _optimal_coefficients(num_steps, num_bands, error, callback)
         if workload is not None and num_bands > 1:
             coefficients = optimal_for_workload(
                 coefficients, workload, error, column_normalize, callback

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
+import scipy.fft
+import scipy.signal
 
 from keras_bandmf.strategies.arguments import ErrorMeasure, check_shape, reduced
-from keras_bandmf.strategies.errors.banded import BandedErrors, block_size
+from keras_bandmf.strategies.coefficients import square_root_coefficients
+from keras_bandmf.strategies.errors.banded import BandedErrors, block_size, unit_response
 from keras_bandmf.strategies.search.banded import normalize_columns, power_mean
-from keras_bandmf.strategies.search.scipy_lbfgs import Progress
+from keras_bandmf.strategies.search.scipy_lbfgs import Progress, minimize
 from keras_bandmf.strategies.search.staged import descend_in_stages
 from keras_bandmf.strategies.workload import Workload
 
@@ -33,12 +38,61 @@ def workload_errors(
       ValueError: if n b is too large.
     """
     n, b = workload.num_steps, len(coefficients)
-    check_shape(n, b)
+    check_shape(n, b, len(workload.curvatures))
     columns = np.tile(coefficients, (n, 1))
     if column_normalize:
         columns = normalize_columns(columns)
     errors = BandedErrors(n, b, workload.blocks(block_size(b))).evaluate(columns)
     return np.where(np.isnan(errors), np.inf, errors)
+
+
+def constant_rate_coefficients(
+    workload: Workload, num_bands: int, error: ErrorMeasure
+) -> np.ndarray:
+    """Returns nearly the best coefficients, without a column of C for each step.
+
+    They are the optimum of a Toeplitz C whose columns are not normalized, at the mean learning rate
+    throughout. A is then Toeplitz, too: with responses a_k, and x_k = a_k / c, the error of step i
+    is the sum of the squares of x_k over k and over steps up to i. An evaluation costs O(n b) for
+    each curvature.
+
+    Args:
+      workload: A, of n steps.
+      num_bands: b, at most n.
+      error: "mean" or "max".
+
+    Returns:
+      `(b,)` float64 with leading 1.
+
+    Raises:
+      RuntimeError: if the search did not end in a minimum.
+    """
+    n, b = workload.num_steps, num_bands
+    if b == 1:
+        return np.ones(1)
+    steady = dataclasses.replace(workload, learning_rates=float(np.mean(workload.learning_rates)))
+    response = unit_response(steady.blocks(block_size(1)), n, 0)
+    counts = (n - np.arange(n)) / n if error == "mean" else np.ones(n)
+    size = scipy.fft.next_fast_len(2 * n + b, real=True)
+
+    def log_loss(free: np.ndarray) -> tuple[float, np.ndarray]:
+        coefficients = np.concatenate([[1.0], free])
+        with np.errstate(over="ignore", invalid="ignore"):
+            x = scipy.signal.lfilter([1.0], coefficients, response, axis=0)
+            weighted = counts[:, None] * x
+            value = float(np.sum(weighted * x))
+        if not 0.0 < value < math.inf:
+            return math.inf, free
+        # d error / d c_j = -2 sum_i l_i x_(i-j), where l = C^-T (counts * x).
+        adjoint = scipy.signal.lfilter([1.0], coefficients, weighted[::-1], axis=0)[::-1]
+        spectra = scipy.fft.rfft(adjoint, size, axis=0) * scipy.fft.rfft(x, size, axis=0).conj()
+        gradient = -2.0 * scipy.fft.irfft(np.sum(spectra, axis=1), size)[:b] / value
+        square = float(coefficients @ coefficients)
+        gradient += 2.0 * coefficients / square
+        return math.log(value) + math.log(square), gradient[1:]
+
+    start = square_root_coefficients(b)
+    return np.concatenate([[1.0], minimize(log_loss, start[1:] / start[0]).point])
 
 
 def optimal_for_workload(
@@ -64,7 +118,7 @@ def optimal_for_workload(
       ValueError: if n b is too large.
     """
     n, b = workload.num_steps, len(start)
-    check_shape(n, b)
+    check_shape(n, b, len(workload.curvatures))
     errors = BandedErrors(n, b, workload.blocks(block_size(b)))
     # Column j has n - j entries at most; all columns but the last b - 1 have all b.
     lengths = np.minimum(n - np.arange(n), b)

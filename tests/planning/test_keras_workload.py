@@ -73,6 +73,57 @@ def test_a_constant_rate_stays_a_number():
     assert isinstance(found.learning_rates, float)
 
 
+def test_curvatures_are_given_beside_the_optimizer():
+    optimizer = SGD(SCHEDULES.CosineDecay(0.5, N), momentum=0.8, nesterov=True, weight_decay=0.1)
+    flat = workload_from_optimizer(optimizer, N)
+    found = workload_from_optimizer(
+        optimizer, N, curvatures=[0.1, 2.0], curvature_weights=np.array([1.0, 3.0])
+    )
+    expected = {**flat.get_config(), "curvatures": [0.1, 2.0], "curvature_weights": [0.25, 0.75]}
+    assert found.get_config() == expected
+    assert workload_from_optimizer(optimizer, N, curvatures=[0.0]) == flat
+    with pytest.raises(ValueError, match="`curvatures` to be at most .*Received: a curvature of 5"):
+        workload_from_optimizer(optimizer, N, curvatures=[0.1, 5.0])
+    with pytest.raises(ValueError, match="`curvatures` to be one of 'auto'. Received.*a list"):
+        workload_from_optimizer(optimizer, N, curvatures="spread")
+    with pytest.raises(ValueError, match="`curvature_weights`.*Received"):
+        workload_from_optimizer(optimizer, N, curvatures=[0.1], curvature_weights=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("n", [2, 300])
+def test_automatic_curvatures_depend_on_the_optimizer_alone(name, n):
+    optimizer = MAKERS[name]()
+    found = workload_from_optimizer(optimizer, n, curvatures="auto")
+    flat = workload_from_optimizer(optimizer, n)
+    assert found == workload_from_optimizer(optimizer, n, curvatures=found.curvatures)
+    h = np.array(found.curvatures)
+    assert len(h) == 4 and np.all(h > 0.0) and np.all(np.diff(h) >= 0.0)
+    steps = (1.0 - flat.momentum) / (np.mean(flat.learning_rates) * h)
+    assert steps[0] == pytest.approx(4 * n)
+    assert np.all(steps >= 2.0 * (1 - 1e-12))
+    assert len(set(found.curvature_weights)) == 1
+    assert len(workload_from_optimizer(SGD(0.1), 1, curvatures="auto").curvatures) == 4
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_how_soon_sgd_undoes_noise_along_the_automatic_curvatures(momentum):
+    # What is left after n steps of the noise of the first one, as a share of what it does to the
+    # weights without curvature.
+    n = 400
+    found = workload_from_optimizer(SGD(0.1, momentum=momentum), n, curvatures="auto")
+    left = []
+    for h in found.curvatures:
+        velocity, moved = 0.1, 0.1
+        for _ in range(n - 1):
+            velocity = momentum * velocity - 0.1 * h * moved
+            moved += velocity
+        left.append(abs(moved) * (1 - momentum) / 0.1)
+    assert left[:2] == pytest.approx(np.exp([-0.25, -1.0]), rel=0.1)
+    assert left[2] == pytest.approx(np.exp(-4.0), rel=0.5)  # momentum makes it faster
+    assert left[3] < 1e-5
+
+
 class OwnSGD(SGD):
     """Could update in any way."""
 

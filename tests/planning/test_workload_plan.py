@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_bandmf.planning.calibration import compare_bands
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.strategies import BandedStrategy, ToeplitzStrategy, Workload
 from tests.plans import dense_workload, make_plan
@@ -100,6 +101,66 @@ def test_calibrate(name):
     else:
         assert type(made.strategy) is BandedStrategy
         assert made.strategy.loss() <= best.loss() * (1 + 1e-12)
+
+
+def curved(**changes):
+    arguments = {"momentum": 0.9, "curvatures": [0.0, 1.0, 10.0], "curvature_weights": [1, 2, 3]}
+    return Workload(N, np.linspace(0.1, 0.02, N), **(arguments | changes))
+
+
+def test_a_plan_for_curvatures():
+    made = make_plan(workload=curved())
+    assert made.strategy == ToeplitzStrategy.optimize(N, 4, workload=curved())
+    # What the noise does to a quadratic loss, step by step.
+    inverse = np.linalg.inv(made.strategy.materialize())
+    squares = 0.0
+    for h, weight in zip(curved().curvatures, curved().curvature_weights, strict=True):
+        velocity, moved = np.zeros(N), np.zeros(N)
+        for rate, noise in zip(curved().learning_rates, inverse, strict=True):
+            velocity = 0.9 * velocity + rate * (noise - h * moved)
+            moved = moved + velocity
+            squares += weight * np.sum(moved**2) / N
+    assert made.expected_rmse == pytest.approx(1.5 * math.sqrt(squares) / 3, rel=1e-9)
+    # The guarantee is that of any other plan.
+    assert made.epsilon() == make_plan().epsilon()
+    assert made.noise_stddev(1.0) == pytest.approx(make_plan().noise_stddev(1.0), rel=1e-12)
+    assert "learning rates 0.02 to 0.1, momentum 0.9, 3 curvatures from 0 to 10" in str(made)
+    one = curved(curvatures=[2.5], curvature_weights=None)
+    assert "momentum 0.9, curvature 2.5" in str(make_plan(workload=one))
+
+
+def test_curvatures_are_in_the_json_and_the_fingerprint():
+    made = make_plan(workload=curved())
+    again = TrainingPlan.from_json(made.to_json())
+    assert again == made and again.workload == curved()
+    document = json.loads(made.to_json())
+    document["strategy"]["workload"]["curvatures"][2] = 9.0
+    other = TrainingPlan.from_json(json.dumps(document))
+    assert other.fingerprint != made.fingerprint
+    document["strategy"]["workload"]["curvatures"][2] = 1e3
+    with pytest.raises(ValueError, match="`curvatures` to be at most .* Received: a curvature"):
+        TrainingPlan.from_json(json.dumps(document))
+    # Plans of releases before there were curvatures.
+    for name in ("curvatures", "curvature_weights"):
+        del document["strategy"]["workload"][name]
+    flat = TrainingPlan.from_json(json.dumps(document)).workload
+    assert flat == curved(curvatures=[0.0], curvature_weights=None)
+
+
+@pytest.mark.parametrize("name", ["toeplitz", "banded"])
+def test_bands_are_chosen_for_the_curvatures(name):
+    # Noise that training undoes within some steps is not worth many bands.
+    steep = Workload(N, 0.1, curvatures=[5.0, 9.0])
+    made = TrainingPlan.calibrate(**TARGET, strategy=name, workload=steep, max_bands=16)
+    flat = TrainingPlan.calibrate(**TARGET, strategy=name, workload=MOMENTUM, max_bands=16)
+    assert 1 <= made.num_bands < flat.num_bands
+    assert made.workload == steep and made.epsilon() <= 2.0
+    choice = compare_bands(**TARGET, workload=steep, max_bands=16)
+    # Rows are compared by strategies that are nearly optimal.
+    assert made.expected_rmse <= choice.best.expected_rmse <= 1.02 * made.expected_rmse
+    for row in choice.candidates:
+        best = ToeplitzStrategy.optimize(N, row.num_bands, workload=steep)
+        assert row.strategy.loss() <= 1.02 * best.loss()
 
 
 def test_bad_workloads():

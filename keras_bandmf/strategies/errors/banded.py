@@ -2,8 +2,9 @@
 
 The noise rows u = C^-1 z and the outputs of the workload form a linear system driven by white
 noise. Its state consists of the last b - 1 rows of u and the state of the workload. The squared
-norm `e_i` of row i of A C^-1 is the variance of the workload's i-th output. The covariance P of the
-state after a block of m rows follows from that before it,
+norm `e_i` of row i of A C^-1 is the variance of the workload's output at step i; a workload with
+several outputs at each step has the sum of their variances. The covariance P of the state after a
+block of m rows follows from that before it,
 
     P <- F P F' + B B',        e = diag(X P X' + Y Y'),
 
@@ -29,19 +30,26 @@ class WorkloadBlocks(NamedTuple):
 
     For a block with inputs u (m) and the state s (q) before it, the outputs are
     `read_state s + read_input u`, and the state after it is `keep s + drive u`. A leading axis of 1
-    instead of T means that all blocks are the same.
+    instead of T means that all blocks are the same. The h outputs of a step stand together, and
+    none depends on later inputs.
 
     Attributes:
       keep: `(T, q, q)` float64.
       drive: `(T, q, m)` float64.
-      read_state: `(T, m, q)` float64.
-      read_input: `(T, m, m)` float64, lower triangular.
+      read_state: `(T, m h, q)` float64.
+      read_input: `(T, m h, m)` float64.
     """
 
     keep: np.ndarray
     drive: np.ndarray
     read_state: np.ndarray
     read_input: np.ndarray
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs h of each step."""
+        _, rows, m = self.read_input.shape
+        return rows // m
 
 
 def block_size(num_bands: int) -> int:
@@ -57,11 +65,32 @@ def maps_of(workload: WorkloadBlocks, memory: int) -> np.ndarray:
       memory: p = b - 1, the noise rows that the state keeps.
 
     Returns:
-      `(T, p + q + m, m)` float64.
+      `(T, p + q + m h, m)` float64, where h is the number of outputs of each step.
     """
     count, _, m = workload.drive.shape
     newest = np.broadcast_to(np.eye(m)[m - memory :], (count, memory, m))
     return np.concatenate([newest, workload.drive, workload.read_input], axis=1)
+
+
+def unit_response(workload: WorkloadBlocks, num_steps: int, first: int) -> np.ndarray:
+    """Returns the outputs of a workload after a unit input at the first step of a block.
+
+    Args:
+      workload: A in blocks of m steps, with h outputs at each.
+      num_steps: n.
+      first: the block of the input.
+
+    Returns:
+      `(n - first m, h)` float64, from the step of the input on.
+    """
+    block = workload.read_input.shape[2]
+    parts = [workload.read_input[first % len(workload.read_input), :, 0]]
+    state = workload.drive[first % len(workload.drive), :, 0]
+    for t in range(first + 1, -(-num_steps // block)):
+        parts.append(workload.read_state[t % len(workload.read_state)] @ state)
+        state = workload.keep[t % len(workload.keep)] @ state
+    rows = np.concatenate(parts).reshape(-1, workload.outputs)
+    return rows[: num_steps - first * block]
 
 
 class BandedErrors:
@@ -72,7 +101,8 @@ class BandedErrors:
     stand for the p noise rows before the block, the q states before it, and its m noises z.
 
      * `solved` gives the noise rows of the block: `L^-1 (-U, 0, I)`, if (U, L) are its rows of C.
-     * `mapped` gives the state after the block (p + q) and its outputs (m): [[F, B], [X, Y]].
+     * `mapped` gives the state after the block (p + q) and its outputs (m, or m h if each step has
+       h of them): [[F, B], [X, Y]].
      * `before` is the covariance of the state before the block.
 
     Args:
@@ -87,7 +117,8 @@ class BandedErrors:
         self._block = m = block_size(num_bands)
         self._blocks = blocks = -(-num_steps // m)
         self._states = states = self._memory + workload.keep.shape[1]
-        self._chunk = max(1, _CHUNK_NUMBERS // (m * m))
+        self._outputs = workload.outputs
+        self._chunk = max(1, _CHUNK_NUMBERS // (m * m * self._outputs))
         self._workload = workload
         self._maps = maps_of(workload, self._memory)
         # The columns of C, after b - 1 columns of zeros that stand before the first step. Those
@@ -96,7 +127,7 @@ class BandedErrors:
         self._columns[:, 0] = 1.0
         self._columns[: self._memory] = 0.0
         self._solved = np.zeros((blocks, m, states + m))
-        self._mapped = np.zeros((blocks, states + m, states + m))
+        self._mapped = np.zeros((blocks, states + m * self._outputs, states + m))
         self._before = np.zeros((blocks + 1, states, states))
 
     def evaluate(self, columns: np.ndarray) -> np.ndarray:
@@ -168,7 +199,9 @@ class BandedErrors:
             new += add
         outputs, white = mapped[:, s:, :s], mapped[:, s:, s:]
         spread = np.matmul(outputs, before[:-1])
-        return np.einsum("tij,tij->ti", spread, outputs) + np.einsum("tij,tij->ti", white, white)
+        variances = np.einsum("tij,tij->ti", spread, outputs)
+        variances += np.einsum("tij,tij->ti", white, white)
+        return variances.reshape(len(mapped), self._block, self._outputs).sum(axis=2)
 
     def _adjoint(
         self, chunk: slice, weights: np.ndarray, after: np.ndarray
@@ -176,7 +209,7 @@ class BandedErrors:
         """Returns the adjoints of the rows of a chunk and of the covariance before it."""
         p, s = self._memory, self._states
         solved, mapped, before = self._solved[chunk], self._mapped[chunk], self._before[chunk]
-        weights = 2.0 * weights[:, :, None]
+        weights = 2.0 * np.repeat(weights, self._outputs, axis=1)[:, :, None]
         steps, outputs = mapped[:, :s, :s], mapped[:, s:, :s]
         direct = np.matmul(outputs.transpose(0, 2, 1), 0.5 * weights * outputs)
         adjoints = np.empty_like(steps)

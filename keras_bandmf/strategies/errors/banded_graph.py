@@ -28,6 +28,7 @@ class GraphErrors:
         self._num_steps, self._memory = num_steps, num_bands - 1
         self._block = m = block_size(num_bands)
         self._blocks = -(-num_steps // m)
+        self._outputs = workload.outputs
         self._maps = tf.constant(maps_of(workload, self._memory))
         self._keep = tf.constant(workload.keep)
         self._read_state = tf.constant(workload.read_state)
@@ -78,7 +79,7 @@ class GraphErrors:
         # The columns of the state of the workload do not depend on C.
         middle = tf.concat([tf.zeros([len(self._keep), p, s - p], tf.float64), self._keep], axis=1)
         middle = tf.concat([middle, self._read_state], axis=1)
-        middle = tf.broadcast_to(middle, [self._blocks, s + m, s - p])
+        middle = tf.broadcast_to(middle, [self._blocks, s + m * self._outputs, s - p])
         states = tf.concat([mapped[:, :, :p], middle], axis=2)
         fresh = mapped[:, :, p:]
         step, outputs = states[:, :s], states[:, s:]
@@ -86,7 +87,8 @@ class GraphErrors:
         before = self._covariances(step, tf.matmul(drive, drive, transpose_b=True))
         errors = tf.reduce_sum(tf.matmul(outputs, before) * outputs, axis=2)
         errors += tf.reduce_sum(tf.square(white), axis=2)
-        return tf.reshape(errors, [-1])[: self._num_steps]
+        by_step = tf.reduce_sum(tf.reshape(errors, [-1, self._outputs]), axis=1)
+        return by_step[: self._num_steps]
 
     def _solved(self, columns: tf.Tensor) -> tf.Tensor:
         """The noise rows of each block, `L^-1 (-U, I)`, from the p rows before it and its noises.

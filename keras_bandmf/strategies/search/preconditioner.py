@@ -24,7 +24,7 @@ import numpy as np
 import scipy.fft
 import scipy.signal
 
-from keras_bandmf.strategies.errors.banded import WorkloadBlocks
+from keras_bandmf.strategies.errors.banded import WorkloadBlocks, unit_response
 
 # Above this many bands, the b x b matrices of all frequencies would be larger than the problem.
 MAX_BANDS = 64
@@ -38,24 +38,18 @@ _TOGETHER = 16
 
 
 def middle_response(workload: WorkloadBlocks, num_steps: int) -> np.ndarray:
-    """Returns the output of the workload after a unit input in the middle of the run.
+    """Returns the outputs of the workload after a unit input in the middle of the run.
 
     Args:
       workload: A in blocks of m steps.
       num_steps: n.
 
     Returns:
-      `(n - h,)` float64: column h of A from row h on, where h is about n / 2.
+      `(n - j, h)` float64: column j of A from row j on, where j is about n / 2, for each of the h
+      outputs of a step.
     """
-    block = workload.read_input.shape[1]
-    blocks = -(-num_steps // block)
-    first = blocks // 2
-    parts = [workload.read_input[first % len(workload.read_input), :, 0]]
-    state = workload.drive[first % len(workload.drive), :, 0]
-    for t in range(first + 1, blocks):
-        parts.append(workload.read_state[t % len(workload.read_state)] @ state)
-        state = workload.keep[t % len(workload.keep)] @ state
-    return np.concatenate(parts)[: num_steps - first * block]
+    block = workload.read_input.shape[2]
+    return unit_response(workload, num_steps, -(-num_steps // block) // 2)
 
 
 def curvature(coefficients: np.ndarray, response: np.ndarray, reach: int) -> np.ndarray:
@@ -63,7 +57,7 @@ def curvature(coefficients: np.ndarray, response: np.ndarray, reach: int) -> np.
 
     Args:
       coefficients: `(b,)` float64 of norm 1, the columns of C.
-      response: `(T,)` float64, the columns of A, which is Toeplitz, too.
+      response: `(T, h)` float64, the columns of A, which is Toeplitz, too, for each output.
       reach: the number of columns to either side.
 
     Returns:
@@ -77,11 +71,12 @@ def curvature(coefficients: np.ndarray, response: np.ndarray, reach: int) -> np.
         impulse = np.zeros(length)
         impulse[0] = 1.0
         inverse = np.pad(scipy.signal.lfilter([1.0], coefficients, impulse), (0, size - length))
-        factor = scipy.fft.rfft(scipy.signal.lfilter([1.0], coefficients, response), size)
+        factors = scipy.signal.lfilter([1.0], coefficients, response, axis=0)
+        spectra = scipy.fft.rfft(factors, size, axis=0)
         gains = scipy.fft.rfft(inverse)
         power = np.square(np.abs(gains))
         y = scipy.fft.irfft(power, size)
-        q = scipy.fft.irfft(np.square(np.abs(factor)), size)
+        q = scipy.fft.irfft(np.sum(np.square(np.abs(spectra)), axis=1), size)
         v = scipy.fft.irfft(scipy.fft.rfft(q) * gains, size)
         w = scipy.fft.irfft(scipy.fft.rfft(q) * power, size)
     # The sequences are cyclic, so negative indices stand for negative lags.
