@@ -212,7 +212,7 @@ def stream(**options):
 
 def other_version():
     config = tfx_input.plan_to_config(plan())
-    return {tfx_input.PLAN_KEY: json.dumps(json.loads(config[tfx_input.PLAN_KEY]) | {"version": 3})}
+    return {tfx_input.PLAN_KEY: json.dumps(json.loads(config[tfx_input.PLAN_KEY]) | {"version": 9})}
 
 fixed = plan("fixed_order")
 cases = {
@@ -248,7 +248,7 @@ def test_bad_input_is_refused_before_training_and_a_fixed_order_trains(pipeline,
     expected = {
         "no plan": "Expected a plan in `custom_config",
         "no config": "Expected `custom_config` to be the dict",
-        "other version": "version=3",
+        "other version": "version=9",
         "other count": "num_examples=401",
         "other count, fixed order": "num_examples=399",
         "default options": "stream_options",
