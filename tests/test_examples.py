@@ -113,6 +113,29 @@ def test_lora_trains_its_own_weights_alone_and_its_noise_is_small(example, base,
     assert "epsilon    8 by the PLD accountant" in printed
 
 
+def test_scattering_tunes_on_held_out_rows_and_goes_on(example, tmp_path, capsys, monkeypatch):
+    scattering = example("scattering")
+    monkeypatch.setattr(scattering, "MECHANISMS", {"BandMF": {"num_bands": 2}})
+    rng = np.random.default_rng(0)
+    labels = {"train": rng.integers(0, 10, 5_400), "test": rng.integers(0, 10, 300)}
+    for part, y in labels.items():  # in place of features: the class, and some noise
+        x = np.eye(10)[y] + rng.normal(scale=0.1, size=(len(y), 10))
+        np.save(tmp_path / f"digits-{part}.npy", x.astype("float16"))
+    data = tmp_path / "digits.npz"
+    np.savez(data, **{f"y_{part}": y for part, y in labels.items()})
+    settings = ["--batch_size", "40", "--epochs", "2", "--epsilon", "8", "--l2_norm_clip", "1"]
+    rates = ["--rates", "1e-4", "1", "--plain_rates", "0.1"]
+    command = ["--data", str(data), "--output", str(tmp_path), *settings, *rates, "--seeds", "1"]
+    scattering.main(command)
+    printed = capsys.readouterr().out
+    assert printed.count("held out: ") == 3 and printed.count("test: ") == 2
+    row = next(line for line in printed.splitlines() if line.startswith("BandMF  "))
+    assert float(row.split()[4]) == 1.0 and float(row.split()[5]) > 0.5
+    scattering.main(command)
+    again = capsys.readouterr().out
+    assert "held out" not in again and row in again
+
+
 @pytest.mark.slow
 def test_the_audit_prints_three_reports_and_draws(example, tmp_path, capsys):
     example("audit").main(["--trials", "400", "--canaries", "60", "--output", str(tmp_path)])
