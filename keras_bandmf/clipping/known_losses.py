@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_bandmf._keras_internals import function_of_loss
-from keras_bandmf.clipping.shapes import over_rows
+from keras_bandmf.clipping.shapes import dims, over_rows
 
 _L = keras.losses
 # They compare numbers with numbers in the same places, and take means over the last axis at most.
@@ -50,6 +50,9 @@ def losses_of_rows(
         Shape (batch,), or None: for other losses than Keras's own of the list above, their
         subclasses, arguments that couple places, and shapes that broadcasting would have to match.
 
+    Raises:
+        tf.errors.InvalidArgumentError: If the arguments differ in their number of rows.
+
     Formal guarantees: row i is a function of row i of the arguments alone. Its derivative by the
         outputs is that of the loss of a batch of one. It rests on what Keras's functions of the
         list compute, which tests compare with batches of one.
@@ -69,11 +72,12 @@ def losses_of_rows(
     # As the loss itself converts them; outputs of its own dtype keep their logits.
     y_pred = keras.ops.convert_to_tensor(y_pred, dtype=loss.dtype)
     y = keras.ops.convert_to_tensor(y, dtype=loss.dtype)
+    y = _with_rows_of(y, y_pred)
     values = tf.cast(loss.call(y, y_pred), loss.dtype)
     if sample_weight is not None:
         if not (sample_weight.shape.rank == 1 or _same_places(sample_weight.shape, values.shape)):
             return None
-        sample_weight = tf.cast(sample_weight, values.dtype)
+        sample_weight = _with_rows_of(tf.cast(sample_weight, values.dtype), y_pred)
         # Weights of rows count for all places of the row.
         by_row = sample_weight.shape.rank == 1
         values *= over_rows(sample_weight, values) if by_row else sample_weight
@@ -96,3 +100,14 @@ def _same_places(one: tf.TensorShape, other: tf.TensorShape) -> bool:
     """Returns whether two shapes agree on every axis but that of the rows, and are known there."""
     known = one.rank == other.rank and one.rank >= 1
     return known and None not in [*one[1:]] and [*one[1:]] == [*other[1:]]
+
+
+def _with_rows_of(tensor: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """Returns a tensor that must have as many rows as another: one would be broadcast to all."""
+    rows = dims(like)[0]
+    same = tf.debugging.assert_equal(
+        dims(tensor)[0], rows, "The targets, outputs and weights of a loss must have the same rows"
+    )
+    with tf.control_dependencies([same]):
+        # XLA drops the assertion. Without XLA the graph is optimized to one that trusts `rows`.
+        return tf.reshape(tensor, [rows, *tensor.shape[1:]])

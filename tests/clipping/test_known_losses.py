@@ -104,6 +104,32 @@ def test_shapes_that_broadcast_take_one_row_at_a_time(vectorizes):
     np.testing.assert_allclose(losses, np.mean((y_pred - 1) ** 2, axis=1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [(1, 4, 4), (4, 1, 4), (4, 4, 1)])
+@pytest.mark.parametrize("kind", ["eager", "graph", "jit", "dynamic", "dynamic jit"])
+def test_one_row_is_not_broadcast_to_the_others(kind, rows):
+    """Outputs of one row, from a model that mixes rows, would get the slopes of all examples."""
+    compute = batch_loss(keras.Model(), "mse")
+    y, y_pred, weight = tf.zeros((rows[0], 3)), tf.ones((rows[1], 3)), tf.ones(rows[2])
+
+    def run(y, y_pred, weight):
+        return per_example_losses(compute, y, y_pred, weight).losses
+
+    if kind != "eager":
+        shapes = (
+            [[None, 3], [None, 3], [None]]
+            if "dynamic" in kind
+            else [[rows[0], 3], [rows[1], 3], [rows[2]]]
+        )
+        run = tf.function(
+            run,
+            input_signature=[tf.TensorSpec(shape) for shape in shapes],
+            autograph=False,
+            jit_compile="jit" in kind,
+        )
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        run(y, y_pred, weight)
+
+
 def test_a_loss_with_a_weight_or_several_outputs_is_not_known(vectorizes):
     model = keras.Model()
     model.compile(loss="mse", loss_weights=[2.0])
