@@ -119,7 +119,8 @@ class PrivacyLedger(keras.callbacks.Callback):
                 f"`keras_bandmf.statement(model)`. Received: {type(statement).__name__}."
             )
         for run in history.of_statement(statement):
-            self._write(f"{run.run_id} added", [run])
+            # An older statement of the run must not take the place of a later one.
+            self._write(f"{run.run_id} added {run.past.to_json()}", [run])
 
     def statement(self, delta: float | None = None) -> Statement:
         """Returns one statement of all runs of the ledger, as if all were released.
@@ -202,7 +203,8 @@ class PrivacyLedger(keras.callbacks.Callback):
         finally:
             if record.steps:
                 self._note(record, model, loops)
-            if not made_steps and (not record.steps or record.run_id != first_id):
+            went_on = record.steps if record.run_id == first_id else _has_past(model, first_id)
+            if not made_steps and not went_on:
                 # It never began: it failed, or a callback restored another run in its place.
                 self._path(first_id).unlink(missing_ok=True)
 
@@ -218,6 +220,11 @@ class PrivacyLedger(keras.callbacks.Callback):
             if run is not record
         ]
         self._write(record.run_id, [*earlier, PastRun(record.run_id, record.started, past)])
+
+
+def _has_past(model: keras.Model, run_id: str) -> bool:
+    """Returns whether a run made steps on the model before another one was restored."""
+    return any(run.run_id == run_id for run in history.runs_of(model.weights))
 
 
 @contextlib.contextmanager

@@ -198,6 +198,27 @@ def test_added_runs_count_once(ledger):
     assert len(ledger.statement().runs) == 4
 
 
+def test_an_older_statement_takes_nothing_away(ledger):
+    model = train(epochs=1)
+    older = bandmf.statement(model)
+    train(model=model)
+    ledger.add(bandmf.statement(model))
+    ledger.add(older)
+    assert (ledger.statement().runs, ledger.statement().steps_charged) == ((), 24)
+
+
+def test_steps_count_if_a_run_without_steps_is_restored_over_them(ledger, tmp_path):
+    """The steps of the fit are those of no run that goes on, and were made."""
+    other = runs.compiled(runs.counting_model(), PLAN)
+    other.optimizer.build(other.trainable_variables)
+    other.save_weights(tmp_path / "other.weights.h5")
+    model = runs.compiled(runs.counting_model(), PLAN)
+    restore = At(3, lambda: model.load_weights(tmp_path / "other.weights.h5"))
+    with pytest.raises(bandmf.PrivacyError, match="restored state"):
+        train(ledger, model=model, callbacks=[restore])
+    assert ledger.statement().steps_charged == 24
+
+
 def test_the_delta_may_be_chosen(ledger):
     train(ledger)
     train(ledger)
