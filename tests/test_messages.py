@@ -118,7 +118,7 @@ CALLS = {
     "workload_from_optimizer": (
         lambda: bandmf.workload_from_optimizer,
         {"optimizer": keras.optimizers.SGD(0.1), "num_steps": 5},
-        {},
+        {"curvatures": {"a list"}, "curvature_weights": {"None", "a list"}},
     ),
     "merge_rgp": (lambda: bandmf.merge_rgp, {}, {}),
     "clipped_gradients": (
