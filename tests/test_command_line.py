@@ -243,6 +243,7 @@ def test_the_limit_of_bands_is_named_where_it_binds(capsys):
     assert "limit" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_random_allocation_is_certified_unless_it_is_to_be_known(capsys, tmp_path):
     document = tmp_path / "plan.json"
     run = {

@@ -157,6 +157,7 @@ def test_hyperband_goes_on_with_runs_and_no_step_is_lost(tmp_path, ledger):
     assert len(whole.runs) == len(trials) - len(went_on)
 
 
+@pytest.mark.slow
 def test_the_project_of_the_tuner_holds_no_statement(tmp_path, ledger):
     """`overwrite=True` deletes the project, and must not delete what the data has cost."""
     search(tuner_of(tmp_path), ledger)

@@ -282,6 +282,7 @@ def test_what_cannot_be_certified_under_random_allocation_is_refused():
         )
 
 
+@pytest.mark.slow
 def test_auto_takes_the_law_of_lowest_error():
     run = {"num_examples": 400, "batch_size": 20, "epochs": 2, "delta": 1e-4, "num_bands": 4}
     arguments = {"epsilon": 2.0, "sampling": "auto", "amplification": "secret_group"}
@@ -323,6 +324,7 @@ def test_random_allocation_has_bands_of_its_own(changes, bands):
     assert bands is None or plan.num_bands == bands
 
 
+@pytest.mark.slow
 def test_the_search_climbs_out_of_too_little_noise():
     run = {**RUN, "num_bands": 4, "max_participations": 2, "sampling": "random_allocation"}
     small, large = (
