@@ -38,10 +38,13 @@ class PrivacyLedger(keras.callbacks.Callback):
 
     Formal guarantees:
         A run is written down, charged in full, before its first step. When `fit` ends, it is
-        charged what `keras_bandmf.statement` of it says, and later calls of `fit` update the entry,
-        given the ledger or not. So runs that fail, are stopped early or are killed with their
-        process count. Only a `fit` that made no step is taken out again. Earlier runs on the
-        weights are written down with it. The rows themselves are not compared: that the runs of a
+        charged what `keras_bandmf.statement` of it says, and later calls of `fit` in this process
+        update the entry, given the ledger or not. So runs that fail, are stopped early or are
+        killed with their process count. A run that goes on from a checkpoint of one that ended or
+        was killed counts in place of it: the steps after the checkpoint count once, which holds
+        only if nothing that the first run made of them was looked at (a caveat says so). Only a
+        `fit` that made no step is taken out again. Earlier runs on the weights are written down
+        with it. The rows themselves are not compared: that the runs of a
         folder are those on one data set, and all of them, is what the user says.
 
     Args:
