@@ -18,12 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-import quiet  # noqa: F401 - before TensorFlow
+import quiet  # noqa: F401 - first
 
 import keras
 import numpy as np

@@ -87,6 +87,24 @@ def noise_model(units=1000):
     return bandmf.privatize(model)
 
 
+def regularized_model(units):
+    """A model with a regularizer, whose noise moves it about as much as its gradients."""
+    keras.utils.set_random_seed(4)
+    return keras.Sequential(
+        [
+            keras.Input((5,)),
+            keras.layers.Dense(units, activation="tanh", kernel_regularizer="l2"),
+            keras.layers.Dense(1),
+        ]
+    )
+
+
+def regularized_data():
+    """Rows and targets of `regularized_model`."""
+    x = np.random.default_rng(0).normal(size=(96, 5)).astype(np.float32)
+    return x, x[:, :1].copy()
+
+
 def noise_data(num_examples=96):
     """Zero inputs."""
     return np.zeros((num_examples, 2), np.float32), np.zeros(num_examples, np.float32)

@@ -11,7 +11,7 @@ from keras_bandmf._keras_internals import only_loss
 from keras_bandmf.clipping.attached import attached_to, with_attached
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.known_losses import losses_of_rows
-from keras_bandmf.clipping.losses import BatchLoss, no_replicas
+from keras_bandmf.clipping.losses import BatchLoss
 from keras_bandmf.clipping.vectorized import vectorized
 
 
@@ -101,7 +101,7 @@ def _of_known_loss(loss: BatchLoss, y: Any, y_pred: Any, sample_weight: Any) -> 
         return None
     # The tape of the forward pass must not record what happens here.
     tensors = [tf.stop_gradient(t) for t in output.tensors]
-    with tf.GradientTape(watch_accessed_variables=False) as tape, no_replicas():
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(tensors)
         losses = losses_of_rows(single, y, output.of_row(tensors), sample_weight)
         if losses is None:

@@ -162,7 +162,6 @@ class BandedStrategy(Strategy):
         max_iterations = checked_int("max_iterations", max_iterations)
         checked_choice("error", error, ERRORS)
         checked_choice("solver", solver, tuple(SOLVERS))
-        check_shape(num_steps, num_bands)
         gain = checked_float("gain", gain, above=0.0, below=1.0)
         if not isinstance(checkpoint_seconds, float) or checkpoint_seconds != math.inf:
             checkpoint_seconds = checked_float(

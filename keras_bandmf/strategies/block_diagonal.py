@@ -135,7 +135,6 @@ class BlockDiagonalStrategy(Strategy):
                 f"num_bands={num_bands}, block_steps={block_steps}, num_steps={num_steps}. Use "
                 "fewer bands or shorter blocks."
             )
-        check_shape(num_steps, num_bands)
         checked_workload(workload, num_steps)
         check_shape(num_steps, num_bands, num_curvatures(workload))
         starts = [np.eye(1, num_bands).repeat(block_steps, axis=0)]

@@ -167,20 +167,6 @@ def test_the_corrected_second_moment_of_constant_gradients_is_their_square():
     assert abs(found - independent - gradient**2) > 10 * quantile * error
 
 
-def model_and_data():
-    """A model with a regularizer, whose noise moves it about as much as its gradients."""
-    keras.utils.set_random_seed(4)
-    model = keras.Sequential(
-        [
-            keras.Input((5,)),
-            keras.layers.Dense(100, activation="tanh", kernel_regularizer="l2"),
-            keras.layers.Dense(1),
-        ]
-    )
-    x = np.random.default_rng(0).normal(size=(96, 5)).astype(np.float32)
-    return bandmf.privatize(model), (x, x[:, :1].copy())
-
-
 def inner_optimizer(use_ema=True):
     """With all that goes together with it."""
     schedule = keras.optimizers.schedules.CosineDecay(0.01, 24)
@@ -192,7 +178,7 @@ def trained(replicas=1, make_inner=inner_optimizer, **options):
     plan = runs.make_plan()
 
     def make():
-        model, data = model_and_data()
+        model, data = bandmf.privatize(runs.regularized_model(100)), runs.regularized_data()
         runs.compiled(model, plan, inner=make_inner(), loss="mse", **options)
         return model, data
 
@@ -248,7 +234,7 @@ def test_a_run_that_is_replayed_goes_on_to_the_bit(road, tmp_path):
     plan = runs.make_plan()
 
     def new():
-        model, data = model_and_data()
+        model, data = bandmf.privatize(runs.regularized_model(100)), runs.regularized_data()
         inner = inner_optimizer(use_ema=False)  # which changes the weights where `fit` ends
         runs.compiled(model, plan, inner=inner, loss="mse", replay=True)
         model.optimizer.build(model.trainable_variables)
@@ -267,7 +253,7 @@ def test_a_run_that_is_replayed_goes_on_to_the_bit(road, tmp_path):
 
 
 def test_a_plan_that_fit_makes_is_told_then():
-    model, data = model_and_data()
+    model, data = bandmf.privatize(runs.regularized_model(100)), runs.regularized_data()
     inner = Told(0.01)
     optimizer = bandmf.BandMFOptimizer(inner, epsilon=4.0, delta=1e-5, num_bands=3, seed=3)
     model.compile(optimizer, loss="mse")
@@ -362,7 +348,7 @@ def test_variables_in_16_bits_are_refused():
 
 
 def test_gradients_that_are_rebuilt_from_carriers_are_refused():
-    model, data = model_and_data()
+    model, data = bandmf.privatize(runs.regularized_model(100)), runs.regularized_data()
     bandmf.enable_rgp(model, 2, refresh_every=1)
     plan = runs.make_plan(num_bands=1)
     runs.compiled(model, plan, inner=bandmf.NoiseAwareAdam(), loss="mse")

@@ -3,6 +3,7 @@
 import collections
 import itertools
 
+import keras
 import numpy as np
 import scipy.signal
 
@@ -105,3 +106,13 @@ def band_of(matrix, num_bands):
         column = matrix[j : j + num_bands, j]
         rows[j, : len(column)] = column
     return rows
+
+
+def keras_sgd(workload):
+    """The optimizer of a workload, at the learning rate of its first step."""
+    return keras.optimizers.SGD(
+        learning_rate=float(np.ravel(workload.learning_rates)[0]),
+        momentum=workload.momentum,
+        nesterov=workload.nesterov,
+        weight_decay=workload.weight_decay or None,
+    )

@@ -56,12 +56,7 @@ def test_the_dense_reference_is_what_keras_does(case):
     n = 12
     workload = workloads(n)[case]
     rates = np.broadcast_to(workload.learning_rates, n)
-    optimizer = keras.optimizers.SGD(
-        learning_rate=float(rates[0]),
-        momentum=workload.momentum,
-        nesterov=workload.nesterov,
-        weight_decay=workload.weight_decay or None,
-    )
+    optimizer = reference.keras_sgd(workload)
     weights = keras.Variable(np.zeros(n, np.float32))
     for i in range(n):
         optimizer.learning_rate = float(rates[i])

@@ -79,12 +79,7 @@ def test_errors_are_those_of_keras_sgd_on_a_quadratic_with_correlated_noise(name
     strategy = ToeplitzStrategy([1.0, 0.6, 0.3], n, workload=workload)
     noise = np.linalg.inv(strategy.materialize())
     rates = np.broadcast_to(workload.learning_rates, n)
-    optimizer = keras.optimizers.SGD(
-        learning_rate=float(rates[0]),
-        momentum=workload.momentum,
-        nesterov=workload.nesterov,
-        weight_decay=workload.weight_decay or None,
-    )
+    optimizer = reference.keras_sgd(workload)
     h = np.array(workload.curvatures)[:, None]
     weights = keras.Variable(np.zeros((len(h), n)), dtype="float64")
     found = []

@@ -64,21 +64,11 @@ def test_steps_per_execution_on_two_replicas_is_refused():
 
 def test_two_replicas_train_to_the_same_weights_as_one():
     plan = runs.make_plan()
-    x = np.random.default_rng(0).normal(size=(96, 5)).astype(np.float32)
-    y = x[:, :1].copy()
+    x, y = runs.regularized_data()
 
     def make():
-        keras.utils.set_random_seed(4)
-        model = keras.Sequential(
-            [
-                keras.Input((5,)),
-                keras.layers.Dense(300, activation="tanh", kernel_regularizer="l2"),
-                keras.layers.Dense(1),
-            ]
-        )
-        return runs.compiled(
-            bandmf.privatize(model), plan, inner="adam", loss="mse", metrics=["mae"]
-        )
+        model = bandmf.privatize(runs.regularized_model(300))
+        return runs.compiled(model, plan, inner="adam", loss="mse", metrics=["mae"])
 
     weights, histories = [], []
     for replicas in (1, 2):
