@@ -18,13 +18,7 @@ import tuned  # first, for it imports `quiet`
 
 import keras
 import mnist
-import numpy as np
 import tensorflow as tf
-
-import keras_bandmf as bandmf
-
-HELD_OUT = 5_000
-MOMENTUM = 0.9
 
 
 def make_model(shape: tuple[int, int, int]) -> keras.Model:
@@ -44,22 +38,6 @@ def make_model(shape: tuple[int, int, int]) -> keras.Model:
         keras.layers.Dense(10),
     ]
     return keras.Sequential(layers)
-
-
-def load(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images in [-0.5, 0.5] and labels: to train, to choose learning rates, and to test."""
-    with np.load(path) as file:
-        parts = {}
-        for part in ("train", "test"):
-            images = (file[f"x_{part}"] / np.float32(255.0) - np.float32(0.5)).astype("float32")
-            images = images[..., None] if images.ndim == 3 else images
-            parts[part] = images, file[f"y_{part}"].astype("int32").ravel()
-    x, y = parts["train"]
-    return {
-        "train": (x[:-HELD_OUT], y[:-HELD_OUT]),
-        "held out": (x[-HELD_OUT:], y[-HELD_OUT:]),
-        "test": parts["test"],
-    }
 
 
 def view(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -87,38 +65,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--augment_copies", type=int, default=0)
     options = parser.parse_args(arguments)
-    data = load(options.data)
-    shape = data["train"][0].shape[1:]
-
-    def train(
-        mechanism: tuned.Mechanism, plan: bandmf.TrainingPlan | None, rate: float
-    ) -> keras.Model:
-        model = make_model(shape)
-        optimizer = keras.optimizers.SGD(rate, momentum=MOMENTUM)
-        if plan is None:
-            rows = {
-                "x": data["train"][0],
-                "y": data["train"][1],
-                "batch_size": options.batch_size,
-            }
-        else:
-            model = bandmf.privatize(model)
-            optimizer = bandmf.BandMFOptimizer(optimizer, plan, options.l2_norm_clip)
-            views = {"augment": view, "augment_copies": options.augment_copies}
-            rows = {"x": plan.batches(*data["train"], **(views if options.augment_copies else {}))}
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(optimizer, loss, metrics=["accuracy"])
-        model.fit(**rows, epochs=options.epochs, verbose=0)
-        return model
-
-    copies = f"-{options.augment_copies}" if options.augment_copies else ""
-    task = tuned.Task(
-        options.data.stem + copies,
+    data = tuned.parts(*mnist.load(options.data))
+    copies = options.augment_copies
+    task = tuned.classification(
+        options,
+        options.data.stem + (f"-{copies}" if copies else ""),
         data,
-        train,
-        len(data["train"][1]),
-        tuned.accuracy,
-        workload=keras.optimizers.SGD(1.0, momentum=MOMENTUM),
+        lambda: make_model(data["train"][0].shape[1:]),
+        **({"augment": view, "augment_copies": copies} if copies else {}),
     )
     tuned.compare(options, task, tuned.mechanisms(options))
 

@@ -37,6 +37,8 @@ def make_model() -> keras.Model:
 def load(path: pathlib.Path | None) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
     """Returns (pictures, labels) to train and to test on; values lie in [-0.5, 0.5].
 
+    Pictures without an axis of colors get one.
+
     Args:
         path: A file of the layout of `mnist.npz`; None fetches it through Keras.
     """
@@ -48,7 +50,8 @@ def load(path: pathlib.Path | None) -> tuple[tuple[np.ndarray, ...], tuple[np.nd
             test = data["x_test"], data["y_test"]
 
     def scaled(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
-        return (x[..., None] / 255.0 - 0.5).astype("float32"), y
+        x = x[..., None] if x.ndim == 3 else x
+        return (x / 255.0 - 0.5).astype("float32"), y.ravel()
 
     return scaled(*train), scaled(*test)
 

@@ -21,11 +21,7 @@ import tuned  # first, for it imports `quiet`
 import keras
 import numpy as np
 
-import keras_bandmf as bandmf
-
-HELD_OUT = 5_000
 GROUPS = 27
-MOMENTUM = 0.9
 
 
 def scattered(images: np.ndarray) -> np.ndarray:
@@ -53,21 +49,16 @@ def scattered(images: np.ndarray) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def load(data: pathlib.Path, output: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns (features, labels) to train, to choose learning rates, and to test."""
+def load(data: pathlib.Path, output: pathlib.Path) -> dict[str, tuple]:
+    """Features and labels, as `tuned.parts` has them."""
     with np.load(data) as file:
-        parts = {}
+        found = []
         for part in ("train", "test"):
             kept = output / f"{data.stem}-{part}.npy"
             if not kept.exists():
                 np.save(kept, scattered(file[f"x_{part}"]))
-            parts[part] = np.load(kept), file[f"y_{part}"].astype("int32").ravel()
-    x, y = parts["train"]
-    return {
-        "train": (x[:-HELD_OUT], y[:-HELD_OUT]),
-        "held out": (x[-HELD_OUT:], y[-HELD_OUT:]),
-        "test": parts["test"],
-    }
+            found.append((np.load(kept), file[f"y_{part}"].astype("int32").ravel()))
+    return tuned.parts(*found)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -87,36 +78,15 @@ def main(arguments: list[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     data = load(options.data, options.output)
 
-    def train(
-        mechanism: tuned.Mechanism, plan: bandmf.TrainingPlan | None, rate: float
-    ) -> keras.Model:
-        x, y = data["train"]
-        model = keras.Sequential(
+    def make_model() -> keras.Model:
+        return keras.Sequential(
             [
-                keras.Input(x.shape[1:], dtype="float16"),
+                keras.Input(data["train"][0].shape[1:], dtype="float16"),
                 keras.layers.Dense(10, kernel_initializer="zeros"),
             ]
         )
-        optimizer = keras.optimizers.SGD(rate, momentum=MOMENTUM)
-        if plan is None:
-            rows = {"x": x, "y": y, "batch_size": options.batch_size}
-        else:
-            bandmf.privatize(model)
-            optimizer = bandmf.BandMFOptimizer(optimizer, plan, options.l2_norm_clip)
-            rows = {"x": plan.batches(x, y)}
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(optimizer, loss, metrics=["accuracy"])
-        model.fit(**rows, epochs=options.epochs, verbose=0)
-        return model
 
-    task = tuned.Task(
-        options.data.stem,
-        data,
-        train,
-        len(data["train"][1]),
-        tuned.accuracy,
-        workload=keras.optimizers.SGD(1.0, momentum=MOMENTUM),
-    )
+    task = tuned.classification(options, options.data.stem, data, make_model)
     tuned.compare(options, task, tuned.mechanisms(options))
 
 

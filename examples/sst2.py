@@ -22,7 +22,6 @@ import numpy as np
 
 import keras_bandmf as bandmf
 
-HELD_OUT = 5_000
 LORA_RANK, RGP_RANK = 8, 8
 
 
@@ -46,12 +45,7 @@ def load(options: argparse.Namespace, preset: pathlib.Path) -> dict[str, tuple]:
         return {k: v.astype("int32") for k, v in inputs.items()}, labels.astype("int32")
 
     with np.load(kept) as file:
-        ids, labels = file["train"], file["y_train"]
-        return {
-            "train": rows(ids[:-HELD_OUT], labels[:-HELD_OUT]),
-            "held out": rows(ids[-HELD_OUT:], labels[-HELD_OUT:]),
-            "test": rows(file["dev"], file["y_dev"]),
-        }
+        return tuned.parts(rows(file["train"], file["y_train"]), rows(file["dev"], file["y_dev"]))
 
 
 def mechanisms(options: argparse.Namespace) -> list[tuned.Mechanism]:

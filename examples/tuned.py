@@ -24,6 +24,8 @@ import tensorflow as tf
 
 import keras_bandmf as bandmf
 
+HELD_OUT = 5_000
+MOMENTUM = 0.9
 ALLOCATED = {"sampling": "random_allocation"}
 LAWS = {
     "DP-SGD": {"num_bands": 1},
@@ -84,6 +86,51 @@ class Task:
 def accuracy(model: keras.Model, rows: tuple[object, np.ndarray]) -> float:
     """The second metric of a compiled model."""
     return float(model.evaluate(*rows, batch_size=500, verbose=0)[1])
+
+
+def parts(train: tuple, test: tuple) -> dict[str, tuple]:
+    """Rows to train on, the last ones held out, and the test set, each (inputs, labels)."""
+
+    def rows(some: slice) -> tuple:
+        return keras.tree.map_structure(lambda array: array[some], train)
+
+    return {"train": rows(slice(-HELD_OUT)), "held out": rows(slice(-HELD_OUT, None)), "test": test}
+
+
+def classification(
+    options: argparse.Namespace,
+    name: str,
+    data: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    make_model: Callable[[], keras.Model],
+    **of_batches: object,
+) -> Task:
+    """The task of a model that returns logits, trained by SGD with momentum.
+
+    Args:
+        options: of the command line.
+        name: of the task.
+        data: what `parts` returns.
+        make_model: a fresh model.
+        of_batches: more arguments of `TrainingPlan.batches`, for the private mechanisms.
+    """
+    x, y = data["train"]
+
+    def train(mechanism: Mechanism, plan: bandmf.TrainingPlan | None, rate: float) -> keras.Model:
+        model = make_model()
+        optimizer = keras.optimizers.SGD(rate, momentum=MOMENTUM)
+        if plan is None:
+            rows = {"x": x, "y": y, "batch_size": options.batch_size}
+        else:
+            model = bandmf.privatize(model)
+            optimizer = bandmf.BandMFOptimizer(optimizer, plan, options.l2_norm_clip)
+            rows = {"x": plan.batches(x, y, **of_batches)}
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(optimizer, loss, metrics=["accuracy"])
+        model.fit(**rows, epochs=options.epochs, verbose=0)
+        return model
+
+    workload = keras.optimizers.SGD(1.0, momentum=MOMENTUM)
+    return Task(name, data, train, len(y), accuracy, workload=workload)
 
 
 def add_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
