@@ -83,7 +83,9 @@ def main() -> None:
         }
     rows["held out"] = tuple(each[-HELD_OUT:] for each in rows["train"])
     rows["train"] = tuple(each[:-HELD_OUT] for each in rows["train"])
-    kept = options.output / f"{options.data.stem}-{options.epsilon:g}-opacus.json"
+    budget = f"{options.epsilon:g}-{options.delta:g}"
+    training = f"{options.batch_size}-{options.epochs}-{options.l2_norm_clip:g}"
+    kept = options.output / f"{options.data.stem}-{budget}-{training}-opacus.json"
     runs = json.loads(kept.read_text()) if kept.exists() else {}
 
     def run(rate: float, seed: int) -> dict[str, float]:

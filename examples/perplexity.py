@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     texts = list(np.random.default_rng(0).permutation(texts)[: options.most])
     cut = len(texts) // 10
     data = {"test": texts[:cut], "held out": texts[cut : 2 * cut], "train": texts[2 * cut :]}
-    public = options.output / "public"
+    model_of = f"{options.length}-{options.public_epochs}-{options.most or 'all'}"
+    public = options.output / f"public-{model_of}"
     if not public.exists():
         keras.utils.set_random_seed(0)
         model = language.small_model(
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         return model
 
     task = tuned.Task(
-        "perplexity",
+        f"perplexity-{model_of}-{options.rank}",
         data,
         train,
         len(data["train"]),

@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     precision = "-bfloat16" if options.bfloat16 else ""
     task = tuned.Task(
-        f"sst2-{options.length}{precision}",
+        f"sst2-{options.length}-{options.plain_batch_size}{precision}",
         data,
         train,
         len(data["train"][1]),

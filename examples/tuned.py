@@ -61,7 +61,7 @@ class Task:
     """What all mechanisms are compared on.
 
     Attributes:
-        name: for the folder of its results.
+        name: for the folder of its results, with whatever options are the task's own.
         data: rows to "train", rows that are "held out", and "test"; each a pair of inputs and
             labels, or what `score` takes.
         train: trains one model.
@@ -167,8 +167,10 @@ def compare(options: argparse.Namespace, task: Task, found: Sequence[Mechanism])
         task: what they are compared on.
         found: the mechanisms.
     """
-    settings = f"{options.epsilon:g}-{options.batch_size}-{options.epochs}-{options.l2_norm_clip:g}"
-    folder = options.output / f"{task.name}-{settings}"
+    # All that a run depends on beside its learning rate and seed: others get another folder.
+    budget = f"{options.epsilon:g}-{options.delta:g}"
+    training = f"{options.batch_size}-{options.epochs}-{options.l2_norm_clip:g}"
+    folder = options.output / f"{task.name}-{budget}-{training}"
     folder.mkdir(parents=True, exist_ok=True)
     # Private training on a GPU is refused with it, and the baseline has the same arithmetic.
     tf.config.experimental.enable_tensor_float_32_execution(False)
@@ -231,7 +233,7 @@ def make_plan(
 ) -> bandmf.TrainingPlan:
     """The plan of a mechanism, as calibrated the first time that it is asked for."""
     name = "-".join(str(value) for value in arguments.values())
-    kept = folder / f"plan-{_slug(name)}-{options.delta:g}.json"
+    kept = folder / f"plan-{_slug(name)}.json"
     if not kept.exists():
         plan = bandmf.TrainingPlan.calibrate(
             num_examples=task.num_examples,

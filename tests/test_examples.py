@@ -147,6 +147,8 @@ def test_scattering_tunes_on_held_out_rows_and_goes_on(example, tmp_path, capsys
     scattering.main(command)
     again = capsys.readouterr().out
     assert "held out" not in again and row in again
+    scattering.main([*command, "--delta", "1e-4"])
+    assert capsys.readouterr().out.count("held out ") == 5  # of another delta nothing is kept
 
 
 @pytest.mark.slow
@@ -168,7 +170,7 @@ def test_convolutions_are_tuned_with_and_without_views(
     convolutions.main([*command, "--rates", "0.1", "--only", "BandMF", "not private"])
     assert len(re.findall(r"^(?:BandMF|not private) .*0\.\d+$", capsys.readouterr().out, re.M)) == 2
     convolutions.main([*command, "--rates", "0.1", "--only", "BandMF", "--augment_copies", "2"])
-    assert (tmp_path / "pictures-2-8-40-2-1" / "BandMF.json").exists()
+    assert (tmp_path / "pictures-2-8-1e-05-40-2-1" / "BandMF.json").exists()
 
 
 @pytest.mark.slow
