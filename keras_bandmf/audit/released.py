@@ -33,10 +33,12 @@ class Releases:
         sums: (num_steps, size): row t is the clipped sum of step t with its correlated noise, all
             variables after each other.
         weights: (num_steps, size): the trainable variables before step t.
+        clip_norms: (num_steps,): the clip norm of step t. That of adaptive clipping changes.
     """
 
     sums: np.ndarray
     weights: np.ndarray
+    clip_norms: np.ndarray
 
 
 class _Recorder(keras.callbacks.Callback):
@@ -55,6 +57,8 @@ class _Recorder(keras.callbacks.Callback):
             for name in ("sums", "weights")
         )
         self._batch_size = plan.schedule.expected_batch_size
+        self._optimizer = model.optimizer
+        self._clip_norms = np.full(plan.num_steps, model.optimizer.l2_norm_clip, np.float32)
         self._penalties: list[tf.Tensor | None] = []
         self.steps = 0
 
@@ -65,6 +69,9 @@ class _Recorder(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         self._weights[self.steps] = _flat(self._variables)
+        current = self._optimizer.current_norm()
+        if current is not None:
+            self._clip_norms[self.steps] = current.numpy()
         self._penalties = regularization(self._variables) or []
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
@@ -72,12 +79,14 @@ class _Recorder(keras.callbacks.Callback):
         for index, penalty in enumerate(self._penalties):
             if penalty is not None:  # it depends on the weights alone
                 given[index] = given[index] - penalty.numpy()
-        self._sums[self.steps] = self._batch_size * _flat(given)
+        # Adaptive clipping multiplies a noisy sum by the clip norm over the first one.
+        scale = self._optimizer.l2_norm_clip / self._clip_norms[self.steps]
+        self._sums[self.steps] = self._batch_size * scale * _flat(given)
         self.steps += 1
 
     def releases(self) -> Releases:
         """Returns what was kept."""
-        return Releases(self._sums, self._weights)
+        return Releases(self._sums, self._weights, self._clip_norms)
 
 
 def _flat(tensors: Any) -> np.ndarray:
@@ -176,6 +185,8 @@ class Attacker:
         self._variables = list(model.trainable_variables)
         self._data = keras.tree.map_structure(tf.convert_to_tensor, (x, y))
         self._stddev = plan.noise_stddev(model.optimizer.l2_norm_clip)
+        # A variable, because a step is computed in a graph.
+        self._clip_norm = tf.Variable(model.optimizer.l2_norm_clip, dtype=tf.float32)
         sizes = [int(np.prod(v.shape)) for v in self._variables]
         self._splits = np.cumsum(sizes)[:-1]
         numbers = tf.TensorSpec([None], tf.int64)
@@ -237,12 +248,18 @@ class Attacker:
         parts = self._unflat(self._releases.weights[step])
         for variable, value in zip(self._variables, parts, strict=True):
             variable.assign(value)
+        self._clip_norm.assign(self._releases.clip_norms[step])
 
     def _sum_of(self, numbers: tf.Tensor) -> list[tf.Tensor]:
         data = keras.tree.map_structure(lambda t: tf.gather(t, numbers), self._data)
         optimizer = self._model.optimizer
+        adapted = optimizer.current_norm() is not None
         return clipped_gradients(
-            self._model, *data, l2_norm_clip=optimizer.l2_norm_clip, clipping=optimizer.clipping
+            self._model,
+            *data,
+            l2_norm_clip=optimizer.l2_norm_clip,
+            clipping=optimizer.clipping,
+            current_norm=self._clip_norm.read_value() if adapted else None,
         ).sums
 
     def _products_with(

@@ -5,6 +5,7 @@ from keras_bandmf.clipping.checks.rule import check_rule
 from keras_bandmf.clipping.clipped import ClippedGradients, clipped_gradients
 from keras_bandmf.clipping.factors import Factor, Lookup, Outer, Rows
 from keras_bandmf.clipping.modes import (
+    AdaptiveClipping,
     AutomaticClipping,
     ClippingMode,
     FlatClipping,
@@ -18,6 +19,7 @@ from keras_bandmf.clipping.rules.registry import register_rule
 from keras_bandmf.clipping.seeds import MaskSeeds
 
 __all__ = [
+    "AdaptiveClipping",
     "AutomaticClipping",
     "ClippedGradients",
     "ClippingMode",

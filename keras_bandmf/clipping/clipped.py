@@ -22,7 +22,12 @@ from keras_bandmf.clipping.checks.refusals import (
 from keras_bandmf.clipping.clipper import Clipper, accumulation_dtype
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import batch_loss, build_loss
-from keras_bandmf.clipping.modes import ClippingMode, ClippingName, checked_mode
+from keras_bandmf.clipping.modes import (
+    AdaptiveClipping,
+    ClippingMode,
+    ClippingName,
+    checked_mode,
+)
 from keras_bandmf.clipping.norms import checked_clip_norm
 from keras_bandmf.clipping.passes import in_passes, with_row_numbers
 from keras_bandmf.clipping.paths.book_keeping import (
@@ -79,7 +84,7 @@ class ClippedGradients:
             diagnosis.
         losses: Shape (rows,). The loss of each row, masked rows included. Not private.
         was_clipped: Shape (examples,), bool. Whether clipping made the gradient smaller or dropped
-            it; False for padding. Not private.
+            it; False for padding. Not private. With adaptive clipping: smaller than the others.
         outputs: What the model returned in the training forward pass. Not private.
         attached: For each tensor of `outputs`, what Keras's losses and metrics read besides it: its
             `"mask"` and its `"logits"`, where there are any. Functions return tensors without them;
@@ -92,6 +97,8 @@ class ClippedGradients:
         l2_norm_clip: The largest norm of one example's contribution.
         clipping: The clipping mode.
         origin: The model, and the variables whose gradients these are.
+        adaptation: For `AdaptiveClipping`, the clip norm of this step and the count of small
+            gradients, which is one more coordinate of the clipped sum; else None.
 
     Example:
         >>> import keras
@@ -117,6 +124,7 @@ class ClippedGradients:
     l2_norm_clip: float
     clipping: ClippingMode
     origin: Origin
+    adaptation: tuple[tf.Tensor, tf.Tensor] | None = None
 
     @property
     def example_mask(self) -> tf.Tensor:
@@ -127,12 +135,12 @@ class ClippedGradients:
         """Returns (constants, tensors), as TensorFlow's protocol for structures asks."""
         constants = (self.rows_per_example, self.l2_norm_clip, self.clipping, self.origin)
         rows = (self.norms, self.losses, self.was_clipped, self.outputs, self.attached, self.mask)
-        return constants, (list(self.sums), *rows, self.rows_mixed)
+        return constants, (list(self.sums), *rows, self.rows_mixed, list(self.adaptation or ()))
 
     @classmethod
     def __tf_unflatten__(cls, constants: tuple, tensors: tuple) -> ClippedGradients:
         """Returns what `__tf_flatten__` took apart."""
-        sums, norms, losses, was_clipped, outputs, attached, mask, rows_mixed = tensors
+        sums, norms, losses, was_clipped, outputs, attached, mask, rows_mixed, adapted = tensors
         return cls(
             sums=list(sums),
             norms=norms,
@@ -146,6 +154,7 @@ class ClippedGradients:
             l2_norm_clip=constants[1],
             clipping=constants[2],
             origin=constants[3],
+            adaptation=tuple(adapted) or None,
         )
 
 
@@ -164,6 +173,7 @@ def clipped_gradients(
     mask_seeds: MaskSeeds | None = None,
     float64_sums: bool = False,
     rows_per_example: int = 1,
+    current_norm: tf.Tensor | None = None,
 ) -> ClippedGradients:
     """Clips the gradient of every example to norm `l2_norm_clip` and returns their sum.
 
@@ -188,9 +198,10 @@ def clipped_gradients(
         sample_weight: None, weights of shape (batch,) or (batch, time), or a structure with an
             entry for each output.
         l2_norm_clip: The largest norm of one example's contribution, a constant of the run.
-        clipping: "flat", "per_layer" (equal shares), "automatic" (normalized gradients), or a mode
-            with settings: `clipping.PerLayerClipping`, `clipping.AutomaticClipping`. The bound is
-            `l2_norm_clip` in each of them.
+        clipping: "flat", "per_layer" (equal shares), "automatic" (normalized gradients), "adaptive"
+            (a clip norm that follows the gradients), or a mode with settings:
+            `clipping.PerLayerClipping`, `clipping.AutomaticClipping`, `clipping.AdaptiveClipping`.
+            The bound is `l2_norm_clip` in each of them.
         mask: Shape (batch,), bool. False marks padding. None if every row is an example.
         microbatch_size: The largest number of examples to work on at a time. None means all of
             them, and "auto" as many as fit in 1 GiB. It changes memory use, never the result
@@ -212,6 +223,8 @@ def clipped_gradients(
             one person. The gradient of the example is the mean over those of its rows that `mask`
             does not leave out, and is clipped once. `mask` and everything else still has an entry
             for each row; `microbatch_size` counts examples.
+        current_norm: With adaptive clipping, the clip norm of this step: what
+            `optimizer.current_norm()` returns. By default it is `l2_norm_clip`.
 
     Returns:
         `ClippedGradients`.
@@ -265,6 +278,7 @@ def clipped_gradients(
         mask_seeds=mask_seeds,
         float64_sums=float64_sums,
         rows_per_example=rows_per_example,
+        current_norm=current_norm,
     )
     dtype = accumulation_dtype(model.trainable_variables, float64_sums)
     return dataclasses.replace(clipped, sums=[tf.cast(total, dtype) for total in clipped.sums])
@@ -285,6 +299,7 @@ def clipped_for_noise(
     mask_seeds: MaskSeeds | None,
     float64_sums: bool,
     rows_per_example: int = 1,
+    current_norm: tf.Tensor | None = None,
 ) -> ClippedGradients:
     """Returns `clipped_gradients` with `sums` in the dtype in which they were added up.
 
@@ -296,6 +311,7 @@ def clipped_for_noise(
     refuse_sparse_data(x, y, sample_weight)
     refuse_short_products()
     mode = checked_mode(clipping)
+    current_norm = _checked_current_norm(current_norm, mode, clip)
     refuse_model(model, sample_weight, loss)
     refuse_no_rows(model, x, y, sample_weight, loss)
     if not isinstance(mask_seeds, (MaskSeeds, type(None))):
@@ -315,7 +331,7 @@ def clipped_for_noise(
     build_loss(model, x, y)
     row_loss = batch_loss(model, loss)
     general = route_of(model, x, y, sample_weight, loss).general
-    clipper = Clipper.of(model, clip, mode, float64_sums)
+    clipper = Clipper.of(model, clip, mode, float64_sums, current_norm)
     data = (with_row_numbers(x, mask), y, sample_weight, mask)
     if rows_per_example > 1:
         data = on_tensors(lambda t: by_example(t, rows_per_example), data)
@@ -343,6 +359,11 @@ def clipped_for_noise(
     if rows_per_example > 1:
         result = with_merged_rows(result)
     result = result._replace(outputs=all_with_attached(result.outputs, result.attached))
+    adaptation = None
+    if isinstance(mode, AdaptiveClipping) and current_norm is not None:
+        examples = example_mask(mask, rows_per_example)
+        count = mode.count(result.norms, examples, clip, current_norm)
+        adaptation = (current_norm, count)
     return ClippedGradients(
         **result._asdict(),
         mask=mask,
@@ -350,7 +371,32 @@ def clipped_for_noise(
         l2_norm_clip=clip,
         clipping=mode,
         origin=Origin(model),
+        adaptation=adaptation,
     )
+
+
+def _checked_current_norm(current_norm: Any, mode: ClippingMode, clip: float) -> tf.Tensor | None:
+    """Returns the clip norm of the step, within its bounds; None if it is not given."""
+    if current_norm is None:
+        return None
+    if not isinstance(mode, AdaptiveClipping):
+        raise ValueError(
+            "Only adaptive clipping has a clip norm that changes from step to step. Received: "
+            f"current_norm={current_norm!r} with clipping={mode}. Leave `current_norm` out."
+        )
+    try:
+        current = tf.convert_to_tensor(current_norm, tf.float32)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "Expected `current_norm` to be a float32 scalar, as `optimizer.current_norm()` "
+            f"returns. Received: current_norm={current_norm!r}."
+        ) from error
+    if current.shape.rank != 0:
+        raise ValueError(
+            "Expected `current_norm` to be a scalar, as `optimizer.current_norm()` returns. "
+            f"Received: a tensor of shape {tuple(current.shape)}"
+        )
+    return tf.clip_by_value(current, mode.least_norm(clip), mode.largest_norm(clip))
 
 
 def _checked_rows(rows_per_example: Any, mask: tf.Tensor) -> int:

@@ -40,12 +40,14 @@ class Clipper(NamedTuple):
         groups: The group of every trainable variable.
         clip_norms: The clip norm of every group.
         dtype: The dtype of gradients, norms and sums.
+        current_norm: The clip norm of this step, a scalar, for a mode that adapts it.
     """
 
     mode: ClippingMode
     groups: list[int]
     clip_norms: list[float]
     dtype: tf.DType
+    current_norm: tf.Tensor | None = None
 
     @classmethod
     def of(
@@ -54,6 +56,7 @@ class Clipper(NamedTuple):
         l2_norm_clip: float = 1.0,
         mode: ClippingMode | None = None,
         float64_sums: bool = False,
+        current_norm: tf.Tensor | None = None,
     ) -> Clipper:
         """Returns the clipper of `model`'s trainable variables.
 
@@ -62,6 +65,7 @@ class Clipper(NamedTuple):
             l2_norm_clip: The clip norm over all groups.
             mode: The mode; flat by default.
             float64_sums: Whether norms and sums are float64 even if no variable is.
+            current_norm: See the attribute. None means `l2_norm_clip`.
 
         Raises:
             ValueError: If the mode does not fit the model.
@@ -69,7 +73,8 @@ class Clipper(NamedTuple):
         mode = mode or FlatClipping()
         groups, shares = mode.variable_groups(model)
         dtype = accumulation_dtype(model.trainable_variables, float64_sums)
-        return cls(mode, groups, [l2_norm_clip * math.sqrt(share) for share in shares], dtype)
+        clip_norms = [l2_norm_clip * math.sqrt(share) for share in shares]
+        return cls(mode, groups, clip_norms, dtype, current_norm)
 
     def factors(self, squared_norms: list[tf.Tensor], mask: tf.Tensor) -> Factors:
         """Returns the weights of every example.
@@ -91,7 +96,15 @@ class Clipper(NamedTuple):
         kept = tf.logical_and(mask, tf.math.is_finite(norms))
         weights = []
         for squared, clip_norm in zip(by_group, self.clip_norms, strict=True):
-            factors = self.mode.factors(tf.sqrt(squared), clip_norm)
+            factors = self.mode.factors(tf.sqrt(squared), clip_norm, self.current_norm)
             weights.append(tf.where(kept, factors, tf.zeros_like(factors)))
-        smaller = functools.reduce(tf.logical_or, [weight < 1 for weight in weights])
+        unclipped = self._unclipped(dtype)
+        smaller = functools.reduce(tf.logical_or, [weight < unclipped for weight in weights])
         return Factors(weights, norms, tf.logical_and(mask, smaller))
+
+    def _unclipped(self, dtype: tf.DType) -> tf.Tensor:
+        """Returns the weight of a gradient that is not made smaller."""
+        if self.current_norm is None:
+            return tf.ones([], dtype)
+        (clip_norm,) = self.clip_norms
+        return clip_norm / tf.cast(self.current_norm, dtype)

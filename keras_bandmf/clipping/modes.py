@@ -14,11 +14,18 @@ import tensorflow as tf
 from keras_bandmf._checks import checked_float
 from keras_bandmf._keras_internals import own_trainable_variables, trained_layers
 from keras_bandmf._printed import rounded_up
+from keras_bandmf.clipping.norms import LARGEST_CLIP_NORM
 
 # Below this norm automatic clipping no longer scales up to the clip norm: squares of smaller
 # gradients may vanish in float32 (up to norms of 1e-7 in each variable), and a norm found too small
 # would let an example count for more.
 _LEAST_NORM = 1e-4
+
+# The adaptive clip norm stays within this factor of the one it begins at.
+_LARGEST_CHANGE = 1024.0
+# What a gradient adds to the count of small ones, and which are small, as shares of the clip norm.
+# The squares add up to less than one: a gradient that is counted leaves room for the count.
+COUNT_SHARE, SMALL_SHARE = 0.3, 0.95
 
 
 def _shown(norm: float) -> str:
@@ -74,13 +81,16 @@ class ClippingMode:
         """
         return [0] * len(model.trainable_variables), [1.0]
 
-    def factors(self, norms: tf.Tensor, clip_norm: float) -> tf.Tensor:
+    def factors(
+        self, norms: tf.Tensor, clip_norm: float, current_norm: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """Returns what the gradients of one group are multiplied by: min(1, clip_norm / norm).
 
         Args:
             norms: Shape (batch,), the norms of the group's gradients. One that is not finite may
                 get any factor.
             clip_norm: The clip norm of the group.
+            current_norm: The clip norm of the step, a scalar, for `AdaptiveClipping` alone.
 
         Returns:
             Shape (batch,), with factor * norm <= clip_norm, and never NaN for a finite norm.
@@ -265,7 +275,9 @@ class AutomaticClipping(ClippingMode):
         """Returns gamma, or 1e-4 if that is larger: a smaller norm is not scaled up to the clip."""
         return max(self.gamma, _LEAST_NORM)
 
-    def factors(self, norms: tf.Tensor, clip_norm: float) -> tf.Tensor:
+    def factors(
+        self, norms: tf.Tensor, clip_norm: float, current_norm: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """Returns clip_norm / (norm + gamma), with the denominator at least 1e-4."""
         return clip_norm / tf.maximum(norms + self.gamma, _LEAST_NORM)
 
@@ -278,13 +290,139 @@ class AutomaticClipping(ClippingMode):
         )
 
 
+@keras.saving.register_keras_serializable(package="keras_bandmf")
+@dataclasses.dataclass(frozen=True)
+class AdaptiveClipping(ClippingMode):
+    """Clips at a norm that follows the norms of the gradients, at no cost in privacy.
+
+    The clip norm c begins at `l2_norm_clip`. After each step it is multiplied by
+    exp(-learning_rate * (f - target_unclipped_quantile)) (Andrew et al., arXiv 1905.03871), where f
+    is the noisy share of the examples with a gradient of norm at most 0.95 c. So it settles where
+    that share is the target. It stays within a factor of 1024 of `l2_norm_clip`.
+
+    The count that f comes from is one more coordinate of the clipped sum, with the same noise. In
+    place of its gradient g clipped to norm c, an example adds `l2_norm_clip / max(c, |g|) * g`, and
+    0.3 * `l2_norm_clip` to the count if |g| is at most 0.95 c. A gradient that is counted is
+    short enough to leave room for that, so all others keep their full norm. (Room of this kind is
+    used by SlaClip, too, for a histogram of norms.) After the noise the sum is multiplied by
+    c / `l2_norm_clip`.
+
+    Formal guarantees:
+        Whatever c is, an example adds a vector of norm at most `l2_norm_clip`, count included:
+        where it is counted, sqrt(0.95^2 + 0.3^2) < 1 times that. The noise is scaled to
+        `l2_norm_clip` once and for all. c is computed from earlier noisy sums alone
+        (post-processing), so it may be published, too; and the mechanism is the one that the plan
+        accounts for, whose gradients may depend on what was released before.
+
+    Args:
+        target_unclipped_quantile: The share of examples that are to be below 0.95 c, above 0 and
+            below 1.
+        learning_rate: How fast c moves, above 0: by a factor of exp(learning_rate) at most in a
+            step, but for the noise.
+
+    Raises:
+        TypeError: If an argument is not a number.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import keras_bandmf as bandmf
+        >>> mode = bandmf.clipping.AdaptiveClipping(target_unclipped_quantile=0.7)
+        >>> mode.factors([1.0, 4.0], clip_norm=1.0, current_norm=2.0).numpy()
+        array([0.5 , 0.25], dtype=float32)
+    """
+
+    target_unclipped_quantile: float = 0.5
+    learning_rate: float = 0.2
+
+    def __post_init__(self) -> None:
+        target = checked_float(
+            "target_unclipped_quantile",
+            self.target_unclipped_quantile,
+            above=0.0,
+            below=1.0,
+            hint="It is a share of the examples.",
+        )
+        object.__setattr__(self, "target_unclipped_quantile", target)
+        hint = "It is how fast the clip norm moves."
+        rate = checked_float("learning_rate", self.learning_rate, above=0.0, hint=hint)
+        object.__setattr__(self, "learning_rate", rate)
+
+    def least_norm(self, l2_norm_clip: float) -> float:
+        """Returns the smallest value of the clip norm."""
+        return min(l2_norm_clip, max(l2_norm_clip / _LARGEST_CHANGE, _LEAST_NORM))
+
+    def largest_norm(self, l2_norm_clip: float) -> float:
+        """Returns the largest value of the clip norm.
+
+        Args:
+            l2_norm_clip: The clip norm that a run begins with.
+        """
+        return max(l2_norm_clip, min(l2_norm_clip * _LARGEST_CHANGE, LARGEST_CLIP_NORM))
+
+    def factors(
+        self, norms: tf.Tensor, clip_norm: float, current_norm: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        """Returns clip_norm / max(current_norm, norm); `current_norm` is clip_norm if left out."""
+        norms = tf.convert_to_tensor(norms)
+        current = clip_norm if current_norm is None else current_norm
+        return clip_norm / tf.maximum(norms, tf.cast(current, norms.dtype))
+
+    def count(
+        self, norms: tf.Tensor, mask: tf.Tensor, clip_norm: float, current_norm: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns what a batch adds to the count of small gradients, before the noise.
+
+        Args:
+            norms: Shape (examples,), the norms that `factors` was given.
+            mask: Shape (examples,), bool; False for padding.
+            clip_norm: The clip norm that the run began with.
+            current_norm: The clip norm of the step, a scalar.
+
+        Returns:
+            A scalar, float64: 0.3 times `clip_norm` for each small gradient.
+        """
+        # A norm that is not finite is not below anything, and such an example counts nowhere.
+        small = norms <= SMALL_SHARE * tf.cast(current_norm, norms.dtype)
+        number = tf.reduce_sum(tf.cast(tf.logical_and(mask, small), tf.float64))
+        return COUNT_SHARE * clip_norm * number
+
+    def next_norm(
+        self, current_norm: tf.Tensor, share: tf.Tensor, l2_norm_clip: float
+    ) -> tf.Tensor:
+        """Returns the clip norm of the next step.
+
+        Args:
+            current_norm: The clip norm of this step, a scalar, float32.
+            share: The noisy share of small gradients, a scalar. If it is NaN, because the step was
+                not allowed, the clip norm stays.
+            l2_norm_clip: The clip norm that the run began with.
+        """
+        error = tf.cast(share, current_norm.dtype) - self.target_unclipped_quantile
+        moved = current_norm * tf.exp(-self.learning_rate * error)
+        # In float32 the bounds themselves may be rounded outwards.
+        least = self.least_norm(l2_norm_clip) * (1.0 + 2.0**-20)
+        largest = self.largest_norm(l2_norm_clip) * (1.0 - 2.0**-20)
+        moved = tf.clip_by_value(moved, least, largest)
+        return tf.where(tf.math.is_finite(share), moved, current_norm)
+
+    def describe(self, l2_norm_clip: float) -> str:
+        """Returns the mode and its sensitivity in words, for the statement."""
+        return (
+            f"adaptive: an example's gradient is multiplied by {_shown(l2_norm_clip)} / max(its "
+            f"norm, a clip norm that begins at {_shown(l2_norm_clip)} and follows the "
+            f"{self.target_unclipped_quantile:g} quantile of the norms, whose noisy count is "
+            f"a coordinate of the sum); sensitivity {_shown(self.sensitivity(l2_norm_clip))}"
+        )
+
+
 #: The modes that a string stands for.
-ClippingName = Literal["flat", "per_layer", "automatic"]
+ClippingName = Literal["flat", "per_layer", "automatic", "adaptive"]
 
 _BY_NAME: dict[str, type[ClippingMode]] = {
     "flat": FlatClipping,
     "per_layer": PerLayerClipping,
     "automatic": AutomaticClipping,
+    "adaptive": AdaptiveClipping,
 }
 
 
@@ -292,7 +430,7 @@ def checked_mode(clipping: Any) -> ClippingMode:
     """Returns the clipping mode that an argument `clipping` stands for.
 
     Args:
-        clipping: "flat", "per_layer", "automatic", or a mode.
+        clipping: "flat", "per_layer", "automatic", "adaptive", or a mode.
 
     Returns:
         The mode, with default settings for a name.
@@ -311,9 +449,10 @@ def checked_mode(clipping: Any) -> ClippingMode:
     if type(clipping) in _BY_NAME.values():
         return clipping
     raise ValueError(
-        'Expected `clipping` to be "flat", "per_layer", "automatic", or one of '
-        "clipping.FlatClipping(), clipping.PerLayerClipping(shares) and "
-        "clipping.AutomaticClipping(gamma). "
+        'Expected `clipping` to be "flat", "per_layer", "automatic", "adaptive", or one of '
+        "clipping.FlatClipping(), clipping.PerLayerClipping(shares), "
+        "clipping.AutomaticClipping(gamma) and "
+        "clipping.AdaptiveClipping(target_unclipped_quantile, learning_rate). "
         f"Received: clipping={clipping!r}"
     )
 

@@ -182,6 +182,43 @@ def check_clipped(
         )
 
 
+def check_origin(clipped: ClippedGradients, variables: Sequence[keras.Variable]) -> None:
+    """Refuses gradients of other variables than those that are to be updated.
+
+    Args:
+        clipped: The gradients.
+        variables: The variables.
+
+    Raises:
+        PrivacyError: If they differ, or their order.
+    """
+    if not clipped.origin.belongs_to(variables):
+        raise PrivacyError(
+            "The gradients must be those of the variables they update, taken at their values "
+            "and in the same order. Pass the model itself to `clipped_gradients`, and "
+            "its `trainable_variables` here. Received: gradients of "
+            f"{[v.path for v in clipped.origin.variables]} for {[v.path for v in variables]}"
+        )
+
+
+def check_noised(variables: Sequence[keras.Variable], noised: tuple[int, ...]) -> None:
+    """Refuses variables for which the noise was not made.
+
+    Args:
+        variables: The variables that are to be updated.
+        noised: The ids of those that the optimizer was built with.
+
+    Raises:
+        PrivacyError: If they differ, or their order.
+    """
+    if tuple(id(variable) for variable in variables) != noised:
+        raise PrivacyError(
+            "`trainable_variables` must be the variables that the optimizer was built with, in "
+            "the same order. Did a layer's `trainable` change during the run? Received: "
+            f"{[variable.path for variable in variables]}"
+        )
+
+
 def check_accounted(plan: TrainingPlan, source: str | None, rows_per_example: int) -> None:
     """Refuses gradients of a batch whose sampling is unknown.
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -16,16 +16,20 @@ from keras_bandmf import _distribution
 from keras_bandmf._checks import PrivacyError
 from keras_bandmf._keras_internals import CheckpointHooks, optimized_variables, own_variables
 from keras_bandmf.clipping import ClippedGradients, ClippingMode, checked_mode
+from keras_bandmf.clipping.modes import ClippingName
+from keras_bandmf.optimizers.adapted_norm import adapts, with_adapted_norm
 from keras_bandmf.optimizers.arguments import (
     NoiseMode,
     check_accounted,
     check_arguments,
     check_clipped,
+    check_noised,
+    check_origin,
     checked_inner,
     fingerprint,
     noise_stddev,
 )
-from keras_bandmf.optimizers.noise_aware import tell_noise
+from keras_bandmf.optimizers.noise_aware import refuse_unknown_noise, tell_noise
 from keras_bandmf.optimizers.plain_gradients import RefusesPlainGradients
 from keras_bandmf.optimizers.state import RunState, checked_fields, is_of_no_run, state_of_no_run
 from keras_bandmf.planning.plan import TrainingPlan
@@ -68,8 +72,9 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
             of checkpoints, and serves every later `fit`.
         l2_norm_clip: The bound on the L2 norm of the gradient of an example, the same for the whole
             run.
-        clipping: "flat" (the default), "per_layer", "automatic", or a `keras_bandmf.clipping` mode
-            with settings, such as `clipping.PerLayerClipping({"embedding": 4.0})`.
+        clipping: "flat" (the default), "per_layer", "automatic", "adaptive", or a
+            `keras_bandmf.clipping` mode with settings, such as
+            `clipping.PerLayerClipping({"embedding": 4.0})`.
         noise: "default" or "exact". With "exact" there are no numerical assumptions: each value of
             the noise is the rounding of an exact normal (see `noise.CorrelatedNoise`), and norms
             and sums of gradients are computed in float64 (see `noise.lattice.charged_norm`). The
@@ -121,7 +126,7 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
         plan: TrainingPlan | None = None,
         l2_norm_clip: float = 1.0,
         *,
-        clipping: Literal["flat", "per_layer", "automatic"] | ClippingMode = "flat",
+        clipping: ClippingName | ClippingMode = "flat",
         noise: NoiseMode = "default",
         seed: int | None = None,
         replay: bool = False,
@@ -137,7 +142,7 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
         self._inner_optimizer = inner
         self._plan_of_run = PlanOfRun(plan, target)
         self._l2_norm_clip = float(l2_norm_clip)
-        self._clipping = checked_mode(clipping)
+        self._clipping = refuse_unknown_noise(inner, checked_mode(clipping))
         self._noise: NoiseMode = noise
         self._seed, self._replay = seed, replay
         words = self._clipping.describe(self._l2_norm_clip)
@@ -228,16 +233,16 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
             # First what can fail: a plan that these variables refuse leaves nothing built.
             plan, clip = self.plan, self.l2_norm_clip
             carriers = RunCarriers(variables, plan.strategy)
-            stddev = noise_stddev(plan, self.clipping, clip, carriers.shapes, self.float64_sums)
+            shapes, adapted = with_adapted_norm(carriers.shapes, self.clipping, clip)
+            stddev = noise_stddev(plan, self.clipping, clip, shapes, self.float64_sums)
             tell_noise(self.inner_optimizer, plan, stddev, carriers)
             if self._build_later is None:
                 self.inner_optimizer.build(variables)
             super().build(variables)
             self._noised_variables = tuple(map(id, variables))
             run = fingerprint(self, variables, carriers.description)
-            self._run_state = RunState(
-                plan.strategy, stddev, carriers.shapes, run, self.seed, carriers, self.float64_sums
-            )
+            options = (self.seed, carriers, self.float64_sums, adapted)
+            self._run_state = RunState(plan.strategy, stddev, shapes, run, *options)
             self._record.follow(self)
             history.begin(variables, self._record)
 
@@ -268,6 +273,25 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
                 "`optimizer.build(model.trainable_variables)`, first."
             )
         return self._run_state
+
+    def current_norm(self) -> tf.Tensor | None:
+        """Returns the clip norm of the next step, which adaptive clipping changes.
+
+        It is computed from noisy sums alone, so it may be published. In a step of a distribution,
+        call it in the replica context.
+
+        Returns:
+            A scalar, float32; None in the other modes.
+
+        Raises:
+            ValueError: In a graph, where it would be a constant, before the optimizer is built.
+        """
+        if not adapts(self.clipping):
+            return None
+        if self._run_state is None and tf.executing_eagerly():
+            return tf.constant(self.l2_norm_clip, tf.float32)
+        adapted = self.run_state.adapted
+        return None if adapted is None else adapted.read()
 
     @contextlib.contextmanager
     def accepting(self, source: str) -> Iterator[None]:
@@ -341,7 +365,8 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
             What reaches the inner optimizer is `(sum + (C^-1 Z)_i) / expected_batch_size` plus
             `penalties`, with the public batch size of the plan, whatever the batch held. Sum and
             noise are added exactly, on one lattice: see `noise.CorrelatedNoise`. If rows were
-            mixed (`clipped.rows_mixed`) it is NaN.
+            mixed (`clipped.rows_mixed`) it is NaN. Adaptive clipping multiplies it by a public
+            number: see `clipping.AdaptiveClipping`.
 
         Args:
             clipped: What `keras_bandmf.clipped_gradients` returned for this `l2_norm_clip` and
@@ -381,53 +406,30 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
         if trainable_variables is None:
             trainable_variables = optimized_variables(self)
         trainable_variables = list(trainable_variables)
-        if not clipped.origin.belongs_to(trainable_variables):
-            raise PrivacyError(
-                "The gradients must be those of the variables they update, taken at their values "
-                "and in the same order. Pass the model itself to `clipped_gradients`, and "
-                "its `trainable_variables` here. Received: gradients of "
-                f"{[v.path for v in clipped.origin.variables]} for "
-                f"{[v.path for v in trainable_variables]}"
-            )
+        check_origin(clipped, trainable_variables)
         if source is None:
             self._note_loop(clipped.origin.model, trainable_variables)
         self.build(trainable_variables)
-        if tuple(id(variable) for variable in trainable_variables) != self._noised_variables:
-            raise PrivacyError(
-                "`trainable_variables` must be the variables that the optimizer was built with, in "
-                "the same order. Did a layer's `trainable` change during the run? Received: "
-                f"{[variable.path for variable in trainable_variables]}"
-            )
+        check_noised(trainable_variables, self._noised_variables)
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         # Replicas take eager steps one after the other: between them the positions differ.
         eager_step = tf.executing_eagerly() and replicas == 1
         if eager_step or replicas != self.run_state.noise.num_replicas:
             self.check_ready(replicas)
         state, replica = self.run_state, _distribution.replica_id()
-        state.carriers.check_sums(clipped.sums)
         step = tf.convert_to_tensor(self.iterations)
         # Asserts vanish under XLA; a NaN update does not.
         in_budget = tf.where(step < self.plan.num_steps, 1.0, np.nan)
-        gradients = state.noise.noisy_sums(
-            clipped.sums,
-            step,
-            replica,
-            in_budget / self.plan.schedule.expected_batch_size,
-            usable=tf.logical_not(clipped.rows_mixed),
-        )
-        gradients = state.carriers.gradients(gradients)
+        scale = in_budget / self.plan.schedule.expected_batch_size
+        gradients = state.noisy_gradients(clipped, step, replica, scale)
         if replicas > 1:
             # Every replica has the whole gradient, and the inner optimizer adds them up again.
             gradients = [g / replicas for g in gradients]
         if penalties is not None:
-            gradients = [
-                gradient if penalty is None else gradient + tf.cast(penalty, gradient.dtype)
-                for gradient, penalty in zip(gradients, penalties, strict=True)
-            ]
-        gradients = [
-            tf.cast(gradient, variable.dtype)
-            for gradient, variable in zip(gradients, trainable_variables, strict=True)
-        ]
+            added = zip(gradients, penalties, strict=True)
+            gradients = [g if p is None else g + tf.cast(p, g.dtype) for g, p in added]
+        pairs = zip(gradients, trainable_variables, strict=True)
+        gradients = [tf.cast(gradient, variable.dtype) for gradient, variable in pairs]
         self.inner_optimizer.apply(gradients, trainable_variables)
         state.carriers.refresh(step + 1, replica)
         if source is None and eager_step:
@@ -540,7 +542,7 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
         # Without a plan there is no run yet. TensorFlow asks for the names when it restores, too.
         waits = self._run_state is None and not self._plan_of_run.known
         history.refuse_to_forget(self._waiting if waits else ())
-        arrays = state_of_no_run() if waits else self._saved_arrays()
+        arrays = state_of_no_run(adapts(self.clipping)) if waits else self._saved_arrays()
         return {name: tf.constant(value) for name, value in arrays.items()}
 
     def _restore_checkpoint_tensors(self, tensors: Mapping[str, tf.Tensor]) -> None:

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_bandmf._checks import checked_float
 from keras_bandmf._keras_internals import adam_moments
+from keras_bandmf.clipping import AdaptiveClipping, ClippingMode
 from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.rgp.run import RunCarriers
 from keras_bandmf.strategies.noise_variances import noise_variances
@@ -188,6 +189,31 @@ class NoiseAwareAdam(keras.optimizers.Adam):
         config = super().get_config()
         del config["amsgrad"]
         return {**config, "variance_floor": self.variance_floor}
+
+
+def refuse_unknown_noise(
+    optimizer: keras.optimizers.Optimizer, clipping: ClippingMode
+) -> ClippingMode:
+    """Refuses an inner optimizer that must know the noise where its size is not known in advance.
+
+    Args:
+        optimizer: The inner optimizer.
+        clipping: The clipping mode.
+
+    Returns:
+        The clipping mode.
+
+    Raises:
+        ValueError: For a `NoiseAwareAdam` with adaptive clipping, which scales the noise with the
+            clip norm.
+    """
+    if isinstance(optimizer, NoiseAwareAdam) and isinstance(clipping, AdaptiveClipping):
+        raise ValueError(
+            "NoiseAwareAdam needs to know the variance of the noise, and adaptive clipping changes "
+            f"it in every step. Received: clipping={clipping}. Use `keras.optimizers.Adam`, or "
+            "another mode of clipping."
+        )
+    return clipping
 
 
 def tell_noise(

@@ -10,10 +10,12 @@ import tensorflow as tf
 
 from keras_bandmf import _distribution
 from keras_bandmf._checks import PrivacyError
-from keras_bandmf.clipping import MaskSeeds
+from keras_bandmf.clipping import ClippedGradients, MaskSeeds
 from keras_bandmf.clipping.seeds import STEP_BITS
 from keras_bandmf.noise import NoiseRows, NoiseTaps, normals
 from keras_bandmf.noise.regenerated import noise_of
+from keras_bandmf.optimizers import adapted_norm
+from keras_bandmf.optimizers.adapted_norm import AdaptedNorm
 from keras_bandmf.rgp.run import RunCarriers
 
 # 2: the ring holds whole numbers.
@@ -59,6 +61,7 @@ class RunState:
         seed: A fixed seed, for tests only.
         carriers: The low-rank carriers of the variables, which are started here; None for none.
         exact_noise: Whether to round the noise as real numbers are rounded.
+        adapted: The clip norm of adaptive clipping. The last of `shapes` is then that of its count.
 
     Raises:
         ValueError: If the run has too many steps, or the noise cannot be made.
@@ -73,6 +76,7 @@ class RunState:
         seed: int | None = None,
         carriers: RunCarriers | None = None,
         exact_noise: bool = False,
+        adapted: AdaptedNorm | None = None,
     ):
         self.fingerprint = fingerprint
         self.seeded = seed is not None
@@ -87,6 +91,7 @@ class RunState:
         self.sampler_key = normals.fold_key(run_key, "sampler")
         self.carriers = carriers or RunCarriers([], strategy)
         self.carriers.start(normals.fold_key(run_key, "carriers"))
+        self.adapted = adapted
         self.noise = noise_of(strategy, stddev, shapes, exact=exact_noise)
         self.noise.set_key(normals.fold_key(run_key, "noise"))
         if self.noise.num_steps * self.noise.num_replicas >= 2**STEP_BITS:
@@ -112,6 +117,59 @@ class RunState:
         step = tf.cast(tf.convert_to_tensor(step), tf.int64)
         place = step * self.noise.num_replicas + _distribution.replica_id()
         return MaskSeeds(self._mask_key.read_value(), place)
+
+    def noisy_gradients(
+        self, clipped: ClippedGradients, step: tf.Tensor, replica: int, scale: tf.Tensor
+    ) -> list[tf.Tensor]:
+        """Adds the noise of a step to clipped sums, and rebuilds gradients from coordinates.
+
+        Formal guarantees:
+            What is returned is computed from noisy sums over all replicas, and is NaN if rows were
+            mixed or (with adaptive clipping) the gradients were clipped at the norm of another
+            step. The clip norm moves by what the noisy count says, and by nothing else.
+
+        Args:
+            clipped: The clipped gradients of this replica.
+            step: The step.
+            replica: The number of the replica.
+            scale: A public factor of the result.
+
+        Returns:
+            A gradient for each variable.
+
+        Raises:
+            PrivacyError: If adaptive clipping did not know the clip norm of the step, or (only
+                eagerly) knew that of another one.
+        """
+        self.carriers.check_sums(clipped.sums)
+        usable = tf.logical_not(clipped.rows_mixed)
+        if self.adapted is None:
+            sums = self.noise.noisy_sums(clipped.sums, step, replica, scale, usable)
+            return self.carriers.gradients(sums)
+        if clipped.adaptation is None:
+            raise PrivacyError(
+                "With adaptive clipping, gradients must be clipped at the norm of the step: pass "
+                "`current_norm=optimizer.current_norm()` to `clipped_gradients`. Received: "
+                "gradients that were clipped without it"
+            )
+        current_norm, count = clipped.adaptation
+        own = self.adapted.is_of(current_norm)
+        if tf.executing_eagerly() and self.noise.num_replicas == 1 and not bool(own):
+            raise PrivacyError(
+                "The gradients must be clipped at the norm of this step. Received: "
+                f"current_norm={float(current_norm):.6g}, which is now "
+                f"{float(self.adapted.read()):.6g}. Call `optimizer.current_norm()` in "
+                "each step."
+            )
+        *sums, noisy_count = self.noise.noisy_sums(
+            [*clipped.sums, tf.reshape(count, adapted_norm.COUNT_SHAPE)],
+            step,
+            replica,
+            scale * self.adapted.scale(),
+            usable & own,
+        )
+        self.adapted.update(noisy_count)
+        return self.carriers.gradients(sums)
 
     def get_mask_key(self) -> np.ndarray:
         """Returns the secret key of dropout masks, shape (2,), uint64."""
@@ -211,6 +269,7 @@ class RunState:
             "seeded": np.array(self.seeded, np.int32),
             "restores": np.array(self.restores, np.int32),
             **self.carriers.to_arrays(),
+            **(self.adapted.to_arrays() if self.adapted else {}),
         }
 
     def from_arrays(self, arrays: Mapping[str, np.ndarray], replay: bool) -> None:
@@ -247,6 +306,8 @@ class RunState:
                 "replay=True."
             )
         self.carriers.from_arrays(arrays)
+        if self.adapted is not None:
+            self.adapted.from_arrays(arrays)
         self.noise.set_ring(values["noise_ring"], position)
         self.sampler_key = values["sampler_key"].view(np.uint64).copy()
         replayed = replay and not finished
@@ -263,9 +324,15 @@ class RunState:
         self.replayed = replayed
 
 
-def state_of_no_run() -> dict[str, np.ndarray]:
-    """Returns what a checkpoint holds of an optimizer whose run has not begun: names and types."""
+def state_of_no_run(adaptive: bool = False) -> dict[str, np.ndarray]:
+    """Returns what a checkpoint holds of an optimizer whose run has not begun: names and types.
+
+    Args:
+        adaptive: Whether the run is to adapt its clip norm.
+    """
     empty = {"history": np.zeros(0, np.uint8)}
+    if adaptive:
+        empty[adapted_norm.FIELD] = np.zeros((), np.float32)
     for name, (dtype, shape) in _FIELDS.items():
         empty[name] = np.zeros(0 if shape is None else shape, dtype)
     return empty
@@ -277,7 +344,7 @@ def is_of_no_run(arrays: Mapping[str, np.ndarray]) -> bool:
     Args:
         arrays: What it holds of the optimizer.
     """
-    empty = state_of_no_run()
+    empty = state_of_no_run(adapted_norm.FIELD in arrays)
     return arrays.keys() == empty.keys() and all(
         np.array_equal(arrays[name], value) for name, value in empty.items()
     )

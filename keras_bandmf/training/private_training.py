@@ -331,6 +331,7 @@ class _PrivateTraining:
             mask_seeds=optimizer.run_state.mask_seeds(optimizer.iterations),
             float64_sums=optimizer.float64_sums,
             rows_per_example=self._rows_per_example,
+            current_norm=optimizer.current_norm(),
         )
 
     @_alone

@@ -23,6 +23,7 @@ MODES = {
     "automatic": "automatic",
     "gamma": AutomaticClipping(2.0),
     "no_gamma": AutomaticClipping(0.0),
+    "adaptive": "adaptive",
 }
 MODE = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
