@@ -70,7 +70,10 @@ def main(arguments: list[str] | None = None) -> None:
             )
             return model
         model = bandmf.privatize(model)
-        model.compile(optimizer=bandmf.BandMFOptimizer(optimizer, plan, options.l2_norm_clip))
+        optimizer = bandmf.BandMFOptimizer(
+            optimizer, plan, options.l2_norm_clip, clipping=options.clipping
+        )
+        model.compile(optimizer=optimizer)
         model.fit(plan.batches(data["train"]), epochs=options.epochs, verbose=0)
         return model
 

@@ -89,7 +89,9 @@ def fitted(
             model, RGP_RANK, warmup_steps=plan.num_steps, head_scale=0.02, restart=True
         )
     bandmf.privatize(model)
-    optimizer = bandmf.BandMFOptimizer(optimizer, plan, options.l2_norm_clip)
+    optimizer = bandmf.BandMFOptimizer(
+        optimizer, plan, options.l2_norm_clip, clipping=options.clipping
+    )
     model.compile(optimizer, loss, metrics=["accuracy"])
     model.fit(plan.batches(x, y), epochs=options.epochs, verbose=0)
     return model

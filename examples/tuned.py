@@ -122,7 +122,9 @@ def classification(
             rows = {"x": x, "y": y, "batch_size": options.batch_size}
         else:
             model = bandmf.privatize(model)
-            optimizer = bandmf.BandMFOptimizer(optimizer, plan, options.l2_norm_clip)
+            optimizer = bandmf.BandMFOptimizer(
+                optimizer, plan, options.l2_norm_clip, clipping=options.clipping
+            )
             rows = {"x": plan.batches(x, y, **of_batches)}
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(optimizer, loss, metrics=["accuracy"])
@@ -146,6 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
     parser.add_argument("--batch_size", type=int, default=defaults["batch_size"])
     parser.add_argument("--epochs", type=int, default=defaults["epochs"])
     parser.add_argument("--l2_norm_clip", type=float, default=defaults["l2_norm_clip"])
+    parser.add_argument("--clipping", default="flat", help='"adaptive", for example')
     parser.add_argument("--rates", type=float, nargs="+", default=defaults["rates"])
     parser.add_argument("--plain_rates", type=float, nargs="+", default=defaults["plain_rates"])
     parser.add_argument("--seeds", type=int, default=5, help="runs with the best learning rate")
@@ -170,6 +173,8 @@ def compare(options: argparse.Namespace, task: Task, found: Sequence[Mechanism])
     # All that a run depends on beside its learning rate and seed: others get another folder.
     budget = f"{options.epsilon:g}-{options.delta:g}"
     training = f"{options.batch_size}-{options.epochs}-{options.l2_norm_clip:g}"
+    if options.clipping != "flat":
+        training += f"-{options.clipping}"
     folder = options.output / f"{task.name}-{budget}-{training}"
     folder.mkdir(parents=True, exist_ok=True)
     # Private training on a GPU is refused with it, and the baseline has the same arithmetic.

@@ -132,6 +132,7 @@ CALLS = {
             "loss": OPTIONAL,
             "mask_seeds": OPTIONAL,
             "float64_sums": {"a bool"},
+            "current_norm": OPTIONAL,
         },
     ),
     "CorrelatedNoise": (
@@ -148,6 +149,11 @@ CALLS = {
         lambda: bandmf.clipping.AutomaticClipping,
         {},
         {"gamma": {"a fraction"}},
+    ),
+    "AdaptiveClipping": (
+        lambda: bandmf.clipping.AdaptiveClipping,
+        {},
+        {"target_unclipped_quantile": {"a fraction"}, "learning_rate": {"a fraction"}},
     ),
     "StopAtEpsilon": (
         lambda: bandmf.callbacks.StopAtEpsilon,
