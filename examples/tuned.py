@@ -41,13 +41,14 @@ class Mechanism:
 
     Attributes:
         label: what the table calls it.
-        plan: arguments of `TrainingPlan.calibrate` beside the budget; None is not private.
+        plan: arguments of `TrainingPlan.calibrate` beside the budget, or a function that makes
+            the plan; None is not private.
         rates: learning rates to choose from.
         method: what is trained, where a task knows several.
     """
 
     label: str
-    plan: Mapping[str, object] | None
+    plan: Mapping[str, object] | Callable[[], bandmf.TrainingPlan] | None
     rates: Sequence[float]
     method: str = ""
 
@@ -185,7 +186,7 @@ def compare(options: argparse.Namespace, task: Task, found: Sequence[Mechanism])
             continue
         plan, words = None, f"{'':>5} {'':>7} {'':>7}"
         if mechanism.plan is not None:
-            plan = make_plan(options, mechanism.plan, task, folder)
+            plan = make_plan(options, mechanism, task, folder)
             words = f"{plan.num_bands:>5} {plan.noise_multiplier:>7.3f} {plan.expected_rmse:>7.3f}"
         if options.plans:
             continue
@@ -232,23 +233,27 @@ class Runs:
 
 def make_plan(
     options: argparse.Namespace,
-    arguments: Mapping[str, object],
+    mechanism: Mechanism,
     task: Task,
     folder: pathlib.Path,
 ) -> bandmf.TrainingPlan:
     """The plan of a mechanism, as calibrated the first time that it is asked for."""
-    name = "-".join(str(value) for value in arguments.values())
+    made = mechanism.plan
+    name = mechanism.label if callable(made) else "-".join(map(str, made.values()))
     kept = folder / f"plan-{_slug(name)}.json"
     if not kept.exists():
-        plan = bandmf.TrainingPlan.calibrate(
-            num_examples=task.num_examples,
-            batch_size=options.batch_size,
-            epochs=options.epochs,
-            epsilon=options.epsilon,
-            delta=options.delta,
-            workload=task.workload,
-            **arguments,
-        )
+        if callable(made):
+            plan = made()
+        else:
+            plan = bandmf.TrainingPlan.calibrate(
+                num_examples=task.num_examples,
+                batch_size=options.batch_size,
+                epochs=options.epochs,
+                epsilon=options.epsilon,
+                delta=options.delta,
+                workload=task.workload,
+                **made,
+            )
         kept.write_text(plan.to_json())
     return bandmf.TrainingPlan.from_json(kept.read_text())
 

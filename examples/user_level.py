@@ -1,6 +1,6 @@
 """Privacy of users who bring several rows each: a plan that counts users, and its baseline.
 
-    python examples/user_level.py
+    python examples/user_level.py --output users
 
 The users are made up from MNIST: each writes a few of the ten digits, at a slant of their own, from
 one digit to a few hundred. Two models are trained to the same epsilon for a whole user:
@@ -19,7 +19,7 @@ import argparse
 import math
 import pathlib
 
-import quiet  # noqa: F401 - first
+import tuned  # first, for it imports `quiet`
 
 import keras
 import numpy as np
@@ -56,21 +56,6 @@ def made_up_users(x: np.ndarray, y: np.ndarray, count: int, seed: int):
     return slanted(x[rows], slant), y[rows], np.array(users)
 
 
-def trained(plan, batches, test, learning_rate: float, seed: int) -> float:
-    """Returns the test accuracy of one run."""
-    keras.utils.set_random_seed(seed)
-    model = bandmf.privatize(make_model())
-    model.compile(
-        optimizer=bandmf.BandMFOptimizer(
-            keras.optimizers.SGD(learning_rate, momentum=0.9), plan, l2_norm_clip=1.0
-        ),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
-    model.fit(batches, verbose=0)
-    return model.evaluate(*test, batch_size=1000, verbose=0)[1]
-
-
 def baseline_plan(num_rows: int, batch_size: int, num_steps: int, epsilon: float, delta: float):
     """Returns the DP-SGD plan of rows whose `group_epsilon` for a user is epsilon at most."""
 
@@ -93,82 +78,83 @@ def baseline_plan(num_rows: int, batch_size: int, num_steps: int, epsilon: float
     return plan_of(root)
 
 
-def main() -> None:
-    """Makes users, plans, trains, prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--users", type=int, default=3_000)
-    parser.add_argument("--epsilon", type=float, default=4.0)
-    parser.add_argument("--delta", type=float, default=1e-4)
-    parser.add_argument("--users_in_batch", type=int, default=150)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=2, help="runs of each")
-    parser.add_argument(
-        "--learning_rates",
-        type=float,
-        nargs="+",
-        default=[0.03, 0.06, 0.12, 0.25],
-        help="the best is taken for each, by its mean over the runs",
-    )
-    parser.add_argument("--data", type=pathlib.Path, help="x_train, y_train, x_test, y_test")
-    options = parser.parse_args()
-
-    (x, y), (x_test, y_test) = load(options.data)
-    x, y, users = made_up_users(x, y, options.users, seed=0)
-    slant = np.random.default_rng(1).normal(0, 0.25, len(x_test))
-    test = slanted(x_test, slant), y_test
-    sizes = np.bincount(users)
-    print(
-        f"{len(x)} rows of {options.users} users: {sizes.min()} to {sizes.max()} each, "
-        f"median {np.median(sizes):g}"
-    )
-
-    budget = {
-        "unit": "user",
-        "num_examples": options.users,
-        "batch_size": options.users_in_batch,
-        "epochs": options.epochs,
-        "epsilon": options.epsilon,
-        "delta": options.delta,
-    }
-    by_user = bandmf.TrainingPlan.calibrate(**budget)
-    print(f"{by_user}\n\n{by_user.statement()}")
-    # The baseline: at most 8 rows of each user, chosen once; as many rows a step.
-    order = np.random.default_rng(2).permutation(len(x))
-    rank = np.empty(len(x), int)
-    seen = np.zeros(options.users, int)
+def rows_of_users(users: np.ndarray, most: int) -> np.ndarray:
+    """Returns the numbers of at most so many rows of each user, chosen at random."""
+    order = np.random.default_rng(2).permutation(len(users))
+    rank, seen = np.empty(len(users), int), np.zeros(users.max() + 1, int)
     for row in order:
         rank[row] = seen[users[row]]
         seen[users[row]] += 1
-    kept = np.flatnonzero(rank < ROWS_PER_USER)
-    rows_in_batch = round(options.users_in_batch * len(kept) / options.users)
-    by_row = baseline_plan(
-        len(kept), rows_in_batch, by_user.num_steps, options.epsilon, options.delta
+    return np.flatnonzero(rank < most)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Makes users, tunes, trains, and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    tuned.add_arguments(
+        parser,
+        epsilon=4.0,
+        batch_size=150,
+        epochs=10,
+        l2_norm_clip=1.0,
+        rates=[0.03, 0.06, 0.12, 0.25],
+        plain_rates=[],
     )
-    by_user_sgd = bandmf.TrainingPlan.calibrate(**budget, num_bands=1)
-    arms = {
-        "users, BandMF": (by_user, slice(None), users),
-        "users, DP-SGD": (by_user_sgd, slice(None), users),
-        f"rows, DP-SGD, at most {ROWS_PER_USER}": (by_row, kept, None),
-    }
-    print(f"\nEpsilon {options.epsilon:g} for a whole user, {by_user.num_steps} steps")
-    print(f"{'what is sampled':<26}{'bands':>6}{'noise':>8}{'in a step':>11}   test accuracy")
-    for label, (plan, rows, ids) in arms.items():
-        best: tuple[float, list[float], float] = (-1.0, [], 0.0)
-        for rate in options.learning_rates:
-            accuracy = []
-            for seed in range(options.seeds):
-                if ids is None:
-                    batches = plan.batches(x[rows], y[rows])
-                else:
-                    batches = plan.batches(x, y, unit=ids, rows_per_unit=ROWS_PER_USER)
-                accuracy.append(trained(plan, batches, test, rate, seed))
-            best = max(best, (float(np.mean(accuracy)), accuracy, rate))
-        runs = ", ".join(f"{value:.3f}" for value in best[1])
-        print(
-            f"{label:<26}{plan.num_bands:>6}{plan.noise_multiplier:>8.2f}{plan.batch_size:>11}"
-            f"   {runs} (learning rate {best[2]:g})",
-            flush=True,
+    parser.set_defaults(delta=1e-4)
+    parser.add_argument("--users", type=int, default=3_000)
+    parser.add_argument("--data", type=pathlib.Path, help="x_train, y_train, x_test, y_test")
+    options = parser.parse_args(arguments)
+
+    (x, y), (x_test, y_test) = load(options.data)
+    x, y, users = made_up_users(x, y, options.users, seed=0)
+    x_test = slanted(x_test, np.random.default_rng(1).normal(0, 0.25, len(x_test)))
+    half = len(x_test) // 2
+    sizes = np.bincount(users)
+    kept = rows_of_users(users, ROWS_PER_USER)
+    rows_in_batch = round(options.batch_size * len(kept) / options.users)
+    num_steps = options.epochs * (options.users // options.batch_size)
+    print(
+        f"{len(x)} rows of {options.users} users: {sizes.min()} to {sizes.max()} each, median "
+        f"{np.median(sizes):g}. {num_steps} steps of {options.batch_size} users, or of "
+        f"{rows_in_batch} of the {len(kept)} rows of the baseline"
+    )
+
+    def train(mechanism: tuned.Mechanism, plan: bandmf.TrainingPlan, rate: float) -> keras.Model:
+        model = bandmf.privatize(make_model())
+        optimizer = keras.optimizers.SGD(rate, momentum=tuned.MOMENTUM)
+        optimizer = bandmf.BandMFOptimizer(
+            optimizer, plan, options.l2_norm_clip, clipping=options.clipping
         )
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(optimizer, loss, metrics=["accuracy"])
+        if mechanism.method == "rows":
+            batches = plan.batches(x[kept], y[kept])
+        else:
+            batches = plan.batches(x, y, unit=users, rows_per_unit=ROWS_PER_USER)
+        model.fit(batches, verbose=0)
+        return model
+
+    def baseline() -> bandmf.TrainingPlan:
+        return baseline_plan(len(kept), rows_in_batch, num_steps, options.epsilon, options.delta)
+
+    mechanisms = [
+        tuned.Mechanism(f"users, {label}", {**law, "unit": "user"}, options.rates)
+        for label, law in tuned.LAWS.items()
+    ]
+    mechanisms.append(tuned.Mechanism("rows, DP-SGD", baseline, options.rates, "rows"))
+    data = {
+        "held out": (x_test[:half], y_test[:half]),
+        "test": (x_test[half:], y_test[half:]),
+    }
+    task = tuned.Task(
+        f"users-{options.users}",
+        data,
+        train,
+        options.users,
+        tuned.accuracy,
+        workload=keras.optimizers.SGD(1.0, momentum=tuned.MOMENTUM),
+    )
+    tuned.compare(options, task, mechanisms)
 
 
 if __name__ == "__main__":

@@ -174,6 +174,22 @@ def test_convolutions_are_tuned_with_and_without_views(
 
 
 @pytest.mark.slow
+def test_users_are_compared_with_the_baseline_of_rows(example, tmp_path, capsys, two_mechanisms):
+    rng = np.random.default_rng(0)
+    pictures = {
+        f"x_{part}": rng.integers(0, 256, (size, 28, 28), dtype="uint8")
+        for part, size in (("train", 500), ("test", 40))
+    }
+    labels = {f"y_{part}": np.arange(len(pictures[f"x_{part}"])) % 10 for part in ("train", "test")}
+    np.savez(tmp_path / "mnist.npz", **pictures, **labels)
+    command = ["--data", str(tmp_path / "mnist.npz"), "--output", str(tmp_path), *TUNED]
+    example("user_level").main([*command, "--users", "400", "--rates", "0.1"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^users, BandMF +2 .*0\.\d+$", printed, re.M)
+    assert re.search(r"^rows, DP-SGD +1 .*0\.\d+$", printed, re.M)
+
+
+@pytest.mark.slow
 def test_perplexity_takes_the_lower_one(example, tmp_path, capsys, two_mechanisms):
     pytest.importorskip("keras_hub")
     size = ["--most", "400", "--public_epochs", "1", "--length", "16", "--l2_norm_clip", "1"]

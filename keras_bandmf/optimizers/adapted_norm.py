@@ -64,7 +64,7 @@ class AdaptedNorm:
         return self._own().read_value()
 
     def _own(self) -> tf.Variable:
-        if tf.distribute.in_cross_replica_context() and tf.distribute.has_strategy():
+        if not tf.distribute.has_strategy() or tf.distribute.in_cross_replica_context():
             return self._copies()[0]
         return self._copies()[_distribution.replica_id() - self._first_replica]
 
