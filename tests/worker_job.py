@@ -51,9 +51,9 @@ def regression_model(optimizer=None):
 
 
 def planning_model():
-    """The same without a plan, which its first `fit` makes."""
+    """The same without a plan, which its first `fit` makes, with a clip norm that is adapted."""
     target = {"epsilon": 4.0, "delta": 1e-5, "num_bands": 3, "seed": 3}
-    return regression_model(bandmf.BandMFOptimizer("sgd", **target))
+    return regression_model(bandmf.BandMFOptimizer("sgd", clipping="adaptive", **target))
 
 
 def carriers_plan():

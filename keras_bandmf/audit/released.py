@@ -33,7 +33,8 @@ class Releases:
         sums: (num_steps, size): row t is the clipped sum of step t with its correlated noise, all
             variables after each other.
         weights: (num_steps, size): the trainable variables before step t.
-        clip_norms: (num_steps,): the clip norm of step t. That of adaptive clipping changes.
+        clip_norms: (num_steps,): the clip norm of step t. That of adaptive clipping changes; the
+            noisy count that it follows is not kept.
     """
 
     sums: np.ndarray

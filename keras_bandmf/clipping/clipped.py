@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import checked_bool, checked_int
@@ -391,6 +392,12 @@ def _checked_current_norm(current_norm: Any, mode: ClippingMode, clip: float) ->
             "Expected `current_norm` to be a float32 scalar, as `optimizer.current_norm()` "
             f"returns. Received: current_norm={current_norm!r}."
         ) from error
+    value = tf.get_static_value(current) if current.shape.rank == 0 else None
+    if isinstance(current_norm, bool) or (value is not None and not 0.0 < value < np.inf):
+        raise ValueError(
+            "Expected `current_norm` to be a positive number, as `optimizer.current_norm()` "
+            f"returns. Received: current_norm={current_norm!r}"
+        )
     if current.shape.rank != 0:
         raise ValueError(
             "Expected `current_norm` to be a scalar, as `optimizer.current_norm()` returns. "

@@ -302,14 +302,18 @@ class AdaptiveClipping(ClippingMode):
 
     The count that f comes from is one more coordinate of the clipped sum, with the same noise. In
     place of its gradient g clipped to norm c, an example adds `l2_norm_clip / max(c, |g|) * g`, and
-    0.3 * `l2_norm_clip` to the count if |g| is at most 0.95 c. A gradient that is counted is
-    short enough to leave room for that, so all others keep their full norm. (Room of this kind is
-    used by SlaClip, too, for a histogram of norms.) After the noise the sum is multiplied by
-    c / `l2_norm_clip`.
+    0.3 * `l2_norm_clip` to the count if |g| is at most 0.95 c, and not zero. A gradient that is
+    counted is short enough to leave room for that, so all others keep their full norm. (Room of
+    this kind is used by SlaClip, too, for a histogram of norms.) After the noise the sum is
+    multiplied by c / `l2_norm_clip`. Where many gradients are exactly zero, as with a hinge loss,
+    choose a target below the share of those that are not, or c grows to its bound.
 
     Formal guarantees:
         Whatever c is, an example adds a vector of norm at most `l2_norm_clip`, count included:
-        where it is counted, sqrt(0.95^2 + 0.3^2) < 1 times that. The noise is scaled to
+        where it is counted, sqrt(0.95^2 + 0.3^2) < 1 times that. One that is left out, or whose
+        gradient is zero, adds nothing, so neighbors differ by no more in either adjacency. (A row
+        that is blanked by a weight of zero may still be counted if its activations have a norm
+        above 10^6, beside which float32 cannot tell a zero.) The noise is scaled to
         `l2_norm_clip` once and for all. c is computed from earlier noisy sums alone
         (post-processing), so it may be published, too; and the mechanism is the one that the plan
         accounts for, whose gradients may depend on what was released before.
@@ -381,8 +385,9 @@ class AdaptiveClipping(ClippingMode):
         Returns:
             A scalar, float64: 0.3 times `clip_norm` for each small gradient.
         """
-        # A norm that is not finite is not below anything, and such an example counts nowhere.
-        small = norms <= SMALL_SHARE * tf.cast(current_norm, norms.dtype)
+        # A norm that is not finite is not below anything, and such an example counts nowhere. Nor
+        # does a gradient of zero: a blanked example must be the same as none.
+        small = (norms > 0) & (norms <= SMALL_SHARE * tf.cast(current_norm, norms.dtype))
         number = tf.reduce_sum(tf.cast(tf.logical_and(mask, small), tf.float64))
         return COUNT_SHARE * clip_norm * number
 
@@ -403,7 +408,8 @@ class AdaptiveClipping(ClippingMode):
         least = self.least_norm(l2_norm_clip) * (1.0 + 2.0**-20)
         largest = self.largest_norm(l2_norm_clip) * (1.0 - 2.0**-20)
         moved = tf.clip_by_value(moved, least, largest)
-        return tf.where(tf.math.is_finite(share), moved, current_norm)
+        kept = tf.math.is_finite(share) & tf.math.is_finite(moved)
+        return tf.where(kept, moved, current_norm)
 
     def describe(self, l2_norm_clip: float) -> str:
         """Returns the mode and its sensitivity in words, for the statement."""

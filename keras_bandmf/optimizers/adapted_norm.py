@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from keras_bandmf import _distribution
 from keras_bandmf.clipping.modes import COUNT_SHARE, AdaptiveClipping, ClippingMode
-
-#: Its name in a checkpoint.
-FIELD = "clip_norm"
 
 #: The shape of the count of small gradients, as one more entry of a clipped sum.
 COUNT_SHAPE = (1,)
@@ -26,7 +23,8 @@ class AdaptedNorm:
     """The clip norm of one run, of which every replica keeps its own copy.
 
     Formal guarantees:
-        After it is made, it changes only in `update`, by what the noisy count says. Gradients that
+        It changes in `update` by what the noisy count says, and otherwise only to the value that a
+        checkpoint, or another worker, has from such updates. Gradients that
         were clipped at another norm than the step's are recognized by `is_of`.
 
     Args:
@@ -92,27 +90,31 @@ class AdaptedNorm:
         following = self._mode.next_norm(current, share, self._first)
         self._own().assign(following)
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Returns the clip norm of the next step, to be saved with the run."""
-        return {FIELD: self._copies()[0].numpy()}
+    @property
+    def value(self) -> np.ndarray:
+        """The clip norm of the next step, a float32 scalar, to be saved with the run."""
+        return self._copies()[0].numpy()
 
-    def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Takes over what `to_arrays` returned.
-
-        Raises:
-            ValueError: If it is missing or damaged.
-        """
-        value = np.asarray(arrays.get(FIELD))
+    @value.setter
+    def value(self, saved: np.ndarray) -> None:
         least = self._mode.least_norm(self._first)
         largest = self._mode.largest_norm(self._first)
-        good = value.dtype == np.float32 and value.shape == ()
-        if not good or not np.float32(least) <= value <= np.float32(largest):
+        if not np.float32(least) <= saved <= np.float32(largest):
             raise ValueError(
-                f"`{FIELD}` in the checkpoint must be a float32 number from {least:g} to "
-                f"{largest:g}. Received: {value!r}. The file is damaged."
+                f"`clip_norm` in the checkpoint must be from {least:g} to {largest:g}. Received: "
+                f"{saved!r}. The file is damaged."
             )
         for copy in self._copies():
-            copy.assign(value)
+            copy.assign(saved)
+
+    def take_from_chief(self) -> None:
+        """Gives all worker processes the clip norm of the first one.
+
+        Their own differ at most by how their processors round. All of them must call it.
+        """
+        own = np.array([self.value], np.float64).view(np.int64)
+        sent = _distribution.from_chief(self._distribution, own).view(np.float64)
+        self.value = sent[0].astype(np.float32)
 
 
 def with_adapted_norm(

@@ -542,7 +542,7 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
         # Without a plan there is no run yet. TensorFlow asks for the names when it restores, too.
         waits = self._run_state is None and not self._plan_of_run.known
         history.refuse_to_forget(self._waiting if waits else ())
-        arrays = state_of_no_run(adapts(self.clipping)) if waits else self._saved_arrays()
+        arrays = state_of_no_run() if waits else self._saved_arrays()
         return {name: tf.constant(value) for name, value in arrays.items()}
 
     def _restore_checkpoint_tensors(self, tensors: Mapping[str, tf.Tensor]) -> None:

@@ -14,12 +14,11 @@ from keras_bandmf.clipping import ClippedGradients, MaskSeeds
 from keras_bandmf.clipping.seeds import STEP_BITS
 from keras_bandmf.noise import NoiseRows, NoiseTaps, normals
 from keras_bandmf.noise.regenerated import noise_of
-from keras_bandmf.optimizers import adapted_norm
-from keras_bandmf.optimizers.adapted_norm import AdaptedNorm
+from keras_bandmf.optimizers.adapted_norm import COUNT_SHAPE, AdaptedNorm
 from keras_bandmf.rgp.run import RunCarriers
 
-# 2: the ring holds whole numbers.
-_FORMAT = 2
+# 2: the ring holds whole numbers. 3: there is a clip norm, 0 where it is fixed.
+_FORMAT = 3
 # Shapes of the saved values; None where the length varies and is checked elsewhere.
 _FIELDS: dict[str, tuple[type, tuple[int, ...] | None]] = {
     "format": (np.int32, ()),
@@ -32,6 +31,7 @@ _FIELDS: dict[str, tuple[type, tuple[int, ...] | None]] = {
     "data_digest": (np.uint8, None),
     "seeded": (np.int32, ()),
     "restores": (np.int32, ()),
+    "clip_norm": (np.float32, ()),
 }
 
 
@@ -162,7 +162,7 @@ class RunState:
                 "each step."
             )
         *sums, noisy_count = self.noise.noisy_sums(
-            [*clipped.sums, tf.reshape(count, adapted_norm.COUNT_SHAPE)],
+            [*clipped.sums, tf.reshape(count, COUNT_SHAPE)],
             step,
             replica,
             scale * self.adapted.scale(),
@@ -208,6 +208,8 @@ class RunState:
         Raises:
             PrivacyError: In every process, if one has another plan, model, data or checkpoint.
         """
+        if self.adapted is not None:
+            self.adapted.take_from_chief()
         # The noise key is left out: the chief sends it. The data digest covers the sampler's key.
         own = [self.fingerprint, self._data_digest, self.noise.position, self.seeded]
         own += [self.sampler_key.tobytes(), self.restores, self.replayed]
@@ -268,8 +270,8 @@ class RunState:
             "data_digest": np.frombuffer(self._data_digest or b"", np.uint8),
             "seeded": np.array(self.seeded, np.int32),
             "restores": np.array(self.restores, np.int32),
+            "clip_norm": self.adapted.value if self.adapted else np.zeros((), np.float32),
             **self.carriers.to_arrays(),
-            **(self.adapted.to_arrays() if self.adapted else {}),
         }
 
     def from_arrays(self, arrays: Mapping[str, np.ndarray], replay: bool) -> None:
@@ -307,7 +309,7 @@ class RunState:
             )
         self.carriers.from_arrays(arrays)
         if self.adapted is not None:
-            self.adapted.from_arrays(arrays)
+            self.adapted.value = values["clip_norm"]
         self.noise.set_ring(values["noise_ring"], position)
         self.sampler_key = values["sampler_key"].view(np.uint64).copy()
         replayed = replay and not finished
@@ -324,15 +326,9 @@ class RunState:
         self.replayed = replayed
 
 
-def state_of_no_run(adaptive: bool = False) -> dict[str, np.ndarray]:
-    """Returns what a checkpoint holds of an optimizer whose run has not begun: names and types.
-
-    Args:
-        adaptive: Whether the run is to adapt its clip norm.
-    """
+def state_of_no_run() -> dict[str, np.ndarray]:
+    """Returns what a checkpoint holds of an optimizer whose run has not begun: names and types."""
     empty = {"history": np.zeros(0, np.uint8)}
-    if adaptive:
-        empty[adapted_norm.FIELD] = np.zeros((), np.float32)
     for name, (dtype, shape) in _FIELDS.items():
         empty[name] = np.zeros(0 if shape is None else shape, dtype)
     return empty
@@ -344,7 +340,7 @@ def is_of_no_run(arrays: Mapping[str, np.ndarray]) -> bool:
     Args:
         arrays: What it holds of the optimizer.
     """
-    empty = state_of_no_run(adapted_norm.FIELD in arrays)
+    empty = state_of_no_run()
     return arrays.keys() == empty.keys() and all(
         np.array_equal(arrays[name], value) for name, value in empty.items()
     )
@@ -359,6 +355,12 @@ def checked_fields(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     Raises:
         ValueError: If it is that of another optimizer, or damaged.
     """
+    version = np.asarray(arrays.get("format", _FORMAT))
+    if not np.array_equal(version, _FORMAT):
+        raise ValueError(
+            f"The optimizer state must be of format {_FORMAT}. Received: "
+            f"format={version}. Use the version of keras_bandmf that wrote it."
+        )
     missing = [name for name in _FIELDS if name not in arrays]
     if missing:
         raise ValueError(
@@ -369,11 +371,6 @@ def checked_fields(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             f"Missing: {', '.join(missing)}. Received: {sorted(arrays)}."
         )
     values = {name: np.asarray(arrays[name]) for name in _FIELDS}
-    if values["format"] != _FORMAT:
-        raise ValueError(
-            f"The optimizer state must be of format {_FORMAT}. Received: "
-            f"format={values['format']}. Use the version of keras_bandmf that wrote it."
-        )
     for name, (dtype, shape) in _FIELDS.items():
         value = values[name]
         if value.dtype != dtype or (shape is not None and value.shape != shape):

@@ -39,7 +39,7 @@ NOT_COVERED = (
 
 ADJACENCY_IN_WORDS: dict[Adjacency, str] = {
     "add-or-remove-one": "data sets that differ by adding or removing one {unit}",
-    "zero-out": "data sets that differ by blanking one {unit} (its gradients become zero)",
+    "zero-out": "data sets that differ by blanking one {unit} (it contributes nothing)",
 }
 
 

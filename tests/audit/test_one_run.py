@@ -7,7 +7,7 @@ import pytest
 import keras_bandmf as bandmf
 from keras_bandmf.audit.one_run import _numbers_of_guesses, audit_run
 from keras_bandmf.audit.participations import known_steps, log_likelihood_ratios
-from keras_bandmf.audit.released import filtered, recording
+from keras_bandmf.audit.released import Attacker, filtered, recording
 from keras_bandmf.clipping.modes import ClippingMode
 from keras_bandmf.optimizers import bandmf as optimizer_file
 
@@ -32,12 +32,14 @@ def make_plan(num_examples=2_000, num_steps=10, noise_multiplier=1.0, **changes)
     return bandmf.TrainingPlan(**(arguments | changes))
 
 
-def build(plan, slope=1.0, **options):
+def build(plan, slope=1.0, clipping="flat", **options):
     """A model with one weight for each example, which moves that weight and no other."""
     ids = keras.layers.Embedding(plan.num_examples, 1, embeddings_initializer="zeros")
     model = keras.Sequential([keras.Input((1,), dtype="int32"), ids, keras.layers.Flatten()])
     bandmf.privatize(model)
-    optimizer = bandmf.BandMFOptimizer(keras.optimizers.SGD(1.0), plan, l2_norm_clip=1.0, seed=3)
+    optimizer = bandmf.BandMFOptimizer(
+        keras.optimizers.SGD(1.0), plan, l2_norm_clip=1.0, clipping=clipping, seed=3
+    )
     model.compile(optimizer, loss=lambda _, y_pred: slope * y_pred[:, 0], **options)
     return model
 
@@ -75,7 +77,7 @@ def test_a_run_almost_without_noise_is_caught(monkeypatch, attack, law):
 def test_a_run_without_clipping_is_caught(monkeypatch):
     plan = make_plan(noise_multiplier=2.0)
     assert audited(plan, slope=10.0).epsilon_lower_bound < plan.epsilon()
-    monkeypatch.setattr(ClippingMode, "factors", lambda self, norms, clip_norm: norms * 0 + 1.0)
+    monkeypatch.setattr(ClippingMode, "factors", lambda self, norms, *_: norms * 0 + 1.0)
     assert audited(plan, slope=10.0).epsilon_lower_bound > plan.epsilon()
 
 
@@ -144,6 +146,22 @@ def test_what_is_recorded_is_the_released_sum_of_each_step(options):
         np.testing.assert_allclose(releases.weights[1:], before[:-1], atol=1e-5)
         assert not releases.weights[0].any()
     assert "apply" not in vars(model.optimizer.inner_optimizer)
+
+
+def test_of_adaptive_clipping_the_attacker_knows_the_norm_of_each_step():
+    """Of releases almost without noise nothing is left when he takes off what he knows."""
+    plan = make_plan(60, 6, noise_multiplier=1e-4, num_bands=2)
+    model, (x, y) = build(plan, slope=3.0, clipping="adaptive"), data(plan)
+    with recording(model, plan) as recorder:
+        model.fit(plan.batches(x, y), verbose=0, callbacks=[recorder])
+        releases = recorder.releases()
+        draws = plan.schedule.draws(model.optimizer.run_state.sampler_key)
+        attacker = Attacker(model, plan, releases, x, y)
+        assert len(set(releases.clip_norms)) == 6
+        for t in range(6):
+            rows = np.asarray(draws.indices(t))
+            assert np.abs(releases.sums[t]).max() > 0.5
+            np.testing.assert_allclose(attacker.without(t, rows), 0.0, atol=5e-3)
 
 
 def test_penalties_of_the_weights_are_no_part_of_the_release():
