@@ -6,6 +6,7 @@ GPUs are hidden; `CUDA_VISIBLE_DEVICES=0 TF_FORCE_GPU_ALLOW_GROWTH=true pytest` 
 import gc
 import os
 import pathlib
+import random
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -66,10 +67,22 @@ QUICK = (
 )
 
 
+# Cases that take many seconds, beside those that say so where they are defined: a case a line. Most
+# are heavy models in a sweep whose other cases run always.
+SLOW = frozenset((pathlib.Path(__file__).parent / "slow.txt").read_text().split("\n"))
+
+
 def pytest_collection_modifyitems(items):
-    """Marks the tests of the inner loop, `pytest -m quick`."""
+    """Marks slow tests, and those of the inner loop, `pytest -m quick`; shuffles them if asked to.
+
+    CI has no time for all slow tests. In the order of its commit each commit runs others of them.
+    """
     here = pathlib.Path(__file__).parent
+    if "KERAS_BANDMF_SHUFFLE" in os.environ:
+        random.Random(os.environ["KERAS_BANDMF_SHUFFLE"]).shuffle(items)
     for item in items:
+        if item.nodeid in SLOW:
+            item.add_marker("slow")
         place = item.path.relative_to(here).as_posix() if item.path.is_relative_to(here) else ""
         if place.startswith(QUICK) and not item.get_closest_marker("slow"):
             item.add_marker("quick")

@@ -201,3 +201,10 @@ def test_the_map_names_every_room():
     rooms = {f"{folder.as_posix()}/" for folder in folders if folder.parts}
     assert len(rooms) > 10
     assert not rooms - set(re.findall(r"`([\w/]+/)`", document("architecture.md")))
+
+
+def test_every_slow_case_has_a_test():
+    """A line of tests/slow.txt whose test was renamed would mark nothing."""
+    for line in (ROOT / "tests" / "slow.txt").read_text().splitlines():
+        path, name = re.match(r"([^:]+)::(\w+)", line).groups()
+        assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE), line
