@@ -25,7 +25,7 @@ def test_nothing_is_stated_after_a_failed_restore():
     """Keras may have loaded the weights of a run with less noise."""
     optimizer = built()
     with pytest.raises(ValueError, match="no state"):
-        optimizer.load_own_variables({"format": np.array(1, np.int32)})
+        optimizer.load_own_variables({"seeded": np.array(1, np.int32)})
     with pytest.raises(ValueError, match="could not be restored"):
         optimizer.record.statement()
 
