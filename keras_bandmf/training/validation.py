@@ -128,7 +128,9 @@ def _try(model: keras.Model, dataset: tf.data.Dataset) -> None:
             "example by `dataset.map(preprocess)`."
         )
     try:
-        with no_replicas(), keras.StatelessScope():
+        # A scope without values has none for the regularizers of weights either.
+        regularized = [v for v in model.trainable_weights if v.regularizer is not None]
+        with no_replicas(), keras.StatelessScope([(v, v.value) for v in regularized]):
             if model.run_eagerly:
                 for batch in dataset.take(1):
                     model.test_step(batch)

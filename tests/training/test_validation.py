@@ -179,3 +179,23 @@ def test_an_evaluation_of_the_users_own_is_not_tried():
     runs.compiled(bandmf.privatize(model), PLAN, loss=loss)
     model.fit(PLAN.batches(X, Y), epochs=1, validation_data=(X[:, :1], Y), verbose=0)
     assert model.history.history["val_loss"] == [1.0]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"jit_compile": True}])
+def test_regularizers_of_weights_are_evaluated_as_in_keras(replicas, options):
+    if replicas == 2 and options:
+        pytest.skip("one way of running is enough there")
+
+    def make():
+        keras.utils.set_random_seed(7)
+        model = keras.Sequential(
+            [keras.Input((3,)), keras.layers.Dense(2, kernel_regularizer=keras.regularizers.L2(1))]
+        )
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        return runs.compiled(bandmf.privatize(model), PLAN, loss=loss, **options)
+
+    model = runs.in_scope(replicas, make)
+    history = model.fit(ROWS, epochs=1, verbose=0, validation_data=(X[:4], Y[:4])).history
+    expected = model.evaluate(X[:4], Y[:4], verbose=0)
+    np.testing.assert_allclose(history["val_loss"][-1], expected, rtol=1e-5)
