@@ -47,6 +47,22 @@ def local_replicas(distribution: tf.distribute.Strategy) -> list[int]:
     return [int(replica) for replica in distribution.experimental_local_results(replicas)]
 
 
+def own_variable(value: Any, name: str) -> tf.Variable:
+    """Makes a variable of which each replica has, and updates, its own copy.
+
+    Args:
+        value: The initial value, a tensor.
+        name: The name.
+    """
+    return tf.Variable(
+        value,
+        trainable=False,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.NONE,
+        name=name,
+    )
+
+
 def from_chief(distribution: tf.distribute.Strategy, value: np.ndarray) -> np.ndarray:
     """Returns, in every process, the value that the process of the first replica passed.
 

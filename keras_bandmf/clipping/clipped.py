@@ -85,7 +85,8 @@ class ClippedGradients:
             diagnosis.
         losses: Shape (rows,). The loss of each row, masked rows included. Not private.
         was_clipped: Shape (examples,), bool. Whether clipping made the gradient smaller or dropped
-            it; False for padding. Not private. With adaptive clipping: smaller than the others.
+            it; False for padding. Not private. Adaptive clipping multiplies all gradients; there it
+            says whose factor is less than that of a short one.
         outputs: What the model returned in the training forward pass. Not private.
         attached: For each tensor of `outputs`, what Keras's losses and metrics read besides it: its
             `"mask"` and its `"logits"`, where there are any. Functions return tensors without them;
@@ -225,7 +226,8 @@ def clipped_gradients(
             does not leave out, and is clipped once. `mask` and everything else still has an entry
             for each row; `microbatch_size` counts examples.
         current_norm: With adaptive clipping, the clip norm of this step: what
-            `optimizer.current_norm()` returns. By default it is `l2_norm_clip`.
+            `optimizer.current_norm()` returns. By default gradients are clipped at `l2_norm_clip`,
+            and `apply_clipped` refuses them.
 
     Returns:
         `ClippedGradients`.

@@ -153,22 +153,12 @@ class CorrelatedNoise:
         self._table = tf.Variable(table, trainable=False, name="noise_table")
         self._ring: tf.Variable | None = None
         if self.num_slots:
-            self._ring = self._per_replica(
+            self._ring = _distribution.own_variable(
                 # Two int32 in each element: a pair of normals comes from one counter.
                 tf.zeros((self.num_slots, self.layout.shard_size // 2), tf.int64),
                 "noise_ring",
             )
-        self._position = self._per_replica(tf.zeros([], tf.int64), "noise_position")
-
-    def _per_replica(self, value: tf.Tensor, name: str) -> tf.Variable:
-        """Makes a variable of which each replica has, and updates, its own copy."""
-        return tf.Variable(
-            value,
-            trainable=False,
-            synchronization=tf.VariableSynchronization.ON_READ,
-            aggregation=tf.VariableAggregation.NONE,
-            name=name,
-        )
+        self._position = _distribution.own_variable(tf.zeros([], tf.int64), "noise_position")
 
     def _local(self, variable: tf.Variable) -> list[tf.Variable]:
         """Returns the copies of a variable that the replicas of this process have."""

@@ -81,7 +81,7 @@ class RegeneratedNoise(CorrelatedNoise):
         keys = np.zeros((self.num_steps, 2), np.int64)
         self._step_keys = tf.Variable(keys, trainable=False, name="noise_step_keys")
         self._ring = None
-        self._position = self._per_replica(tf.zeros([], tf.int64), "noise_position")
+        self._position = _distribution.own_variable(tf.zeros([], tf.int64), "noise_position")
 
     @property
     def state_bytes(self) -> int:

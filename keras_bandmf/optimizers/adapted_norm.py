@@ -24,8 +24,8 @@ class AdaptedNorm:
 
     Formal guarantees:
         It changes in `update` by what the noisy count says, and otherwise only to the value that a
-        checkpoint, or another worker, has from such updates. Gradients that
-        were clipped at another norm than the step's are recognized by `is_of`.
+        checkpoint, or another worker, has from such updates. Gradients that were clipped at another
+        norm than the step's are recognized by `is_of`.
 
     Args:
         mode: The clipping mode.
@@ -45,14 +45,8 @@ class AdaptedNorm:
             )
         self._first_replica = _distribution.local_replicas(self._distribution)[0]
         with tf.init_scope(), self._distribution.scope():
-            self._norm = tf.Variable(
-                l2_norm_clip,
-                trainable=False,
-                dtype=tf.float32,
-                synchronization=tf.VariableSynchronization.ON_READ,
-                aggregation=tf.VariableAggregation.NONE,
-                name="clip_norm",
-            )
+            first = tf.constant(l2_norm_clip, tf.float32)
+            self._norm = _distribution.own_variable(first, "clip_norm")
 
     def _copies(self) -> list[tf.Variable]:
         return list(self._distribution.experimental_local_results(self._norm))

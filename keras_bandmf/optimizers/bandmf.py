@@ -72,9 +72,8 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
             of checkpoints, and serves every later `fit`.
         l2_norm_clip: The bound on the L2 norm of the gradient of an example, the same for the whole
             run.
-        clipping: "flat" (the default), "per_layer", "automatic", "adaptive", or a
-            `keras_bandmf.clipping` mode with settings, such as
-            `clipping.PerLayerClipping({"embedding": 4.0})`.
+        clipping: "flat" (the default), "per_layer", "automatic", "adaptive", or a mode with
+            settings, such as `keras_bandmf.clipping.PerLayerClipping({"embedding": 4.0})`.
         noise: "default" or "exact". With "exact" there are no numerical assumptions: each value of
             the noise is the rounding of an exact normal (see `noise.CorrelatedNoise`), and norms
             and sums of gradients are computed in float64 (see `noise.lattice.charged_norm`). The
@@ -142,7 +141,8 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
         self._inner_optimizer = inner
         self._plan_of_run = PlanOfRun(plan, target)
         self._l2_norm_clip = float(l2_norm_clip)
-        self._clipping = refuse_unknown_noise(inner, checked_mode(clipping))
+        self._clipping = checked_mode(clipping)
+        refuse_unknown_noise(inner, self._clipping)
         self._noise: NoiseMode = noise
         self._seed, self._replay = seed, replay
         words = self._clipping.describe(self._l2_norm_clip)
@@ -241,8 +241,9 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
             super().build(variables)
             self._noised_variables = tuple(map(id, variables))
             run = fingerprint(self, variables, carriers.description)
-            options = (self.seed, carriers, self.float64_sums, adapted)
-            self._run_state = RunState(plan.strategy, stddev, shapes, run, *options)
+            self._run_state = RunState(
+                plan.strategy, stddev, shapes, run, self.seed, carriers, self.float64_sums, adapted
+            )
             self._record.follow(self)
             history.begin(variables, self._record)
 
@@ -277,8 +278,7 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
     def current_norm(self) -> tf.Tensor | None:
         """Returns the clip norm of the next step, which adaptive clipping changes.
 
-        It is computed from noisy sums alone, so it may be published. In a step of a distribution,
-        call it in the replica context.
+        It comes from noisy sums alone and may be published. Replicas call it in their own context.
 
         Returns:
             A scalar, float32; None in the other modes.
@@ -429,7 +429,7 @@ class BandMFOptimizer(CheckpointHooks, RefusesPlainGradients, keras.optimizers.O
             added = zip(gradients, penalties, strict=True)
             gradients = [g if p is None else g + tf.cast(p, g.dtype) for g, p in added]
         pairs = zip(gradients, trainable_variables, strict=True)
-        gradients = [tf.cast(gradient, variable.dtype) for gradient, variable in pairs]
+        gradients = [tf.cast(g, variable.dtype) for g, variable in pairs]
         self.inner_optimizer.apply(gradients, trainable_variables)
         state.carriers.refresh(step + 1, replica)
         if source is None and eager_step:

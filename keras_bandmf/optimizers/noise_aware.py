@@ -191,17 +191,12 @@ class NoiseAwareAdam(keras.optimizers.Adam):
         return {**config, "variance_floor": self.variance_floor}
 
 
-def refuse_unknown_noise(
-    optimizer: keras.optimizers.Optimizer, clipping: ClippingMode
-) -> ClippingMode:
+def refuse_unknown_noise(optimizer: keras.optimizers.Optimizer, clipping: ClippingMode) -> None:
     """Refuses an inner optimizer that must know the noise where its size is not known in advance.
 
     Args:
         optimizer: The inner optimizer.
         clipping: The clipping mode.
-
-    Returns:
-        The clipping mode.
 
     Raises:
         ValueError: For a `NoiseAwareAdam` with adaptive clipping, which scales the noise with the
@@ -213,7 +208,6 @@ def refuse_unknown_noise(
             f"it in every step. Received: clipping={clipping}. Use `keras.optimizers.Adam`, or "
             "another mode of clipping."
         )
-    return clipping
 
 
 def tell_noise(

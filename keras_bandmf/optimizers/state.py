@@ -203,7 +203,8 @@ class RunState:
     def check_workers(self) -> None:
         """Refuses worker processes that are not at the same step of the same run.
 
-        All of them must call it.
+        All of them must call it. A clip norm that is adapted becomes that of the chief, from which
+        others differ by rounding.
 
         Raises:
             PrivacyError: In every process, if one has another plan, model, data or checkpoint.
@@ -355,6 +356,7 @@ def checked_fields(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     Raises:
         ValueError: If it is that of another optimizer, or damaged.
     """
+    # First, because other formats have other fields.
     version = np.asarray(arrays.get("format", _FORMAT))
     if not np.array_equal(version, _FORMAT):
         raise ValueError(

@@ -11,6 +11,7 @@ from keras_bandmf._keras_internals import loss_of_training_step, loss_tracker
 from keras_bandmf.clipping.attached import all_with_attached
 from keras_bandmf.clipping.clipped import ClippedGradients
 from keras_bandmf.clipping.losses import is_mean_of_rows, overrides_compute_loss
+from keras_bandmf.training.regularizers import regularized_values
 
 
 class StepLogs:
@@ -65,8 +66,7 @@ class StepLogs:
     def note_losses(self) -> None:
         """Updates the metrics of the losses. Call it before the weights are updated."""
         model = self._model
-        regularized = [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]
-        with keras.StatelessScope(regularized) as scope:
+        with keras.StatelessScope(regularized_values(model)) as scope:
             loss = self._loss()
             loss_tracker(model).update_state(loss, sample_weight=self._count)
         for variable in model.metrics_variables:

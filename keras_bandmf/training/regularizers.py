@@ -28,3 +28,14 @@ def regularization(variables: Sequence[keras.Variable]) -> list[tf.Tensor | None
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     gradients = tape.gradient(penalty, [variable.value for variable in variables])
     return [None if g is None else g / replicas for g in gradients]
+
+
+def regularized_values(model: keras.Model) -> list[tuple[keras.Variable, tf.Tensor]]:
+    """Returns the weights with a regularizer, and their values, for a `keras.StatelessScope`.
+
+    Within such a scope Keras takes the values that it regularizes from the scope alone.
+
+    Args:
+        model: A built model.
+    """
+    return [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]

@@ -14,6 +14,7 @@ from keras_bandmf._checks import checked_int
 from keras_bandmf._keras_internals import evaluated_dataset
 from keras_bandmf.clipping.losses import no_replicas
 from keras_bandmf.sampling import PrivateBatches
+from keras_bandmf.training.regularizers import regularized_values
 from keras_bandmf.training.task_data import preprocessed_validation
 
 
@@ -128,9 +129,7 @@ def _try(model: keras.Model, dataset: tf.data.Dataset) -> None:
             "example by `dataset.map(preprocess)`."
         )
     try:
-        # A scope without values has none for the regularizers of weights either.
-        regularized = [v for v in model.trainable_weights if v.regularizer is not None]
-        with no_replicas(), keras.StatelessScope([(v, v.value) for v in regularized]):
+        with no_replicas(), keras.StatelessScope(regularized_values(model)):
             if model.run_eagerly:
                 for batch in dataset.take(1):
                     model.test_step(batch)
