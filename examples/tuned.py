@@ -98,6 +98,34 @@ def parts(train: tuple, test: tuple) -> dict[str, tuple]:
     return {"train": rows(slice(-HELD_OUT)), "held out": rows(slice(-HELD_OUT, None)), "test": test}
 
 
+def fitted(
+    options: argparse.Namespace,
+    model: keras.Model,
+    plan: bandmf.TrainingPlan | None,
+    rate: float,
+    **of_fit: object,
+) -> keras.Model:
+    """Trains a model that returns logits, by SGD with momentum.
+
+    Args:
+        options: of the command line.
+        model: a fresh model.
+        plan: None is not private.
+        rate: the learning rate.
+        **of_fit: arguments of `fit`, data among them.
+    """
+    optimizer = keras.optimizers.SGD(rate, momentum=MOMENTUM)
+    if plan is not None:
+        model = bandmf.privatize(model)
+        optimizer = bandmf.BandMFOptimizer(
+            optimizer, plan, options.l2_norm_clip, clipping=options.clipping
+        )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"])
+    model.fit(**of_fit, verbose=0)
+    return model
+
+
 def classification(
     options: argparse.Namespace,
     name: str,
@@ -117,20 +145,11 @@ def classification(
     x, y = data["train"]
 
     def train(mechanism: Mechanism, plan: bandmf.TrainingPlan | None, rate: float) -> keras.Model:
-        model = make_model()
-        optimizer = keras.optimizers.SGD(rate, momentum=MOMENTUM)
         if plan is None:
             rows = {"x": x, "y": y, "batch_size": options.batch_size}
         else:
-            model = bandmf.privatize(model)
-            optimizer = bandmf.BandMFOptimizer(
-                optimizer, plan, options.l2_norm_clip, clipping=options.clipping
-            )
             rows = {"x": plan.batches(x, y, **of_batches)}
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(optimizer, loss, metrics=["accuracy"])
-        model.fit(**rows, epochs=options.epochs, verbose=0)
-        return model
+        return fitted(options, make_model(), plan, rate, **rows, epochs=options.epochs)
 
     workload = keras.optimizers.SGD(1.0, momentum=MOMENTUM)
     return Task(name, data, train, len(y), accuracy, workload=workload)
