@@ -150,6 +150,16 @@ def test_scattering_tunes_on_held_out_rows_and_goes_on(example, tmp_path, capsys
     scattering.main([*command, "--delta", "1e-4"])
     assert capsys.readouterr().out.count("held out ") == 5  # of another delta nothing is kept
 
+    rates_example = example("rates")
+    folder = next(path.parent for path in tmp_path.glob("*-1e-05-*/BandMF.json"))
+    found = rates_example.scores(folder / "BandMF.json")
+    assert list(found) == [1e-4, 1.0]
+    assert [f"{score:.4f}" for score in found.values()] == [tried["0.0001"], tried["1"]]
+    rates_example.main([str(folder), "--to", str(tmp_path / "rates.png")])
+    assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="Expected a folder with runs of private mechanisms"):
+        rates_example.main([str(tmp_path), "--to", str(tmp_path / "none.png")])
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(28, 28), (32, 32, 3)])
