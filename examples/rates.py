@@ -2,10 +2,10 @@
 
     python examples/rates.py scattering/cifar10-4-1e-05-500-10-0.1 --titles CIFAR-10 --to rates.png
 
-Each folder is one that scattering.py, convolutions.py, user_level.py, sst2.py or perplexity.py made, and
-becomes a panel. The points are the runs that chose the learning rate, judged on the rows that were
-held out; none of them is a result. Mechanisms that are not private are left out, for their
-learning rates are others.
+Each folder is one that scattering.py, convolutions.py, user_level.py, sst2.py or perplexity.py
+made, and becomes a panel. The points are the runs that chose the learning rate, judged on the rows
+that were held out; none of them is a result. Mechanisms that are not private are left out, for
+their learning rates are others.
 """
 
 from __future__ import annotations
