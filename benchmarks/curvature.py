@@ -42,15 +42,15 @@ class Digits:
 
 def batches(plan: bandmf.TrainingPlan, runs: int, random: np.random.Generator):
     """Yields indices `(runs, m)` of the examples of each step, and 1 where one is there, else 0."""
-    n, steps = plan.num_examples, plan.steps_per_epoch
+    n, steps, size = plan.num_examples, plan.steps_per_epoch, plan.batch_size
     order = np.stack([random.permutation(n) for _ in range(runs)])
     if plan.sampling == "fixed_order":
-        fixed = order[:, : steps * BATCH_SIZE].reshape(runs, steps, BATCH_SIZE)
+        fixed = order[:, : steps * size].reshape(runs, steps, size)
         for step in range(plan.num_steps):
-            yield fixed[:, step % steps], np.ones((runs, BATCH_SIZE), np.float32)
+            yield fixed[:, step % steps], np.ones((runs, size), np.float32)
         return
     # Cyclic Poisson: step i samples from group i mod b, at b times the rate.
-    group, rate = order % plan.num_bands, BATCH_SIZE * plan.num_bands / n
+    group, rate = order % plan.num_bands, size * plan.num_bands / n
     for step in range(plan.num_steps):
         chosen = (group == step % plan.num_bands) & (random.random((runs, n)) < rate)
         counts = chosen.sum(axis=1)
