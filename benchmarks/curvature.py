@@ -97,7 +97,7 @@ def accuracies(
         ]
         parts = np.split(of_step, np.cumsum(sizes)[:-1], axis=1)
         for weight, velocity, total, part in zip(weights, velocities, sums, parts, strict=True):
-            gradient = (total + part.reshape(total.shape)) / BATCH_SIZE
+            gradient = (total + part.reshape(total.shape)) / plan.batch_size
             velocity *= MOMENTUM
             velocity -= learning_rate * gradient
             weight += velocity

@@ -8,8 +8,9 @@ earlier steps, clips, adds noise, and multiplies again, so that coordinates with
 less noise. Here the sizes have rank one, as those of Adafactor: a factor for each row and each
 column of a kernel. With them the norm of a scaled gradient costs no more than that of a plain one,
 where it is computed from layer inputs and output gradients. They are estimated from the noisy
-gradients of earlier steps alone, less the variance of the noise, and are no smaller than a share of
-that variance: without this floor, less noise would make the estimate smaller, and so on.
+gradients of earlier steps alone, less the variance of the noise, and stay within a factor of that
+variance. Without these bounds, less noise would make a size smaller, hence the noise less, and so
+on, and training would diverge.
 
 Plans are those of the library. Training is simulated in NumPy, many runs at once; both ways have
 the same initial weights, batches and normals, so that their difference is known better than the
@@ -105,15 +106,16 @@ def words(train: pathlib.Path, dev: pathlib.Path) -> Task:
 
 
 class Sizes:
-    """Mean squares of the coordinates of one variable, of rank one, with the noise taken off.
+    """Mean squares of the coordinates of a trained variable, of rank one, with the noise taken off.
 
     Args:
         shape: (runs, rows, columns) or (runs, columns).
-        floor: the least mean square.
+        least: the least mean square of a row or column.
+        most: the largest one.
     """
 
-    def __init__(self, shape: tuple[int, ...], floor: float) -> None:
-        self._floor, self._weight = floor, 0.0
+    def __init__(self, shape: tuple[int, ...], least: float, most: float) -> None:
+        self._bounds, self._weight = (least, most), 0.0
         self._means = [np.zeros((shape[0], size)) for size in shape[1:]]
 
     def update(self, gradient: np.ndarray, noise: np.ndarray) -> None:
@@ -127,12 +129,12 @@ class Sizes:
 
     def scales(self) -> list[np.ndarray]:
         """One factor for each axis; their product is 1 / sqrt(mean square)."""
-        first, *others = (np.maximum(mean / self._weight, self._floor) for mean in self._means)
+        first, *others = (np.clip(mean / self._weight, *self._bounds) for mean in self._means)
         return [first**-0.5, *((m / m.mean(axis=1, keepdims=True)) ** -0.5 for m in others)]
 
 
 def accuracies(
-    task: Task, plan: bandmf.TrainingPlan, rate: float, runs: int, floor: float | None
+    task: Task, plan: bandmf.TrainingPlan, rate: float, runs: int, bound: float | None
 ) -> np.ndarray:
     """Returns the test accuracy of each run, `(runs,)`, after DP training by Adam.
 
@@ -141,8 +143,8 @@ def accuracies(
         plan: of the run.
         rate: the learning rate.
         runs: how many.
-        floor: the smallest mean square of a coordinate, as a share of the noise's; None does not
-            scale.
+        bound: how many times larger or smaller than the noise's variance a mean square of a row
+            or column may be; None does not scale.
     """
     random = np.random.default_rng(0)
     sizes = [int(np.prod(shape)) for shape in task.shapes]
@@ -156,15 +158,16 @@ def accuracies(
     noise = (inverse.astype(np.float32) @ normals).reshape(plan.num_steps, runs, -1)
     del normals
     variances = (inverse**2).sum(axis=1) / task.batch_size**2  # of the noise of each step
-    least = (floor or 0.0) * variances.mean()
-    known = [Sizes(weight.shape, least) for weight in weights]
+    usual = variances.mean()
+    known = [Sizes(w.shape, usual / (bound or 1.0), usual * (bound or 1.0)) for w in weights]
     means = [np.zeros_like(weight) for weight in weights]
     squares = [np.zeros_like(weight) for weight in weights]
     trained = [0, 2, 3] if task.linear else [0, 1, 2, 3]
     for t, (indices, present) in enumerate(curvature.batches(plan, runs, random)):
         scales = [[np.ones((runs, size)) for size in shape] for shape in task.shapes]
-        if floor is not None and t >= FIRST:
-            scales = _normalized([each.scales() for each in known], trained)
+        if bound is not None and t >= FIRST:
+            scales = [known[k].scales() if k in trained else scales[k] for k in range(len(known))]
+            scales = _normalized(scales, trained)
         scales = [[factor.astype(np.float32) for factor in factors] for factors in scales]
         sums = _clipped(task, weights, scales, trained, task.x[indices], task.y[indices], present)
         parts = np.split(noise[t], np.cumsum(sizes)[:-1], axis=1)
@@ -249,7 +252,7 @@ def main() -> None:
     parser.add_argument("--bands", default="auto", help="1 is DP-SGD")
     parser.add_argument("--runs", type=int, default=12)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.02, 0.04, 0.08, 0.16])
-    parser.add_argument("--floors", type=float, nargs="+", default=[0.1, 0.3])
+    parser.add_argument("--bounds", type=float, nargs="+", default=[10.0, 3.0])
     options = parser.parse_args()
     task = digits() if options.task == "digits" else words(options.train, options.dev)
     plan = bandmf.TrainingPlan.calibrate(
@@ -262,9 +265,9 @@ def main() -> None:
     )
     print(f"{options.task}, epsilon {options.epsilon:g}, {plan.num_bands} bands")
     best = []
-    for floor in [None, *options.floors]:
+    for bound in [None, *options.bounds]:
         found = [
-            100.0 * accuracies(task, plan, rate, options.runs, floor) for rate in options.rates
+            100.0 * accuracies(task, plan, rate, options.runs, bound) for rate in options.rates
         ]
         cells = "   ".join(
             f"{rate:g}: {each.mean():.2f} +- {each.std(ddof=1) / options.runs**0.5:.2f}"
@@ -273,7 +276,7 @@ def main() -> None:
         best.append(max(found, key=np.mean))
         gain = best[-1] - best[0]
         words_of_gain = f"{gain.mean():+.2f} +- {gain.std(ddof=1) / options.runs**0.5:.2f}"
-        label = "Adam" if floor is None else f"scaled, floor {floor:g}"
+        label = "Adam" if bound is None else f"scaled, bound {bound:g}"
         print(f"{label:<18} {cells}   best to best: {words_of_gain}", flush=True)
 
 
