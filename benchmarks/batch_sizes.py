@@ -28,9 +28,9 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.025, 0.05, 0.1, 0.2, 0.4, 0.8])
     options = parser.parse_args()
     data = curvature.Digits()
+    optimizer = keras.optimizers.SGD(0.1, momentum=curvature.MOMENTUM)
     for size in options.sizes:
         steps = options.epochs * (len(data.x) // size)
-        optimizer = keras.optimizers.SGD(0.1, momentum=curvature.MOMENTUM)
         for bands in (1, "auto"):
             plan = bandmf.TrainingPlan.calibrate(
                 num_examples=len(data.x),
@@ -41,13 +41,13 @@ def main() -> None:
                 num_bands=bands,
                 workload=bandmf.workload_from_optimizer(optimizer, steps),
             )
-            found = {
-                rate: 100.0 * curvature.accuracies(plan, data, rate, options.runs)
+            found = (
+                100.0 * curvature.accuracies(plan, data, rate, options.runs)
                 for rate in options.rates
-            }
+            )
             cells = "   ".join(
-                f"{rate:g}: {each.mean():.2f} +- {each.std(ddof=1) / options.runs**0.5:.2f}"
-                for rate, each in found.items()
+                f"{rate:g}: {curvature.with_error(each)}"
+                for rate, each in zip(options.rates, found, strict=True)
             )
             error = f"RMSE {plan.expected_rmse:.3f}"
             print(f"batch {size:<4} {plan.num_bands:>3} bands  {error}  {cells}", flush=True)

@@ -74,15 +74,11 @@ def accuracies(
         limit = np.sqrt(6.0 / sum(kernel.shape[1:]))
         kernel[:] = random.uniform(-limit, limit, kernel.shape)
     velocities = [np.zeros_like(weight) for weight in weights]
-    normals = random.standard_normal((plan.num_steps, runs * sum(sizes)), dtype=np.float32)
-    correlated = np.linalg.inv(plan.strategy.materialize()) * plan.noise_stddev(CLIP)
-    noise = (correlated.astype(np.float32) @ normals).reshape(plan.num_steps, runs, -1)
+    noise = correlated_noise(plan, runs, sum(sizes), random)
     for of_step, (indices, present) in zip(noise, batches(plan, runs, random), strict=True):
         x, y = data.x[indices], data.y[indices]
         hidden, logits = forward(weights, x)
-        probability = np.exp(logits - logits.max(axis=2, keepdims=True))
-        probability /= probability.sum(axis=2, keepdims=True)
-        d_logits = probability - y
+        d_logits = logit_gradients(logits, y)
         d_hidden = (d_logits @ weights[2].transpose(0, 2, 1)) * (hidden > 0.0)
         # The squared norm of the gradient of each example, from the factors of its two kernels.
         squares = np.sum(d_hidden**2, axis=2) * (1.0 + np.sum(x**2, axis=2))
@@ -103,6 +99,27 @@ def accuracies(
             weight += velocity
     _, logits = forward(weights, data.x_test)
     return np.mean(logits.argmax(axis=2) == data.y_test, axis=1)
+
+
+def correlated_noise(
+    plan: bandmf.TrainingPlan, runs: int, size: int, random: np.random.Generator
+) -> np.ndarray:
+    """Returns the noise of every step, `(steps, runs, size)`, for gradients clipped to `CLIP`."""
+    normals = random.standard_normal((plan.num_steps, runs * size), dtype=np.float32)
+    correlated = np.linalg.inv(plan.strategy.materialize()) * plan.noise_stddev(CLIP)
+    return (correlated.astype(np.float32) @ normals).reshape(plan.num_steps, runs, size)
+
+
+def logit_gradients(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Returns the gradients of the cross-entropy of each row, given one-hot labels."""
+    probability = np.exp(logits - logits.max(axis=2, keepdims=True))
+    probability /= probability.sum(axis=2, keepdims=True)
+    return probability - y
+
+
+def with_error(values: np.ndarray, sign: str = "") -> str:
+    """Returns the mean of the runs and its standard error; with `sign="+"`, as a difference."""
+    return f"{values.mean():{sign}.2f} +- {values.std(ddof=1) / len(values) ** 0.5:.2f}"
 
 
 def forward(weights: list[np.ndarray], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -148,11 +165,7 @@ def main() -> None:
         for rate in options.rates:
             found = 100.0 * accuracies(plan, data, rate, options.runs)
             gain = found - first.setdefault(rate, found)
-            error, gain_error = (v.std(ddof=1) / options.runs**0.5 for v in (found, gain))
-            cells.append(
-                f"{rate:g}: {found.mean():.2f} +- {error:.2f} ({gain.mean():+.2f} +- "
-                f"{gain_error:.2f})"
-            )
+            cells.append(f"{rate:g}: {with_error(found)} ({with_error(gain, '+')})")
         print(f"{name:<12} {plan.num_bands:>3} bands  " + "   ".join(cells), flush=True)
         print(f"{'':<12} {time.time() - started:.0f} s", flush=True)
 

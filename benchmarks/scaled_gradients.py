@@ -32,11 +32,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
 
 import curvature
 import numpy as np
-from bert_sst2 import read_table
+from curvature import CLIP
 
 import keras_bandmf as bandmf
+from keras_bandmf.strategies.noise_variances import noise_variances
 
-CLIP, BETA_1, BETA_2, EPSILON = 1.0, 0.9, 0.999, 1e-8
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 # Of the average of squared gradients, and the steps without scales while it settles.
 DECAY, FIRST = 0.99, 5
 WORDS, EMBEDDING = 2_000, 8
@@ -86,6 +87,8 @@ def digits() -> Task:
 
 def words(train: pathlib.Path, dev: pathlib.Path) -> Task:
     """10,000 sentences of SST-2, each the mean of the embeddings of its frequent words."""
+    from bert_sst2 import read_table  # it imports keras_nlp, which the digits do not need
+
     sentences, labels = read_table(train)
     kept = np.random.default_rng(0).permutation(len(labels))[:10_000]
     sentences, labels = [sentences[i].split() for i in kept], labels[kept]
@@ -153,28 +156,30 @@ def accuracies(
         limit = np.sqrt(6.0 / sum(kernel.shape[1:]))
         limit = 0.05 if task.linear and kernel is weights[0] else limit
         kernel[:] = random.uniform(-limit, limit, kernel.shape)
-    inverse = np.linalg.inv(plan.strategy.materialize()) * plan.noise_stddev(CLIP)
-    normals = random.standard_normal((plan.num_steps, runs * sum(sizes)), dtype=np.float32)
-    noise = (inverse.astype(np.float32) @ normals).reshape(plan.num_steps, runs, -1)
-    del normals
-    variances = (inverse**2).sum(axis=1) / task.batch_size**2  # of the noise of each step
-    usual = variances.mean()
-    known = [Sizes(w.shape, usual / (bound or 1.0), usual * (bound or 1.0)) for w in weights]
+    noise = curvature.correlated_noise(plan, runs, sum(sizes), random)
+    stddev = plan.noise_stddev(CLIP) / plan.batch_size
+    variances = stddev**2 * noise_variances(plan.strategy)  # of the noise of each step
+    trained = [0, 2, 3] if task.linear else [0, 1, 2, 3]
+    known = {}
+    if bound is not None:
+        usual = variances.mean()
+        known = {k: Sizes(weights[k].shape, usual / bound, usual * bound) for k in trained}
     means = [np.zeros_like(weight) for weight in weights]
     squares = [np.zeros_like(weight) for weight in weights]
-    trained = [0, 2, 3] if task.linear else [0, 1, 2, 3]
     for t, (indices, present) in enumerate(curvature.batches(plan, runs, random)):
         scales = [[np.ones((runs, size)) for size in shape] for shape in task.shapes]
-        if bound is not None and t >= FIRST:
-            scales = [known[k].scales() if k in trained else scales[k] for k in range(len(known))]
+        if known and t >= FIRST:
+            for k in trained:
+                scales[k] = known[k].scales()
             scales = _normalized(scales, trained)
         scales = [[factor.astype(np.float32) for factor in factors] for factors in scales]
         sums = _clipped(task, weights, scales, trained, task.x[indices], task.y[indices], present)
         parts = np.split(noise[t], np.cumsum(sizes)[:-1], axis=1)
         for k in trained:
             scale = _product(scales[k])
-            noisy = (sums[k] + parts[k].reshape(sums[k].shape)) / scale / task.batch_size
-            known[k].update(noisy, variances[t] / scale.astype(np.float64) ** 2)
+            noisy = (sums[k] + parts[k].reshape(sums[k].shape)) / scale / plan.batch_size
+            if known:
+                known[k].update(noisy, variances[t] / scale.astype(np.float64) ** 2)
             means[k] = BETA_1 * means[k] + (1.0 - BETA_1) * noisy
             squares[k] = BETA_2 * squares[k] + (1.0 - BETA_2) * noisy**2
             root = np.sqrt(squares[k] / (1.0 - BETA_2 ** (t + 1)))
@@ -216,9 +221,7 @@ def _clipped(
     """Returns the sums of scaled gradients that were clipped after they were scaled."""
     hidden = task.hidden_layer(weights, x)
     logits = hidden @ weights[2] + weights[3][:, None]
-    probability = np.exp(logits - logits.max(axis=2, keepdims=True))
-    probability /= probability.sum(axis=2, keepdims=True)
-    d_logits = probability - y
+    d_logits = curvature.logit_gradients(logits, y)
     d_hidden = d_logits @ weights[2].transpose(0, 2, 1)
     if not task.linear:
         d_hidden *= hidden > 0.0
@@ -270,14 +273,13 @@ def main() -> None:
             100.0 * accuracies(task, plan, rate, options.runs, bound) for rate in options.rates
         ]
         cells = "   ".join(
-            f"{rate:g}: {each.mean():.2f} +- {each.std(ddof=1) / options.runs**0.5:.2f}"
+            f"{rate:g}: {curvature.with_error(each)}"
             for rate, each in zip(options.rates, found, strict=True)
         )
         best.append(max(found, key=np.mean))
-        gain = best[-1] - best[0]
-        words_of_gain = f"{gain.mean():+.2f} +- {gain.std(ddof=1) / options.runs**0.5:.2f}"
+        gain = curvature.with_error(best[-1] - best[0], "+")
         label = "Adam" if bound is None else f"scaled, bound {bound:g}"
-        print(f"{label:<18} {cells}   best to best: {words_of_gain}", flush=True)
+        print(f"{label:<18} {cells}   best to best: {gain}", flush=True)
 
 
 if __name__ == "__main__":
