@@ -42,12 +42,27 @@ def read_table(path: pathlib.Path) -> tuple[list[str], np.ndarray]:
     return [row[1 - label] for row in rows], np.array([int(row[label]) for row in rows])
 
 
-def make_model(preset: pathlib.Path, length: int) -> keras.Model:
-    """The encoder, the mean over tokens, and a head of two logits.
+def logits(hidden: object, padding_mask: object, feature_scale: float) -> object:
+    """The mean over tokens, and a head of two logits that starts at zero.
 
-    The head starts at zero and sees features of standard deviation 10: Adam moves every weight by
-    about the learning rate a step, and a head must move by more than an encoder that is tuned.
+    Args:
+        hidden: (sentences, tokens, width), a symbolic tensor.
+        padding_mask: (sentences, tokens), 1 where there is a token.
+        feature_scale: the standard deviation of what the head sees. Adam moves every weight by
+            about the learning rate a step, so a head learns faster the larger it is. Its share of
+            an example's gradient grows with it, too, and clipping leaves less of the rest.
+
+    Returns:
+        (sentences, 2).
     """
+    mask = keras.ops.expand_dims(keras.ops.cast(padding_mask, hidden.dtype), -1)
+    mean = keras.ops.sum(hidden * mask, axis=1) / keras.ops.sum(mask, axis=1)
+    features = feature_scale * keras.layers.LayerNormalization(center=False, scale=False)(mean)
+    return keras.layers.Dense(2, kernel_initializer="zeros", name="head")(features)
+
+
+def make_model(preset: pathlib.Path, length: int, feature_scale: float = 10.0) -> keras.Model:
+    """The encoder and the head of `logits`."""
     encoder = keras_nlp.models.BertBackbone.from_preset(str(preset), dropout=0.0)
     # Embeddings as in the paper; the pooler because nothing here uses it.
     for name in ("token_embedding", "position_embedding", "segment_embedding", "pooled_dense"):
@@ -57,11 +72,7 @@ def make_model(preset: pathlib.Path, length: int) -> keras.Model:
         for name in ("token_ids", "padding_mask", "segment_ids")
     }
     hidden = encoder(inputs)["sequence_output"]
-    mask = keras.ops.expand_dims(keras.ops.cast(inputs["padding_mask"], hidden.dtype), -1)
-    mean = keras.ops.sum(hidden * mask, axis=1) / keras.ops.sum(mask, axis=1)
-    features = 10.0 * keras.layers.LayerNormalization(center=False, scale=False)(mean)
-    head = keras.layers.Dense(2, kernel_initializer="zeros", name="head")
-    return keras.Model(inputs, head(features))
+    return keras.Model(inputs, logits(hidden, inputs["padding_mask"], feature_scale))
 
 
 def main() -> None:

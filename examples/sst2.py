@@ -71,7 +71,7 @@ def fitted(
 ) -> keras.Model:
     """Trains one model, by Adam with a learning rate that falls to zero."""
     x, y = rows
-    model = bert_sst2.make_model(preset, options.length)
+    model = bert_sst2.make_model(preset, options.length, options.feature_scale)
     batch_size = options.plain_batch_size if plan is None else options.batch_size
     num_steps = options.epochs * (len(y) // batch_size)
     schedule = keras.optimizers.schedules.PolynomialDecay(rate, num_steps, 0.0)
@@ -115,6 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=48, help="tokens of a sentence")
     parser.add_argument("--lora_rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3, 1.6e-2])
     parser.add_argument("--plain_batch_size", type=int, default=128)
+    parser.add_argument("--feature_scale", type=float, default=10.0, help="see bert_sst2.logits")
     parser.add_argument("--bfloat16", action="store_true", help="mixed precision, for a GPU")
     options = parser.parse_args(arguments)
     if options.bfloat16:
@@ -128,8 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
         return fitted(options, preset, data["train"], mechanism, plan, rate)
 
     precision = "-bfloat16" if options.bfloat16 else ""
+    head = "" if options.feature_scale == 10.0 else f"-features-{options.feature_scale:g}"
     task = tuned.Task(
-        f"sst2-{options.length}-{options.plain_batch_size}{precision}",
+        f"sst2-{options.length}-{options.plain_batch_size}{precision}{head}",
         data,
         train,
         len(data["train"][1]),

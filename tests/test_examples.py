@@ -232,10 +232,12 @@ def test_sst2_trains_all_weights_lora_and_rgp(example, tmp_path, capsys, monkeyp
     np.savez(tmp_path / "tokens-8.npz", **tokens, **labels)
     rates = ["--rates", "1e-3", "--lora_rates", "1e-2", "--plain_rates", "1e-3"]
     command = ["--output", str(tmp_path), "--preset", str(tmp_path), "--length", "8", *TUNED]
-    sst2.main([*command, *rates, "--plain_batch_size", "40"])
+    sst2.main([*command, *rates, "--plain_batch_size", "40", "--feature_scale", "0.1"])
     printed = capsys.readouterr().out
     for label in ("not private", "DP-SGD", "BandMF", "LoRA DP-SGD", "LoRA BandMF", "RGP"):
         assert len(re.findall(f"^{label},", printed, re.M)) == 2
+    # Another model: its runs must not be mixed with those of the default.
+    assert list(tmp_path.glob("sst2-8-40-features-0.1-*"))
 
 
 @pytest.mark.slow
