@@ -1,13 +1,13 @@
 """SST-2 with the pretrained BERT of examples/sst2.py, within an hour on two CPU cores.
 
-    python benchmarks/sst2_by_length.py --train train.tsv --dev dev.tsv --work sst2 --rate 6e-3
+    python benchmarks/sst2_by_length.py --train train.tsv --dev dev.tsv --output sst2 --rate 6e-3
 
 Sampling, noise and clipped gradients are what the private `fit` has under the same plan, but this
 is a simulation: its seeds are known, and no record of the run is kept. It is faster than `fit` on a
 CPU, for sentences are clipped together with others of about their length and not padded to the
 longest. Each is padded to its own length, rounded up, so that its gradient does not depend on the
-others. What the layers return that are not trained is kept. Prints the accuracy on the sentences
-that are held out, and on the development set.
+others. What the layers return that are not trained is kept, in float16. Prints the accuracy on the
+sentences that are held out, and on the development set.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from collections.abc import Iterator
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
-import sst2  # first, for it imports `quiet`
+import tuned  # first, for it imports `quiet`
 
 import bert_sst2
 import keras
 import keras_nlp
 import numpy as np
+import sst2
 import tensorflow as tf
 
 import keras_bandmf as bandmf
@@ -44,25 +45,23 @@ class Sentences:
 
     def __init__(self, options: argparse.Namespace, encoder: keras.Model) -> None:
         data = sst2.load(options, bert_sst2.default_preset())
-        tokens = np.concatenate([x["token_ids"] for x, _ in data.values()])
+        inputs = keras.tree.map_structure(
+            lambda *parts: np.concatenate(parts), *(x for x, _ in data.values())
+        )
         self.labels = np.concatenate([y for _, y in data.values()])
         ends = np.cumsum([len(y) for _, y in data.values()])
         self.parts = dict(zip(data, np.split(np.arange(ends[-1]), ends[:-1]), strict=True))
-        self._lengths = (tokens != 0).sum(axis=1)
+        self._lengths = inputs["padding_mask"].sum(axis=1)
         self._padded = np.array(LENGTHS)[np.searchsorted(LENGTHS, self._lengths)]
         self._offsets = np.concatenate([[0], np.cumsum(self._lengths)])
         self._states = np.empty((self._offsets[-1], encoder.output.shape[-1]), np.float16)
         first = tf.function(encoder, reduce_retracing=True)
         for length in LENGTHS:
             same = np.flatnonzero(self._padded == length)
-            for rows in np.array_split(same, -(-len(same) // 512)):
-                some = tokens[rows, :length]
-                inputs = {
-                    "token_ids": some,
-                    "padding_mask": (some != 0).astype("int32"),
-                    "segment_ids": np.zeros_like(some),
-                }
-                for row, states in zip(rows, first(inputs).numpy(), strict=True):
+            for start in range(0, len(same), 512):
+                rows = same[start : start + 512]
+                some = {name: array[rows, :length] for name, array in inputs.items()}
+                for row, states in zip(rows, first(some).numpy(), strict=True):
                     self._states[self._span(row)] = states[: self._lengths[row]]
 
     def _span(self, row: int) -> slice:
@@ -111,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", type=pathlib.Path, required=True, help="a table")
     parser.add_argument("--dev", type=pathlib.Path, required=True, help="a table")
-    parser.add_argument("--work", type=pathlib.Path, required=True, help="folder for tokens")
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of tokens")
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=1_000)
@@ -123,7 +122,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--every", type=int, default=31, help="steps between two evaluations")
     options = parser.parse_args()
-    options.output, options.length = options.work, LENGTHS[-1]
+    options.length = LENGTHS[-1]
     tf.get_logger().setLevel("ERROR")  # each length and size is traced, and TensorFlow warns of it
     keras.utils.set_random_seed(options.seed)
     frozen, model = make_models(options)
@@ -136,7 +135,7 @@ def main() -> None:
         epsilon=options.epsilon,
         delta=1e-5,
         num_bands=options.bands if options.bands == "auto" else int(options.bands),
-        sampling="random_allocation",
+        **tuned.ALLOCATED,
     )
     print(f"{plan.num_bands} bands, noise multiplier {plan.noise_multiplier:.3f}", flush=True)
     batches = plan.batches(np.zeros(len(train), np.int8), seed=options.seed)

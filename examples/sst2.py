@@ -115,7 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=48, help="tokens of a sentence")
     parser.add_argument("--lora_rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3, 1.6e-2])
     parser.add_argument("--plain_batch_size", type=int, default=128)
-    parser.add_argument("--feature_scale", type=float, default=10.0, help="see bert_sst2.logits")
+    parser.add_argument(
+        "--feature_scale", type=float, default=bert_sst2.FEATURE_SCALE, help="of bert_sst2.logits"
+    )
     parser.add_argument("--bfloat16", action="store_true", help="mixed precision, for a GPU")
     options = parser.parse_args(arguments)
     if options.bfloat16:
@@ -129,7 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
         return fitted(options, preset, data["train"], mechanism, plan, rate)
 
     precision = "-bfloat16" if options.bfloat16 else ""
-    head = "" if options.feature_scale == 10.0 else f"-features-{options.feature_scale:g}"
+    scale = options.feature_scale
+    head = "" if scale == bert_sst2.FEATURE_SCALE else f"-features-{scale:g}"
     task = tuned.Task(
         f"sst2-{options.length}-{options.plain_batch_size}{precision}{head}",
         data,
