@@ -7,7 +7,10 @@ is a simulation: its seeds are known, and no record of the run is kept. It is fa
 CPU, for sentences are clipped together with others of about their length and not padded to the
 longest. Each is padded to its own length, rounded up, so that its gradient does not depend on the
 others. What the layers return that are not trained is kept, in float16. Prints the accuracy on the
-sentences that are held out, and on the development set.
+sentences that are held out, and on the development set. `--plain` trains without privacy:
+
+    python benchmarks/sst2_by_length.py --train train.tsv --dev dev.tsv --output sst2 --plain \
+        --rate 2e-4 --batch_size 128 --epochs 3 --feature_scale 10
 """
 
 from __future__ import annotations
@@ -30,9 +33,11 @@ import sst2
 import tensorflow as tf
 
 import keras_bandmf as bandmf
+from keras_bandmf.rgp.run import RunCarriers
 
 LENGTHS = (8, 12, 16, 24, 32, 48)
 TOKENS = 2_048  # about as many are clipped at a time
+PLAIN_TOKENS = 512  # or passed, where nothing is private and batches are small
 
 
 class Sentences:
@@ -67,11 +72,13 @@ class Sentences:
     def _span(self, row: int) -> slice:
         return slice(self._offsets[row], self._offsets[row + 1])
 
-    def by_length(self, rows: np.ndarray) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
+    def by_length(
+        self, rows: np.ndarray, tokens: int = TOKENS
+    ) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
         """Yields (inputs, labels, mask) of sentences of about one length, in two sizes for each."""
         for length in LENGTHS:
             same = rows[self._padded[rows] == length]
-            large, first = TOKENS // length, 0
+            large, first = tokens // length, 0
             small = large // 4
             while first < len(same):
                 size = large if len(same) - first > 3 * small else small
@@ -105,21 +112,55 @@ def make_models(options: argparse.Namespace) -> tuple[keras.Model, keras.Model]:
     return frozen, keras.Model(inputs, head)
 
 
+def make_plan(options: argparse.Namespace, num_examples: int) -> bandmf.TrainingPlan:
+    """The plan of examples/sst2.py."""
+    return bandmf.TrainingPlan.calibrate(
+        num_examples=num_examples,
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        epsilon=options.epsilon,
+        delta=1e-5,
+        num_bands=options.bands if options.bands == "auto" else int(options.bands),
+        **tuned.ALLOCATED,
+    )
+
+
+def shuffled(options: argparse.Namespace, num_examples: int) -> np.ndarray:
+    """Batches that are not private, one in a row: each epoch in an order of its own."""
+    rng = np.random.default_rng(options.seed)
+    whole = num_examples // options.batch_size * options.batch_size
+    orders = [rng.permutation(num_examples)[:whole] for _ in range(options.epochs)]
+    return np.concatenate(orders).reshape(-1, options.batch_size)
+
+
+def make_schedule(
+    options: argparse.Namespace, num_steps: int
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """A learning rate that falls to zero: linearly, or as a cosine after it has grown."""
+    schedules = keras.optimizers.schedules
+    if not options.warmup:
+        return schedules.PolynomialDecay(options.rate, num_steps, 0.0)
+    rest = num_steps - options.warmup
+    return schedules.CosineDecay(0.0, rest, warmup_target=options.rate, warmup_steps=options.warmup)
+
+
 def main() -> None:
     """Plans, trains, prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=pathlib.Path, required=True, help="a table")
-    parser.add_argument("--dev", type=pathlib.Path, required=True, help="a table")
+    sst2.add_data_arguments(parser, required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of tokens")
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=1_000)
     parser.add_argument("--bands", default="auto", help='a number, or "auto"; 1 is DP-SGD')
     parser.add_argument("--rate", type=float, default=6e-3)
+    parser.add_argument("--warmup", type=int, default=0, help="steps in which the rate grows")
     parser.add_argument("--feature_scale", type=float, default=0.1)
     parser.add_argument("--l2_norm_clip", type=float, default=0.3)
     parser.add_argument("--first_layer", type=int, default=0, help="the first one that is trained")
+    parser.add_argument("--rgp_rank", type=int, default=0, help="of carriers; 0 is without")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--plain", action="store_true", help="train without privacy")
     parser.add_argument("--every", type=int, default=31, help="steps between two evaluations")
     options = parser.parse_args()
     options.length = LENGTHS[-1]
@@ -128,36 +169,44 @@ def main() -> None:
     frozen, model = make_models(options)
     sentences = Sentences(options, frozen)
     train = sentences.parts["train"]
-    plan = bandmf.TrainingPlan.calibrate(
-        num_examples=len(train),
-        batch_size=options.batch_size,
-        epochs=options.epochs,
-        epsilon=options.epsilon,
-        delta=1e-5,
-        num_bands=options.bands if options.bands == "auto" else int(options.bands),
-        **tuned.ALLOCATED,
-    )
-    print(f"{plan.num_bands} bands, noise multiplier {plan.noise_multiplier:.3f}", flush=True)
-    batches = plan.batches(np.zeros(len(train), np.int8), seed=options.seed)
     weights = model.trainable_variables
-    noise = bandmf.noise.CorrelatedNoise(
-        plan.strategy,
-        plan.noise_stddev(options.l2_norm_clip),
-        [v.shape for v in weights],
-        seed=options.seed,
-    )
-    sums = [tf.Variable(tf.zeros(v.shape)) for v in weights]
-    schedule = keras.optimizers.schedules.PolynomialDecay(options.rate, plan.num_steps, 0.0)
-    optimizer = keras.optimizers.Adam(schedule)
+    if options.plain:
+        batches, tokens = shuffled(options, len(train)), PLAIN_TOKENS
+        noise = carriers = None
+    else:
+        tokens = TOKENS
+        plan = make_plan(options, len(train))
+        print(f"{plan.num_bands} bands, noise multiplier {plan.noise_multiplier:.3f}", flush=True)
+        sampled = plan.batches(np.zeros(len(train), np.int8), seed=options.seed)
+        batches = [sampled.indices(t) for t in range(plan.num_steps)]
+        if options.rgp_rank:
+            bandmf.enable_rgp(model, options.rgp_rank, warmup_steps=plan.num_steps, restart=True)
+        carriers = RunCarriers(weights, plan.strategy)
+        carriers.start(np.array([options.seed, 0], np.uint64))
+        noise = bandmf.noise.CorrelatedNoise(
+            plan.strategy,
+            plan.noise_stddev(options.l2_norm_clip),
+            carriers.shapes,
+            seed=options.seed,
+        )
+    shapes = [v.shape for v in weights] if carriers is None else carriers.shapes
+    sums = [tf.Variable(tf.zeros(shape)) for shape in shapes]
+    optimizer = keras.optimizers.Adam(make_schedule(options, len(batches)))
     optimizer.build(weights)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
     @tf.function(jit_compile=True)
     def add(x: dict, y: tf.Tensor, mask: tf.Tensor) -> None:
-        found = bandmf.clipped_gradients(
-            model, x, y, l2_norm_clip=options.l2_norm_clip, mask=mask, loss=loss
-        )
-        for total, each in zip(sums, found.sums, strict=True):
+        if options.plain:
+            with tf.GradientTape() as tape:
+                # The mean over the rows of padding, too, which have no weight.
+                mean = loss(y, model(x), sample_weight=tf.cast(mask, tf.float32))
+            found = [each * float(len(y)) for each in tape.gradient(mean, weights)]
+        else:
+            found = bandmf.clipped_gradients(
+                model, x, y, l2_norm_clip=options.l2_norm_clip, mask=mask, loss=loss
+            ).sums
+        for total, each in zip(sums, found, strict=True):
             total.assign_add(each)
 
     @tf.function(jit_compile=True)
@@ -166,11 +215,13 @@ def main() -> None:
 
     @tf.function
     def step() -> None:
-        gradients = [
-            (total + each) / options.batch_size
-            for total, each in zip(sums, noise.next(), strict=True)
-        ]
-        optimizer.apply(gradients, weights)
+        found = [tf.convert_to_tensor(total) for total in sums]
+        if noise is not None:
+            found = [total + each for total, each in zip(found, noise.next(), strict=True)]
+            found = carriers.gradients(found)
+        optimizer.apply([each / options.batch_size for each in found], weights)
+        if carriers is not None:
+            carriers.refresh(optimizer.iterations.value, 0)
         for total in sums:
             total.assign(tf.zeros_like(total))
 
@@ -181,11 +232,11 @@ def main() -> None:
         return sum(right) / len(rows)
 
     started = time.time()
-    for t in range(plan.num_steps):
-        for x, y, mask in sentences.by_length(train[batches.indices(t)]):
+    for t, rows in enumerate(batches):
+        for x, y, mask in sentences.by_length(train[rows], tokens):
             add(x, y, mask)
         step()
-        if (t + 1) % options.every == 0 or t + 1 == plan.num_steps:
+        if (t + 1) % options.every == 0 or t + 1 == len(batches):
             found = ", ".join(
                 f"{part} {accuracy(sentences.parts[part]):.4f}" for part in ("held out", "test")
             )

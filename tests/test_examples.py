@@ -230,6 +230,7 @@ def test_sst2_trains_all_weights_lora_and_rgp(example, tmp_path, capsys, monkeyp
     tokens = {part: rng.integers(1, 50, (n, 8)) for part, n in (("train", 5_080), ("dev", 20))}
     labels = {f"y_{part}": ids[:, 0] % 2 for part, ids in tokens.items()}
     np.savez(tmp_path / "tokens-8.npz", **tokens, **labels)
+    np.save(tmp_path / "sentences.npy", np.arange(5_080))
     rates = ["--rates", "1e-3", "--lora_rates", "1e-2", "--plain_rates", "1e-3"]
     command = ["--output", str(tmp_path), "--preset", str(tmp_path), "--length", "8", *TUNED]
     sst2.main([*command, *rates, "--plain_batch_size", "40", "--feature_scale", "0.1"])
@@ -237,7 +238,22 @@ def test_sst2_trains_all_weights_lora_and_rgp(example, tmp_path, capsys, monkeyp
     for label in ("not private", "DP-SGD", "BandMF", "LoRA DP-SGD", "LoRA BandMF", "RGP"):
         assert len(re.findall(f"^{label},", printed, re.M)) == 2
     # Another model: its runs must not be mixed with those of the default.
-    assert list(tmp_path.glob("sst2-8-40-features-0.1-*"))
+    assert list(tmp_path.glob("sst2-8-40-features-0.1-sentences-*"))
+
+
+def test_sst2_holds_out_sentences_with_all_of_their_phrases(example):
+    pytest.importorskip("keras_nlp")
+    sst2 = example("sst2")
+    rows = ["good", "a good film", "a very bad film", "very bad", "a good", "goo", "bad film"]
+    sentences = sst2.sentence_of_each(rows)
+    # "goo" is no phrase of "a good film": words count, not letters.
+    assert sentences.tolist() == [1, 1, 2, 2, 1, 5, 2]
+    for amount in range(len(rows)):
+        order = sst2.whole_sentences_last(sentences, amount)
+        assert sorted(order) == list(range(len(rows)))
+        trained, held_out = np.split(sentences[order], [len(rows) - amount])
+        if amount in (1, 4):  # "goo", and with it one of the others
+            assert not set(trained) & set(held_out)
 
 
 @pytest.mark.slow
