@@ -51,7 +51,10 @@ def main(arguments: list[str] | None = None) -> None:
         model = language.small_model(
             language.public_texts()[: options.most], options.length, options.public_epochs
         )
-        model.save_to_preset(str(public))
+        # Under its name only when it is whole: the next run takes what it finds there.
+        unfinished = public.with_name(f"{public.name}-unfinished")
+        model.save_to_preset(str(unfinished))
+        unfinished.rename(public)
     before = keras_hub.models.CausalLM.from_preset(str(public))
     print(f"{len(data['train'])} texts to train on; perplexity before, on the test set: ", end="")
     before.compile()
