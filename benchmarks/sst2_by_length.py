@@ -172,7 +172,7 @@ def main() -> None:
     weights = model.trainable_variables
     if options.plain:
         batches, tokens = shuffled(options, len(train)), PLAIN_TOKENS
-        noise = carriers = None
+        carriers, noise = RunCarriers(weights, None), None
     else:
         tokens = TOKENS
         plan = make_plan(options, len(train))
@@ -189,8 +189,7 @@ def main() -> None:
             carriers.shapes,
             seed=options.seed,
         )
-    shapes = [v.shape for v in weights] if carriers is None else carriers.shapes
-    sums = [tf.Variable(tf.zeros(shape)) for shape in shapes]
+    sums = [tf.Variable(tf.zeros(shape)) for shape in carriers.shapes]
     optimizer = keras.optimizers.Adam(make_schedule(options, len(batches)))
     optimizer.build(weights)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -218,10 +217,9 @@ def main() -> None:
         found = [tf.convert_to_tensor(total) for total in sums]
         if noise is not None:
             found = [total + each for total, each in zip(found, noise.next(), strict=True)]
-            found = carriers.gradients(found)
-        optimizer.apply([each / options.batch_size for each in found], weights)
-        if carriers is not None:
-            carriers.refresh(optimizer.iterations.value, 0)
+        gradients = [each / options.batch_size for each in carriers.gradients(found)]
+        optimizer.apply(gradients, weights)
+        carriers.refresh(optimizer.iterations.value, 0)
         for total in sums:
             total.assign(tf.zeros_like(total))
 

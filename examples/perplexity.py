@@ -12,6 +12,7 @@ mechanisms are tuned. What is compared is the perplexity of a token.
 from __future__ import annotations
 
 import argparse
+import os
 
 import tuned  # first, for it imports `quiet`
 
@@ -51,8 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
         model = language.small_model(
             language.public_texts()[: options.most], options.length, options.public_epochs
         )
-        # Under its name only when it is whole: the next run takes what it finds there.
-        unfinished = public.with_name(f"{public.name}-unfinished")
+        # Under its name only when it is whole: another process takes what it finds there.
+        unfinished = public.with_name(f"{public.name}-{os.getpid()}")
         model.save_to_preset(str(unfinished))
         unfinished.rename(public)
     before = keras_hub.models.CausalLM.from_preset(str(public))
