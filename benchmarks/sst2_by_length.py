@@ -194,12 +194,14 @@ def main() -> None:
             bandmf.enable_rgp(model, options.rgp_rank, warmup_steps=plan.num_steps, restart=True)
         carriers = RunCarriers(weights, plan.strategy)
         carriers.start(np.array([options.seed, 0], np.uint64))
-        noise = bandmf.noise.CorrelatedNoise(
-            plan.strategy,
-            options.fraction * plan.noise_stddev(options.l2_norm_clip),
-            carriers.shapes,
-            seed=options.seed,
-        )
+        noise = None
+        if not options.no_noise:
+            noise = bandmf.noise.CorrelatedNoise(
+                plan.strategy,
+                options.fraction * plan.noise_stddev(options.l2_norm_clip),
+                carriers.shapes,
+                seed=options.seed,
+            )
     if options.fraction < 1:
         batches = some_of(batches, options)
     mean_of = options.fraction * options.batch_size
@@ -229,7 +231,7 @@ def main() -> None:
     @tf.function
     def step() -> None:
         found = [tf.convert_to_tensor(total) for total in sums]
-        if noise is not None and not options.no_noise:
+        if noise is not None:
             found = [total + each for total, each in zip(found, noise.next(), strict=True)]
         gradients = [each / mean_of for each in carriers.gradients(found)]
         optimizer.apply(gradients, weights)
