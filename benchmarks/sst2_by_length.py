@@ -102,6 +102,8 @@ def make_models(options: argparse.Namespace) -> tuple[keras.Model, keras.Model]:
     encoder = keras_nlp.models.BertBackbone.from_preset(
         str(bert_sst2.default_preset()), dropout=0.0
     )
+    if options.lora_rank:
+        encoder.enable_lora(options.lora_rank)
     layers = [each for each in encoder.layers if each.name.startswith("transformer_layer")]
     frozen = keras.Model(encoder.inputs, layers[options.first_layer].input[0])
     inputs = {
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--feature_scale", type=float, default=0.1)
     parser.add_argument("--l2_norm_clip", type=float, default=0.3)
     parser.add_argument("--first_layer", type=int, default=0, help="the first one that is trained")
+    parser.add_argument("--lora_rank", type=int, default=0, help="trains LoRA of this rank")
     parser.add_argument("--rgp_rank", type=int, default=0, help="of carriers; 0 is without")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plain", action="store_true", help="train without privacy")
