@@ -12,8 +12,10 @@ sentences that are held out, and on the development set. `--plain` trains withou
     python benchmarks/sst2_by_length.py --train train.tsv --dev dev.tsv --output sst2 --plain \
         --rate 2e-4 --batch_size 128 --epochs 3 --feature_scale 10
 
-`--fraction` tries a plan in less time: on a part of each batch, with the same part of the noise of
-its sum, so that the noise of the mean gradient is that of the plan.
+`--save` keeps the weights in a file, and `--start` begins with those of such a file, of a model
+that was trained on other sentences: public ones, as those of public_reviews.py. `--fraction` tries
+a plan in less time: on a part of each batch, with the same part of the noise of its sum, so that
+the noise of the mean gradient is that of the plan.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Sentences:
     """
 
     def __init__(self, options: argparse.Namespace, encoder: keras.Model) -> None:
-        data = sst2.load(options, bert_sst2.default_preset())
+        data = sst2.load(options, bert_sst2.default_preset(), options.num_held_out)
         inputs = keras.tree.map_structure(
             lambda *parts: np.concatenate(parts), *(x for x, _ in data.values())
         )
@@ -117,6 +119,21 @@ def make_models(options: argparse.Namespace) -> tuple[keras.Model, keras.Model]:
     return frozen, keras.Model(inputs, head)
 
 
+def save(options: argparse.Namespace, *models: keras.Model) -> None:
+    """Keeps all weights, each under its path."""
+    found = {each.path: each.numpy() for model in models for each in model.variables}
+    np.savez(options.save, feature_scale=options.feature_scale, **found)
+
+
+def start(options: argparse.Namespace, *models: keras.Model) -> None:
+    """Takes the weights of a file, so that the models return what those that were saved did."""
+    with np.load(options.start) as file:
+        ratio = file["feature_scale"] / options.feature_scale
+        for weight in (each for model in models for each in model.variables):
+            factor = ratio if weight.path == "head/kernel" else 1.0
+            weight.assign(factor * file[weight.path])
+
+
 def make_plan(options: argparse.Namespace, num_examples: int) -> bandmf.TrainingPlan:
     """The plan of examples/sst2.py."""
     return bandmf.TrainingPlan.calibrate(
@@ -175,12 +192,17 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="train without privacy")
     parser.add_argument("--fraction", type=float, default=1.0, help="of each batch that is used")
     parser.add_argument("--no_noise", action="store_true", help="clip, but add no noise")
+    parser.add_argument("--start", type=pathlib.Path, help="a file of weights to begin with")
+    parser.add_argument("--save", type=pathlib.Path, help="a file for the weights, in the end")
+    parser.add_argument("--num_held_out", type=int, default=tuned.HELD_OUT, help="rows")
     parser.add_argument("--every", type=int, default=31, help="steps between two evaluations")
     options = parser.parse_args()
     options.length = LENGTHS[-1]
     tf.get_logger().setLevel("ERROR")  # each length and size is traced, and TensorFlow warns of it
     keras.utils.set_random_seed(options.seed)
     frozen, model = make_models(options)
+    if options.start:
+        start(options, frozen, model)
     sentences = Sentences(options, frozen)
     train = sentences.parts["train"]
     weights = model.trainable_variables
@@ -248,16 +270,21 @@ def main() -> None:
         ]
         return sum(right) / len(rows)
 
+    def report(step: int) -> None:
+        found = (f"{part} {accuracy(sentences.parts[part]):.4f}" for part in ("held out", "test"))
+        print(f"step {step}: {', '.join(found)} ({time.time() - started:.0f} s)", flush=True)
+
     started = time.time()
+    if options.start:
+        report(0)
     for t, rows in enumerate(batches):
         for x, y, mask in sentences.by_length(train[rows], tokens):
             add(x, y, mask)
         step()
         if (t + 1) % options.every == 0 or t + 1 == len(batches):
-            found = ", ".join(
-                f"{part} {accuracy(sentences.parts[part]):.4f}" for part in ("held out", "test")
-            )
-            print(f"step {t + 1}: {found} ({time.time() - started:.0f} s)", flush=True)
+            report(t + 1)
+    if options.save:
+        save(options, frozen, model)
 
 
 if __name__ == "__main__":

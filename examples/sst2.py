@@ -59,7 +59,9 @@ def whole_sentences_last(sentences: np.ndarray, amount: int) -> np.ndarray:
     return np.argsort(np.isin(sentences, taken), kind="stable")
 
 
-def load(options: argparse.Namespace, preset: pathlib.Path) -> dict[str, tuple]:
+def load(
+    options: argparse.Namespace, preset: pathlib.Path, held_out: int = tuned.HELD_OUT
+) -> dict[str, tuple]:
     """Tokens and labels: to train, to choose learning rates, and to test."""
     kept = options.output / f"tokens-{options.length}.npz"
     if not kept.exists():
@@ -77,7 +79,7 @@ def load(options: argparse.Namespace, preset: pathlib.Path) -> dict[str, tuple]:
         numbers = options.output / "sentences.npy"
         if not numbers.exists():
             np.save(numbers, sentence_of_each(bert_sst2.read_table(options.train)[0]))
-        order = whole_sentences_last(np.load(numbers), tuned.HELD_OUT)
+        order = whole_sentences_last(np.load(numbers), held_out)
 
     def rows(ids: np.ndarray, labels: np.ndarray) -> tuple:
         # [PAD] is token 0, and there is one segment.
@@ -86,7 +88,7 @@ def load(options: argparse.Namespace, preset: pathlib.Path) -> dict[str, tuple]:
 
     with np.load(kept) as file:
         train = rows(file["train"][order], file["y_train"][order])
-        return tuned.parts(train, rows(file["dev"], file["y_dev"]))
+        return tuned.parts(train, rows(file["dev"], file["y_dev"]), held_out)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:

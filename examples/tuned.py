@@ -89,13 +89,13 @@ def accuracy(model: keras.Model, rows: tuple[object, np.ndarray]) -> float:
     return float(model.evaluate(*rows, batch_size=500, verbose=0)[1])
 
 
-def parts(train: tuple, test: tuple) -> dict[str, tuple]:
-    """Rows to train on, the last ones held out, and the test set, each (inputs, labels)."""
+def parts(train: tuple, test: tuple, held_out: int = HELD_OUT) -> dict[str, tuple]:
+    """Rows to train on, the last `held_out` ones, and the test set, each (inputs, labels)."""
 
     def rows(some: slice) -> tuple:
         return keras.tree.map_structure(lambda array: array[some], train)
 
-    return {"train": rows(slice(-HELD_OUT)), "held out": rows(slice(-HELD_OUT, None)), "test": test}
+    return {"train": rows(slice(-held_out)), "held out": rows(slice(-held_out, None)), "test": test}
 
 
 def fitted(
