@@ -120,7 +120,7 @@ def make_models(options: argparse.Namespace) -> tuple[keras.Model, keras.Model]:
 
 
 def save(options: argparse.Namespace, *models: keras.Model) -> None:
-    """Keeps all weights, each under its path."""
+    """Keeps all weights, each under its path, whichever of the models its layer is in."""
     found = {each.path: each.numpy() for model in models for each in model.variables}
     np.savez(options.save, feature_scale=options.feature_scale, **found)
 
