@@ -6,6 +6,9 @@ epochs, momentum, clip norm, learning rates, held-out rows and seeds. The noise 
 of Opacus's own accountant.
 
     python benchmarks/scattering_opacus.py --data fashion_mnist.npz --output scattering --epsilon 3
+
+With `--ours`, DP-SGD of this package trains too, in turns with Opacus and in the same process, to
+compare the time of training; the environment then needs the package and its examples' libraries.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import sys
 import time
 import warnings
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -22,44 +27,99 @@ from opacus import PrivacyEngine
 
 HELD_OUT = 5_000
 
+Rows = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
-def fitted(
-    options: argparse.Namespace, rows: tuple[torch.Tensor, torch.Tensor], rate: float, seed: int
-) -> tuple[torch.nn.Module, float]:
-    """A trained model and its noise multiplier."""
+
+def load(options: argparse.Namespace) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Features and labels of the rows to train on, of those held out, and of the test set."""
+    with np.load(options.data) as file:
+        rows = {
+            part: (
+                np.load(options.output / f"{options.data.stem}-{part}.npy"),
+                file[f"y_{part}"].astype("int64").ravel(),
+            )
+            for part in ("train", "test")
+        }
+    rows["held out"] = tuple(each[-HELD_OUT:] for each in rows["train"])
+    rows["train"] = tuple(each[:-HELD_OUT] for each in rows["train"])
+    return rows
+
+
+def opacus_run(options: argparse.Namespace, rows: Rows, rate: float, seed: int) -> dict[str, float]:
+    """Accuracies, the noise multiplier, and the seconds of planning and of training."""
     torch.manual_seed(seed)
-    model = torch.nn.Linear(rows[0].shape[1], 10)
+    train = torch.utils.data.TensorDataset(*map(torch.from_numpy, rows["train"]))
+    model = torch.nn.Linear(rows["train"][0].shape[1], 10)
     torch.nn.init.zeros_(model.weight)
     torch.nn.init.zeros_(model.bias)
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(*rows), batch_size=options.batch_size
-    )
+    started = time.time()
     model, optimizer, loader = PrivacyEngine(accountant="prv").make_private_with_epsilon(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), rate, momentum=0.9),
-        data_loader=loader,
+        data_loader=torch.utils.data.DataLoader(train, batch_size=options.batch_size),
         target_epsilon=options.epsilon,
         target_delta=options.delta,
         epochs=options.epochs,
         max_grad_norm=options.l2_norm_clip,
     )
+    planned = time.time()
     for _ in range(options.epochs):
         for x, y in loader:
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(x.float()), y).backward()
             optimizer.step()
-    return model, optimizer.noise_multiplier
+    ended = time.time()
+
+    def accuracy(x: np.ndarray, y: np.ndarray) -> float:
+        with torch.no_grad():
+            parts = torch.from_numpy(x).split(1_000)
+            found = torch.cat([model(part.float()).argmax(1) for part in parts])
+        return float(np.mean(found.numpy() == y))
+
+    return {
+        **{on: accuracy(*rows[on]) for on in ("held out", "test")},
+        "noise": optimizer.noise_multiplier,
+        "planning": planned - started,
+        "training": ended - planned,
+    }
 
 
-def accuracy(model: torch.nn.Module, rows: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """The share of rows whose class is found."""
-    with torch.no_grad():
-        found = torch.cat([model(x.float()).argmax(1) for x in rows[0].split(1_000)])
-    return float((found == rows[1]).double().mean())
+def our_run(options: argparse.Namespace, rows: Rows, rate: float, seed: int) -> dict[str, float]:
+    """The same of this package: `compile` and `fit`."""
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+    import tuned  # first, for it imports `quiet`
+
+    import keras
+    import scattering
+
+    import keras_bandmf as bandmf
+
+    keras.utils.set_random_seed(seed)
+    x, y = rows["train"]
+    started = time.time()
+    plan = bandmf.TrainingPlan.calibrate(
+        num_examples=len(y),
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        epsilon=options.epsilon,
+        delta=options.delta,
+        num_bands=1,
+    )
+    planned = time.time()
+    batches = plan.batches(x, y.astype("int32"))
+    model = scattering.make_model(x.shape[1])
+    model = tuned.fitted(options, model, plan, rate, x=batches, epochs=options.epochs)
+    ended = time.time()
+    return {
+        **{on: tuned.accuracy(model, rows[on]) for on in ("held out", "test")},
+        "noise": plan.noise_multiplier,
+        "planning": planned - started,
+        "training": ended - planned,
+    }
 
 
 def main() -> None:
-    """Tunes, trains, and prints a line of the example's table."""
+    """Tunes, trains, and prints lines of the example's table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True)
@@ -70,43 +130,51 @@ def main() -> None:
     parser.add_argument("--l2_norm_clip", type=float, default=0.1)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0, 4.0])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--ours", action="store_true", help="train DP-SGD of this package, too")
     options = parser.parse_args()
+    options.clipping = "flat"  # which the example's `fitted` asks for
     # Opacus warns of its generator, and PyTorch of the hooks of Opacus, in every run.
     warnings.filterwarnings("ignore", module=r"opacus|torch")
-    with np.load(options.data) as file:
-        rows = {
-            part: (
-                torch.from_numpy(np.load(options.output / f"{options.data.stem}-{part}.npy")),
-                torch.from_numpy(file[f"y_{part}"].astype("int64").ravel()),
-            )
-            for part in ("train", "test")
-        }
-    rows["held out"] = tuple(each[-HELD_OUT:] for each in rows["train"])
-    rows["train"] = tuple(each[:-HELD_OUT] for each in rows["train"])
+    rows = load(options)
     budget = f"{options.epsilon:g}-{options.delta:g}"
     training = f"{options.batch_size}-{options.epochs}-{options.l2_norm_clip:g}"
     kept = options.output / f"{options.data.stem}-{budget}-{training}-opacus.json"
     runs = json.loads(kept.read_text()) if kept.exists() else {}
+    trained: dict[str, Callable] = {"opacus": opacus_run}
+    if options.ours:
+        trained["ours"] = our_run
 
-    def run(rate: float, seed: int) -> dict[str, float]:
-        key = f"rate {rate:g}, seed {seed}"
+    def run(name: str, rate: float, seed: int) -> dict[str, float]:
+        key = f"{name}, rate {rate:g}, seed {seed}"
         if key not in runs:
-            started = time.time()
-            model, noise = fitted(options, rows["train"], rate, seed)
-            runs[key] = {on: accuracy(model, rows[on]) for on in ("held out", "test")}
-            runs[key] |= {"noise": noise, "seconds": time.time() - started}
+            runs[key] = trained[name](options, rows, rate, seed)
             kept.write_text(json.dumps(runs, indent=1))
-            print(f"opacus, {key}: {runs[key]}", flush=True)
+            print(f"{key}: {runs[key]}", flush=True)
         return runs[key]
 
-    best = max(options.rates, key=lambda rate: run(rate, 0)["held out"])
-    found = [run(best, 1 + i) for i in range(options.seeds)]
-    scores = np.array([each["test"] for each in found])
-    error = f" +- {scores.std(ddof=1) / len(scores) ** 0.5:.4f}" if len(scores) > 1 else ""
-    print(
-        f"opacus   noise {found[0]['noise']:.3f}   rate {best:g}   accuracy {scores.mean():.4f}"
-        f"{error}   {np.mean([each['seconds'] for each in found]):.0f} s a run"
-    )
+    # One after the other at each rate and seed, so that both have the machine as it is then.
+    tried = {(rate, name): run(name, rate, 0) for rate in options.rates for name in trained}
+    best = {
+        name: max(options.rates, key=lambda rate, of=name: tried[rate, of]["held out"])
+        for name in trained
+    }
+    found = {
+        (seed, name): run(name, best[name], 1 + seed)
+        for seed in range(options.seeds)
+        for name in trained
+    }
+    for name in trained:
+        each = [found[seed, name] for seed in range(options.seeds)]
+        scores = np.array([one["test"] for one in each])
+        error = f" +- {scores.std(ddof=1) / len(scores) ** 0.5:.4f}" if len(scores) > 1 else ""
+        training, planning = (
+            np.mean([one[part] for one in each]) for part in ("training", "planning")
+        )
+        print(
+            f"{name:<7}  noise {each[0]['noise']:.3f}   rate {best[name]:g}   "
+            f"accuracy {scores.mean():.4f}{error}   "
+            f"{training:.1f} s of training, {planning:.1f} s of planning"
+        )
 
 
 if __name__ == "__main__":

@@ -61,6 +61,16 @@ def load(data: pathlib.Path, output: pathlib.Path) -> dict[str, tuple]:
     return tuned.parts(*found)
 
 
+def make_model(num_features: int) -> keras.Model:
+    """One dense layer."""
+    return keras.Sequential(
+        [
+            keras.Input((num_features,), dtype="float16"),
+            keras.layers.Dense(10, kernel_initializer="zeros"),
+        ]
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Tunes, trains, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -77,16 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     data = load(options.data, options.output)
-
-    def make_model() -> keras.Model:
-        return keras.Sequential(
-            [
-                keras.Input(data["train"][0].shape[1:], dtype="float16"),
-                keras.layers.Dense(10, kernel_initializer="zeros"),
-            ]
-        )
-
-    task = tuned.classification(options, options.data.stem, data, make_model)
+    num_features = data["train"][0].shape[1]
+    task = tuned.classification(options, options.data.stem, data, lambda: make_model(num_features))
     tuned.compare(options, task, tuned.mechanisms(options))
 
 
