@@ -142,6 +142,7 @@ def main() -> None:
     options.clipping = "flat"  # which the example's `fitted` asks for
     # Opacus warns of its generator, and PyTorch of the hooks of Opacus, in every run.
     warnings.filterwarnings("ignore", module=r"opacus|torch")
+    warnings.filterwarnings("ignore", message="Full backward hook")
     rows = load(options)
     budget = f"{options.epsilon:g}-{options.delta:g}"
     training = f"{options.batch_size}-{options.epochs}-{options.l2_norm_clip:g}"
