@@ -9,6 +9,7 @@ of Opacus's own accountant.
 
 With `--ours`, DP-SGD of this package trains too, in turns with Opacus and in the same process, to
 compare the time of training; the environment then needs the package and its examples' libraries.
+PyTorch is slower once TensorFlow is loaded: its first run, before ours, shows by how much.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import numpy as np
 import torch
@@ -92,7 +95,6 @@ def opacus_run(options: argparse.Namespace, rows: Rows, rate: float, seed: int) 
 
 def our_run(options: argparse.Namespace, rows: Rows, rate: float, seed: int) -> dict[str, float]:
     """The same of this package: `compile` and `fit`."""
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
     import tuned  # first, for it imports `quiet`
 
     import keras
