@@ -15,7 +15,7 @@ from keras_bandmf.planning.plan import TrainingPlan
 from keras_bandmf.planning.progress import ProgressBar
 from keras_bandmf.planning.statement import Statement
 from keras_bandmf.release import export
-from keras_bandmf.rgp import enable_rgp, merge_rgp
+from keras_bandmf.rgp import enable_rgp, merge_rgp, public_carriers
 from keras_bandmf.sampling import PrivateBatches
 from keras_bandmf.training.model_statement import statement
 from keras_bandmf.training.private_training import privatize
@@ -50,6 +50,7 @@ __all__ = [
     "merge_rgp",
     "noise",
     "privatize",
+    "public_carriers",
     "sources",
     "statement",
     "strategies",

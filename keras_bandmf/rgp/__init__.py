@@ -7,6 +7,7 @@ from keras_bandmf.rgp.model import (
     RGPEmbedding,
     enable_rgp,
     merge_rgp,
+    public_carriers,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "RGPEmbedding",
     "enable_rgp",
     "merge_rgp",
+    "public_carriers",
 ]

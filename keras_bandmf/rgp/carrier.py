@@ -27,7 +27,7 @@ class Carrier:
     Formal guarantees:
         L and R have orthonormal columns and rows, to rounding, so `of` never lengthens a gradient.
         They depend on the weights after each noisy step, on the public W_0 and on a key of their
-        own; never on a batch.
+        own; never on a batch. With `fixed` they are those that were given, in the whole run.
 
     Args:
         layout: How the kernel is a matrix.
@@ -39,6 +39,7 @@ class Carrier:
         warmup_steps: The number of steps, the start included, at which the history is W_t itself
             and not W_t - W_0.
         restart: Whether a refresh begins at new random carriers, or at the previous ones.
+        fixed: None, or orthonormal carriers (L, R) that stay. There are no refreshes then.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Carrier:
         power_iterations: int = 1,
         warmup_steps: int = 0,
         restart: bool = False,
+        fixed: tuple[np.ndarray, np.ndarray] | None = None,
     ):
         self.layout = layout
         self.rank = rank
@@ -58,6 +60,7 @@ class Carrier:
         self.power_iterations = power_iterations
         self.warmup_steps = warmup_steps
         self.restart = restart
+        self.fixed = fixed
         self.path = path
         self.dtype = tf.as_dtype(dtype)
         self.shape: tuple[int, ...] = (rank * sum(layout.sides),)
@@ -70,13 +73,14 @@ class Carrier:
     def description(self) -> list[Any]:
         """What must be equal for a checkpoint to fit, as JSON."""
         schedule: list[Any] = [self.refresh_every, self.power_iterations, self.warmup_steps]
-        schedule += ["restart"] * self.restart
+        schedule += ["restart"] * self.restart + ["fixed"] * (self.fixed is not None)
         return [list(self.layout.rows), list(self.layout.columns), self.rank, schedule]
 
     def start(self, kernel: Any, key: np.ndarray, index: int) -> None:
         """Draws random carriers and remembers the kernel, in the scope of the distribution.
 
         With warm-up steps they are turned towards the weights as they are now, which are public.
+        Fixed carriers are taken as they are.
 
         Args:
             kernel: The Keras variable.
@@ -95,6 +99,18 @@ class Carrier:
             )
         self._first_replica = _distribution.local_replicas(self._distribution)[0]
         self._index = index
+        if self.fixed is None:
+            values = self._moving(kernel, key)
+        else:
+            left, right = (tf.constant(each, self.dtype) for each in self.fixed)
+            values = {"left": left, "right": right}
+        self._state = {
+            name: tf.Variable(value.numpy(), trainable=False, name=f"rgp_{name}")
+            for name, value in values.items()
+        }
+
+    def _moving(self, kernel: Any, key: np.ndarray) -> dict[str, tf.Tensor]:
+        """Returns the state that carriers which are refreshed begin with."""
         key = np.asarray(key, np.uint64).view(np.int64)
         weights = tf.cast(kernel.value, self.dtype)
         left, right = self._drawn(tf.constant(key), tf.constant(0, tf.int64))
@@ -102,12 +118,7 @@ class Carrier:
             matrix = self.layout.matrix(weights)
             left, right = algebra.refined(matrix, left, right, self.power_iterations)
         values = {"start": weights, "left": left, "right": right}
-        if self.restart:
-            values["key"] = tf.constant(key)
-        self._state = {
-            name: tf.Variable(value.numpy(), trainable=False, name=f"rgp_{name}")
-            for name, value in values.items()
-        }
+        return values | ({"key": tf.constant(key)} if self.restart else {})
 
     def _drawn(self, key: tf.Tensor, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns random carriers for step `step`: those of no other step or kernel."""
@@ -173,6 +184,8 @@ class Carrier:
             step: Scalar int64, the number of steps made so far.
             replica: The replica in whose context this is called.
         """
+        if self.fixed is not None:
+            return
         left, right = self.pair()
         if self.refresh_every > 1:
             due = tf.equal(step % self.refresh_every, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -20,6 +20,7 @@ from keras_bandmf.rgp.arguments import named_layers, within
 from keras_bandmf.rgp.carrier import Carrier
 from keras_bandmf.rgp.head import head_layers, scale_head
 from keras_bandmf.rgp.layouts import CarriedKernel, carried_kernel
+from keras_bandmf.rgp.public import Pair, checked_carriers, main_directions
 from keras_bandmf.rgp.rules import CarrierRule, type_rule
 
 
@@ -33,6 +34,7 @@ def enable_rgp(
     warmup_steps: int = 0,
     head_scale: float = 1.0,
     restart: bool = False,
+    carriers: Sequence[Pair] | None = None,
 ) -> keras.Model:
     """Enables RGP: private training of `model` releases low-rank projections of its gradients.
 
@@ -46,7 +48,8 @@ def enable_rgp(
     Formal guarantees:
         What is released in a step is a clipped sum plus noise in coordinates that were fixed before
         the batch was drawn, of a norm at most the clip norm for each example: the plan's guarantee
-        holds as without carriers.
+        holds as without carriers. Carriers that are given must not depend on private data, which
+        nothing can check.
 
     Args:
         model: A model that is built and not compiled.
@@ -69,6 +72,9 @@ def enable_rgp(
             the previous ones. Weights of a pre-trained model hardly move, so carriers that continue
             from each other settle in the same few directions, and no others are ever trained.
             Restart them where they follow weights. Updates are followed best without a restart.
+        carriers: None, or what `public_carriers` returns, with the same `rank`, `layers` and
+            `exclude`. These carriers stay in the whole run, so that noise of any plan cancels. A
+            run that is continued keeps those it began with.
 
     Returns:
         The same model.
@@ -113,29 +119,91 @@ def enable_rgp(
     }
     head_scale = checked_float("head_scale", head_scale, above=0.0)
     restart = checked_bool("restart", restart)
-    _check_model(model)
-    if not model.built:
-        raise ValueError(
-            "Expected `model` to be built, because carriers need kernels. Call it once on data, or "
-            f"start it with `keras.Input`. Received: model '{model.name}', which is not built"
-        )
+    candidates = _checked_candidates(model, layers, exclude, numbers["rank"])
     if model.compiled:
         raise ValueError(
             "Expected `enable_rgp` to be called before `compile`, because optimizer and noise are "
             f"made for the coordinates. Received: model '{model.name}', which is compiled."
         )
-    candidates = _candidates(model, layers, exclude, rank)
-    if not candidates:
-        raise ValueError(
-            "Expected at least one kernel that can have carriers. All are excluded, frozen, part "
-            "of the head, or have a side below the rank. Name the layers, or choose a smaller "
-            f"rank. Received: rank={rank}, layers={layers!r}, exclude={exclude!r}"
-        )
+    fixed: list[Pair | None] = [None] * len(candidates)
+    if carriers is not None:
+        _check_defaults(**numbers, restart=restart)
+        kernels = [_kernel_to_carry(each) for each in candidates]
+        fixed = [*checked_carriers(carriers, kernels, rank)]
     if head_scale != 1:
         scale_head(head_layers(model), candidates, head_scale)
-    for layer in candidates:
-        _carry(layer, **numbers, restart=restart)
+    for layer, pair in zip(candidates, fixed, strict=True):
+        _carry(layer, **numbers, restart=restart, fixed=pair)
     return model
+
+
+def public_carriers(
+    model: keras.Model,
+    batches: Iterable[Any],
+    rank: int,
+    loss: Any = None,
+    l2_norm_clip: float = 1.0,
+    layers: Sequence[str | keras.layers.Layer] | None = None,
+    exclude: Sequence[str | keras.layers.Layer] | None = None,
+    iterations: int = 4,
+) -> list[Pair]:
+    """Finds carriers for `enable_rgp(carriers=...)` in the gradients of public data.
+
+    Gradients of one task point in few directions, and those of another task that is like it share
+    them. Noise in only these directions is much smaller than noise in all. As the carriers stay
+    in the whole run, noise may be correlated over all steps, and its state is small. The idea of a
+    subspace from public gradients is that of Zhou, Wu and Banerjee, "Bypassing the Ambient
+    Dimension: Private SGD with Gradient Subspace Identification" (arXiv 2007.03813), and of Yu et
+    al., "Do Not Let Privacy Overbill Utility" (arXiv 2102.12677).
+
+    For each kernel, with G the sum of the clipped gradients of one batch as a matrix, L has the
+    first `rank` eigenvectors of the sum over batches of G G', and R those of G' G. Four passes of
+    a subspace iteration find them, so that a table of many rows costs no more memory than its
+    gradient.
+
+    Formal guarantees:
+        None: `batches` are read without privacy, and the carriers tell about them. Epsilon does
+        not cover these data. They must be public.
+
+    Args:
+        model: The model as it is before private training, built and without carriers. Train it on
+            the public data first: the directions of a head that knows nothing are other ones.
+        batches: A `tf.data.Dataset` or a list of pairs (x, y): public examples, a few hundred or
+            more, in batches of about 16. They are gone through `iterations` times.
+        rank: As in `enable_rgp`.
+        loss: As in `clipped_gradients`: needed where the model is not compiled.
+        l2_norm_clip: The clip norm of the private run, so that the same part of long gradients
+            counts.
+        layers: As in `enable_rgp`.
+        exclude: As in `enable_rgp`.
+        iterations: The number of passes.
+
+    Returns:
+        L (m, r) and R (r, n), float32, for each kernel, in the order of the layers. A checkpoint
+        of the private run has them, too.
+
+    Raises:
+        TypeError: If `model` is not a Keras model, or an argument has the wrong type.
+        ValueError: If the model is not built or has carriers, or an argument, a batch or a layer
+            does not fit, or no gradient reaches a kernel.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> import keras_bandmf as bandmf
+        >>> layers = [keras.layers.Dense(30, name="dense"), keras.layers.Dense(2, name="head")]
+        >>> model = keras.Sequential([keras.Input((20,)), *layers])
+        >>> rng = np.random.default_rng(0)
+        >>> public = [(rng.normal(size=(16, 20)), rng.normal(size=(16, 2))) for _ in range(4)]
+        >>> carriers = bandmf.public_carriers(model, public, rank=4, loss="mse")
+        >>> [left.shape + right.shape for left, right in carriers]
+        [(20, 4, 4, 30)]
+        >>> model = bandmf.enable_rgp(model, rank=4, carriers=carriers)
+    """
+    rank = checked_int("rank", rank)
+    candidates = _checked_candidates(model, layers, exclude, rank)
+    kernels = [_kernel_to_carry(layer) for layer in candidates]
+    return main_directions(model, batches, kernels, rank, loss, l2_norm_clip, iterations)
 
 
 def merge_rgp(model: keras.Model) -> keras.Model:
@@ -186,6 +254,37 @@ def _check_model(model: Any) -> None:
             "Expected `model` to be a keras.Model of Keras 3. "
             f"Received: model of type {type(model).__name__}"
         )
+
+
+def _check_defaults(**schedule: int | bool) -> None:
+    """Refuses arguments about refreshes where there are none."""
+    defaults = {"refresh_every": 1, "power_iterations": 1, "warmup_steps": 0, "restart": False}
+    given = [name for name, default in defaults.items() if schedule[name] != default]
+    if given:
+        raise ValueError(
+            f"Expected no `{given[0]}` together with `carriers`, which are never refreshed. Leave "
+            f"it out. Received: {given[0]}={schedule[given[0]]}"
+        )
+
+
+def _checked_candidates(
+    model: keras.Model, layers: Any, exclude: Any, rank: int
+) -> list[keras.layers.Layer]:
+    """Returns the layers of a built model that get carriers, at least one."""
+    _check_model(model)
+    if not model.built:
+        raise ValueError(
+            "Expected `model` to be built, because carriers need kernels. Call it once on data, or "
+            f"start it with `keras.Input`. Received: model '{model.name}', which is not built"
+        )
+    candidates = _candidates(model, layers, exclude, rank)
+    if not candidates:
+        raise ValueError(
+            "Expected at least one kernel that can have carriers. All are excluded, frozen, part "
+            "of the head, or have a side below the rank. Name the layers, or choose a smaller "
+            f"rank. Received: rank={rank}, layers={layers!r}, exclude={exclude!r}"
+        )
+    return candidates
 
 
 def _candidates(

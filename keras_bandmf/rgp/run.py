@@ -37,7 +37,7 @@ class RunCarriers:
         self._carriers = [coordinates_of(variable) for variable in variables]
         self.shapes = [released_shape(variable) for variable in variables]
         found = [carrier for carrier in self._carriers if isinstance(carrier, Carrier)]
-        for period in sorted({carrier.refresh_every for carrier in found}):
+        for period in sorted({c.refresh_every for c in found if c.fixed is None}):
             _check_blocks(strategy, period)
 
     @property
@@ -121,10 +121,14 @@ class RunCarriers:
         if not found:
             return ""
         ranks = sorted({c.rank for c in found})
-        periods = sorted({c.refresh_every for c in found})
+        words = []
+        if periods := sorted({c.refresh_every for c in found if c.fixed is None}):
+            words.append(f"refreshed every {', '.join(map(str, periods))} steps")
+        if any(c.fixed is not None for c in found):
+            words.append("fixed ones that were given, which are taken as public")
         return (
             f"gradients of {len(found)} kernels in low-rank coordinates (RGP, rank "
-            f"{', '.join(map(str, ranks))}, refreshed every {', '.join(map(str, periods))} steps)"
+            f"{', '.join(map(str, ranks))}; carriers: {', and '.join(words)})"
         )
 
 
@@ -140,7 +144,7 @@ def _check_blocks(strategy: Any, period: int) -> None:
         raise ValueError(
             "Expected noise that is not correlated across a refresh of the carriers, where it "
             "would cancel in another basis and training would be worse than with independent "
-            "noise. Use num_bands=1, or "
+            "noise. Use num_bands=1, fixed carriers of `public_carriers`, or "
             f"`strategies.BlockDiagonalStrategy.optimize(num_steps, num_bands, {period})`. "
             f"Received: strategy={strategy!r}, refresh_every={period}"
         )
