@@ -15,7 +15,8 @@ sentences that are held out, and on the development set. `--plain` trains withou
 `--save` keeps the weights in a file, and `--start` begins with those of such a file, of a model
 that was trained on other sentences: public ones, as those of public_reviews.py. `--fraction` tries
 a plan in less time: on a part of each batch, with the same part of the noise of its sum, so that
-the noise of the mean gradient is that of the plan.
+the noise of the mean gradient is that of the plan. `--public` is a table of public sentences, in
+whose gradients the carriers of `--rgp_rank` are found.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from keras_bandmf.rgp.run import RunCarriers
 
 LENGTHS = (8, 12, 16, 24, 32, 48)
 TOKENS = 2_048  # about as many are clipped at a time
+NUM_PUBLIC = 500  # sentences in whose gradients carriers are found
 PLAIN_TOKENS = 512  # or passed, where nothing is private and batches are small
 
 
@@ -134,6 +136,21 @@ def start(options: argparse.Namespace, *models: keras.Model) -> None:
             weight.assign(factor * file[weight.path])
 
 
+def public_batches(
+    options: argparse.Namespace, frozen: keras.Model
+) -> list[tuple[dict, np.ndarray]]:
+    """Batches of about 16 public sentences of about one length."""
+    own = argparse.Namespace(**vars(options) | {"train": options.public, "held_out": "rows"})
+    own.output = options.output / "public"
+    own.num_held_out = 1
+    sentences = Sentences(own, frozen)
+    rows = np.random.default_rng(0).permutation(sentences.parts["train"])[:NUM_PUBLIC]
+    return [
+        ({name: states[mask] for name, states in x.items()}, y[mask])
+        for x, y, mask in sentences.by_length(rows, tokens=256)
+    ]
+
+
 def make_plan(options: argparse.Namespace, num_examples: int) -> bandmf.TrainingPlan:
     """The plan of examples/sst2.py."""
     return bandmf.TrainingPlan.calibrate(
@@ -188,6 +205,7 @@ def main() -> None:
     parser.add_argument("--first_layer", type=int, default=0, help="the first one that is trained")
     parser.add_argument("--lora_rank", type=int, default=0, help="trains LoRA of this rank")
     parser.add_argument("--rgp_rank", type=int, default=0, help="of carriers; 0 is without")
+    parser.add_argument("--public", type=pathlib.Path, help="a table, for carriers that stay")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plain", action="store_true", help="train without privacy")
     parser.add_argument("--fraction", type=float, default=1.0, help="of each batch that is used")
@@ -206,6 +224,7 @@ def main() -> None:
     sentences = Sentences(options, frozen)
     train = sentences.parts["train"]
     weights = model.trainable_variables
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if options.plain:
         batches, tokens = shuffled(options, len(train)), PLAIN_TOKENS
         carriers, noise = RunCarriers(weights, None), None
@@ -216,7 +235,14 @@ def main() -> None:
         sampled = plan.batches(np.zeros(len(train), np.int8), seed=options.seed)
         batches = [sampled.indices(t) for t in range(plan.num_steps)]
         if options.rgp_rank:
-            bandmf.enable_rgp(model, options.rgp_rank, warmup_steps=plan.num_steps, restart=True)
+            if options.public:
+                public, rank = public_batches(options, frozen), options.rgp_rank
+                found = bandmf.public_carriers(model, public, rank, loss, options.l2_norm_clip)
+                bandmf.enable_rgp(model, options.rgp_rank, carriers=found)
+            else:
+                bandmf.enable_rgp(
+                    model, options.rgp_rank, warmup_steps=plan.num_steps, restart=True
+                )
         carriers = RunCarriers(weights, plan.strategy)
         carriers.start(np.array([options.seed, 0], np.uint64))
         noise = None
@@ -233,7 +259,6 @@ def main() -> None:
     sums = [tf.Variable(tf.zeros(shape)) for shape in carriers.shapes]
     optimizer = keras.optimizers.Adam(make_schedule(options, len(batches)))
     optimizer.build(weights)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
     @tf.function(jit_compile=True)
     def add(x: dict, y: tf.Tensor, mask: tf.Tensor) -> None:
