@@ -141,7 +141,7 @@ def public_batches(
 ) -> list[tuple[dict, np.ndarray]]:
     """Batches of about 16 public sentences of about one length."""
     own = argparse.Namespace(**vars(options) | {"train": options.public, "held_out": "rows"})
-    own.output = options.output / "public"
+    own.output = options.output / f"public-{options.public.stem}"
     own.num_held_out = 1
     sentences = Sentences(own, frozen)
     rows = np.random.default_rng(0).permutation(sentences.parts["train"])[:NUM_PUBLIC]
@@ -215,6 +215,8 @@ def main() -> None:
     parser.add_argument("--num_held_out", type=int, default=tuned.HELD_OUT, help="rows")
     parser.add_argument("--every", type=int, default=31, help="steps between two evaluations")
     options = parser.parse_args()
+    if options.public and not options.rgp_rank:
+        parser.error("--public finds the carriers of --rgp_rank, which is not given")
     options.length = LENGTHS[-1]
     tf.get_logger().setLevel("ERROR")  # each length and size is traced, and TensorFlow warns of it
     keras.utils.set_random_seed(options.seed)

@@ -59,7 +59,7 @@ def enable_rgp(
             the head (the layers that make the outputs) and kernels with a side of length 1.
         exclude: Names, paths or layers that are left as they are.
         refresh_every: The number of steps between two refreshes of the carriers. Noise may be
-            correlated only within such a block: the plan's strategy must be a
+            correlated only within such a block: without `carriers`, the plan's strategy must be a
             `BlockDiagonalStrategy` of this block, or have one band.
         power_iterations: The number of power iterations of each refresh. The paper's code uses 1.
         warmup_steps: The number of steps in which the carriers follow the weights W_t themselves,
@@ -157,8 +157,8 @@ def public_carriers(
     al., "Do Not Let Privacy Overbill Utility" (arXiv 2102.12677).
 
     For each kernel, with G the sum of the clipped gradients of one batch as a matrix, L has the
-    first `rank` eigenvectors of the sum over batches of G G', and R those of G' G. Four passes of
-    a subspace iteration find them, so that a table of many rows costs no more memory than its
+    first `rank` eigenvectors of the sum over batches of G G', and R those of G' G, to the accuracy
+    of a few passes of subspace iteration. So a table of many rows costs no more memory than its
     gradient.
 
     Formal guarantees:
@@ -166,17 +166,20 @@ def public_carriers(
         not cover these data. They must be public.
 
     Args:
-        model: The model as it is before private training, built and without carriers. Train it on
-            the public data first: the directions of a head that knows nothing are other ones.
+        model: The model as it is before private training, built and without carriers. It should
+            know the public data: the directions of a head that knows nothing are other ones.
+            Train a model on them, and give its weights to a fresh one with `set_weights`, since
+            `enable_rgp` takes none that is compiled.
         batches: A `tf.data.Dataset` or a list of pairs (x, y): public examples, a few hundred or
             more, in batches of about 16. They are gone through `iterations` times.
         rank: As in `enable_rgp`.
         loss: As in `clipped_gradients`: needed where the model is not compiled.
-        l2_norm_clip: The clip norm of the private run, so that the same part of long gradients
-            counts.
+        l2_norm_clip: The norm to which gradients are clipped, so that long ones do not rule. The
+            clip norm of the private run is a good choice.
         layers: As in `enable_rgp`.
         exclude: As in `enable_rgp`.
-        iterations: The number of passes.
+        iterations: The number of passes. More of them help where the directions after the first
+            `rank` are nearly as large.
 
     Returns:
         L (m, r) and R (r, n), float32, for each kernel, in the order of the layers. A checkpoint
@@ -185,7 +188,8 @@ def public_carriers(
     Raises:
         TypeError: If `model` is not a Keras model, or an argument has the wrong type.
         ValueError: If the model is not built or has carriers, or an argument, a batch or a layer
-            does not fit, or no gradient reaches a kernel.
+            does not fit, or no gradient reaches a kernel. An example whose gradient is not finite
+            counts as zero.
 
     Example:
         >>> import keras

@@ -59,7 +59,7 @@ def main_directions(
                 f"Received: a model whose layer '{layer.path}' has carriers"
             )
     positions = {id(variable): i for i, variable in enumerate(model.trainable_variables)}
-    rng = np.random.default_rng(0)  # any start will do, and the same data give the same carriers
+    rng = np.random.default_rng(0)  # any start will do
     sides = [side for kernel in kernels for side in kernel.layout.sides]
     bases = [
         tf.Variable(np.linalg.qr(rng.normal(size=(side, rank)))[0], dtype=tf.float32)
@@ -90,8 +90,8 @@ def main_directions(
             size = float(tf.norm(total))
             if not 0.0 < size < np.inf:
                 raise ValueError(
-                    "Expected finite gradients that reach every kernel. A head that starts at zero "
-                    "passes none on: train it first, or start it at random. "
+                    "Expected gradients that are finite and reach every kernel. A head that starts "
+                    "at zero passes none on: train it first, or start it at random. "
                     f"Received: gradients of '{kernels[i // 2].variable.path}' of size {size}"
                 )
             basis.assign(algebra.orthonormal(total / size))
@@ -134,14 +134,19 @@ def _checked_pair(pair: Any, kernel: CarriedKernel, rank: int) -> Pair:
     except (TypeError, ValueError):
         left = right = np.zeros(0)
     shapes = (left.shape, right.shape)
-    good = shapes == ((m, rank), (rank, n)) and np.isfinite(left).all() and np.isfinite(right).all()
+    if shapes == ((m, rank), (rank, n)) and np.isfinite(left).all() and np.isfinite(right).all():
+        left, right = np.linalg.qr(left)[0], np.linalg.qr(right.T)[0].T
+        # Finite numbers may be so large that their basis is not.
+        good = np.isfinite(left).all() and np.isfinite(right).all()
+    else:
+        good = False
     if not good:
         raise ValueError(
             f"Expected the carriers of '{path}' to be a pair of finite arrays, of shapes "
             f"{(m, rank)} and {(rank, n)}. Received: shapes {shapes}, or numbers that are not "
             "finite"
         )
-    return np.linalg.qr(left)[0], np.linalg.qr(right.T)[0].T
+    return left, right
 
 
 def _check_count(count: int, expected: int | None) -> None:

@@ -144,7 +144,7 @@ def _check_blocks(strategy: Any, period: int) -> None:
         raise ValueError(
             "Expected noise that is not correlated across a refresh of the carriers, where it "
             "would cancel in another basis and training would be worse than with independent "
-            "noise. Use num_bands=1, fixed carriers of `public_carriers`, or "
+            "noise. Use num_bands=1, `enable_rgp(..., carriers=public_carriers(...))`, or "
             f"`strategies.BlockDiagonalStrategy.optimize(num_steps, num_bands, {period})`. "
             f"Received: strategy={strategy!r}, refresh_every={period}"
         )

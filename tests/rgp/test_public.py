@@ -202,7 +202,10 @@ MISUSES = {
     "no_batches": (lambda: found([]), "at least one batch"),
     "a_generator": (lambda: found(iter(public_batches())), "not a generator"),
     "no_pairs": (lambda: found([np.zeros((3, 6))]), "pairs"),
-    "nan": (lambda: found([(np.full((3, 6), np.nan), np.zeros((3, 1)))]), "finite gradients"),
+    "nan": (
+        lambda: found([(np.full((3, 6), np.nan), np.zeros((3, 1)))]),
+        "gradients that are finite",
+    ),
     "dead_head": (dead_head, "head that starts at zero"),
     "carriers_on_carriers": (lambda: found(model=carried_model()), "merge_rgp"),
     "no_iterations": (lambda: found(iterations=0), "`iterations`"),
@@ -210,6 +213,10 @@ MISUSES = {
     "other_rank": (lambda: carried_model(found(), rank=3), r"\(6, 3\)"),
     "missing": (lambda: changed(lambda given: given.pop()), "1 pairs for 2"),
     "not_finite": (lambda: changed(lambda given: given[1][0].fill(np.nan)), "finite arrays"),
+    "too_large": (
+        lambda: changed(lambda given: given.append((given.pop()[0] * 1.0, np.full((2, 4), 1e308)))),
+        "finite arrays",
+    ),
     "no_pair": (lambda: changed(lambda given: given.append(given.pop()[0])), "to be a pair"),
     "refreshes": (lambda: carried_model(found(), refresh_every=4), "`refresh_every`"),
     "restart": (lambda: carried_model(found(), restart=True), "`restart`"),
