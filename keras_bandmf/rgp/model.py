@@ -187,9 +187,9 @@ def public_carriers(
 
     Raises:
         TypeError: If `model` is not a Keras model, or an argument has the wrong type.
-        ValueError: If the model is not built or has carriers, or an argument, a batch or a layer
-            does not fit, or no gradient reaches a kernel. An example whose gradient is not finite
-            counts as zero.
+        ValueError: If the model is not built, has carriers or is distributed, or an argument, a
+            batch or a layer does not fit, or no gradient reaches a kernel. An example whose
+            gradient is not finite counts as zero.
 
     Example:
         >>> import keras

@@ -47,8 +47,8 @@ def main_directions(
         L (m, r) with orthonormal columns and R (r, n) with orthonormal rows, for each kernel.
 
     Raises:
-        ValueError: If the model has carriers, there are no batches, or not as many in each pass,
-            one is not (x, y), or no gradient reaches a kernel.
+        ValueError: If the model has carriers or is distributed, there are no batches, or not as
+            many in each pass, one is not (x, y), or no gradient reaches a kernel.
     """
     iterations = checked_int("iterations", iterations)
     for layer in all_layers(model):
@@ -58,6 +58,12 @@ def main_directions(
                 "`merge_rgp(model)` first, or find the carriers before `enable_rgp`. "
                 f"Received: a model whose layer '{layer.path}' has carriers"
             )
+    if any(isinstance(v.value, tf.distribute.DistributedValues) for v in model.trainable_variables):
+        raise ValueError(
+            "Expected a model on one device. Find the carriers with a model that is made outside "
+            "`Strategy.scope()`, and give them to `enable_rgp` inside. "
+            f"Received: model '{model.name}', whose variables have a copy on each replica"
+        )
     positions = {id(variable): i for i, variable in enumerate(model.trainable_variables)}
     rng = np.random.default_rng(0)  # any start will do
     sides = [side for kernel in kernels for side in kernel.layout.sides]
@@ -134,19 +140,21 @@ def _checked_pair(pair: Any, kernel: CarriedKernel, rank: int) -> Pair:
     except (TypeError, ValueError):
         left = right = np.zeros(0)
     shapes = (left.shape, right.shape)
-    if shapes == ((m, rank), (rank, n)) and np.isfinite(left).all() and np.isfinite(right).all():
+    good = shapes == ((m, rank), (rank, n)) and _finite(left, right)
+    if good:
         left, right = np.linalg.qr(left)[0], np.linalg.qr(right.T)[0].T
-        # Finite numbers may be so large that their basis is not.
-        good = np.isfinite(left).all() and np.isfinite(right).all()
-    else:
-        good = False
-    if not good:
+    # Finite numbers may be so large that their basis is not.
+    if not good or not _finite(left, right):
         raise ValueError(
             f"Expected the carriers of '{path}' to be a pair of finite arrays, of shapes "
             f"{(m, rank)} and {(rank, n)}. Received: shapes {shapes}, or numbers that are not "
             "finite"
         )
     return left, right
+
+
+def _finite(*arrays: np.ndarray) -> bool:
+    return all(bool(np.isfinite(array).all()) for array in arrays)
 
 
 def _check_count(count: int, expected: int | None) -> None:

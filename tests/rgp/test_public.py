@@ -191,6 +191,12 @@ def found(batches=None, model=None, **options):
     return bandmf.public_carriers(model or make_model(), batches, 2, "mse", **options)
 
 
+def distributed():
+    """In a scope of two replicas."""
+    with runs.mirrored(2).scope():
+        found()
+
+
 def changed(change):
     """Enables carriers after a change to them."""
     given = found()
@@ -208,6 +214,7 @@ MISUSES = {
     ),
     "dead_head": (dead_head, "head that starts at zero"),
     "carriers_on_carriers": (lambda: found(model=carried_model()), "merge_rgp"),
+    "distributed": (distributed, "outside `Strategy.scope"),
     "no_iterations": (lambda: found(iterations=0), "`iterations`"),
     "unbuilt": (lambda: found(model=keras.Sequential([keras.layers.Dense(3)])), "not built"),
     "other_rank": (lambda: carried_model(found(), rank=3), r"\(6, 3\)"),
