@@ -236,15 +236,13 @@ def main() -> None:
         print(f"{plan.num_bands} bands, noise multiplier {plan.noise_multiplier:.3f}", flush=True)
         sampled = plan.batches(np.zeros(len(train), np.int8), seed=options.seed)
         batches = [sampled.indices(t) for t in range(plan.num_steps)]
-        if options.rgp_rank:
-            if options.public:
-                public, rank = public_batches(options, frozen), options.rgp_rank
-                found = bandmf.public_carriers(model, public, rank, loss, options.l2_norm_clip)
-                bandmf.enable_rgp(model, options.rgp_rank, carriers=found)
-            else:
-                bandmf.enable_rgp(
-                    model, options.rgp_rank, warmup_steps=plan.num_steps, restart=True
-                )
+        rank = options.rgp_rank
+        if options.public:
+            public = public_batches(options, frozen)
+            found = bandmf.public_carriers(model, public, rank, loss, options.l2_norm_clip)
+            bandmf.enable_rgp(model, rank, carriers=found)
+        elif rank:
+            bandmf.enable_rgp(model, rank, warmup_steps=plan.num_steps, restart=True)
         carriers = RunCarriers(weights, plan.strategy)
         carriers.start(np.array([options.seed, 0], np.uint64))
         noise = None

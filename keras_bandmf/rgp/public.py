@@ -140,21 +140,17 @@ def _checked_pair(pair: Any, kernel: CarriedKernel, rank: int) -> Pair:
     except (TypeError, ValueError):
         left = right = np.zeros(0)
     shapes = (left.shape, right.shape)
-    good = shapes == ((m, rank), (rank, n)) and _finite(left, right)
-    if good:
+    fits = shapes == ((m, rank), (rank, n))
+    if fits:
         left, right = np.linalg.qr(left)[0], np.linalg.qr(right.T)[0].T
-    # Finite numbers may be so large that their basis is not.
-    if not good or not _finite(left, right):
+    # Checked in the basis: that of finite numbers is not finite if they are too large.
+    if not (fits and np.isfinite(left).all() and np.isfinite(right).all()):
         raise ValueError(
             f"Expected the carriers of '{path}' to be a pair of finite arrays, of shapes "
             f"{(m, rank)} and {(rank, n)}. Received: shapes {shapes}, or numbers that are not "
             "finite"
         )
     return left, right
-
-
-def _finite(*arrays: np.ndarray) -> bool:
-    return all(bool(np.isfinite(array).all()) for array in arrays)
 
 
 def _check_count(count: int, expected: int | None) -> None:
