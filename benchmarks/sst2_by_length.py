@@ -131,7 +131,8 @@ def start(options: argparse.Namespace, *models: keras.Model) -> None:
     """Takes the weights of a file, so that the models return what those that were saved did."""
     with np.load(options.start) as file:
         ratio = file["feature_scale"] / options.feature_scale
-        for weight in (each for model in models for each in model.variables):
+        weights = [each for model in models for each in model.variables]
+        for weight in (each for each in weights if not each.name.startswith("lora_")):
             factor = ratio if weight.path == "head/kernel" else 1.0
             weight.assign(factor * file[weight.path])
 
