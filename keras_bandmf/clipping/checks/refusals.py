@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from typing import Any, Literal
 
 import keras
@@ -21,6 +22,12 @@ _MATH_MODES = (
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "DNNL_DEFAULT_FPMATH_MODE",
 )
+# oneDNN's limit on the instructions it uses, and the values of it that leave AMX out.
+_INSTRUCTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+_WITHOUT_AMX = frozenset(
+    ("AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16")
+)
+_CPU_FLAGS = pathlib.Path("/proc/cpuinfo")
 # Read by NVIDIA's libraries: 0 forbids TensorFloat-32, 1 forces it.
 _TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
@@ -171,6 +178,13 @@ def _refuse_layer(layer: keras.layers.Layer) -> None:
             "wrote, so that a gradient may hold what other rows or steps left there. Make the "
             f'layer with `use_cudnn=False`, or with `dtype="float32"`. {where}'
         )
+    if layer.compute_dtype == "bfloat16" and _may_use_amx():
+        raise PrivacyError(
+            "On a CPU with AMX, oneDNN's products in bfloat16 mix rows: the gradient of an example "
+            f"may hold what belongs to another. Set {_INSTRUCTIONS[0]}=AVX512_CORE_BF16 in the "
+            'environment before Python starts, or use "float32", for example '
+            f'keras.config.set_dtype_policy("float32"). {where}'
+        )
     if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
         raise PrivacyError(
             "BatchNormalization mixes the examples of a batch, so no example has a gradient of its "
@@ -266,3 +280,16 @@ def _may_use_cudnn(layer: keras.layers.Layer) -> bool:
     """
     recurrent = isinstance(layer, (keras.layers.LSTM, keras.layers.GRU))
     return recurrent and bool(layer.use_cudnn) and bool(tf.config.get_visible_devices("GPU"))
+
+
+def _may_use_amx() -> bool:
+    """Returns whether products in bfloat16 may run on the tiles of a CPU.
+
+    The gradient of `tf.einsum("...x,xy->...y", a, b)` by `a` was measured to be wrong by its own
+    size, with parts of other rows in it, with TensorFlow 2.21 on a CPU with AMX; not in float32,
+    and not where oneDNN leaves AMX out.
+    """
+    limits = [os.environ[name].upper() for name in _INSTRUCTIONS if name in os.environ]
+    if limits and set(limits) <= _WITHOUT_AMX:
+        return False
+    return _CPU_FLAGS.exists() and "amx_bf16" in _CPU_FLAGS.read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_bandmf
+from keras_bandmf.clipping.checks import refusals
 from keras_bandmf.clipping.checks.refusals import refuse_model, refuse_short_products
 
 PROGRAM = """
@@ -94,3 +95,27 @@ def test_recurrent_kernels_of_cudnn_in_bfloat16(monkeypatch, kind, wrapped):
         refuse_model(model("mixed_bfloat16"))
     refuse_model(model("mixed_bfloat16", use_cudnn=False))
     refuse_model(model("float32"))
+
+
+def test_bfloat16_on_the_tiles_of_a_cpu(monkeypatch, tmp_path):
+    """Products mix rows there, unless oneDNN leaves AMX out."""
+
+    def model(dtype):
+        return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, dtype=dtype)])
+
+    flags = tmp_path / "cpuinfo"
+    monkeypatch.setattr(refusals, "_CPU_FLAGS", flags)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    refuse_model(model("mixed_bfloat16"))
+    flags.write_text("flags : fpu avx512f avx512_bf16\n")
+    refuse_model(model("mixed_bfloat16"))
+    flags.write_text("flags : fpu avx512f avx512_bf16 amx_bf16 amx_tile\n")
+    refuse_model(model("float32"))
+    for limit in (None, "ALL", "AVX512_CORE_AMX"):
+        if limit:
+            monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        with pytest.raises(ValueError, match="ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"):
+            refuse_model(model("mixed_bfloat16"))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    refuse_model(model("mixed_bfloat16"))
