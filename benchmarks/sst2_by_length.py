@@ -131,8 +131,9 @@ def start(options: argparse.Namespace, *models: keras.Model) -> None:
     """Takes the weights of a file, so that the models return what those that were saved did."""
     with np.load(options.start) as file:
         ratio = file["feature_scale"] / options.feature_scale
-        weights = [each for model in models for each in model.variables]
-        for weight in (each for each in weights if not each.name.startswith("lora_")):
+        for weight in (each for model in models for each in model.variables):
+            if weight.name.startswith("lora_"):
+                continue  # it is new, and changes nothing yet
             factor = ratio if weight.path == "head/kernel" else 1.0
             weight.assign(factor * file[weight.path])
 

@@ -147,6 +147,7 @@ def refuse_model(model: keras.Model, sample_weight: Any = None, loss: Any = None
     refuse_stateful(model)
     for layer in all_layers(model):
         _refuse_layer(layer)
+    _refuse_tiles(model)
     if sample_weight is not None and with_mean_by_weight(model, loss):
         raise PrivacyError(
             'A loss with reduction="mean_with_sample_weight" divides by the sum of the weights, so '
@@ -177,13 +178,6 @@ def _refuse_layer(layer: keras.layers.Layer) -> None:
             "On a GPU, cuDNN's backward pass of LSTM and GRU in bfloat16 reads memory that nothing "
             "wrote, so that a gradient may hold what other rows or steps left there. Make the "
             f'layer with `use_cudnn=False`, or with `dtype="float32"`. {where}'
-        )
-    if layer.compute_dtype == "bfloat16" and _may_use_amx():
-        raise PrivacyError(
-            "On a CPU with AMX, oneDNN's products in bfloat16 mix rows: the gradient of an example "
-            f"may hold what belongs to another. Set {_INSTRUCTIONS[0]}=AVX512_CORE_BF16 in the "
-            'environment before Python starts, or use "float32", for example '
-            f'keras.config.set_dtype_policy("float32"). {where}'
         )
     if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
         raise PrivacyError(
@@ -271,6 +265,19 @@ def refuse_stateful(layer: keras.layers.Layer) -> None:
                 "the noise. Make it with `stateful=False`. Received: layer "
                 f"'{each.path or each.name}' of type {type(each).__name__}"
             )
+
+
+def _refuse_tiles(model: keras.Model) -> None:
+    """Refuses layers in bfloat16 if their products may run on the tiles of a CPU."""
+    narrow = [each for each in all_layers(model) if each.compute_dtype == "bfloat16"]
+    if narrow and _may_use_amx():
+        raise PrivacyError(
+            "On a CPU with AMX, oneDNN's products in bfloat16 mix rows: the gradient of an example "
+            f"may hold what belongs to another. Set {_INSTRUCTIONS[0]}=AVX512_CORE_BF16 in the "
+            'environment before Python starts, or use "float32", for example '
+            f"keras.config.set_dtype_policy(\"float32\"). Received: layer '{narrow[0].path}' of "
+            f"type {type(narrow[0]).__name__}"
+        )
 
 
 def _may_use_cudnn(layer: keras.layers.Layer) -> bool:
