@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pathlib
+import platform
 from typing import Any, Literal
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import PrivacyError, checked_int
@@ -27,6 +29,7 @@ _INSTRUCTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 _WITHOUT_AMX = frozenset(
     ("AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16")
 )
+_X86 = ("x86_64", "amd64")
 _CPU_FLAGS = pathlib.Path("/proc/cpuinfo")
 # Read by NVIDIA's libraries: 0 forbids TensorFloat-32, 1 forces it.
 _TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
@@ -271,12 +274,13 @@ def _refuse_tiles(model: keras.Model) -> None:
     """Refuses layers in bfloat16 if their products may run on the tiles of a CPU."""
     narrow = [each for each in all_layers(model) if each.compute_dtype == "bfloat16"]
     if narrow and _may_use_amx():
+        limits = [f"{name}={os.environ.get(name, '')!r}" for name in _INSTRUCTIONS]
         raise PrivacyError(
             "On a CPU with AMX, oneDNN's products in bfloat16 mix rows: the gradient of an example "
             f"may hold what belongs to another. Set {_INSTRUCTIONS[0]}=AVX512_CORE_BF16 in the "
-            'environment before Python starts, or use "float32", for example '
-            f"keras.config.set_dtype_policy(\"float32\"). Received: layer '{narrow[0].path}' of "
-            f"type {type(narrow[0]).__name__}"
+            "environment before Python starts (oneDNN reads it once, at its first product), or use "
+            '"float32", for example keras.config.set_dtype_policy("float32"). Received: layer '
+            f"'{narrow[0].path}' of type {type(narrow[0]).__name__}, with {' and '.join(limits)}"
         )
 
 
@@ -292,11 +296,32 @@ def _may_use_cudnn(layer: keras.layers.Layer) -> bool:
 def _may_use_amx() -> bool:
     """Returns whether products in bfloat16 may run on the tiles of a CPU.
 
-    The gradient of `tf.einsum("...x,xy->...y", a, b)` by `a` was measured to be wrong by its own
-    size, with parts of other rows in it, with TensorFlow 2.21 on a CPU with AMX; not in float32,
-    and not where oneDNN leaves AMX out.
+    Two faults were measured with TensorFlow 2.21 on a CPU with AMX, and neither in float32, nor
+    where oneDNN leaves AMX out:
+
+     * in `tf.matmul`, so in any Dense layer, an input row that holds NaN makes the outputs of
+       other rows NaN if the inner dimension is over 32 and no multiple of it, as in oneDNN's issue
+       5717. The gradients of all of these rows are then dropped for one example's sake;
+     * the gradient of `tf.einsum("...x,xy->...y", a, b)` by `a` is wrong by its own size, with
+       parts of other rows in it, if the dimension of `y` is odd and below 32. XLA has it right.
     """
-    limits = [os.environ[name].upper() for name in _INSTRUCTIONS if name in os.environ]
-    if limits and set(limits) <= _WITHOUT_AMX:
+    if _CPU_FLAGS.exists():
+        has_amx = "amx_bf16" in _CPU_FLAGS.read_text(encoding="utf-8")
+    else:
+        has_amx = platform.system() != "Darwin" and platform.machine().lower() in _X86
+    if not has_amx:
         return False
-    return _CPU_FLAGS.exists() and "amx_bf16" in _CPU_FLAGS.read_text(encoding="utf-8")
+    limits = [os.environ[name].upper() for name in _INSTRUCTIONS if name in os.environ]
+    return not limits or not set(limits) <= _WITHOUT_AMX or _leaks_on_tiles()
+
+
+def _leaks_on_tiles() -> bool:
+    """Returns whether a product in bfloat16 shows the first fault.
+
+    If it does, the environment was changed after oneDNN had read it.
+    """
+    rows = np.full((32, 33), np.nan, np.float32)
+    rows[0] = 1
+    with tf.init_scope(), tf.device("CPU:0"):
+        product = tf.cast(rows, tf.bfloat16) @ tf.ones((33, 64), tf.bfloat16)
+        return bool(tf.reduce_any(tf.math.is_nan(product[0])))
