@@ -76,8 +76,8 @@ def refuse_short_products() -> None:
        turns it on whatever TensorFlow says (measured on an H100: products wrong by up to 3e-4);
      * grappler's mixed precision, for float16 on GPUs and for bfloat16 on CPUs, where a product
        in a graph was measured to be wrong by 0.3 % of the largest entry;
-     * oneDNN's math mode, for bfloat16 on CPUs that have it: Arm's; an x86 CPU without AMX was
-       measured to ignore it;
+     * oneDNN's math mode, for bfloat16 on CPUs that have it: Arm's, and x86 CPUs with AMX, where
+       convolutions were measured to change; one without AMX was measured to ignore it;
      * flags of XLA (`_environment.refuse_loose_arithmetic`).
 
     Raises:
