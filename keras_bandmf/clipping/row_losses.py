@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_bandmf._checks import PrivacyError
 from keras_bandmf._keras_internals import only_loss
 from keras_bandmf.clipping.attached import attached_to, with_attached
 from keras_bandmf.clipping.factors import Unsupported
@@ -79,7 +80,7 @@ def per_example_losses(
     tensors = [[[tf.stop_gradient(t) for t in leaf.tensors] for leaf in part] for part in leaves]
     try:
         losses, slopes = vectorized(one, tensors)
-    except Unsupported:
+    except (PrivacyError, Unsupported):
         raise
     except Exception:  # an operation that cannot be vectorized, or a mistake, which `map_fn` shows
         kept = [t.dtype for t, u in zip(outputs, used, strict=True) if u]

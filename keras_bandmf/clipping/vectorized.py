@@ -7,6 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_bandmf.clipping.checks.tiles import refuse_narrow_products
+
 
 def vectorized(function: Callable[[Any], Any], rows: Any, *, or_loop: bool = True) -> Any:
     """Returns `tf.vectorized_map(function, rows)`.
@@ -20,6 +22,8 @@ def vectorized(function: Callable[[Any], Any], rows: Any, *, or_loop: bool = Tru
         or_loop: Whether an operation that cannot be vectorized runs in a loop over the rows.
 
     Raises:
+        PrivacyError: Eagerly, if it has products that mix rows on this CPU (`tiles`). In graphs
+            `captures.Watch` finds them.
         ValueError: Without `or_loop`, an operation cannot be vectorized.
     """
 
@@ -28,4 +32,6 @@ def vectorized(function: Callable[[Any], Any], rows: Any, *, or_loop: bool = Tru
 
     if not tf.executing_eagerly():
         return run(rows)
-    return tf.function(run, autograph=False).get_concrete_function(rows)(rows)
+    traced = tf.function(run, autograph=False).get_concrete_function(rows)
+    refuse_narrow_products(traced.graph)
+    return traced(rows)

@@ -20,6 +20,7 @@ from keras_bandmf._keras_internals import (
     watched_variables,
     wrongly_stateless,
 )
+from keras_bandmf.clipping.checks.tiles import is_narrow_product, may_use_tiles, refusal
 
 _KEY = "the mask key"
 _READS = {
@@ -105,8 +106,9 @@ class Watch:
 
         Raises:
             Refused: If it writes a variable that is no metric, a result depends on a metric, it
-                draws random numbers from other seeds than those of the run, or it runs an
-                operation that keeps a state which cannot be looked at.
+                draws random numbers from other seeds than those of the run, it runs an operation
+                that keeps a state which cannot be looked at, or it has a product in 16 bits on a
+                CPU where these mix rows (`tiles`).
 
         Formal guarantees: if it returns in a graph, `results` are functions of the weights, the
             data, constants, the seeds and of variables that the pass does not write and that
@@ -199,6 +201,7 @@ class _Walk:
         self._seen: dict[tuple, Labels] = {}
         self._captured: dict[int, dict[int, tf.Tensor]] = {}
         self._draws: dict[str, tuple] = {}
+        self._tiles: bool | None = None
 
     def operations(self, operations: list[tf.Operation]) -> None:
         """Looks at operations in the order in which they were made."""
@@ -259,6 +262,7 @@ class _Walk:
         union = Labels().union(*node.inputs)
         kept = union if node.forwards or node.kind in _FORWARDS else union & self._followed
         bodies = _bodies(node)
+        self._check_product(node)
         if wrongly_stateless(node.kind):
             self._check_stateful(node)
         if bodies:
@@ -271,6 +275,13 @@ class _Walk:
         elif node.definition is None or node.definition.is_stateful:
             self._check_stateful(node)
         return kept
+
+    def _check_product(self, node: _Node) -> None:
+        if is_narrow_product(node.kind, node.node_def):
+            if self._tiles is None:
+                self._tiles = may_use_tiles()
+            if self._tiles:
+                raise Refused(refusal(f"operation '{node.name}' of type {node.kind} in 16 bits"))
 
     def _check_seed(self, node: _Node) -> None:
         names = [argument.name for argument in node.definition.input_arg]
@@ -389,6 +400,9 @@ class _Walk:
 
 class _Writes(_Walk):
     """Collects what is written and refuses nothing."""
+
+    def _check_product(self, node: _Node) -> None:
+        pass
 
     def _check_stateful(self, node: _Node) -> None:
         if node.kind not in _READS:

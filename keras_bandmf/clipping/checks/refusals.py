@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import pathlib
-import platform
 from typing import Any, Literal
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_bandmf._checks import PrivacyError, checked_int
 from keras_bandmf._environment import refuse_loose_arithmetic
 from keras_bandmf._keras_internals import all_layers, compiled_loss
+from keras_bandmf.clipping.checks.tiles import refuse_narrow_layers
 from keras_bandmf.clipping.losses import overrides_compute_loss, with_mean_by_weight
 from keras_bandmf.clipping.rowwise.known_layers import GROUP_OR_LAYER_NORM, replacement_of
 
@@ -24,13 +22,6 @@ _MATH_MODES = (
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "DNNL_DEFAULT_FPMATH_MODE",
 )
-# oneDNN's limit on the instructions it uses, and the values of it that leave AMX out.
-_INSTRUCTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-_WITHOUT_AMX = frozenset(
-    ("AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16")
-)
-_X86 = ("x86_64", "amd64")
-_CPU_FLAGS = pathlib.Path("/proc/cpuinfo")
 # Read by NVIDIA's libraries: 0 forbids TensorFloat-32, 1 forces it.
 _TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
@@ -150,7 +141,7 @@ def refuse_model(model: keras.Model, sample_weight: Any = None, loss: Any = None
     refuse_stateful(model)
     for layer in all_layers(model):
         _refuse_layer(layer)
-    _refuse_tiles(model)
+    refuse_narrow_layers(model)
     if sample_weight is not None and with_mean_by_weight(model, loss):
         raise PrivacyError(
             'A loss with reduction="mean_with_sample_weight" divides by the sum of the weights, so '
@@ -270,20 +261,6 @@ def refuse_stateful(layer: keras.layers.Layer) -> None:
             )
 
 
-def _refuse_tiles(model: keras.Model) -> None:
-    """Refuses layers in bfloat16 if their products may run on the tiles of a CPU."""
-    narrow = [each for each in all_layers(model) if each.compute_dtype == "bfloat16"]
-    if narrow and _may_use_amx():
-        limits = [f"{name}={os.environ.get(name, '')!r}" for name in _INSTRUCTIONS]
-        raise PrivacyError(
-            "On a CPU with AMX, oneDNN's products in bfloat16 mix rows: the gradient of an example "
-            f"may hold what belongs to another. Set {_INSTRUCTIONS[0]}=AVX512_CORE_BF16 in the "
-            "environment before Python starts (oneDNN reads it once, at its first product), or use "
-            '"float32", for example keras.config.set_dtype_policy("float32"). Received: layer '
-            f"'{narrow[0].path}' of type {type(narrow[0]).__name__}, with {' and '.join(limits)}"
-        )
-
-
 def _may_use_cudnn(layer: keras.layers.Layer) -> bool:
     """Returns whether a layer may run on cuDNN.
 
@@ -291,37 +268,3 @@ def _may_use_cudnn(layer: keras.layers.Layer) -> bool:
     """
     recurrent = isinstance(layer, (keras.layers.LSTM, keras.layers.GRU))
     return recurrent and bool(layer.use_cudnn) and bool(tf.config.get_visible_devices("GPU"))
-
-
-def _may_use_amx() -> bool:
-    """Returns whether products in bfloat16 may run on the tiles of a CPU.
-
-    Two faults were measured with TensorFlow 2.21 on a CPU with AMX, and neither in float32, nor
-    where oneDNN leaves AMX out:
-
-     * in `tf.matmul`, so in any Dense layer, an input row that holds NaN makes the outputs of
-       other rows NaN if the inner dimension is over 32 and no multiple of it, as in oneDNN's issue
-       5717. The gradients of all of these rows are then dropped for one example's sake;
-     * the gradient of `tf.einsum("...x,xy->...y", a, b)` by `a` is wrong by its own size, with
-       parts of other rows in it, if the dimension of `y` is odd and below 32. XLA has it right.
-    """
-    if _CPU_FLAGS.exists():
-        has_amx = "amx_bf16" in _CPU_FLAGS.read_text(encoding="utf-8")
-    else:
-        has_amx = platform.system() != "Darwin" and platform.machine().lower() in _X86
-    if not has_amx:
-        return False
-    limits = [os.environ[name].upper() for name in _INSTRUCTIONS if name in os.environ]
-    return not limits or not set(limits) <= _WITHOUT_AMX or _leaks_on_tiles()
-
-
-def _leaks_on_tiles() -> bool:
-    """Returns whether a product in bfloat16 shows the first fault.
-
-    If it does, the environment was changed after oneDNN had read it.
-    """
-    rows = np.full((32, 33), np.nan, np.float32)
-    rows[0] = 1
-    with tf.init_scope(), tf.device("CPU:0"):
-        product = tf.cast(rows, tf.bfloat16) @ tf.ones((33, 64), tf.bfloat16)
-        return bool(tf.reduce_any(tf.math.is_nan(product[0])))
