@@ -18,6 +18,7 @@ import os
 import pathlib
 import platform
 import re
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -46,7 +47,7 @@ def refuse_narrow_layers(model: keras.Model) -> None:
         PrivacyError: If it has one and they may.
 
     Formal guarantees: a necessary condition, read off the policies of the layers. What a layer, an
-        operation or a loss casts by itself is found in graphs (`refuse_narrow_product`).
+        operation or a loss casts by itself is found in graphs (`is_narrow_product`).
     """
     narrow = [layer for layer in all_layers(model) if layer.compute_dtype == "bfloat16"]
     if narrow and may_use_tiles():
@@ -54,7 +55,7 @@ def refuse_narrow_layers(model: keras.Model) -> None:
         raise PrivacyError(refusal(where))
 
 
-def is_narrow_product(kind: str, node_def: Any) -> bool:
+def is_narrow_product(kind: str, node_def: Callable[[], Any]) -> bool:
     """Returns whether an operation is a product in 16 bits, as far as its name says.
 
     Args:
@@ -133,9 +134,8 @@ def _shows_a_fault() -> bool:
     def products(
         rows: tf.Tensor, ones: tf.Tensor, numbers: tf.Tensor, kernel: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        return tf.cast((rows @ ones)[0], tf.float32), tf.cast(
-            tf.einsum("...y,xy->...x", numbers, kernel), tf.float32
-        )
+        mixed = tf.einsum("...y,xy->...x", numbers, kernel)
+        return tf.cast((rows @ ones)[0], tf.float32), tf.cast(mixed, tf.float32)
 
     with tf.init_scope(), tf.device("CPU:0"):
         given = (rows, np.ones((33, 64)), numbers, kernel)
