@@ -62,9 +62,7 @@ def is_narrow_product(kind: str, node_def: Callable[[], Any]) -> bool:
         kind: The type of the operation.
         node_def: A function that returns its `NodeDef`, which is called for products alone.
     """
-    if not _PRODUCTS.search(kind):
-        return False
-    return any(value.type in _NARROW for value in node_def().attr.values())
+    return bool(_PRODUCTS.search(kind)) and _is_narrow(node_def())
 
 
 def refuse_narrow_products(graph: tf.Graph) -> None:
@@ -83,8 +81,12 @@ def refuse_narrow_products(graph: tf.Graph) -> None:
     definition = graph.as_graph_def()
     for body in (definition.node, *(f.node_def for f in definition.library.function)):
         for node in body:
-            if is_narrow_product(node.op, lambda node=node: node):
+            if _PRODUCTS.search(node.op) and _is_narrow(node):
                 raise PrivacyError(refusal(f"operation '{node.name}' of type {node.op} in 16 bits"))
+
+
+def _is_narrow(node_def: Any) -> bool:
+    return any(value.type in _NARROW for value in node_def.attr.values())
 
 
 def refusal(received: str) -> str:
