@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_bandmf.clipping.checks.tiles import refuse_narrow_products
+from keras_bandmf.clipping.checks.captures import refuse_products
 
 
 def vectorized(function: Callable[[Any], Any], rows: Any, *, or_loop: bool = True) -> Any:
@@ -22,7 +22,7 @@ def vectorized(function: Callable[[Any], Any], rows: Any, *, or_loop: bool = Tru
         or_loop: Whether an operation that cannot be vectorized runs in a loop over the rows.
 
     Raises:
-        PrivacyError: Eagerly, if it has products that mix rows on this CPU (`tiles`). In graphs
+        PrivacyError: Eagerly, if it has products that may mix rows (`tiles`). In graphs
             `captures.Watch` finds them.
         ValueError: Without `or_loop`, an operation cannot be vectorized.
     """
@@ -33,5 +33,5 @@ def vectorized(function: Callable[[Any], Any], rows: Any, *, or_loop: bool = Tru
     if not tf.executing_eagerly():
         return run(rows)
     traced = tf.function(run, autograph=False).get_concrete_function(rows)
-    refuse_narrow_products(traced.graph)
+    refuse_products(traced.graph)
     return traced(rows)

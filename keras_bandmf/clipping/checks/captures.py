@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_bandmf._checks import PrivacyError
 from keras_bandmf._keras_internals import (
     all_layers,
     operation_definition,
@@ -20,7 +21,7 @@ from keras_bandmf._keras_internals import (
     watched_variables,
     wrongly_stateless,
 )
-from keras_bandmf.clipping.checks.tiles import is_narrow_product, may_use_tiles, refusal
+from keras_bandmf.clipping.checks.tiles import why_refused
 
 _KEY = "the mask key"
 _READS = {
@@ -107,8 +108,8 @@ class Watch:
         Raises:
             Refused: If it writes a variable that is no metric, a result depends on a metric, it
                 draws random numbers from other seeds than those of the run, it runs an operation
-                that keeps a state which cannot be looked at, or it has a product in 16 bits on a
-                CPU where these mix rows (`tiles`).
+                that keeps a state which cannot be looked at, or it has a product in 16 bits that
+                may mix rows (`tiles`).
 
         Formal guarantees: if it returns in a graph, `results` are functions of the weights, the
             data, constants, the seeds and of variables that the pass does not write and that
@@ -155,6 +156,18 @@ def written_in(graph: tf.Graph) -> dict[int, str]:
     return {handle: walk.names.get(handle, "a variable or table") for handle in walk.written}
 
 
+def refuse_products(graph: tf.Graph) -> None:
+    """Refuses a traced function if it has a product in 16 bits that may mix rows (`tiles`).
+
+    Raises:
+        PrivacyError: If it has one, also in a function that it calls.
+    """
+    try:
+        _Products(graph, None, set()).operations(graph.get_operations())
+    except Refused as error:
+        raise PrivacyError(str(error)) from error
+
+
 def _metric_variables(model: keras.Model) -> list[Any]:
     """Returns variables of metrics that Keras does not list, such as those of TensorFlow."""
     found = []
@@ -185,6 +198,8 @@ def _handles(variables: Iterable[Any]) -> dict[int, str]:
 class _Walk:
     """Follows resources, metrics and the key through operations, into function bodies too."""
 
+    _products = True  # whether it refuses those that may mix rows
+
     def __init__(
         self,
         graph: tf.Graph,
@@ -201,7 +216,6 @@ class _Walk:
         self._seen: dict[tuple, Labels] = {}
         self._captured: dict[int, dict[int, tf.Tensor]] = {}
         self._draws: dict[str, tuple] = {}
-        self._tiles: bool | None = None
 
     def operations(self, operations: list[tf.Operation]) -> None:
         """Looks at operations in the order in which they were made."""
@@ -209,11 +223,16 @@ class _Walk:
             if operation.type in ("Placeholder", "Const"):
                 continue
             inputs = list(operation.inputs)
+            definition = operation_definition(operation.type)
+            if definition is None and self._function(operation.type) is not None:
+                given = [self.labels(tensor) for tensor in inputs]
+                self._labels[operation.name] = self._called(operation.type, given)
+                continue
             node = _Node(
                 operation.name,
                 operation.type,
                 [self.labels(tensor) for tensor in inputs],
-                operation_definition(operation.type) or operation.op_def,
+                definition or operation.op_def,
                 functools.partial(getattr, operation, "node_def"),
                 any(output.dtype == tf.resource for output in operation.outputs),
             )
@@ -277,11 +296,9 @@ class _Walk:
         return kept
 
     def _check_product(self, node: _Node) -> None:
-        if is_narrow_product(node.kind, node.node_def):
-            if self._tiles is None:
-                self._tiles = may_use_tiles()
-            if self._tiles:
-                raise Refused(refusal(f"operation '{node.name}' of type {node.kind} in 16 bits"))
+        why = why_refused(node.name, node.kind, node.node_def) if self._products else None
+        if why:
+            raise Refused(why)
 
     def _check_seed(self, node: _Node) -> None:
         names = [argument.name for argument in node.definition.input_arg]
@@ -377,8 +394,7 @@ class _Walk:
                 called = self._function(node_def.op)
                 definition = None if called is None else called.signature
                 if called is not None:
-                    self._body(node_def.op, given)
-                    labels[node_def.name] = Labels().union(*given) & self._followed
+                    labels[node_def.name] = self._called(node_def.op, given)
                     return
             node = _Node(node_def.name, node_def.op, given, definition, lambda: node_def, False)
             labels[node_def.name] = self._visit(node)
@@ -391,6 +407,11 @@ class _Walk:
         self._seen[(name, *inputs)] = results
         return results
 
+    def _called(self, name: str, inputs: list[Labels]) -> Labels:
+        """Looks into a function whose name is the type of an operation."""
+        self._body(name, inputs)
+        return Labels().union(*inputs) & self._followed
+
     def _function(self, name: str) -> Any:
         if self._functions is None:
             library = self._graph.as_graph_def().library.function
@@ -401,8 +422,7 @@ class _Walk:
 class _Writes(_Walk):
     """Collects what is written and refuses nothing."""
 
-    def _check_product(self, node: _Node) -> None:
-        pass
+    _products = False
 
     def _check_stateful(self, node: _Node) -> None:
         if node.kind not in _READS:
@@ -413,6 +433,12 @@ class _Writes(_Walk):
             self.written |= Labels().union(*inputs)
             return Labels().union(*inputs)
         return super()._body(name, inputs)
+
+
+class _Products(_Writes):
+    """Refuses products alone."""
+
+    _products = True
 
 
 def _bodies(node: _Node) -> list[str]:

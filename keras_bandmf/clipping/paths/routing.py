@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_bandmf.clipping.checks.tiles import refuse_narrow_products
+from keras_bandmf.clipping.checks.captures import refuse_products
 from keras_bandmf.clipping.clipper import Clipper
 from keras_bandmf.clipping.factors import Unsupported
 from keras_bandmf.clipping.losses import batch_loss, overrides_compute_loss
@@ -94,14 +94,14 @@ def trial_reason(model: keras.Model, x: Any, y: Any, sample_weight: Any, loss: A
     """Returns why the book-keeping path cannot be traced, or None.
 
     Raises:
-        PrivacyError: If it has products that mix rows on this CPU (`tiles`). An eager run makes no
-            other graph that could be looked at.
+        PrivacyError: If it has products that may mix rows (`tiles`). Of an eager run this is the
+            only graph that is looked at: it must not compute otherwise later.
     """
     try:
         graph = trial_graph(model, x, y, sample_weight, loss)
     except Unsupported as reason:
         return str(reason)
-    refuse_narrow_products(graph)
+    refuse_products(graph)
     return None
 
 

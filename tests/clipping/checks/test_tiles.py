@@ -9,9 +9,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import function
 
 import keras_bandmf as bandmf
-from keras_bandmf.clipping.checks import tiles
+from keras_bandmf.clipping.checks import captures, tiles
 from keras_bandmf.clipping.checks.refusals import refuse_model
 
 ROWS = 32
@@ -89,7 +90,7 @@ def test_what_one_dnn_does(late):
     code = (
         "import os, sys\n"
         "import tensorflow as tf\n"
-        "from keras_bandmf.clipping.checks import tiles\n"
+        "from keras_bandmf.clipping.checks import captures, tiles\n"
         "if sys.argv[1] == 'True': tf.ones((3, 3)) @ tf.ones((3, 3))\n"
         "os.environ['ONEDNN_MAX_CPU_ISA'] = 'AVX512_CORE_FP16'\n"
         "found = [tiles.may_use_tiles()]\n"
@@ -217,3 +218,60 @@ def test_a_metric_may_compute_in_16_bits(tiled):
     model.compile("sgd", "mse", metrics=[metric])
     model.evaluate(x, y, verbose=0)
     bandmf.clipping.check_model(model, x, y)
+
+
+def _half(make):
+    inputs = keras.Input((8,))
+    narrow = keras.ops.cast(keras.layers.Dense(8)(inputs), "float16")
+    return keras.Model(inputs, keras.ops.cast(make(narrow), "float32"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_float16_is_refused_on_each_cpu(compiled):
+    ones = np.ones((8, 8), "float16")
+    model = _half(lambda x: keras.ops.einsum("...y,xy->...x", x, ones))
+    x, y = _data(_cast)
+
+    def step(x, y):
+        return bandmf.clipped_gradients(model, x, y, l2_norm_clip=1.0, loss="mse").sums
+
+    with pytest.raises(ValueError, match="Products in float16 are refused"):
+        (tf.function(step) if compiled else step)(x, y)
+    with pytest.raises(ValueError, match="Products in float16 are refused"):
+        bandmf.clipping.check_model(model, x, y, loss="mse")
+
+
+def test_numbers_may_be_kept_in_float16():
+    found = bandmf.clipped_gradients(
+        _half(lambda x: x * 2), *_data(_cast), l2_norm_clip=1.0, loss="mse"
+    )
+    assert all(np.isfinite(total).all() for total in found.sums)
+
+
+def test_where_tensorflow_stops_at_nan(monkeypatch, tiled):
+    """A limit is not believed there, and float32 needs none."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+    shown = tiles._shows_a_fault.__wrapped__
+    tf.debugging.enable_check_numerics()
+    try:
+        assert shown()
+        bandmf.clipped_gradients(_dense(), *_data(_dense), l2_norm_clip=1.0, loss="mse")
+    finally:
+        tf.debugging.disable_check_numerics()
+
+
+def test_functions_that_are_types_of_operations():
+    """As imported graphs have them: the walk looks into these, too."""
+
+    @function.Defun(tf.float32)
+    def product(x):
+        return tf.cast(tf.cast(x, tf.float16) @ tf.ones((8, 8), tf.float16), tf.float32)
+
+    with tf.Graph().as_default() as graph:
+        product(tf.ones((4, 8)))
+        with pytest.raises(bandmf.PrivacyError, match="float16"):
+            captures.refuse_products(graph)
+        watch = captures.Watch(_dense(), None)
+        results = product(tf.ones((4, 8)))
+        with pytest.raises(captures.Refused, match="float16"):
+            watch.refuse(results)
