@@ -223,16 +223,11 @@ class _Walk:
             if operation.type in ("Placeholder", "Const"):
                 continue
             inputs = list(operation.inputs)
-            definition = operation_definition(operation.type)
-            if definition is None and self._function(operation.type) is not None:
-                given = [self.labels(tensor) for tensor in inputs]
-                self._labels[operation.name] = self._called(operation.type, given)
-                continue
             node = _Node(
                 operation.name,
                 operation.type,
                 [self.labels(tensor) for tensor in inputs],
-                definition or operation.op_def,
+                operation_definition(operation.type),
                 functools.partial(getattr, operation, "node_def"),
                 any(output.dtype == tf.resource for output in operation.outputs),
             )
@@ -280,6 +275,10 @@ class _Walk:
         """Checks one operation and returns what its outputs depend on."""
         union = Labels().union(*node.inputs)
         kept = union if node.forwards or node.kind in _FORWARDS else union & self._followed
+        if node.definition is None and self._function(node.kind) is not None:
+            # Its type is the name of a function, as in imported graphs.
+            self._body(node.kind, node.inputs)
+            return kept
         bodies = _bodies(node)
         self._check_product(node)
         if wrongly_stateless(node.kind):
@@ -390,12 +389,6 @@ class _Walk:
         def visit(node_def: Any) -> None:
             given = [of(i) for i in node_def.input if not i.startswith("^")]
             definition = operation_definition(node_def.op)
-            if definition is None:
-                called = self._function(node_def.op)
-                definition = None if called is None else called.signature
-                if called is not None:
-                    labels[node_def.name] = self._called(node_def.op, given)
-                    return
             node = _Node(node_def.name, node_def.op, given, definition, lambda: node_def, False)
             labels[node_def.name] = self._visit(node)
 
@@ -406,11 +399,6 @@ class _Walk:
         results = Labels().union(*(of(reference) for reference in function.ret.values()))
         self._seen[(name, *inputs)] = results
         return results
-
-    def _called(self, name: str, inputs: list[Labels]) -> Labels:
-        """Looks into a function whose name is the type of an operation."""
-        self._body(name, inputs)
-        return Labels().union(*inputs) & self._followed
 
     def _function(self, name: str) -> Any:
         if self._functions is None:

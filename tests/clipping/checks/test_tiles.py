@@ -90,7 +90,7 @@ def test_what_one_dnn_does(late):
     code = (
         "import os, sys\n"
         "import tensorflow as tf\n"
-        "from keras_bandmf.clipping.checks import captures, tiles\n"
+        "from keras_bandmf.clipping.checks import tiles\n"
         "if sys.argv[1] == 'True': tf.ones((3, 3)) @ tf.ones((3, 3))\n"
         "os.environ['ONEDNN_MAX_CPU_ISA'] = 'AVX512_CORE_FP16'\n"
         "found = [tiles.may_use_tiles()]\n"
